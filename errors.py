@@ -1,0 +1,9 @@
+"""The one exception that means: a value from outside is wrong, and here is what to do about it."""
+
+
+class UserError(ValueError):
+    """A file, an option or a text that cannot be used.
+
+    The message is one line, names the value and says what is allowed. The command prints it without a traceback and
+    exits with status 2. Wrong arguments between functions stay plain `ValueError` and `TypeError`.
+    """
