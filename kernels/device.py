@@ -1,0 +1,62 @@
+"""What a GPU can do, by exact product: dense peaks by dtype, and memory bandwidth. An unknown GPU has no peak."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Datasheet figures of one product: dense peaks (no sparsity) in TFLOP/s by dtype, memory bandwidth in TB/s."""
+
+    name: str
+    fp32: float
+    tf32: float
+    bf16: float
+    fp8: float | None
+    bandwidth: float
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """Return the dense peak in FLOP/s for `fp32`, `tf32`, `bf16` (also `fp16`) or `fp8`; None where the GPU has none."""
+        tflops = {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16, "fp16": self.bf16, "fp8": self.fp8}
+        if dtype not in tflops:
+            raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(tflops)}")
+        peak = tflops[dtype]
+        return None if peak is None else peak * 1e12
+
+
+# Keyed by the whole name that the driver reports, because "H100" alone is three products with three peaks.
+# Sources: NVIDIA's datasheets, the figures without sparsity. GeForce: with float32 accumulation.
+GPUS: dict[str, GPU] = {
+    "NVIDIA A100-SXM4-80GB": GPU("A100 SXM 80GB", 19.5, 156, 312, None, 2.04),
+    "NVIDIA H100 80GB HBM3": GPU("H100 SXM", 67, 494.7, 989.4, 1979, 3.35),
+    "NVIDIA H100 PCIe": GPU("H100 PCIe", 51, 378, 756, 1513, 2.0),
+    "NVIDIA H100 NVL": GPU("H100 NVL", 60, 417.5, 835.5, 1671, 3.9),
+    "NVIDIA H200": GPU("H200 SXM", 67, 494.7, 989.4, 1979, 4.8),
+    "NVIDIA B200": GPU("B200", 80, 1125, 2250, 4500, 8.0),
+    "NVIDIA L40S": GPU("L40S", 91.6, 183, 362, 733, 0.864),
+    "NVIDIA L4": GPU("L4", 30.3, 60, 121, 242, 0.3),
+    "NVIDIA GeForce RTX 4090": GPU("RTX 4090", 82.6, 82.6, 165.2, 330.3, 1.01),
+    "NVIDIA GeForce RTX 3090": GPU("RTX 3090", 35.6, 35.6, 71, None, 0.936),
+}
+
+
+def gpu_of(device: torch.device | str) -> GPU | None:
+    """Return the figures of the GPU behind `device`, or None for a CPU and for a product that is not in the table."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    return GPUS.get(torch.cuda.get_device_name(device))
+
+
+def device_name(device: torch.device | str) -> str:
+    """Return the product's name as its driver reports it, or `CPU`."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors; 2 where kernels are interpreted, enough to exercise the persistence."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

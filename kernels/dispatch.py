@@ -1,0 +1,85 @@
+"""Which backend runs an op: Triton kernels or the PyTorch reference. The one place that knows whether Triton is there."""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "reference"]
+
+# Triton publishes wheels for Linux only; everywhere else the reference runs.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.knobs
+    import triton.language as tl
+
+    jit: Any = triton.jit
+else:
+    # Stand-ins with which a kernel can be defined, but never launched.
+    tl = SimpleNamespace(constexpr=None)
+
+    def jit(function):
+        """Return `function` as it is."""
+        return function
+
+
+_backend: Backend = "auto"
+
+
+def get_backend() -> Backend:
+    """Return the backend in force: `auto` runs Triton on CUDA tensors and the reference elsewhere."""
+    return _backend
+
+
+def set_backend(backend: Backend) -> None:
+    """Choose the backend for the whole process: `auto`, `triton` or `reference`."""
+    global _backend
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is unknown: choose one of {', '.join(get_args(Backend))}")
+    _backend = backend
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Run a block under another backend."""
+    before = get_backend()
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return HAS_TRITON and triton.knobs.runtime.interpret
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the op whose first input is `x` runs its Triton kernel; raises where the forced backend cannot run."""
+    if _backend == "reference":
+        return False
+    if _backend == "auto":
+        if x.is_cuda and not HAS_TRITON:
+            warnings.warn("Triton cannot be imported: the slower PyTorch reference runs on the GPU", stacklevel=3)
+        return x.is_cuda and HAS_TRITON
+    if not HAS_TRITON:
+        raise RuntimeError(
+            "backend 'triton' needs the package triton, which exists for Linux only: choose 'auto' or 'reference'"
+        )
+    if not (x.is_cuda or interpreting()):
+        raise RuntimeError(f"backend 'triton' needs a CUDA tensor, or TRITON_INTERPRET=1; got a tensor on {x.device}")
+    return True
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of `x` current, because Triton launches on the current one."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -1,0 +1,30 @@
+"""What "right" means for a kernel: at most twice the error of the same-dtype reference, plus one rounding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def assert_accurate(actual: Tensor, reference: Tensor, exact: Tensor, what: str = "result") -> None:
+    """`exact` is the float64 oracle; `reference` the PyTorch form in the dtype of `actual`."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == reference.dtype, f"{what}: {actual.dtype}, expected {reference.dtype}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    if exact.numel() == 0:
+        return
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (actual, reference))
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    assert error <= 2 * allowed + rounding, f"{what}: error {error:.3e}, the reference has {allowed:.3e}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor begins as NaN, so that an element which a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
