@@ -1,0 +1,68 @@
+"""The shape of a Transformer, and the shapes that have names."""
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer: pre-norm RMSNorm, RoPE, SwiGLU, no biases."""
+
+    vocab_size: int
+    """Tokens that the embedding and the head know."""
+    context_length: int
+    """Tokens that the model sees at once."""
+    d_model: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Transformer blocks."""
+    num_heads: int
+    """Query heads; each is d_model / num_heads wide."""
+    d_ff: int
+    """Inner width of the feed-forward layer; 8/3 d_model costs what 4 d_model costs without a gate."""
+    num_kv_heads: int | None = None
+    """Key-value heads (grouped-query attention); by default as many as num_heads."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    tie_embeddings: bool = False
+    """Whether the head uses the embedding's weight."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.d_model % self.num_heads or self.head_dim % 2:
+            raise UserError(
+                f"d_model {self.d_model} over num_heads {self.num_heads} gives a head dim of "
+                f"{self.d_model / self.num_heads:g}: RoPE needs an even whole number"
+            )
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"num_kv_heads is {self.kv_heads}: it must divide num_heads, {self.num_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+def _gpt2(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
+    # GPT-2's shapes as CS336 asks for them: SwiGLU with three matrices of 4 d_model, untied embeddings.
+    return ModelConfig(50_257, 1024, d_model, num_layers, num_heads, d_ff=4 * d_model)
+
+
+MODELS: dict[str, ModelConfig] = {
+    "stories-cpu": ModelConfig(2048, 256, d_model=128, num_layers=4, num_heads=4, d_ff=320),
+    "tinystories-17m": ModelConfig(10_000, 256, d_model=512, num_layers=4, num_heads=16, d_ff=1344),
+    "gpt2-small": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+}

@@ -1,0 +1,93 @@
+"""The layers of the Transformer: thin modules around the kernels, with CS336's initialisation."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import attention, rms_norm, rope, swiglu
+
+
+class Linear(nn.Linear):
+    """y = x W^T without bias; W from a normal of variance 2 / (d_in + d_out), cut at 3 sigma (Glorot & Bengio 2010)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        std = math.sqrt(2 / (self.in_features + self.out_features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+
+class Embedding(nn.Embedding):
+    """A row per token; rows from a unit normal cut at 3."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        nn.init.trunc_normal_(self.weight, a=-3, b=3)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a trained weight: (..., D) -> (..., D)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer W2(silu(W1 x) * W3 x) (Shazeer 2020): (..., D) -> (..., D)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff)
+        self.w2 = Linear(d_ff, d_model)
+        self.w3 = Linear(d_model, d_ff)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to each position."""
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class LayerCache:
+    """Keys and values of the tokens that one layer has seen, in buffers of fixed `shape` (B, Hkv, tokens, K)."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values (B, Hkv, T, K) of new tokens; return those of all tokens so far."""
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with RoPE and grouped key-value heads: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.head_dim = d_model // num_heads
+        kv_width = self.head_dim * (num_kv_heads or num_heads)
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, kv_width)
+        self.v_proj = Linear(d_model, kv_width)
+        self.output_proj = Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`."""
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # (B, H or Hkv, T, K)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.output_proj(attention(q, k, v).transpose(1, 2).flatten(-2))

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilewright.errors import UserError
+from tilewright.model import ModelConfig, TransformerLM, generate
+from tilewright.model.generate import sample
+
+CONFIG = ModelConfig(vocab_size=11, context_length=24, d_model=16, num_layers=2, num_heads=2, d_ff=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return TransformerLM(CONFIG).eval()
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=9), min_size=1, max_size=4),
+    new=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    stop=st.none() | st.integers(0, 10),
+)
+def test_cached_generation_equals_uncached(model, prompts, new, temperature, stop):
+    options = {"temperature": temperature, "top_k": 6, "top_p": 0.9, "stop_token": stop, "seed": 3}
+    assert generate(model, prompts, new, **options) == generate(model, prompts, new, use_cache=False, **options)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=9), min_size=2, max_size=4),
+    stop=st.none() | st.integers(0, 10),
+)
+def test_a_batch_of_unequal_prompts_equals_each_alone(model, prompts, stop):
+    together = generate(model, prompts, 10, temperature=0, stop_token=stop)
+    assert together == [generate(model, [p], 10, temperature=0, stop_token=stop)[0] for p in prompts]
+
+
+def test_greedy_takes_the_most_likely_token(model):
+    sequence = [1, 2, 3]
+    for _ in range(5):
+        sequence.append(int(model(torch.tensor([sequence]))[0, -1].argmax()))
+    assert generate(model, [[1, 2, 3]], 5, temperature=0) == [sequence[3:]]
+
+
+def test_generation_ends_at_the_stop_token_which_is_not_returned(model):
+    free = generate(model, [[1], [2]], 12, temperature=1.0, seed=0)
+    stop = free[0][4]
+    stopped = generate(model, [[1]], 12, temperature=1.0, seed=0, stop_token=stop)[0]
+    assert stop not in stopped
+    assert len(stopped) < 12
+
+
+def test_a_stop_token_inside_a_prompt_does_not_stop(model):
+    assert len(generate(model, [[5, 5, 5], [5]], 3, temperature=0, stop_token=5)[0]) <= 3
+    assert generate(model, [[7, 5, 7], [7]], 4, temperature=0) == [
+        generate(model, [p], 4, temperature=0)[0] for p in ([7, 5, 7], [7])
+    ]
+
+
+def test_without_a_limit_generation_fills_the_context(model):
+    new = generate(model, [[1, 2, 3], [4]], seed=0)
+    assert [len(row) for row in new] == [21, 23]
+
+
+def test_a_seed_fixes_the_result(model):
+    first, again, other = (generate(model, [[1]] * 3, 8, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert generate(model, [], 5) == []
+
+
+def test_frequencies_follow_the_probabilities():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, -1)
+
+    def frequencies(**options):
+        drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
+        return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
+
+    assert frequencies() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.01)
+    assert frequencies(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
+    assert frequencies(top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
+    assert frequencies(top_p=0.1) == [1, 0, 0, 0]
+    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert frequencies(temperature=0.5) == pytest.approx((squares / squares.sum()).tolist(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "a prompt has no tokens"),
+        ([11], {}, "token 11 is outside the model's vocabulary of 11"),
+        ([-1, 2], {}, "token -1 is outside the model's vocabulary of 11"),
+        ([1] * 24, {}, "a prompt of 24 tokens and one new token exceed the context of 24"),
+        ([1] * 20, {"max_new_tokens": 5}, "a prompt of 20 tokens and 5 new ones exceed the context of 24"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([1], {"temperature": -1.0}, "temperature is -1.0"),
+        ([1], {"temperature": float("nan")}, "temperature is nan"),
+        ([1], {"top_k": 0}, "top_k is 0"),
+        ([1], {"top_p": 0.0}, "top_p is 0.0"),
+        ([1], {"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_bad_input_is_refused(model, prompt, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, [prompt], **options)

@@ -1,0 +1,107 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.model import CausalSelfAttention, KVCache, ModelConfig, RMSNorm, SwiGLU, TransformerLM
+from tilewright.model.layers import Embedding, Linear
+from tilewright.model.transformer import rope_tables
+
+TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, num_heads=4, d_ff=24)
+
+
+@pytest.fixture
+def model(request):
+    torch.manual_seed(0)
+    return TransformerLM(getattr(request, "param", TINY))
+
+
+def test_state_names_are_the_courses(model):
+    names = set(model.state_dict())
+    layer = {
+        f"layers.{i}.{part}.weight"
+        for i in range(2)
+        for part in (*(f"attn.{p}_proj" for p in ("q", "k", "v", "output")), "ln1", "ln2", *(f"ffn.w{n}" for n in (1, 2, 3)))
+    }
+    assert names == layer | {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"}
+
+
+def test_initialisation_is_the_courses():
+    torch.manual_seed(0)
+    linear, embedding = Linear(300, 500), Embedding(400, 300)
+    std = math.sqrt(2 / 800)
+    # A normal cut at 3 sigma has 0.9866 of its standard deviation.
+    assert linear.weight.std().item() == pytest.approx(0.9866 * std, rel=0.01)
+    assert linear.weight.abs().max() <= 3 * std
+    assert linear.bias is None
+    assert embedding.weight.std().item() == pytest.approx(0.9866, rel=0.01)
+    assert embedding.weight.abs().max() <= 3
+    assert RMSNorm(5).weight.eq(1).all()
+
+
+def test_no_token_sees_a_later_one(model):
+    tokens = torch.randint(0, 17, (2, 8))
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 17
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_position_matters(model):
+    logits = model(torch.tensor([[3, 5, 3, 5]]))
+    assert not torch.allclose(logits[0, 1], logits[0, 3])
+
+
+def test_attention_is_the_textbooks():
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(16, num_heads=4, num_kv_heads=2)
+    x = torch.randn(2, 5, 16)
+    cos, sin = (table[:5] for table in rope_tables(TINY))
+    q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    attended = reference.attention(reference.rope(q, cos, sin), reference.rope(k, cos, sin), v)
+    torch.testing.assert_close(layer(x, cos, sin), layer.output_proj(attended.transpose(1, 2).reshape(2, 5, 16)))
+
+
+def test_swiglu_is_the_textbooks():
+    torch.manual_seed(0)
+    layer, x = SwiGLU(6, 10), torch.randn(3, 6)
+    gate = x @ layer.w1.weight.T
+    torch.testing.assert_close(layer(x), (gate * torch.sigmoid(gate) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T)
+
+
+@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2)], indirect=True)
+@torch.no_grad()
+def test_a_cache_changes_nothing(model):
+    tokens = torch.randint(0, 17, (3, 8))
+    cache = KVCache(model, 3, 8)
+    pieces = [model(piece, cache) for piece in tokens.split([3, 1, 2, 1, 1], dim=1)]
+    assert cache.length == 8
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
+
+
+def test_tied_embeddings_share_one_weight():
+    model = TransformerLM(dataclasses.replace(TINY, tie_embeddings=True))
+    assert "lm_head.weight" not in model.state_dict()
+    model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
+    assert model.head_weight is model.token_embeddings.weight
+
+
+def test_too_many_tokens_are_refused(model):
+    with pytest.raises(ValueError, match="9 tokens are longer than the context: allowed are 8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+def test_kernels_and_reference_agree(model, device):
+    model, tokens = model.to(device), torch.randint(0, 17, (2, 8), device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            logits = model(tokens)
+            results.append((logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
