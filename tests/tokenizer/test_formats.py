@@ -1,0 +1,158 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilewright.errors import UserError
+from tilewright.tokenizer import Tokenizer
+from tilewright.tokenizer.formats import from_printable, to_printable
+
+BYTES = {id: bytes([id]) for id in range(256)}
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    return path
+
+
+def test_a_saved_tokenizer_comes_back(tokenizer, saved):
+    loaded = Tokenizer.load(saved)
+    assert loaded.vocab == tokenizer.vocab
+    assert loaded.merges == tokenizer.merges
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert loaded.fingerprint == tokenizer.fingerprint == json.loads(saved.read_bytes())["sha256"]
+
+
+def test_special_tokens_come_back_whatever_they_hold(tmp_path):
+    specials = ["<|fin|>", "### Frage:", "終\n🙂", "Ġ"]
+    tokenizer = Tokenizer(BYTES, [], specials)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert loaded.encode("".join(specials)) == [256, 257, 258, 259]
+
+
+def test_equal_tokenizers_give_equal_files(tokenizer, saved, tmp_path):
+    backwards = dict(reversed(tokenizer.vocab.items()))
+    Tokenizer(backwards, tokenizer.merges, list(tokenizer.special_tokens)).save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == saved.read_bytes()
+
+
+def test_the_order_special_tokens_are_given_in_does_not_count():
+    vocab = BYTES | {256: b"<a>", 257: b"<b>"}
+    assert Tokenizer(vocab, [], ["<a>", "<b>"]).fingerprint == Tokenizer(vocab, [], ["<b>", "<a>"]).fingerprint
+
+
+def test_the_fingerprint_covers_everything(tokenizer):
+    vocab, merges = tokenizer.vocab, tokenizer.merges
+    fingerprints = {
+        tokenizer.fingerprint,
+        Tokenizer(vocab, merges).fingerprint,
+        Tokenizer(vocab, merges, ["<|endoftext|>", "<|pad|>"]).fingerprint,
+        Tokenizer(vocab, merges[:-1], ["<|endoftext|>"]).fingerprint,
+        Tokenizer(vocab, merges[::-1], ["<|endoftext|>"]).fingerprint,
+        Tokenizer(vocab | {0: vocab[1], 1: vocab[0]}, merges, ["<|endoftext|>"]).fingerprint,
+    }
+    assert len(fingerprints) == 6
+
+
+def test_a_file_cut_off_anywhere_is_refused(saved):
+    whole = saved.read_bytes()
+    for size in range(0, len(whole) - 2, 997):
+        saved.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="is empty" if size == 0 else "cut off|not UTF-8"):
+            Tokenizer.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"Q"', b'"R"', "changed after it was written"),
+        (b'"version": 1', b'"version": 2', "version 2: only 1 is known"),
+        (b"tilewright-tokenizer", b"other", "another format"),
+        (b'"sha256": "', b'"sha256": "0', "changed after it was written"),
+        (b'"pattern": "', b'"pattern": ".|', "changed after it was written"),
+        (b'"merges"', b'"merged"', "changed after it was written"),
+        (b'"Q"', b'"\xff"', "not UTF-8"),
+    ],
+)
+def test_a_changed_file_is_refused(saved, old, new, message):
+    whole = saved.read_bytes()
+    assert whole.count(old) >= 1
+    saved.write_bytes(whole.replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[1]", "an object is needed"), ("{}", "another format"), ("GIF89a", "not JSON")]
+)
+def test_a_foreign_file_is_refused(tmp_path, content, message):
+    (tmp_path / "foreign.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path / "foreign.json")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path / "none.json")
+
+
+@settings(derandomize=True, deadline=None)
+@given(data=st.binary())
+def test_every_byte_has_one_printable_character(data):
+    text = to_printable(data)
+    assert len(text) == len(data)
+    assert text.isprintable()
+    assert " " not in text
+    assert from_printable(text) == data
+
+
+def test_the_alphabet_is_gpt2s():
+    assert to_printable(" café\n\x00\xad".encode()) == "ĠcafÃ©ĊĀÂŃ"
+
+
+def write_gpt2_files(folder, tokenizer, specials):
+    vocab = {
+        (token.decode() if token.decode(errors="ignore") in specials else to_printable(token)): id
+        for id, token in tokenizer.vocab.items()
+    }
+    merges = [f"{to_printable(left)} {to_printable(right)}" for left, right in tokenizer.merges]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+def test_gpt2_files_are_read(tokenizer, tmp_path, real_text):
+    specials = ["<|endoftext|>"]
+    loaded = Tokenizer.from_files(*write_gpt2_files(tmp_path, tokenizer, specials), special_tokens=specials)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode(real_text) == tokenizer.encode(real_text)
+
+
+def test_special_tokens_stand_as_plain_text_in_gpt2_files(tmp_path):
+    specials = ["<| fin |>", "終"]
+    tokenizer = Tokenizer(BYTES | {256: b"# #", 257: b"##"}, [(b"#", b"#")], specials)
+    loaded = Tokenizer.from_files(*write_gpt2_files(tmp_path, tokenizer, specials), specials)
+    assert loaded.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges", "message"),
+    [
+        ('{"a": 1, "b": 1}', "a b", "'b' the id 1"),
+        ('{"a": "1"}', "a b", "'a' the id '1'"),
+        ('{"a b": 1}', "a b", "' ', which is not in GPT-2's byte alphabet"),
+        ('{"a": 0}', "#version: 0.2\nab\n", "merge 'ab'"),
+        ('{"a": 0}', "a b c", "not in GPT-2's byte alphabet"),
+        ('{"a": 0}', "a b", "lacks the byte"),
+    ],
+)
+def test_malformed_gpt2_files_are_named(tmp_path, vocab, merges, message):
+    (tmp_path / "vocab.json").write_text(vocab)
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")

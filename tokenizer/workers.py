@@ -1,0 +1,96 @@
+"""Map a function over tasks with worker processes: in order, with bounded memory, and without the caller's imports."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any, TypeVar
+
+Shared = TypeVar("Shared")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# Below this size one process has finished before a pool has started.
+POOL_BYTES = 1 << 24
+
+_work: Callable[[Any], Any]
+
+
+def choose_workers(num_workers: int | None, num_bytes: int) -> int:
+    """Return `num_workers`, or for None as many as there are cores, and one where a pool would not pay for itself."""
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores if num_bytes >= POOL_BYTES else 1
+    if num_workers < 1:
+        raise ValueError(f"num_workers is {num_workers}: at least 1 is needed")
+    return num_workers
+
+
+def ordered_map(
+    function: Callable[[Shared, Task], Result], shared: Shared, tasks: Iterable[Task], num_workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Yield (task, function(shared, task)) in the order of the tasks; one worker means this process.
+
+    `function` stands at the top level of a module; `shared` is sent once to each worker. Tasks are drawn as results are
+    taken, three a worker ahead. A worker that dies raises `BrokenProcessPool`; an error in a task is raised here.
+    """
+    if num_workers == 1:
+        for task in tasks:
+            yield task, function(shared, task)
+        return
+    # Not fork: the caller may hold the threads of torch and a CUDA context, which do not survive it.
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(function, shared)
+    )
+    running: deque[tuple[Task, Future[Result]]] = deque()
+    try:
+        for task in tasks:
+            with _main_hidden():
+                running.append((task, pool.submit(_run_task, task)))
+            if len(running) >= 3 * num_workers:
+                task, future = running.popleft()
+                yield task, future.result()
+        while running:
+            task, future = running.popleft()
+            yield task, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    # A spawned process runs the caller's script again, as a module: that would import torch in every worker, and start
+    # workers without end where a script lacks the `if __name__ == "__main__"` guard. No task here needs the script.
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker(function: Callable[[Any, Any], Any], shared: Any) -> None:
+    global _work
+    _work = partial(function, shared)
+    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    # A pool's worker waits for ever when its parent is killed, because it holds both ends of the queue itself.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_task(task: Any) -> Any:
+    return _work(task)
