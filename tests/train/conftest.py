@@ -1,0 +1,51 @@
+import dataclasses
+import random
+
+import pytest
+
+from tilewright.model import ModelConfig
+from tilewright.tokenizer import Tokenizer, train_bpe
+from tilewright.train import OptimizerConfig, TrainConfig
+from tilewright.train.presets import corpus_files
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "small", "red", "bird", "in", "that", "old", "tree")
+
+
+def write_corpus(path, num_documents, seed):
+    rng = random.Random(seed)
+    documents = (" ".join(rng.choices(WORDS, k=rng.randint(5, 20))) for _ in range(num_documents))
+    path.write_text("".join(f"{document}.\n<|endoftext|>\n" for document in documents))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with train.txt, valid.txt and tokenizer.json, as the commands leave it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "train.txt", 200, seed=0)
+    write_corpus(folder / "valid.txt", 50, seed=1)
+    Tokenizer(*train_bpe(folder / "train.txt", 300, ["<|endoftext|>"]), ["<|endoftext|>"]).save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    """A run of seconds that touches everything: warm-up, cosine, accumulation, validation, several checkpoints."""
+    return TrainConfig(
+        out=tmp_path / "run",
+        model=ModelConfig(vocab_size=300, context_length=16, d_model=16, num_layers=2, num_heads=2, d_ff=24),
+        data=corpus_files(corpus),
+        steps=12,
+        batch_size=4,
+        optimizer=OptimizerConfig(lr=1e-2, final_lr=1e-3, warmup_steps=3),
+        log_every=1,
+        eval_every=4,
+        eval_sequences=12,
+        checkpoint_every=4,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def changed(config):
+    """Return the configuration with fields changed: changed(steps=3)."""
+    return lambda **changes: dataclasses.replace(config, **changes)

@@ -1,0 +1,84 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from tilewright.errors import UserError
+from tilewright.train import load_run, write_story
+from tilewright.train.demo import DemoConfig, run_demo
+
+TINY = {"megabytes": 0.2, "vocab_size": 400, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    console = Console(file=io.StringIO(), width=120)
+    return run_demo(DemoConfig(out=out, **TINY), console), console.file.getvalue()  # pyright: ignore
+
+
+def test_the_demo_leaves_a_run_with_its_data(demo):
+    summary, _ = demo
+    run = summary.result.run
+    assert {path.name for path in (run / "data").iterdir()} == {
+        "train.txt",
+        "train.tokens",
+        "valid.txt",
+        "valid.tokens",
+        "tokenizer.json",
+    }
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "summary.json").read_text())["result"]["valid_loss"] == summary.result.valid_loss
+
+
+def test_the_demo_shows_what_it_measured(demo):
+    summary, shown = demo
+    assert summary.sample.startswith("Once upon a time")
+    assert summary.bytes_per_token > 1.5
+    for expected in (
+        "bytes/token",
+        f"{summary.result.num_parameters:,}",
+        "tokens/s",
+        f"{summary.result.valid_loss:.3f} nats/token",
+        "n/a: no peak known for this CPU",
+        "loss.png",
+        "Next: tilewright generate",
+    ):
+        assert expected in shown, expected
+
+
+def test_the_demo_repeats_itself(demo, tmp_path):
+    again = run_demo(DemoConfig(out=tmp_path / "again", **TINY), Console(file=io.StringIO()))
+    assert again.sample == demo[0].sample
+    assert again.result.valid_loss == demo[0].result.valid_loss
+
+
+def test_a_folder_in_use_is_refused(demo):
+    with pytest.raises(UserError, match="holds a run already"):
+        run_demo(DemoConfig(out=demo[0].result.run, **TINY), Console(file=io.StringIO()))
+
+
+def test_the_default_folder_is_the_first_free_one(demo, tmp_path, monkeypatch):
+    from tilewright.train.demo import _free_folder
+
+    monkeypatch.chdir(tmp_path)
+    assert str(_free_folder()) == "runs/demo"
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert str(_free_folder()) == "runs/demo-2"
+
+
+def test_a_run_writes_stories(demo):
+    model, tokenizer = load_run(demo[0].result.run, "cpu")
+    texts = write_story(model, tokenizer, "One day", num_samples=2, max_new_tokens=5, seed=1)
+    assert len(texts) == 2
+    assert all(text.startswith("One day") for text in texts)
+    assert texts == write_story(model, tokenizer, "One day", num_samples=2, max_new_tokens=5, seed=1)
+    assert write_story(model, tokenizer, "", max_new_tokens=3, seed=1)[0]
+    with pytest.raises(UserError, match="exceed the context of 256"):
+        write_story(model, tokenizer, "One day " * 100)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"is the folder that of a run\?"):
+        load_run(tmp_path)

@@ -1,0 +1,18 @@
+"""From a corpus to a trained model: text to tokens, tokens to batches, batches to steps, steps to checkpoints."""
+
+from .config import DataConfig, OptimizerConfig, TrainConfig
+from .loop import TrainResult, train
+from .presets import PRESETS, preset
+from .run import load_run, write_story
+
+__all__ = [
+    "PRESETS",
+    "DataConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "TrainResult",
+    "load_run",
+    "preset",
+    "train",
+    "write_story",
+]

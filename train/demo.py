@@ -1,0 +1,137 @@
+"""The main job in one call: raw text to a model that writes stories, on any machine."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UserError
+from ..files import write_text
+from ..tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+from .config import TrainConfig
+from .corpus import write_stories
+from .data import encode_text
+from .loop import CONFIG_FILE, TrainResult, train
+from .plot import FILE_NAME as PLOT_FILE
+from .presets import corpus_files, preset
+from .run import load_run, write_story
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The size of the demo; by default at most three minutes on two CPU cores."""
+
+    out: Path | None = None
+    """Folder of the demo, made anew; by default runs/demo, or the first of runs/demo-2, -3, ... that is free."""
+    megabytes: float = 12.0
+    """Size of the training corpus, in MB of text."""
+    vocab_size: int = 2048
+    """Tokens of the tokenizer."""
+    steps: int = 800
+    """Optimizer steps."""
+    prompt: str = "Once upon a time"
+    """What the sample begins with."""
+    seed: int = 0
+    """Of the corpus, the weights, the batches and the sample."""
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What the demo measured."""
+
+    corpus_bytes: int
+    tokenizer_seconds: float
+    bytes_per_token: float
+    result: TrainResult
+    seconds: float
+    sample: str
+
+
+def _free_folder() -> Path:
+    candidates = (Path("runs") / name for name in ("demo", *(f"demo-{n}" for n in range(2, 10_000))))
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def train_config(demo: DemoConfig, out: Path) -> TrainConfig:
+    """Return the training run that the demo makes in `out`."""
+    base = preset("stories-cpu")
+    return dataclasses.replace(
+        base,
+        out=out,
+        model=dataclasses.replace(base.model, vocab_size=demo.vocab_size),
+        data=corpus_files(out / "data"),
+        steps=demo.steps,
+        seed=demo.seed,
+        optimizer=dataclasses.replace(base.optimizer, warmup_steps=min(base.optimizer.warmup_steps, demo.steps // 2)),
+    )
+
+
+def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
+    """Make a corpus, a tokenizer, a model and a story; show a table of what was measured and return it."""
+    console = console or Console()
+    start = time.perf_counter()
+    out = _free_folder() if demo.out is None else demo.out
+    if (out / CONFIG_FILE).exists() or (out / "data").exists():
+        raise UserError(f"{out} holds a run already: name another folder with --out")
+    config = train_config(demo, out)
+    files = config.data
+
+    console.print(f"[bold]1/4[/] corpus: {demo.megabytes:g} MB of stories to {files.train}")
+    corpus_bytes = write_stories(files.train, demo.megabytes, seed=2 * demo.seed)
+    # Another seed writes other stories: validation text that is not in the training text.
+    write_stories(files.valid, max(0.5, demo.megabytes / 50), seed=2 * demo.seed + 1)
+
+    console.print(f"[bold]2/4[/] tokenizer: {demo.vocab_size:,} tokens to {files.tokenizer}")
+    tokenizer_start = time.perf_counter()
+    tokenizer = Tokenizer(*train_bpe(files.train, demo.vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
+    tokenizer_seconds = time.perf_counter() - tokenizer_start
+    tokenizer.save(files.tokenizer)
+    header = encode_text(files.train, tokenizer, files.train.with_suffix(".tokens"))
+
+    console.print(f"[bold]3/4[/] model: {config.steps:,} steps to {out}")
+    result = train(config)
+
+    console.print("[bold]4/4[/] sample: temperature 0.8, top-p 0.95\n")
+    model, tokenizer = load_run(out, config.device)
+    sample = write_story(model, tokenizer, demo.prompt, seed=demo.seed)[0]
+    console.print(sample, markup=False, highlight=False, style="italic")
+
+    summary = DemoSummary(
+        corpus_bytes, tokenizer_seconds, header.text_bytes / header.num_tokens, result, time.perf_counter() - start, sample
+    )
+    write_text(out / SUMMARY_FILE, json.dumps(dataclasses.asdict(summary), indent=2, default=str) + "\n")
+    console.print(_table(summary, config))
+    console.print(
+        f"Next: tilewright generate {out} --prompt 'Lily found a' --temperature 0.6\n"
+        "      tilewright corpus stories --megabytes 100, then tokenizer train, then train stories-cpu (see the README)",
+        highlight=False,
+        markup=False,
+    )
+    return summary
+
+
+def _table(summary: DemoSummary, config: TrainConfig) -> Table:
+    result = summary.result
+    mfu = f"n/a: no peak known for this {result.device}" if result.mfu is None else f"{result.mfu:.1%} of {result.device}"
+    table = Table(show_header=False, title=f"\n{result.run}: {summary.seconds:.0f} s in all")
+    for name, value in {
+        "corpus": f"{summary.corpus_bytes / 1e6:.1f} MB",
+        "tokenizer": f"{summary.tokenizer_seconds:.1f} s, {summary.bytes_per_token:.2f} bytes/token",
+        "parameters": f"{result.num_parameters:,}",
+        "tokens seen": f"{result.steps * config.tokens_per_step:,}",
+        "speed": f"{result.tokens_per_second:,.0f} tokens/s",
+        "training loss": f"{result.train_loss:.3f} nats/token",
+        "validation loss": f"{result.valid_loss:.3f} nats/token",
+        "MFU": mfu,
+        "loss curve": str(result.run / PLOT_FILE),
+        "checkpoints": str(result.run / "checkpoints"),
+        "metrics": str(result.run / "metrics.jsonl"),
+    }.items():
+        table.add_row(name, value)
+    return table

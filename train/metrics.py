@@ -1,0 +1,70 @@
+"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and on to a tracker where one is asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import write_text
+
+FILE_NAME = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics; a last line cut short by a crash is left out."""
+    path = run / FILE_NAME
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _tracker(kind: str, run: Path, config: dict[str, Any]):
+    """Return a function (metrics, step) and one that closes the tracker."""
+    if kind == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("tracker tensorboard is not installed: pip install 'tilewright[tensorboard]'") from error
+        writer = SummaryWriter(str(run))
+
+        def log(metrics: dict[str, Any], step: int) -> None:
+            for name, value in metrics.items():
+                if value is not None:
+                    writer.add_scalar(name, value, step)
+
+        return log, writer.close
+    if kind == "wandb":
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError("tracker wandb is not installed: pip install 'tilewright[wandb]'") from error
+        session = wandb.init(project="tilewright", name=run.name, dir=str(run), config=config)
+        return lambda metrics, step: session.log(metrics, step=step), session.finish
+    return lambda metrics, step: None, lambda: None
+
+
+class MetricLog:
+    """Appends rows to a run's `metrics.jsonl` and hands them on to its tracker."""
+
+    def __init__(self, run: Path, tracker: str = "none", config: dict[str, Any] | None = None, resume_step: int = 0) -> None:
+        """Open the log; rows after `resume_step` are dropped, because a resumed run writes them again."""
+        self._send, self._close = _tracker(tracker, run, config or {})
+        kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
+        write_text(run / FILE_NAME, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = (run / FILE_NAME).open("a", buffering=1)
+
+    def log(self, step: int, **metrics: float | None) -> None:
+        """Write one row."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._send(metrics, step)
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._close()
