@@ -1,0 +1,60 @@
+"""Run the demo and put what it measured into README.md: `make readme`."""
+
+import datetime
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..errors import UserError
+from ..files import require_file, write_text
+from ..train.demo import DemoConfig, DemoSummary, run_demo
+from .machine import describe
+
+BEGIN, END = "<!-- demo: written by `make readme` -->", "<!-- demo: end -->"
+
+
+def demo_block(summary: DemoSummary, machine: dict) -> str:
+    """Return what README.md says of the demo's last run."""
+    result = summary.result
+    date = datetime.datetime.fromisoformat(machine["date"]).date()
+    software = f"torch {machine['torch']}, commit {machine['commit']}, {date}"
+    story = "\n".join(f"> {line}".rstrip() for line in summary.sample.strip().splitlines())
+    return "\n".join(
+        [
+            BEGIN,
+            f"Validation loss **{result.valid_loss:.3f}** nats/token after {result.steps:,} steps "
+            f"({result.num_parameters:,} parameters, {summary.bytes_per_token:.2f} bytes/token), "
+            f"{summary.seconds:.0f} s in all at {result.tokens_per_second:,.0f} tokens/s on "
+            f"{machine['cpu_threads']} threads of {machine['device']} ({software}). The sample of that run:",
+            "",
+            story,
+            END,
+        ]
+    )
+
+
+def replace_block(text: str, block: str) -> str:
+    """Return `text` with everything from BEGIN to END replaced by `block`."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"README.md has no block between {BEGIN!r} and {END!r}: put these two lines where the figures belong")
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+
+
+def main(readme: Path = Path("README.md")) -> None:
+    """Refresh `readme` from a run of the demo in a temporary folder, on the CPU's or GPU's own speed."""
+    text = require_file(readme, "the README", "run this in a checkout").read_text()
+    replace_block(text, "")  # before the minutes of work, not after
+    with tempfile.TemporaryDirectory() as folder:
+        summary = run_demo(DemoConfig(out=Path(folder) / "demo"), Console(stderr=True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_text(readme, replace_block(text, demo_block(summary, describe(device))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"tilewright: error: {error}")

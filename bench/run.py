@@ -1,0 +1,127 @@
+"""The bench's stages in turn; every row is on disk before the next is measured."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..files import require_absent
+from ..train.loop import resolve_device
+from .kernels import bench_rms_norm
+from .machine import copy_ceiling, describe, matmul_ceiling
+from .tokenizer import bench_tokenizer
+from .training import bench_training
+
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+
+    stage: tyro.conf.Positional[Literal["all", "tests", "kernels", "training", "tokenizer"]] = "all"
+    """tests runs the GPU-marked tests; kernels and training need no data; tokenizer needs no GPU."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    out: Path | None = None
+    """File of the results, JSON lines; by default bench-results/DEVICE/DATE.jsonl."""
+
+
+def _tests(device: torch.device) -> Rows:
+    folder = Path(__file__).parent.parent / "tests"
+    if device.type != "cuda" or not folder.is_dir():
+        yield {
+            "case": "GPU-marked tests",
+            "not_measured": "no NVIDIA GPU" if device.type != "cuda" else "installed without tests",
+        }
+        return
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(folder)]
+    outcome = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    tail = outcome.stdout.strip().splitlines()[-1:] or [outcome.stderr.strip()[-200:]]
+    yield {"case": "GPU-marked tests", "variant": "passed" if outcome.returncode == 0 else "FAILED", "summary": tail[0]}
+
+
+def _kernels(device: torch.device) -> Rows:
+    if device.type != "cuda":
+        yield {"case": "kernels", "not_measured": "no NVIDIA GPU"}
+        return
+    copy, matmul = copy_ceiling(device), matmul_ceiling(device)
+    yield {"case": "ceiling", "variant": "copy of 1 GiB", "gb_per_s": copy / 1e9}
+    yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", "tflop_per_s": matmul / 1e12}
+    yield from bench_rms_norm(device, copy)
+
+
+def _training(device: torch.device) -> Rows:
+    presets = ("tinystories-17m", "gpt2-small", "gpt2-xl") if device.type == "cuda" else ("stories-cpu",)
+    yield from bench_training(device, presets)
+
+
+def _tokenizer(device: torch.device) -> Rows:
+    yield from bench_tokenizer()
+
+
+STAGES: dict[str, Callable[[torch.device], Rows]] = {
+    "tests": _tests,
+    "kernels": _kernels,
+    "training": _training,
+    "tokenizer": _tokenizer,
+}
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name in ("share_of_copy", "mfu"):
+        return f"{value:.1%}"
+    return (
+        f"{value:,.3g}"
+        if isinstance(value, float) and value < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="left" if name in ("case", "variant") else "right")
+    for row in rows:
+        table.add_row(*(_text(name, row.get(name)) for name in columns))
+    return table
+
+
+def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
+    """Run the stages, show a table of each, and return the file that holds every row."""
+    console = console or Console()
+    device = resolve_device(config.device)
+    machine = describe(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
+    date = re.sub(r"[^0-9T]", "", machine["date"].split("+")[0])
+    path = require_absent(config.out or Path("bench-results") / slug / f"{date}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("x") as file:
+
+        def keep(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        keep({"stage": "machine", **machine})
+        for stage in STAGES if config.stage == "all" else (config.stage,):
+            rows = []
+            for row in STAGES[stage](device):
+                keep({"stage": stage, **row})
+                rows.append(row)
+            console.print(_table(stage, rows))
+    console.print(f"{machine['device']}, torch {machine['torch']}: wrote {path}", highlight=False)
+    return path

@@ -1,0 +1,284 @@
+"""The command `tilewright`: one subcommand for each thing a person does.
+
+Each subcommand is a function whose typed arguments tyro turns into options. They import what they need when they run, so
+that `tilewright --help` does not wait for torch.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from . import __version__
+from .errors import UserError
+
+Positional = tyro.conf.Positional
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Turn raw text into a model that writes stories, on any machine, in minutes."""
+    from .train.demo import DemoConfig, run_demo
+
+    run_demo(_parse(DemoConfig, "demo", arguments, demo.__doc__))
+
+
+def corpus_stories(
+    out: Path = Path("data/stories"),
+    megabytes: float = 100.0,
+    valid_megabytes: float = 2.0,
+    seed: int = 0,
+) -> None:
+    """Write the embedded corpus: children's stories from a seeded generator, as train.txt and valid.txt.
+
+    Args:
+        out: Folder of the two files.
+        megabytes: Size of train.txt, in MB.
+        valid_megabytes: Size of valid.txt, in MB; its stories are others.
+        seed: The same seed gives the same bytes.
+    """
+    from .files import require_absent
+    from .train.corpus import write_stories
+
+    train, valid = (require_absent(out / name) for name in ("train.txt", "valid.txt"))
+    write_stories(train, megabytes, seed=2 * seed)
+    write_stories(valid, valid_megabytes, seed=2 * seed + 1)
+    print(f"wrote {train} and {valid}; next: tilewright tokenizer train {train}")
+
+
+def corpus_fetch(name: Positional[Literal["tinystories", "openwebtext"]], out: Path | None = None) -> None:
+    """Download a corpus from the Hugging Face hub, as train.txt and valid.txt; an interrupted download goes on.
+
+    Args:
+        name: Which corpus.
+        out: Folder of the two files; by default data/NAME.
+    """
+    from .train.corpus import fetch
+
+    folder = out or Path("data") / name
+    fetch(name, folder)
+    print(f"next: tilewright tokenizer train {folder / 'train.txt'}")
+
+
+def tokenizer_train(
+    text: Positional[Path],
+    vocab_size: int = 10_000,
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",),
+    out: Path | None = None,
+    num_workers: int | None = None,
+) -> None:
+    """Train a byte-level BPE tokenizer on a text file.
+
+    Args:
+        text: UTF-8 text, its documents separated by a special token.
+        vocab_size: Tokens in all: 256 bytes, merges, special tokens.
+        special_tokens: Tokens that merges never cross.
+        out: Where to write it; by default tokenizer.json beside the text.
+        num_workers: Processes; by default one a core.
+    """
+    import time
+
+    from .files import require_absent
+    from .tokenizer import Tokenizer, train_bpe
+
+    path = require_absent(out or text.with_name("tokenizer.json"))
+    start = time.perf_counter()
+    tokenizer = Tokenizer(*train_bpe(text, vocab_size, special_tokens, num_workers=num_workers), special_tokens)
+    tokenizer.save(path)
+    longest = max(
+        (token for token in tokenizer.vocab.values() if token.decode(errors="replace") not in special_tokens), key=len
+    )
+    print(
+        f"wrote {path}: {tokenizer.vocab_size:,} tokens in {time.perf_counter() - start:.1f} s; "
+        f"the longest is {longest.decode(errors='replace')!r}"
+    )
+
+
+def tokenizer_encode(
+    text: Positional[Path], tokenizer: Path | None = None, out: Path | None = None, num_workers: int | None = None
+) -> None:
+    """Encode a text file to a token file, in parallel.
+
+    Args:
+        text: UTF-8 text.
+        tokenizer: The tokenizer's file; by default tokenizer.json beside the text.
+        out: Where to write the tokens; by default beside the text, with the ending .tokens.
+        num_workers: Processes; by default one a core.
+    """
+    from .files import require_absent, require_file
+    from .tokenizer import Tokenizer
+    from .train.data import encode_text
+
+    require_file(text, "text file")
+    path = require_absent(out or text.with_suffix(".tokens"))
+    file = tokenizer or text.with_name("tokenizer.json")
+    loaded = Tokenizer.load(require_file(file, "tokenizer", "make one with `tilewright tokenizer train`"))
+    header = encode_text(text, loaded, path, num_workers)
+    ratio = header.text_bytes / max(1, header.num_tokens)
+    print(f"wrote {path}: {header.num_tokens:,} tokens as {header.dtype}, {ratio:.3f} bytes/token")
+
+
+def tokenizer_decode(tokens: Positional[Path], tokenizer: Path | None = None) -> None:
+    """Print the text of a token file.
+
+    Args:
+        tokens: A token file.
+        tokenizer: The tokenizer's file; by default tokenizer.json beside the tokens.
+    """
+    from .files import require_file
+    from .tokenizer import Tokenizer
+    from .train.data import TokenDataset, decode_text, open_dataset
+
+    TokenDataset(tokens)
+    file = tokenizer or tokens.with_name("tokenizer.json")
+    loaded = Tokenizer.load(require_file(file, "tokenizer", "name one with --tokenizer"))
+    for piece in decode_text(open_dataset(tokens, loaded), loaded):
+        sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a model by a preset, any setting of which can be given anew; see `tilewright train PRESET --help`."""
+    from .train import PRESETS, TrainConfig, preset
+    from .train import train as run_training
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: tilewright train PRESET [OPTIONS]\n\n{train.__doc__}\n\npresets:")
+        for name, config in PRESETS.items():
+            shape = config.model
+            size = f"{shape.num_layers} layers of {shape.d_model}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"
+            print(f"  {name:16} {size}; {config.steps:,} steps of {config.tokens_per_step:,} tokens")
+        return
+    name, *options = arguments
+    base = preset(name)
+
+    def command(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = base, resume: bool = False) -> None:
+        """Train a model.
+
+        Args:
+            config: The run.
+            resume: Go on with the run in --out from its newest checkpoint.
+        """
+        result = run_training(config, resume=resume)
+        print(
+            f"{result.run}: validation loss {result.valid_loss:.4f} after {result.steps:,} steps at "
+            f"{result.tokens_per_second:,.0f} tokens/s; next: tilewright generate {result.run}"
+        )
+
+    _parse(command, f"train {name}", options, f"Train {name}; every setting of the preset can be given anew.")
+
+
+def generate(
+    run: Positional[Path],
+    prompt: str = "Once upon a time",
+    num_samples: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Let a trained model go on with a text.
+
+    Args:
+        run: Folder of the run.
+        prompt: What the text begins with; '' begins a new document.
+        num_samples: Texts to write.
+        max_new_tokens: Most tokens to add; by default to the end of the context.
+        temperature: 0 always takes the most likely token; above 1 flattens the distribution.
+        top_k: Choose among the k most likely tokens only.
+        top_p: Choose among the fewest tokens that together have this probability.
+        seed: The same seed gives the same text.
+        device: cuda, cpu, or auto.
+    """
+    from .train import load_run, write_story
+
+    model, tokenizer = load_run(run, device)
+    texts = write_story(model, tokenizer, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, seed)
+    print("\n\n---\n\n".join(texts))
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Measure the kernels, the tokenizer and the training loop; see `tilewright bench --help`."""
+    from .bench import BenchConfig, run_bench
+
+    run_bench(_parse(BenchConfig, "bench", arguments, bench.__doc__))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "corpus stories": corpus_stories,
+    "corpus fetch": corpus_fetch,
+    "tokenizer train": tokenizer_train,
+    "tokenizer encode": tokenizer_encode,
+    "tokenizer decode": tokenizer_decode,
+    "train": train,
+    "generate": generate,
+    "bench": bench,
+}
+# Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves.
+_PARSE_THEMSELVES = (demo, train, bench)
+
+
+def _parse(target: Callable[..., Any], name: str, arguments: Sequence[str], description: str | None = None) -> Any:
+    return tyro.cli(target, prog=f"tilewright {name}", args=list(arguments), description=description)
+
+
+def _usage(group: str = "") -> str:
+    lines = [f"usage: tilewright {group}{' ' if group else ''}COMMAND [OPTIONS]", ""]
+    if not group:
+        lines += ["Trains Transformer language models, from raw text to generated text.", ""]
+    for name, function in COMMANDS.items():
+        if name.startswith(group):
+            summary = (function.__doc__ or "").splitlines()[0]
+            lines.append(f"  {name.removeprefix(group).strip():18} {summary}")
+    lines += ["", f"tilewright {group}{' ' if group else ''}COMMAND --help shows the options of a command."]
+    if not group:
+        lines.append("tilewright --version shows the version.")
+    return "\n".join(lines)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    for words in (2, 1):
+        name, rest = " ".join(arguments[:words]), arguments[words:]
+        function = COMMANDS.get(name)
+        if function is not None:
+            function(rest) if function in _PARSE_THEMSELVES else _parse(function, name, rest)
+            return
+    word = arguments[0]
+    group = word if any(name.startswith(f"{word} ") for name in COMMANDS) else ""
+    rest = arguments[1:] if group else arguments
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_usage(group))
+        return
+    known = [name.removeprefix(group).strip() for name in COMMANDS if name.startswith(group)]
+    raise UserError(f"command {' '.join(arguments[:2] if group else [word])!r} is unknown: choose one of {', '.join(known)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 2 for a value that cannot be used, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["--version"]:
+        print(f"tilewright {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        _run(arguments)
+    except UserError as error:
+        print(f"tilewright: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted; closing stderr keeps Python from complaining as it exits.
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        print(f"tilewright: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntilewright: interrupted; a training run goes on from its newest checkpoint with --resume", file=sys.stderr)
+        return 130
+    return 0

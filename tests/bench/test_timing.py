@@ -1,0 +1,18 @@
+import pytest
+import torch
+
+from tilewright.bench.timing import quantiles, time_variants
+
+
+def test_quantiles_of_known_samples():
+    times = quantiles([float(n) for n in range(101)])
+    assert (times.p20_ms, times.p50_ms, times.p80_ms, times.count) == (20, 50, 80, 101)
+    assert quantiles([3.0]).p80_ms == 3.0
+    assert quantiles([4.0, 2.0]).p50_ms == pytest.approx(3.0)
+
+
+def test_variants_take_turns():
+    calls = []
+    times = time_variants({name: lambda name=name: calls.append(name) for name in "ab"}, torch.device("cpu"), rounds=3, calls=2)
+    assert "".join(calls) == "ab" + "aabb" * 3  # once to compile, then in turn
+    assert times["a"].count == times["b"].count == 6

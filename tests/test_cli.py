@@ -1,0 +1,163 @@
+import subprocess
+import sys
+
+import pytest
+
+import tilewright
+from tilewright.cli import COMMANDS, main
+
+
+def run(capsys, *arguments):
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as exit:  # tyro's own way out
+        status = exit.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def folder(corpus, tmp_path, monkeypatch):
+    """An empty folder to work in, with the texts of a small corpus in data/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / "data" / name).write_bytes((corpus / name).read_bytes())
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    from tilewright.train.corpus import write_stories
+
+    folder = tmp_path_factory.mktemp("cli")
+    write_stories(folder / "train.txt", 0.1, seed=0)
+    write_stories(folder / "valid.txt", 0.05, seed=1)
+    return folder
+
+
+TRAIN = (
+    "train", "stories-cpu", "--model.vocab-size", 300, "--model.d-model", 16, "--model.num-heads", 2,
+    "--model.context-length", 32,
+    "--data.train", "data/train.txt", "--data.valid", "data/valid.txt", "--data.tokenizer", "data/tokenizer.json",
+    "--steps", 4, "--eval-sequences", 8, "--optimizer.warmup-steps", 1, "--batch-size", 2, "--device", "cpu",
+    "--out", "runs/one",
+)  # fmt: skip
+
+
+def test_the_whole_way_from_text_to_text(capsys, folder):
+    status, out, _ = run(capsys, "tokenizer", "train", "data/train.txt", "--vocab-size", 300)
+    assert status == 0
+    assert out.startswith("wrote data/tokenizer.json: 300 tokens in")
+    status, out, _ = run(capsys, "tokenizer", "encode", "data/train.txt")
+    assert status == 0
+    assert "as uint16" in out
+    status, out, err = run(capsys, *TRAIN)
+    assert status == 0, err
+    assert "runs/one: validation loss" in out
+    assert "step 4/4" in err
+    status, out, _ = run(capsys, "generate", "runs/one", "--prompt", "One day", "--max-new-tokens", 5, "--seed", 1)
+    assert status == 0
+    assert out.startswith("One day")
+    status, out, _ = run(capsys, *TRAIN, "--resume")
+    assert status == 0
+
+
+def test_decoding_prints_the_text(capfdbinary, folder):
+    assert main(["tokenizer", "train", "data/valid.txt", "--vocab-size", "280"]) == 0
+    assert main(["tokenizer", "encode", "data/valid.txt"]) == 0
+    capfdbinary.readouterr()
+    assert main(["tokenizer", "decode", "data/valid.tokens"]) == 0
+    assert capfdbinary.readouterr().out == (folder / "data" / "valid.txt").read_bytes()
+
+
+def test_the_embedded_corpus(capsys, folder):
+    options = ("corpus", "stories", "--megabytes", 0.05, "--valid-megabytes", 0.02, "--out", "data/stories")
+    status, out, _ = run(capsys, *options)
+    assert status == 0
+    assert "next: tilewright tokenizer train data/stories/train.txt" in out
+    assert (folder / "data/stories/train.txt").read_text() != (folder / "data/stories/valid.txt").read_text()
+    status, _, err = run(capsys, *options)
+    assert status == 2
+    assert "train.txt exists already" in err
+
+
+def test_help_is_there_for_everything_and_needs_no_torch():
+    script = "import sys; from tilewright.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.returncode == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in shown.stdout, name
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "train stories-cpu"])
+def test_every_command_explains_itself(capsys, name):
+    status, out, _ = run(capsys, *name.split(), "--help")
+    assert not status
+    assert "usage" in out.lower()
+    assert len(out) > 200
+
+
+def test_a_group_lists_its_commands(capsys):
+    status, out, _ = run(capsys, "corpus")
+    assert status == 0
+    assert "stories" in out
+    assert "fetch" in out
+    assert "demo" not in out
+
+
+def test_the_version(capsys):
+    assert run(capsys, "--version") == (0, f"tilewright {tilewright.__version__}\n", "")
+    assert run(capsys) == run(capsys, "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "command 'dance' is unknown: choose one of demo, corpus stories"),
+        (["corpus", "dance"], "command 'corpus dance' is unknown: choose one of stories, fetch"),
+        (["train", "gpt9"], "preset 'gpt9' is unknown: choose one of stories-cpu"),
+        (["tokenizer", "train", "none.txt"], "none.txt does not exist"),
+        (["tokenizer", "train", "data/train.txt", "--vocab-size", "256"], "256"),
+        (
+            ["tokenizer", "encode", "data/train.txt"],
+            "data/tokenizer.json does not exist: make one with `tilewright tokenizer train`",
+        ),
+        (["tokenizer", "decode", "data/train.txt"], "is not a token file"),
+        (["train", "stories-cpu", "--steps", "0"], "steps is 0: it must be at least 1"),
+        (["train", "stories-cpu"], "data/stories/tokenizer.json does not exist"),
+        (["generate", "data"], "is the folder that of a run?"),
+        (["demo", "--megabytes", "0"], "0"),
+        (["bench", "kernels", "--device", "abacus"], "device 'abacus' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, folder, arguments, message):
+    before = sorted(folder.rglob("*"))
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == "" or arguments[0] == "demo"
+    assert message in err
+    assert err.startswith("tilewright: error: ")
+    assert err.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before or arguments[0] == "demo"
+
+
+def raising(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "generate", raising(KeyboardInterrupt()))
+    status, _, err = run(capsys, "generate")
+    assert status == 130
+    assert "--resume" in err
+
+
+def test_a_full_disk_is_an_error_without_a_traceback(capsys, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "generate", raising(OSError(28, "No space left on device")))
+    status, _, err = run(capsys, "generate")
+    assert status == 1
+    assert err == "tilewright: error: [Errno 28] No space left on device\n"
