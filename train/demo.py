@@ -109,9 +109,10 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     console.print(_table(summary, config))
     console.print(
         f"Next: tilewright generate {out} --prompt 'Lily found a' --temperature 0.6\n"
-        "      tilewright corpus stories --megabytes 100, then tokenizer train, then train stories-cpu (see the README)",
+        "      tilewright corpus fetch tinystories: the README goes on from there to a model of 17 M parameters",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     return summary
 
