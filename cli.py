@@ -5,6 +5,7 @@ that `tilewright --help` does not wait for torch.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -266,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    warnings.formatwarning = lambda message, *_, **__: f"tilewright: warning: {message}\n"
     try:
         _run(arguments)
     except UserError as error:

@@ -33,7 +33,7 @@ class BenchConfig:
     device: str = "auto"
     """cuda, cpu, or auto."""
     out: Path | None = None
-    """File of the results, JSON lines; by default bench-results/DEVICE/DATE.jsonl."""
+    """File of the results, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
 
 
 def _tests(device: torch.device) -> Rows:
@@ -108,7 +108,7 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
     machine = describe(device)
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
     date = re.sub(r"[^0-9T]", "", machine["date"].split("+")[0])
-    path = require_absent(config.out or Path("bench-results") / slug / f"{date}.jsonl")
+    path = require_absent(config.out or Path("bench/results") / slug / f"{date}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x") as file:
 

@@ -149,6 +149,18 @@ def raising(error):
     return command
 
 
+def test_a_warning_is_one_line_too(capsys, folder):
+    (folder / "short.txt").write_text("the cat sat on the mat")
+    with pytest.warns(UserWarning, match="no more pairs"):
+        assert run(capsys, "tokenizer", "train", "short.txt", "--vocab-size", 300)[0] == 0
+    script = (
+        "from tilewright.cli import main; main(['tokenizer', 'train', 'short.txt', '--vocab-size', '300', '--out', 'b.json'])"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
+    assert shown.stderr.startswith("tilewright: warning: short.txt has no more pairs to merge")
+    assert shown.stderr.count("\n") == 1
+
+
 def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setitem(COMMANDS, "generate", raising(KeyboardInterrupt()))
     status, _, err = run(capsys, "generate")
