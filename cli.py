@@ -170,35 +170,25 @@ def train(arguments: Sequence[str]) -> None:
     _parse(command, f"train {name}", options, f"Train {name}; every setting of the preset can be given anew.")
 
 
-def generate(
-    run: Positional[Path],
-    prompt: str = "Once upon a time",
-    num_samples: int = 1,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    seed: int | None = None,
-    device: str = "auto",
-) -> None:
-    """Let a trained model go on with a text.
+def generate(arguments: Sequence[str]) -> None:
+    """Let a trained model go on with a text."""
+    from .train import SampleConfig, load_run, write_texts
 
-    Args:
-        run: Folder of the run.
-        prompt: What the text begins with; '' begins a new document.
-        num_samples: Texts to write.
-        max_new_tokens: Most tokens to add; by default to the end of the context.
-        temperature: 0 always takes the most likely token; above 1 flattens the distribution.
-        top_k: Choose among the k most likely tokens only.
-        top_p: Choose among the fewest tokens that together have this probability.
-        seed: The same seed gives the same text.
-        device: cuda, cpu, or auto.
-    """
-    from .train import load_run, write_story
+    def command(
+        run: Positional[Path],
+        config: Annotated[SampleConfig, tyro.conf.arg(name="")] = SampleConfig(),  # noqa: B008
+        device: str = "auto",
+    ) -> None:
+        """Let a trained model go on with a text.
 
-    model, tokenizer = load_run(run, device)
-    texts = write_story(model, tokenizer, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, seed)
-    print("\n\n---\n\n".join(texts))
+        Args:
+            run: Folder of the run.
+            config: How.
+            device: cuda, cpu, or auto.
+        """
+        print("\n\n---\n\n".join(write_texts(*load_run(run, device), config)))
+
+    _parse(command, "generate", arguments)
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -220,7 +210,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
 }
 # Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves.
-_PARSE_THEMSELVES = (demo, train, bench)
+_PARSE_THEMSELVES = (demo, train, generate, bench)
 
 
 def _parse(target: Callable[..., Any], name: str, arguments: Sequence[str], description: str | None = None) -> Any:

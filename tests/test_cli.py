@@ -127,6 +127,7 @@ def test_the_version(capsys):
         (["train", "stories-cpu", "--steps", "0"], "steps is 0: it must be at least 1"),
         (["train", "stories-cpu"], "data/stories/tokenizer.json does not exist"),
         (["generate", "data"], "is the folder that of a run?"),
+        (["generate", "data", "--num-samples", "0"], "num_samples is 0: it must be at least 1"),
         (["demo", "--megabytes", "0"], "0"),
         (["bench", "kernels", "--device", "abacus"], "device 'abacus' is unknown"),
     ],
@@ -162,14 +163,14 @@ def test_a_warning_is_one_line_too(capsys, folder):
 
 
 def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
-    monkeypatch.setitem(COMMANDS, "generate", raising(KeyboardInterrupt()))
-    status, _, err = run(capsys, "generate")
+    monkeypatch.setitem(COMMANDS, "tokenizer decode", raising(KeyboardInterrupt()))
+    status, _, err = run(capsys, "tokenizer", "decode")
     assert status == 130
     assert "--resume" in err
 
 
 def test_a_full_disk_is_an_error_without_a_traceback(capsys, monkeypatch):
-    monkeypatch.setitem(COMMANDS, "generate", raising(OSError(28, "No space left on device")))
-    status, _, err = run(capsys, "generate")
+    monkeypatch.setitem(COMMANDS, "tokenizer decode", raising(OSError(28, "No space left on device")))
+    status, _, err = run(capsys, "tokenizer", "decode")
     assert status == 1
     assert err == "tilewright: error: [Errno 28] No space left on device\n"

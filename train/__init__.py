@@ -3,16 +3,17 @@
 from .config import DataConfig, OptimizerConfig, TrainConfig
 from .loop import TrainResult, train
 from .presets import PRESETS, preset
-from .run import load_run, write_story
+from .run import SampleConfig, load_run, write_texts
 
 __all__ = [
     "PRESETS",
     "DataConfig",
     "OptimizerConfig",
+    "SampleConfig",
     "TrainConfig",
     "TrainResult",
     "load_run",
     "preset",
     "train",
-    "write_story",
+    "write_texts",
 ]

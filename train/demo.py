@@ -18,7 +18,7 @@ from .data import encode_text
 from .loop import CONFIG_FILE, TrainResult, train
 from .plot import FILE_NAME as PLOT_FILE
 from .presets import corpus_files, preset
-from .run import load_run, write_story
+from .run import SampleConfig, load_run, write_texts
 
 SUMMARY_FILE = "summary.json"
 
@@ -97,9 +97,10 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     console.print(f"[bold]3/4[/] model: {config.steps:,} steps to {out}")
     result = train(config)
 
-    console.print("[bold]4/4[/] sample: temperature 0.8, top-p 0.95\n")
+    sampling = SampleConfig(demo.prompt, seed=demo.seed)
+    console.print(f"[bold]4/4[/] sample: temperature {sampling.temperature}, top-p {sampling.top_p}\n")
     model, tokenizer = load_run(out, config.device)
-    sample = write_story(model, tokenizer, demo.prompt, seed=demo.seed)[0]
+    sample = write_texts(model, tokenizer, sampling)[0]
     console.print(sample, markup=False, highlight=False, style="italic")
 
     summary = DemoSummary(

@@ -1,5 +1,6 @@
 """A finished run, opened again: its model and tokenizer, ready to generate."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,23 +24,34 @@ def load_run(run: Path, device: str = "auto") -> tuple[TransformerLM, Tokenizer]
     return model.eval(), Tokenizer.load(run / TOKENIZER_FILE)
 
 
-def write_story(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    num_samples: int = 1,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    seed: int | None = None,
-) -> list[str]:
-    """Continue `prompt` up to the end of the text, of the context, or of `max_new_tokens`; return prompt and continuation.
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to go on with a text."""
 
-    An empty prompt begins a new document.
-    """
+    prompt: str = "Once upon a time"
+    """What the text begins with; '' begins a new document."""
+    num_samples: int = 1
+    """Texts to write."""
+    max_new_tokens: int | None = None
+    """Most tokens to add; by default to the end of the context."""
+    temperature: float = 0.7
+    """0 always takes the most likely token; above 1 flattens the distribution."""
+    top_k: int | None = None
+    """Choose among the k most likely tokens only."""
+    top_p: float | None = 0.9
+    """Choose among the fewest tokens that together have this probability."""
+    seed: int | None = None
+    """The same seed gives the same text."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise UserError(f"num_samples is {self.num_samples}: it must be at least 1")
+
+
+def write_texts(model: TransformerLM, tokenizer: Tokenizer, config: SampleConfig) -> list[str]:
+    """Return texts that begin with the prompt and go on to the end of the text, of the context, or of `max_new_tokens`."""
     stop = tokenizer.end_of_text_id
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(config.prompt)
     if not ids:
         if stop is None:
             raise UserError(f"the prompt is empty and the tokenizer has no {END_OF_TEXT} to begin with: give a prompt")
@@ -47,12 +59,12 @@ def write_story(
     with torch.autocast(model.rope_cos.device.type, torch.bfloat16, enabled=model.rope_cos.is_cuda):
         continuations = generate(
             model,
-            [ids] * num_samples,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            [ids] * config.num_samples,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
             stop_token=stop,
-            seed=seed,
+            seed=config.seed,
         )
-    return [prompt + tokenizer.decode(new) for new in continuations]
+    return [config.prompt + tokenizer.decode(new) for new in continuations]

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from tilewright.errors import UserError
-from tilewright.train import load_run, write_story
+from tilewright.train import SampleConfig, load_run, write_texts
 from tilewright.train.demo import DemoConfig, run_demo
 
 TINY = {"megabytes": 0.2, "vocab_size": 400, "steps": 3}
@@ -70,13 +70,14 @@ def test_the_default_folder_is_the_first_free_one(demo, tmp_path, monkeypatch):
 
 def test_a_run_writes_stories(demo):
     model, tokenizer = load_run(demo[0].result.run, "cpu")
-    texts = write_story(model, tokenizer, "One day", num_samples=2, max_new_tokens=5, seed=1)
+    config = SampleConfig("One day", num_samples=2, max_new_tokens=5, seed=1)
+    texts = write_texts(model, tokenizer, config)
     assert len(texts) == 2
     assert all(text.startswith("One day") for text in texts)
-    assert texts == write_story(model, tokenizer, "One day", num_samples=2, max_new_tokens=5, seed=1)
-    assert write_story(model, tokenizer, "", max_new_tokens=3, seed=1)[0]
+    assert texts == write_texts(model, tokenizer, config)
+    assert write_texts(model, tokenizer, SampleConfig("", max_new_tokens=3, seed=1))[0]
     with pytest.raises(UserError, match="exceed the context of 256"):
-        write_story(model, tokenizer, "One day " * 100)
+        write_texts(model, tokenizer, SampleConfig("One day " * 100))
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
