@@ -1,79 +1,115 @@
-"""Kernels against the copy bandwidth of the GPU and against PyTorch's and Liger's forms of the same op."""
+"""Times of the kernel library's ops, as shares of the roofline that the ceilings of the same run draw."""
 
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import reference, rms_norm
+from ..kernels.costs import Cost
+from .ops import OpCase, Variant, op_cases
 from .timing import time_variants
 
-TOKENS = 2**14
-# d_model of GPT-2 small to XL, Llama-3 8B and beyond.
-WIDTHS = (768, 1024, 1600, 2048, 4096, 8192, 16384, 32768)
-EPS = 1e-5
 
-Op = Callable[[Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU reached in this run: a copy's bandwidth in bytes/s, a bfloat16 product's speed in FLOP/s."""
 
-
-def _variants() -> dict[str, Op]:
-    variants: dict[str, Op] = {
-        "tilewright": lambda x, w: rms_norm(x, w, EPS),
-        "torch": lambda x, w: F.rms_norm(x, w.shape, w, EPS),
-        "torch.compile": torch.compile(lambda x, w: reference.rms_norm(x, w, EPS), dynamic=False),
-    }
-    try:
-        liger = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-        variants["liger"] = lambda x, w: liger.apply(x, w, EPS, 0.0, "none", False)
-    except ImportError:
-        pass  # an optional peer: its rows are simply not there
-    return variants
+    copy: float
+    matmul: float
 
 
-def _agrees(op: Op, x: Tensor, weight: Tensor) -> bool:
-    """Whether the error against float64 is at most twice the reference's, plus one rounding."""
-    exact = reference.rms_norm(x.double(), weight.double(), EPS)
-    allowed = 2 * (reference.rms_norm(x, weight, EPS) - exact).abs().max() + torch.finfo(x.dtype).eps
-    return bool((op(x, weight) - exact).abs().max() <= allowed)
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def bench_rms_norm(
-    device: torch.device, copy_bytes_per_second: float, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[dict[str, Any]]:
-    """Yield the times of rms_norm, forward and backward, with the share of the copy bandwidth that the least traffic needs.
-
-    Forward reads x and writes y; backward reads x and dy and writes dx; weights and statistics are below 0.1%.
-    """
-    for width in WIDTHS:
-        yield from _bench_width(width, device, copy_bytes_per_second, dtype)
+def _train(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # A fresh copy for each variant, because some peers write into their inputs; floating-point ones get gradients, but not
+    # tables in float32, such as RoPE's.
+    return tuple(t.clone().requires_grad_(t.dtype == torch.bfloat16) for t in inputs)
 
 
-def _bench_width(
-    width: int, device: torch.device, copy_bytes_per_second: float, dtype: torch.dtype
-) -> Iterator[dict[str, Any]]:
-    x = torch.randn(TOKENS, width, dtype=dtype, device=device, requires_grad=True)
-    weight = torch.randn(width, dtype=dtype, device=device, requires_grad=True)
-    dy = torch.randn_like(x)
-    variants = {name: op for name, op in _variants().items() if _agrees(op, x.detach(), weight.detach())}
-    outputs = {name: op(x, weight) for name, op in variants.items()}
-    passes = {
-        "forward": (2, {name: lambda op=op: op(x.detach(), weight.detach()) for name, op in variants.items()}),
-        "backward": (
-            3,
-            {name: lambda y=y: torch.autograd.grad(y, (x, weight), dy, retain_graph=True) for name, y in outputs.items()},
-        ),
-    }
-    for direction, (transfers, calls) in passes.items():
-        for name, times in time_variants(calls, device).items():
-            speed = transfers * x.nbytes / (times.p50_ms * 1e-3)
+def _agrees(variant: Variant, yardstick: Variant, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the error against float32 is at most twice PyTorch's, plus one rounding of the largest value."""
+    with torch.no_grad():
+        exact = _tensors(yardstick(*(t.float() if t.dtype == torch.bfloat16 else t for t in inputs)))
+        for own, torchs, right in zip(_tensors(variant(*inputs)), _tensors(yardstick(*inputs)), exact, strict=True):
+            rounding = torch.finfo(torch.bfloat16).eps * right.abs().max()
+            if (own.float() - right).abs().max() > 2 * (torchs.float() - right).abs().max() + rounding:
+                return False
+    return True
+
+
+class _Calls:
+    """The calls to time for one variant."""
+
+    def __init__(self, variant: Variant, inputs: tuple[Tensor, ...]) -> None:
+        self.variant, self.inputs = variant, _train(inputs)
+        self.wanted = [t for t in self.inputs if t.requires_grad]
+
+    def forward(self) -> Callable[[], object]:
+        detached = [t.detach() for t in self.inputs]
+        return lambda: self.variant(*detached)
+
+    def backward(self) -> Callable[[], object]:
+        outputs = _tensors(self.variant(*self.inputs))
+        gradients = tuple(torch.randn_like(y) for y in outputs)
+        return lambda: torch.autograd.grad(outputs, self.wanted, gradients, retain_graph=True)
+
+    def both(self) -> Callable[[], object]:
+        gradients = tuple(torch.randn_like(y) for y in _tensors(self.variant(*self.inputs)))
+        return lambda: torch.autograd.grad(_tensors(self.variant(*self.inputs)), self.wanted, gradients)
+
+
+def _peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+
+def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield the times of one op's variants, forward, backward and both; a variant that errs is named instead of timed."""
+    torch.manual_seed(0)
+    inputs = case.make(device)
+    calls: dict[str, _Calls] = {}
+    for name, variant in case.variants.items():
+        try:
+            agrees = _agrees(variant, case.variants["torch"], tuple(t.clone() for t in inputs))
+        except Exception as error:  # a peer's failure is a result, not the end of the bench
+            yield {"case": case.name, "variant": name, "not_measured": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        if not agrees:
+            yield {"case": case.name, "variant": name, "not_measured": "more than twice PyTorch's error"}
+            continue
+        calls[name] = _Calls(variant, inputs)
+    costs: Mapping[str, Cost | None] = {"forward": case.forward, "backward": case.backward, "both": case.both}
+    for direction, cost in costs.items():
+        if cost is None:
+            continue
+        ready = {
+            name: getattr(call, direction)() for name, call in calls.items() if direction == "both" or name not in case.fused
+        }
+        for name, times in time_variants(ready, device).items():
+            seconds = times.p50_ms * 1e-3
+            share = cost.seconds(ceilings.copy, ceilings.matmul) / seconds
             yield {
-                "case": f"rms_norm {direction} {TOKENS}x{width} {str(dtype).removeprefix('torch.')}",
+                "case": f"{case.name} {direction}",
                 "variant": name,
                 **asdict(times),
-                "gb_per_s": speed / 1e9,
-                "share_of_copy": speed / copy_bytes_per_second,
+                "gb_per_s": cost.bytes / seconds / 1e9,
+                "tflop_per_s": cost.flops / seconds / 1e12,
+                "share_of_roofline": share,
+                **({"suspicious": "above the ceiling"} if share > 1 else {}),
+                **({"peak_gb": _peak_memory(ready[name], device)} if direction == "both" and device.type == "cuda" else {}),
             }
+
+
+def bench_kernels(device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield the times of every op at every shape."""
+    for case in op_cases():
+        yield from bench_case(case, device, ceilings)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()

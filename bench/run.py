@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import require_absent
+from ..kernels.inspect import ARCHITECTURES, all_cases, inspect
 from ..train.loop import resolve_device
-from .kernels import bench_rms_norm
+from .kernels import Ceilings, bench_kernels
 from .machine import copy_ceiling, describe, matmul_ceiling
 from .tokenizer import bench_tokenizer
 from .training import bench_training
@@ -28,8 +29,8 @@ Rows = Iterator[dict[str, Any]]
 class BenchConfig:
     """What to measure."""
 
-    stage: tyro.conf.Positional[Literal["all", "tests", "kernels", "training", "tokenizer"]] = "all"
-    """tests runs the GPU-marked tests; kernels and training need no data; tokenizer needs no GPU."""
+    stage: tyro.conf.Positional[Literal["all", "tests", "inspect", "kernels", "training", "tokenizer"]] = "all"
+    """tests: the GPU-marked ones; inspect: registers, spills and shared memory of every kernel, without a GPU; others time."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     out: Path | None = None
@@ -57,7 +58,14 @@ def _kernels(device: torch.device) -> Rows:
     copy, matmul = copy_ceiling(device), matmul_ceiling(device)
     yield {"case": "ceiling", "variant": "copy of 1 GiB", "gb_per_s": copy / 1e9}
     yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", "tflop_per_s": matmul / 1e12}
-    yield from bench_rms_norm(device, copy)
+    yield from bench_kernels(device, Ceilings(copy, matmul))
+
+
+def _inspect(device: torch.device) -> Rows:
+    for case in all_cases():
+        for architecture in ARCHITECTURES:
+            report = asdict(inspect(case, architecture))
+            yield {"case": report.pop("name"), "variant": report.pop("architecture"), **report}
 
 
 def _training(device: torch.device) -> Rows:
@@ -71,6 +79,7 @@ def _tokenizer(device: torch.device) -> Rows:
 
 STAGES: dict[str, Callable[[torch.device], Rows]] = {
     "tests": _tests,
+    "inspect": _inspect,
     "kernels": _kernels,
     "training": _training,
     "tokenizer": _tokenizer,
@@ -80,7 +89,7 @@ STAGES: dict[str, Callable[[torch.device], Rows]] = {
 def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name in ("share_of_copy", "mfu"):
+    if name in ("share_of_roofline", "mfu", "occupancy"):
         return f"{value:.1%}"
     return (
         f"{value:,.3g}"
@@ -95,7 +104,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title)
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("case", "variant") else "right")
+        is_text = name in ("case", "variant")
+        table.add_column(name.replace("_", " "), justify="left" if is_text else "right", no_wrap=is_text)
     for row in rows:
         table.add_row(*(_text(name, row.get(name)) for name in columns))
     return table
@@ -103,7 +113,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
     """Run the stages, show a table of each, and return the file that holds every row."""
-    console = console or Console()
+    # In a file a table may be wider than the 80 columns that are assumed there.
+    console = console or Console(width=None if sys.stdout.isatty() else 180)
     device = resolve_device(config.device)
     machine = describe(device)
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")

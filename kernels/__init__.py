@@ -4,11 +4,15 @@ Knows no module and no model. `set_backend` chooses what runs; by default Triton
 """
 
 from .attention import attention
+from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
-from .reference import cross_entropy, linear_cross_entropy, rope, swiglu
+from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope, rope_qk
+from .swiglu import swiglu
 
 __all__ = [
+    "CrossEntropyOutput",
     "add_rms_norm",
     "attention",
     "cross_entropy",
@@ -16,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "rope_qk",
     "set_backend",
     "swiglu",
     "use_backend",

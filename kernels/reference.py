@@ -4,7 +4,7 @@ Half precision is computed in float32 and rounded once, at the end. Shapes: `B` 
 `H` / `Hkv` query / key-value heads, `K` head dim, `F` d_ff, `V` vocabulary.
 """
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["none", "mean", "sum"]
+Casting = Literal["float32", "llama"]
 RopeLayout = Literal["interleaved", "half"]
 
 
@@ -20,36 +21,68 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """Scale each row to unit root mean square, then by `weight` (Zhang & Sennrich 2019, eq. 4).
+def _normalise(wide: Tensor, weight: Tensor | None, eps: float, casting: Casting, offset: float, dtype: torch.dtype) -> Tensor:
+    normalised = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    if casting == "llama":
+        normalised = _widen(normalised.to(dtype))
+    if weight is not None:
+        normalised = normalised * (_widen(weight) + offset if offset else _widen(weight))
+    return normalised.to(dtype)
 
-    x (..., D), weight (D) -> (..., D) in the dtype of `x`.
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, casting: Casting = "float32", offset: float = 0.0
+) -> Tensor:
+    """Scale each row to unit root mean square, then by offset + weight (Zhang & Sennrich 2019, eq. 4).
+
+    x (..., D), weight (D) -> (..., D) in the dtype of `x`. casting="llama" also rounds before the weight is applied.
     """
-    wide = _widen(x)
-    rstd = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * rstd * _widen(weight)).to(x.dtype)
+    return _normalise(_widen(x), weight, eps, casting, offset, x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream and normalise the sum: (..., D), (..., D) -> (rms_norm(sum), sum)."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    casting: Casting = "float32",
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise the sum: (..., D), (..., D) -> (rms_norm(sum), sum).
+
+    The sum has the dtype of `residual`, and is normalised as rounded to it; the first result has the dtype of `x`.
+    """
+    total = (x + residual).to(residual.dtype)
+    return _normalise(_widen(total), weight, eps, casting, offset, x.dtype), total
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """Return silu(gate) * up (Shazeer 2020, eq. 6), elementwise; with `up` omitted, `gate` is packed (..., 2F)."""
+    """Return silu(gate) * up (Shazeer 2020, eq. 6), elementwise; with `up` omitted, `gate` is packed (..., 2F).
+
+    gate, up (..., F) -> (..., F) in the dtype that PyTorch promotes both to.
+    """
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    return (F.silu(_widen(gate)) * _widen(up)).to(gate.dtype)
+    return (F.silu(_widen(gate)) * _widen(up)).to(torch.promote_types(gate.dtype, up.dtype))
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, layout: RopeLayout = "interleaved") -> Tensor:
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    layout: RopeLayout = "interleaved",
+    offset: int = 0,
+) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
 
-    x (..., T, K); cos, sin (positions, K / 2); positions (T) or (B, T), by default 0 .. T - 1. Pairs are neighbours
-    (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in Llama checkpoints.
+    x (..., T, K); cos, sin (positions, K / 2), which get no gradient; positions (T) or (B, T), by default
+    offset .. offset + T - 1. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in
+    Llama checkpoints.
     """
-    cos, sin = (table[: x.shape[-2]] if positions is None else table[positions] for table in (cos, sin))
+    rows = slice(offset, offset + x.shape[-2]) if positions is None else positions
+    cos, sin = cos.detach()[rows], sin.detach()[rows]
     if positions is not None and positions.dim() > 1:
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (B, 1, T, K / 2): one angle for all heads
     wide = _widen(x)
@@ -62,6 +95,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, l
     else:
         raise ValueError(f"layout {layout!r} is unknown: choose 'interleaved' or 'half'")
     return rotated.to(x.dtype)
+
+
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    layout: RopeLayout = "interleaved",
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of queries (B, H, T, K) and keys (B, Hkv, T, K) by the same angles."""
+    return rope(q, cos, sin, positions, layout, offset), rope(k, cos, sin, positions, layout, offset)
 
 
 def attention_mask(
@@ -121,15 +167,56 @@ def attention(
     return (probabilities @ v).to(q.dtype)
 
 
-def _reduce(losses: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
+class CrossEntropyOutput(NamedTuple):
+    """What `cross_entropy` returns where more than the loss is asked for; None stands for what was not."""
+
+    loss: Tensor
+    lse: Tensor | None
+    """(...) float32: log of the sum of exponentials of the (soft-capped) logits. Not differentiable."""
+    accuracy: Tensor | None
+    """Scalar float32: share of the counted targets that are the argmax, the first one among equals."""
+
+
+def reduce_losses(
+    losses: Tensor, counted: Tensor, reduction: Reduction, lse: Tensor | None = None, correct: Tensor | None = None
+) -> Any:
+    """Return the reduced loss, or a `CrossEntropyOutput` where `lse` or `correct` is given; `losses` may be summed already."""
+    # The count stays on the device: reading it here would stall the GPU.
+    count = counted.sum().clamp(min=1)
     if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "mean":
-        # The count stays on the device: reading it here would stall the GPU.
-        return losses.sum() / counted.sum().clamp(min=1)
-    raise ValueError(f"reduction {reduction!r} is unknown: choose 'none', 'mean' or 'sum'")
+        loss = losses
+    elif reduction == "sum":
+        loss = losses.sum()
+    elif reduction == "mean":
+        loss = losses.sum() / count
+    else:
+        raise ValueError(f"reduction {reduction!r} is unknown: choose 'none', 'mean' or 'sum'")
+    if lse is None and correct is None:
+        return loss
+    return CrossEntropyOutput(loss, lse, None if correct is None else correct.sum().float() / count)
+
+
+def _token_losses(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    return_lse: bool,
+    return_accuracy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # logits (N, V), targets (N) -> losses (N), lse (N) or None, whether the target is the argmax (N) or None.
+    counted = targets != ignore_index
+    correct = counted & (logits.argmax(dim=-1) == targets) if return_accuracy else None
+    logits = _widen(logits)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    lse = torch.logsumexp(logits, dim=-1) if z_loss or return_lse else None
+    if z_loss and lse is not None:
+        losses = losses + (z_loss * lse.square()).masked_fill(~counted, 0.0)
+    return losses, lse.detach() if return_lse and lse is not None else None, correct
 
 
 def cross_entropy(
@@ -140,22 +227,22 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    *,
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+) -> Any:
     """Negative log-likelihood of `targets` under softmax(logits), in float32.
 
-    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none". Ignored targets give 0 and do not
-    count in the mean; where all are ignored the mean is 0. Label smoothing as in Szegedy et al. 2016, eq. 3; z-loss adds
-    z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l into c tanh(l / c) (Gemma 2, section 2).
+    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none"; a `CrossEntropyOutput` where lse or
+    accuracy are asked for. Ignored targets give 0 and do not count in the mean; where all are ignored the mean is 0. Label
+    smoothing as in Szegedy et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l
+    into c tanh(l / c) (Gemma 2, section 2).
     """
-    logits = _widen(logits)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    rows, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    losses = F.cross_entropy(rows, flat_targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
-    losses, counted = losses.view(targets.shape), targets != ignore_index
-    if z_loss:
-        losses = losses + (z_loss * torch.logsumexp(logits, dim=-1).square()).masked_fill(~counted, 0.0)
-    return _reduce(losses, counted, reduction)
+    options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
+    rows = logits.reshape(targets.numel(), logits.shape[-1])
+    losses, lse, correct = _token_losses(rows, targets.reshape(-1).long(), *options)
+    lse = None if lse is None else lse.view(targets.shape)
+    return reduce_losses(losses.view(targets.shape), targets != ignore_index, reduction, lse, correct)
 
 
 def linear_cross_entropy(
@@ -167,22 +254,30 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: Reduction = "mean",
-    memory_budget: int = 256 * 2**20,
-) -> Tensor:
+    *,
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+    memory_budget: int = 512 * 2**20,
+) -> Any:
     """`cross_entropy(x @ weight.T, targets)` that holds the logits of a few rows at a time, at most `memory_budget` bytes.
 
-    x (..., D), weight (V, D), targets (...). Where all logits fit in the budget they are kept for the backward pass;
-    else each chunk of rows is computed again there.
+    x (..., D), weight (V, D), computed with in the dtype of x, targets (...). Where all logits fit in the budget they are kept
+    for the backward pass; else each chunk of rows is computed again there.
     """
-    rows, flat_targets = x.flatten(0, -2), targets.flatten()
+    options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
+    rows, flat_targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1).long()
+    weight = weight.to(x.dtype)
     chunk_rows = max(1, memory_budget // (4 * weight.shape[0]))
 
-    def chunk_losses(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
-        return cross_entropy(F.linear(chunk, weight), chunk_targets, ignore_index, label_smoothing, z_loss, softcap, "none")
+    def chunk_losses(chunk: Tensor, chunk_targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _token_losses(F.linear(chunk, weight), chunk_targets, *options)
 
     if rows.shape[0] <= chunk_rows:
-        losses = chunk_losses(rows, flat_targets)
+        losses, lse, correct = chunk_losses(rows, flat_targets)
     else:
         chunks = zip(rows.split(chunk_rows), flat_targets.split(chunk_rows), strict=True)
-        losses = torch.cat([checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])  # pyright: ignore
-    return _reduce(losses.view(targets.shape), targets != ignore_index, reduction)
+        parts = [checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks]
+        losses, lse, correct = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        assert losses is not None
+    lse = None if lse is None else lse.view(targets.shape)
+    return reduce_losses(losses.view(targets.shape), targets != ignore_index, reduction, lse, correct)

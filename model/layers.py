@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..kernels import attention, rms_norm, rope, swiglu
+from ..kernels import add_rms_norm, attention, rms_norm, rope_qk, swiglu
 
 
 class Linear(nn.Linear):
@@ -39,6 +39,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream; return the normalised sum and the sum, from one kernel."""
+        return add_rms_norm(branch, residual, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -87,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`."""
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # (B, H or Hkv, T, K)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k = rope_qk(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.output_proj(attention(q, k, v).transpose(1, 2).flatten(-2))

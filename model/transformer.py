@@ -16,7 +16,11 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each behind its norm and added to the residual stream: (B, T, D) -> (B, T, D)."""
+    """Attention, then feed-forward, each behind its norm and added to the residual stream (B, T, D).
+
+    A branch is added by the norm that comes after it, in the same kernel: a block takes the branch of the block before
+    and hands its own to the next.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -25,10 +29,13 @@ class TransformerBlock(nn.Module):
         self.ln2 = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Apply the block; cos, sin (T, K / 2) are the angles of the positions of `x`."""
-        x = x + self.attn(self.ln1(x), cos, sin, cache)
-        return x + self.ffn(self.ln2(x))
+    def forward(
+        self, branch: Tensor | None, residual: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (branch, residual) after the block; `branch` None begins. cos, sin (T, K / 2) are the positions' angles."""
+        x, residual = (self.ln1(residual), residual) if branch is None else self.ln1.add(branch, residual)
+        x, residual = self.ln2.add(self.attn(x, cos, sin, cache), residual)
+        return self.ffn(x), residual
 
 
 class KVCache:
@@ -79,10 +86,11 @@ class TransformerLM(nn.Module):
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens are longer than the context: allowed are {self.config.context_length}")
         cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
-        x = self.token_embeddings(tokens)
+        branch, residual = None, self.token_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, None if cache is None else cache.layers[i])
-        return self.ln_final(x)
+            branch, residual = layer(branch, residual, cos, sin, None if cache is None else cache.layers[i])
+        assert branch is not None  # there is at least one layer
+        return self.ln_final.add(branch, residual)[0]
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each position."""

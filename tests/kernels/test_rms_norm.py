@@ -1,7 +1,11 @@
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from oracle import assert_accurate, poisoned_memory
@@ -13,23 +17,39 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be importe
 EPS = 1e-5
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# 1, odd, prime, a power of two, more than a tile of narrow rows, and wider than one block of the backward and forward pass.
-WIDTHS = [1, 7, 64, 127, 1000, 8193, 33000]
+# Odd, prime, a power of two, more than a tile of narrow rows, and wider than one block of the backward and forward pass.
+WIDTHS = [7, 64, 127, 1000, 8193, 33000]
+# Of fewer elements, a gradient may cancel to less than the rounding of its terms, which the oracle does not forgive.
+ROW_WIDTHS = st.integers(8, 300)
 
 
-def gradients(function, x, weight, dy):
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = function(x, weight, EPS)
-    return y.detach(), *torch.autograd.grad(y, (x, weight), dy.to(y.dtype))
+def gradients(function, inputs, upstream, **options):
+    """Return the results and the gradient of every input that is a tensor; an upstream gradient of None is left out."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    results = function(*leaves, EPS, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    used = [(result, grad.to(result.dtype)) for result, grad in zip(results, upstream, strict=True) if grad is not None]
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad([r for r, _ in used], wanted, [g for _, g in used], materialize_grads=True)
+    return *(result.detach() for result in results), *grads
 
 
-def check(x, weight, dy):
+def compare(function, oracle, inputs, upstream, **options):
     with use_backend("triton"), poisoned_memory():
-        actual = gradients(rms_norm, x, weight, dy)
-    expected = gradients(reference.rms_norm, x, weight, dy)
-    exact = gradients(reference.rms_norm, x.double(), weight.double(), dy.double())
-    for what, *tensors in zip(("y", "dx", "dweight"), actual, expected, exact, strict=True):
-        assert_accurate(*tensors, what=what)
+        actual = gradients(function, inputs, upstream, **options)
+    expected = gradients(oracle, inputs, upstream, **options)
+    wide = [None if t is None else t.double() for t in inputs]
+    exact = gradients(oracle, wide, [None if t is None else t.double() for t in upstream], **options)
+    for number, tensors in enumerate(zip(actual, expected, exact, strict=True)):
+        assert_accurate(*tensors, what=f"result or gradient {number}")
+
+
+def check(x, weight, dy, **options):
+    compare(rms_norm, reference.rms_norm, (x, weight), (dy,), **options)
+
+
+def check_sum(x, residual, weight, dy, d_total, **options):
+    compare(add_rms_norm, reference.add_rms_norm, (x, residual, weight), (dy, d_total), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,13 +60,77 @@ def test_forward_and_backward_equal_the_reference(device, dtype, width):
     check(x, torch.randn(width, dtype=dtype, device=device), dy)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(num_rows=st.integers(1, 70), width=st.integers(1, 300), seed=st.integers(0, 99), scale=st.sampled_from([1e-4, 1.0, 1e3]))
-def test_any_shape_and_scale(num_rows, width, seed, scale):
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(torch.bfloat16, torch.float32, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_fused_sum_equals_the_reference(device, dtype, residual_dtype, width):
+    torch.manual_seed(width)
+    x, dy = torch.randn(2, 5, width, dtype=dtype, device=device)
+    residual, d_total = torch.randn(2, 5, width, dtype=residual_dtype, device=device)
+    check_sum(x, residual, torch.randn(width, dtype=dtype, device=device), dy, d_total)
+
+
+OPTIONS = {
+    "casting": st.sampled_from(["float32", "llama"]),
+    "offset": st.sampled_from([0.0, 1.0]),
+    "dtype": st.sampled_from([torch.float32, torch.float16]),
+    "weight_dtype": st.sampled_from([torch.float32, torch.float16, None]),
+    "seed": st.integers(0, 99),
+}
+
+
+def draw(num_rows, width, seed, dtype):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator().manual_seed(seed)
-    x, dy = (torch.randn(num_rows, width, generator=generator).to(device) for _ in range(2))
-    check(x * scale, torch.randn(width, generator=generator).to(device), dy)
+    return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def draw_weight(width, seed, dtype, offset):
+    """Return a weight and the options that it allows."""
+    if dtype is None:
+        return None, {"offset": 0.0}
+    return draw(1, width, seed, dtype)[0], {"offset": offset}
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(num_rows=st.integers(1, 70), width=ROW_WIDTHS, scale=st.sampled_from([1e-4, 1.0, 1e3]), **OPTIONS)
+def test_any_shape_scale_and_options(num_rows, width, scale, casting, offset, dtype, weight_dtype, seed):
+    weight, options = draw_weight(width, seed, weight_dtype, offset)
+    x, dy = (draw(num_rows, width, seed + i, dtype) for i in (1, 2))
+    check(x * scale, weight, dy, casting=casting, **options)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    num_rows=st.integers(1, 70),
+    width=ROW_WIDTHS,
+    residual_dtype=st.sampled_from([torch.float32, torch.float16]),
+    used=st.sampled_from(["both", "y", "total"]),
+    **OPTIONS,
+)
+def test_any_fused_sum(num_rows, width, residual_dtype, used, casting, offset, dtype, weight_dtype, seed):
+    weight, options = draw_weight(width, seed, weight_dtype, offset)
+    x, dy = (draw(num_rows, width, seed + i, dtype) for i in (1, 2))
+    residual, d_total = (draw(num_rows, width, seed + i, residual_dtype) for i in (3, 4))
+    dy, d_total = (None if used == "total" else dy), (None if used == "y" else d_total)
+    check_sum(x, residual, weight, dy, d_total, casting=casting, **options)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_rows_of_few_elements(device, width):
+    torch.manual_seed(0)
+    x, residual, dy, d_total = 1 + torch.rand(4, 5, width, device=device)
+    weight = torch.randn(width, device=device)
+    check(x, weight, dy)
+    check_sum(x, residual, weight, dy, d_total)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
@@ -69,8 +153,17 @@ def test_weight_and_activations_of_other_dtypes(device, weight_dtype):
 )
 def test_strided_inputs_and_gradients(device, view):
     torch.manual_seed(0)
-    x, dy = view(torch.randn(20, 48, device=device)), view(torch.randn(20, 48, device=device))
-    check(x, torch.randn(x.shape[-1], device=device), dy)
+    x, dy, residual, d_total = (view(torch.randn(20, 48, device=device)) for _ in range(4))
+    weight = torch.randn(x.shape[-1], device=device)
+    check(x, weight, dy)
+    check_sum(x, residual, weight, dy, d_total)
+
+
+def test_gradients_expanded_from_a_sum(device):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 5, 24, device=device)
+    one = torch.ones((), device=device).expand(5, 24)
+    check_sum(x, residual, torch.randn(24, device=device), one, one)
 
 
 def test_strided_weight(device):
@@ -80,64 +173,136 @@ def test_strided_weight(device):
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 1, 1, 8)])
 def test_leading_shapes(device, shape):
-    check(torch.randn(shape, device=device), torch.randn(8, device=device), torch.randn(shape, device=device))
+    x, residual, dy, d_total = (torch.randn(shape, device=device) for _ in range(4))
+    check(x, torch.randn(8, device=device), dy)
+    check_sum(x, residual, torch.randn(8, device=device), dy, d_total)
+
+
+@pytest.mark.parametrize("width", [3, 40_000])
+def test_zero_rows_of_any_form(device, width):
+    empty = torch.randn(0, width, device=device)
+    check_sum(empty, empty, torch.randn(width, device=device), empty, empty)
 
 
 def test_zero_rows_stay_zero_and_finite(device):
     check(torch.zeros(4, 16, device=device), torch.ones(16, device=device), torch.randn(4, 16, device=device))
 
 
-def test_only_what_is_needed_is_differentiated(device):
-    x = torch.randn(4, 16, device=device)
-    weight = torch.randn(16, device=device, requires_grad=True)
-    with use_backend("triton"):
-        rms_norm(x, weight).sum().backward()
-    assert weight.grad is not None
-    assert x.grad is None
-
-
-def test_gradients_are_bitwise_repeatable(device):
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16])
+def test_only_what_is_needed_is_differentiated(device, wanted, residual_dtype):
     torch.manual_seed(0)
-    x, dy = torch.randn(2, 300, 65, device=device)
-    weight = torch.randn(65, device=device)
+    tensors = [torch.randn(4, 16), torch.randn(4, 16, dtype=residual_dtype), torch.randn(16)]
+
+    def grads(function):
+        leaves = [t.to(device).requires_grad_(wants) for t, wants in zip(tensors, wanted, strict=True)]
+        y, total = function(*leaves)
+        (y.sin().sum() + total.float().sin().sum()).backward()
+        return [t.grad for t in leaves]
+
+    with use_backend("triton"), poisoned_memory():
+        actual = grads(add_rms_norm)
+    for wants, a, b in zip(wanted, actual, grads(reference.add_rms_norm), strict=True):
+        assert (a is not None) == wants
+        if wants:
+            torch.testing.assert_close(a, b)
+
+
+def test_an_unused_result_costs_no_kernel(device):
+    x, residual = torch.randn(2, 4, 16, device=device, requires_grad=True)
+    with use_backend("triton"), profile() as profiler:
+        _, total = add_rms_norm(x, residual)
+        torch.autograd.grad(total.sum(), (x, residual))
+    assert not [event.key for event in profiler.key_averages() if "rms_norm_backward" in event.key]
+
+
+@pytest.mark.parametrize("width", [65, 20_000])
+def test_gradients_are_bitwise_repeatable(device, width):
+    torch.manual_seed(0)
+    x, residual, dy, d_total = torch.randn(4, 30, width, device=device)
+    weight = torch.randn(width, device=device)
     with use_backend("triton"):
-        first, second = (gradients(rms_norm, x, weight, dy) for _ in range(2))
+        first, second = (gradients(add_rms_norm, (x, residual, weight), (dy, d_total)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_add_rms_norm_returns_the_new_residual(device):
-    torch.manual_seed(0)
-    x, residual = torch.randn(2, 5, 33, device=device)
-    weight = torch.randn(33, device=device)
+def test_the_gradient_of_both_addends_is_one_tensor_that_may_be_accumulated_into(device):
+    x, residual = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
     with use_backend("triton"):
-        y, total = add_rms_norm(x, residual, weight)
-    torch.testing.assert_close(total, x + residual)
-    torch.testing.assert_close(y, reference.rms_norm(x + residual, weight))
+        for _ in range(2):
+            sum(t.sum() for t in add_rms_norm(x, residual)).backward()
+    y, total = reference.add_rms_norm(x, residual)
+    (once,) = torch.autograd.grad(y.sum() + total.sum(), x)
+    torch.testing.assert_close(x.grad, 2 * once)
+    torch.testing.assert_close(residual.grad, 2 * once)
 
 
-def test_the_reference_passes_gradcheck():
-    x, weight = (
-        torch.randn(3, 5, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, dtype=torch.float64, requires_grad=True),
-    )
-    assert torch.autograd.gradcheck(reference.rms_norm, (x, weight))
+def test_the_sum_is_rounded_to_the_residual_and_normalised_as_rounded(device):
+    torch.manual_seed(0)
+    x = torch.randn(5, 33, device=device)
+    residual = torch.randn(5, 33, device=device, dtype=torch.float16)
+    with use_backend("triton"):
+        y, total = add_rms_norm(x, residual)
+    assert (y.dtype, total.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(total, (x + residual.float()).half(), rtol=0, atol=0)
+    torch.testing.assert_close(y, reference.rms_norm(total.float()))
 
 
-def test_the_op_is_registered_as_pytorch_asks(device):
+def test_llama_casting_rounds_before_the_weight(device):
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 64, device=device).half(), torch.randn(64, device=device)
+    normalised = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).half()
+    expected = (weight * normalised).half()  # the product in float32, as PyTorch promotes it
+    assert torch.equal(reference.rms_norm(x, weight, EPS, casting="llama"), expected)
+    with use_backend("triton"):
+        actual = rms_norm(x, weight, EPS, casting="llama")
+        assert not torch.equal(rms_norm(x, weight, EPS), expected)
+    # A sum in another order may turn a rounding here and there.
+    assert (actual == expected).float().mean() > 0.99
+
+
+def test_gemma_offset_is_one_plus_the_weight(device):
+    x, weight = torch.randn(4, 16, device=device), torch.randn(16, device=device)
+    with use_backend("triton"):
+        torch.testing.assert_close(rms_norm(x, weight, offset=1.0), rms_norm(x, 1 + weight))
+        torch.testing.assert_close(rms_norm(x), torch.nn.functional.rms_norm(x, (16,), eps=1e-5))
+
+
+@pytest.mark.parametrize("options", [{}, {"casting": "llama"}, {"offset": 1.0}])
+def test_the_reference_passes_gradcheck(options):
+    x, residual, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (3, 5), (5,)))
+    assert torch.autograd.gradcheck(partial(reference.rms_norm, **options), (x, weight))
+    assert torch.autograd.gradcheck(partial(reference.add_rms_norm, **options), (x, residual, weight))
+
+
+@pytest.mark.parametrize("form", ["alone", "no weight", "sum", "sum of other dtype"])
+def test_the_ops_are_registered_as_pytorch_asks(device, form):
     x, weight = torch.randn(2, 3, 8, device=device, requires_grad=True), torch.randn(8, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.tilewright.rms_norm, (x, weight, EPS))
+    residual = None
+    if form.startswith("sum"):
+        dtype = torch.float16 if "other" in form else torch.float32
+        residual = torch.randn(2, 3, 8, device=device, dtype=dtype, requires_grad=True)
+    weight = None if form == "no weight" else weight
+    torch.library.opcheck(torch.ops.tilewright.rms_norm, (x, residual, weight, EPS, 0.0, False, torch.float32))
+    rstd = torch.rand(6, device=device)
+    d_residual_dtype = None if residual is None or residual.dtype == x.dtype else residual.dtype
+    tensors = (None if t is None else t.detach() for t in (x, residual, x, weight))
+    flags = x.dtype, d_residual_dtype, weight is not None
+    torch.library.opcheck(torch.ops.tilewright.rms_norm_backward, (*tensors, rstd, 0.0, *flags))
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager(device):
-    x, weight = torch.randn(6, 32, device=device), torch.randn(32, device=device)
+    x, residual, dy, d_total = torch.randn(4, 6, 32, device=device)
 
-    def branch(x, weight, eps):
-        return rms_norm(x * 2, weight, eps) + 1
+    def block(x, residual, weight, eps):
+        y, total = add_rms_norm(x * 2, residual, weight, eps)
+        return rms_norm(y + 1, weight, eps, casting="llama", offset=1.0), total
 
+    inputs = x, residual.half(), torch.randn(32, device=device)
     with use_backend("triton"):
-        eager = gradients(branch, x, weight, torch.ones_like(x))
-        compiled = gradients(torch.compile(branch, fullgraph=True), x, weight, torch.ones_like(x))
+        eager = gradients(block, inputs, (dy, d_total))
+        compiled = gradients(torch.compile(block, fullgraph=True), inputs, (dy, d_total))
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -157,29 +322,89 @@ def test_double_backward_is_a_clear_error(device):
             dx.sum().backward()
 
 
-def test_a_weight_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"\(7,\).*\(8,\)"):
-        rms_norm(torch.randn(2, 8), torch.randn(7))
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.ones(2, 8), torch.ones(7)), {}, r"weight has shape \(7,\).*\(8,\)"),
+        ((torch.ones(()),), {}, r"x has shape \(\).*\(\.\.\., D\)"),
+        ((torch.ones(2, 0),), {}, r"x has shape \(2, 0\)"),
+        ((torch.ones(2, 8),), {"casting": "gemma"}, "'gemma'.*'float32' or 'llama'"),
+        ((torch.ones(2, 8),), {"offset": 1.0}, r"offset is 1\.0.*allowed is 0\.0"),
+        ((torch.ones(2, 8), torch.ones(8, device="meta")), {}, "weight is on meta: allowed is c"),
+        ((torch.ones(2, 8, dtype=torch.float64),), {}, "x has dtype torch.float64.*torch.bfloat16"),
+        ((torch.ones(2, 8), torch.ones(8, dtype=torch.int32)), {}, "weight has dtype torch.int32"),
+    ],
+)
+def test_bad_arguments_are_refused(device, arguments, options, message):
+    arguments = [t if t.is_meta else t.to(device) for t in arguments]
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        rms_norm(*arguments, **options)
+
+
+def test_a_residual_of_another_shape_or_dtype_is_refused(device):
+    x = torch.ones(2, 8, device=device)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"residual has dtype torch.float64.*torch.float16"):
+        add_rms_norm(x, x.double())
+    with pytest.raises(ValueError, match=r"residual has shape \(8,\).*\(2, 8\)"):
+        add_rms_norm(torch.ones(2, 8), torch.ones(8))
 
 
 @pytest.mark.gpu
-def test_runs_inside_a_cuda_graph_without_synchronising():
-    x, weight = torch.randn(64, 1024, device="cuda"), torch.randn(1024, device="cuda")
-    expected = rms_norm(x, weight)
+@pytest.mark.parametrize("width", [1024, 20_000])
+def test_runs_inside_a_cuda_graph_without_synchronising(width):
+    x, residual, dy, d_total = torch.randn(4, 64, width, device="cuda", dtype=torch.bfloat16)
+    inputs = x, residual, torch.randn(width, device="cuda")
+    expected = gradients(add_rms_norm, inputs, (dy, d_total))
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = rms_norm(x, weight)
+            captured = gradients(add_rms_norm, inputs, (dy, d_total))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    y.zero_()
+    for tensor in captured:
+        tensor.zero_()
     graph.replay()
-    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 @pytest.mark.gpu
-def test_autocast_computes_in_float32_like_pytorch():
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_autocast_gives_float32_like_pytorch(backend):
     x, weight = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), torch.randn(64, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16):
-        assert rms_norm(x, weight).dtype == torch.nn.functional.rms_norm(x, (64,), weight).dtype == torch.float32
+    with use_backend(backend), torch.autocast("cuda", torch.bfloat16):
+        y = rms_norm(x, weight)
+        expected = torch.nn.functional.rms_norm(x, (64,), weight, 1e-5)
+        fused, total = add_rms_norm(x, x, weight)
+    assert y.dtype == expected.dtype == torch.float32
+    assert fused.dtype == total.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(fused, torch.nn.functional.rms_norm(total.float(), (64,), weight, 1e-5).bfloat16())
+
+
+def test_a_float32_result_of_half_precision_has_gradients_in_half(device):
+    # What autocast asks of the op, on any device.
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 5, 40, device=device)
+    x, weight = x.half().requires_grad_(), torch.randn(40, device=device)
+    y, _, _ = torch.ops.tilewright.rms_norm(x, None, weight, EPS, 0.0, False, torch.float32)
+    expected = reference.rms_norm(x.float(), weight, EPS)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, expected)))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count():
+    width = 4096
+    x = torch.zeros(2**31 // width + 8, width, device="cuda", dtype=torch.bfloat16)
+    x[-8:] = torch.randn(8, width, device="cuda")
+    y, total = add_rms_norm(x, x)
+    assert torch.equal(total[-8:], 2 * x[-8:])
+    torch.testing.assert_close(y[-8:], reference.rms_norm(2 * x[-8:]))
+    last = x[-8:].detach().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.rms_norm(last).sum(), last)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(rms_norm(x)[-8:].sum(), x)
+    torch.testing.assert_close(dx[-8:], expected)
+    assert dx[:8].eq(0).all()

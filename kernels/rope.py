@@ -1,0 +1,351 @@
+"""Rotary position embedding of queries and keys in one launch; the backward pass is the same kernel, turning back.
+
+A program holds one block of tokens for one block of heads: the angles are loaded once a token and serve all its heads.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .dispatch import jit, on_device_of, tl, use_triton
+from .inspect import KernelCase
+from .reference import RopeLayout
+
+
+@jit
+def _rotate(
+    x_rows,
+    y_rows,
+    row_mask,
+    cos,
+    sin,
+    HEAD_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    if INTERLEAVED:
+        # Whole rows are loaded and parted in registers: a load of every other channel could not be a vector.
+        channels = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
+        mask = row_mask & (channels < HEAD_DIM)
+        x = tl.load(x_rows + channels, mask=mask).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS // 2, 2)))
+        y = tl.interleave(first * cos - second * sin, first * sin + second * cos)
+        tl.store(y_rows + channels, y.to(y_rows.dtype.element_ty), mask=mask)
+    else:
+        pairs = tl.arange(0, BLOCK_CHANNELS // 2)[None, None, :]
+        mask = row_mask & (pairs < HEAD_DIM // 2)
+        first = tl.load(x_rows + pairs, mask=mask).to(tl.float32)
+        second = tl.load(x_rows + HEAD_DIM // 2 + pairs, mask=mask).to(tl.float32)
+        element = y_rows.dtype.element_ty
+        tl.store(y_rows + pairs, (first * cos - second * sin).to(element), mask=mask)
+        tl.store(y_rows + HEAD_DIM // 2 + pairs, (first * sin + second * cos).to(element), mask=mask)
+
+
+@jit
+def _rope_kernel(
+    q_ptr,
+    q_out_ptr,
+    k_ptr,
+    k_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    q_out_batch_stride,
+    q_out_head_stride,
+    q_out_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    k_out_batch_stride,
+    k_out_head_stride,
+    k_out_token_stride,
+    positions_batch_stride,
+    positions_token_stride,
+    num_q_heads,
+    num_k_heads,
+    num_tokens,
+    num_positions,
+    num_token_blocks,
+    HEAD_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HAS_K: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    # Blocks of heads of the same tokens run side by side, so that all but the first find their angles in the L2 cache.
+    num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
+    num_head_blocks = num_q_blocks
+    if HAS_K:
+        num_head_blocks += tl.cdiv(num_k_heads, BLOCK_HEADS)
+    head_block = tl.program_id(0) % num_head_blocks
+    token_block = tl.program_id(0) // num_head_blocks % num_token_blocks
+    batch = (tl.program_id(0) // num_head_blocks // num_token_blocks).to(tl.int64)
+    tokens = token_block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None, None]
+    token_mask = tokens < num_tokens
+    tokens = tokens.to(tl.int64)
+
+    if HAS_POSITIONS:
+        positions_row = positions_ptr + batch * positions_batch_stride
+        positions = tl.load(positions_row + tokens * positions_token_stride, mask=token_mask, other=0).to(tl.int64)
+    else:
+        positions = tokens
+    pairs = tl.arange(0, BLOCK_CHANNELS // 2)[None, None, :]
+    # A position outside the tables must not be read, and to report it from here would need a synchronisation: NaN shows it.
+    angle_mask = (positions >= 0) & (positions < num_positions) & (pairs < HEAD_DIM // 2)
+    angles = positions * (HEAD_DIM // 2) + pairs
+    cos = tl.load(cos_ptr + angles, mask=angle_mask, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + angles, mask=angle_mask, other=float("nan")).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+
+    block_heads = tl.arange(0, BLOCK_HEADS)[None, :, None]
+    if head_block < num_q_blocks:
+        heads = (head_block * BLOCK_HEADS + block_heads).to(tl.int64)
+        _rotate(
+            q_ptr + batch * q_batch_stride + tokens * q_token_stride + heads * q_head_stride,
+            q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride + heads * q_out_head_stride,
+            token_mask & (heads < num_q_heads),
+            cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
+        )  # fmt: skip
+    elif HAS_K:
+        heads = ((head_block - num_q_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
+        _rotate(
+            k_ptr + batch * k_batch_stride + tokens * k_token_stride + heads * k_head_stride,
+            k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride + heads * k_out_head_stride,
+            token_mask & (heads < num_k_heads),
+            cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
+        )  # fmt: skip
+
+
+# Bytes of x that a program and a thread read: two 16-byte loads a thread.
+PROGRAM_BYTES = 8192
+THREAD_BYTES = 32
+# The angles of a token are as many bytes as one of its heads in float32, two in half precision: over 16 heads, little.
+MAX_BLOCK_HEADS = 16
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def launch_config(num_heads: int, num_tokens: int, head_dim: int, element_size: int) -> dict[str, int]:
+    """Return the block sizes and warps that ship for `num_heads` heads of q or k, whichever has more."""
+    channels = _power_of_two(head_dim)
+    heads = min(_power_of_two(num_heads), MAX_BLOCK_HEADS, PROGRAM_BYTES // element_size // channels)
+    tokens = min(PROGRAM_BYTES // element_size // (channels * heads), _power_of_two(num_tokens))
+    num_warps = max(tokens * heads * channels * element_size // (32 * THREAD_BYTES), 1)
+    return {"BLOCK_TOKENS": tokens, "BLOCK_HEADS": heads, "BLOCK_CHANNELS": channels, "num_warps": num_warps}
+
+
+def _is_tokens_first(x: Tensor) -> bool:
+    # The heads of a projection's output, (B, T, H, K) in memory.
+    return x.stride(1) < x.stride(2)
+
+
+@torch.library.custom_op("tilewright::rope", mutates_args=())
+def _rope(
+    xs: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    tokens_first: Sequence[bool],
+) -> list[Tensor]:
+    """Rotate one or two tensors (B, H, T, K); each result is laid out as (B, T, H, K) where `tokens_first` says so."""
+    ys = _empty_results(xs, cos, sin, positions, interleaved, inverse, tokens_first)
+    if all(x.numel() == 0 for x in xs):
+        return ys
+    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    q, k, q_out, k_out = xs[0], xs[-1], ys[0], ys[-1]
+    batch, _, num_tokens, head_dim = q.shape
+    has_k = len(xs) == 2
+    element_size = max(q.element_size(), k.element_size())
+    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, element_size)
+    num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
+    num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
+    with on_device_of(q):
+        _rope_kernel[(batch * num_token_blocks * num_head_blocks,)](
+            q, q_out, k, k_out, cos.contiguous(), sin.contiguous(), q if positions is None else positions,
+            *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3],
+            *((0, 0) if positions is None else positions.stride()),
+            q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks,
+            HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, HAS_K=has_k,
+            HAS_POSITIONS=positions is not None, **config,
+        )  # fmt: skip
+    return ys
+
+
+@_rope.register_fake
+def _empty_results(
+    xs: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    tokens_first: Sequence[bool],
+) -> list[Tensor]:
+    def like(x: Tensor, first: bool) -> Tensor:
+        batch, heads, tokens, head_dim = x.shape
+        return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if first else x.new_empty(x.shape)
+
+    return [like(x, first) for x, first in zip(xs, tokens_first, strict=True)]
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, cos, sin, positions, ctx.interleaved, ctx.inverse, ctx.tokens_first = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx, dys: list[Tensor]) -> tuple[list[Tensor], None, None, None, None, None, None]:
+    # A rotation's gradient is the rotation back, which the same op computes; so it can be differentiated again.
+    dxs = torch.ops.tilewright.rope(dys, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse, ctx.tokens_first)
+    return dxs, None, None, None, None, None, None
+
+
+# No autocast rule: x keeps its dtype, as under PyTorch's multiplications.
+_rope.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula([torch.ops.tilewright.rope])
+def _no_flops(*args, **kwargs) -> int:
+    # FlopCounterMode counts matrix multiplications only; registering 0 says that the op was not forgotten.
+    return 0
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+POSITION_DTYPES = (torch.int64, torch.int32)
+LAYOUTS = ("interleaved", "half")
+MAX_HEAD_DIM = 256
+
+
+def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown: choose 'interleaved' or 'half'")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} is {x.dtype}: allowed are {', '.join(map(str, DTYPES))}")
+    if x.dim() < 2 or x.shape[-1] % 2 or not 0 < x.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}: allowed is (..., T, K) with an even head dim K from 2 to {MAX_HEAD_DIM}"
+        )
+    for other_name, other in (("cos", cos), ("sin", sin), ("positions", positions)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{other_name} is on {other.device}: allowed is {x.device}, the device of {name}")
+    num_tokens, head_dim = x.shape[-2:]
+    for table_name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape[1] != head_dim // 2 or table.shape[0] != cos.shape[0]:
+            raise ValueError(
+                f"{table_name} has shape {tuple(table.shape)}: allowed is (positions, {head_dim // 2}) for both tables"
+            )
+    if positions is None:
+        if not 0 <= offset <= cos.shape[0] - num_tokens:
+            raise ValueError(
+                f"offset {offset} with {num_tokens} tokens: allowed is 0 to {cos.shape[0] - num_tokens}, "
+                f"because cos and sin have {cos.shape[0]} positions"
+            )
+        return
+    if offset != 0:
+        raise ValueError(f"offset is {offset}: with positions it must be 0, they say where each token stands")
+    if positions.dtype not in POSITION_DTYPES:
+        raise ValueError(f"positions is {positions.dtype}: allowed are {', '.join(map(str, POSITION_DTYPES))}")
+    allowed = [(num_tokens,)] + ([(x.shape[0], num_tokens)] if x.dim() == 4 else [])
+    if tuple(positions.shape) not in allowed:
+        raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {' or '.join(map(str, allowed))}")
+
+
+def _launch(
+    xs: list[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int
+) -> list[Tensor]:
+    batch, _, num_tokens, _ = xs[0].shape
+    if positions is not None:
+        positions = positions.expand(batch, num_tokens)
+    elif offset != 0:
+        cos, sin = cos[offset:], sin[offset:]
+    tokens_first = [_is_tokens_first(x) for x in xs]
+    return torch.ops.tilewright.rope(xs, cos, sin, positions, layout == "interleaved", False, tokens_first)
+
+
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    layout: RopeLayout = "interleaved",
+    offset: int = 0,
+) -> Tensor:
+    """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
+
+    x (..., T, K), K even and at most 256; cos, sin (positions, K / 2) -> (..., T, K) in the dtype of `x`, computed in
+    float32. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in Llama checkpoints.
+
+    Tokens stand at offset .. offset + T - 1, after `offset` cached ones; or at `positions`, (T) or (B, T) integers for x
+    (B, H, T, K). On a GPU these are not compared with the length of the tables, which would need a synchronisation: a
+    position outside gives NaN.
+
+    cos and sin get no gradient. x may have any strides, as a slice of a packed projection has; only channels that are no
+    neighbours are copied. Where x is (B, T, H, K) in memory, so are the result and the gradient. float64 runs the reference.
+    """
+    _check("x", x, cos, sin, positions, layout, offset)
+    if not use_triton(x) or x.dtype == torch.float64:
+        return reference.rope(x, cos, sin, positions, layout, offset)
+    flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
+    (rotated,) = _launch([flat], cos, sin, positions, layout, offset)
+    return rotated.view(x.shape)
+
+
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    layout: RopeLayout = "interleaved",
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of queries (B, H, T, K) and keys (B, Hkv, T, K) in one launch, which loads the angles for both."""
+    _check("q", q, cos, sin, positions, layout, offset)
+    _check("k", k, cos, sin, positions, layout, offset)
+    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (B, H, T, K) and (B, Hkv, T, K)")
+    if not use_triton(q) or torch.float64 in (q.dtype, k.dtype):
+        return reference.rope_qk(q, k, cos, sin, positions, layout, offset)
+    q, k = _launch([q, k], cos, sin, positions, layout, offset)
+    return q, k
+
+
+def compile_cases() -> Iterator[KernelCase]:
+    """Yield the kernel as it is launched for GPT-2 small and XL, Llama 3 8B, Gemma's head dim, and one decoded token."""
+    for num_q_heads, num_k_heads, num_tokens, head_dim in (
+        (12, 12, 1024, 64), (25, 25, 1024, 64), (32, 8, 8192, 128), (8, 4, 8192, 256), (32, 8, 8192, 96), (32, 8, 1, 128)
+    ):  # fmt: skip
+        for dtype, element_size in (("bf16", 2), ("fp32", 4)):
+            config = launch_config(max(num_q_heads, num_k_heads), num_tokens, head_dim, element_size)
+            num_warps = config.pop("num_warps")
+            for layout in LAYOUTS:
+                constants = config | {
+                    "HEAD_DIM": head_dim,
+                    "INTERLEAVED": layout == "interleaved",
+                    "INVERSE": False,
+                    "HAS_K": True,
+                    "HAS_POSITIONS": num_tokens == 1,
+                }
+                types = {
+                    name: f"*{dtype}" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "i32"
+                    for name in _rope_kernel.arg_names
+                    if name not in constants
+                } | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64"}
+                aligned = tuple(name for name in types if name.endswith("_stride") and not name.startswith("positions"))
+                name = f"rope {layout} H {num_q_heads}/{num_k_heads} T {num_tokens} K {head_dim} {dtype}"
+                yield KernelCase(name, _rope_kernel, types, constants, num_warps, aligned=aligned)

@@ -1,0 +1,341 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from oracle import assert_accurate, poisoned_memory
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.cross_entropy import MAX_BLOCK, CrossEntropyOutput, cross_entropy
+from tilewright.kernels.dispatch import HAS_TRITON
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
+    # NumPy, with which Triton interprets, remarks on log(0) and inf - inf.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+]
+
+# bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# 1, odd, prime, a power of two, exactly one block, one more, and several with a part of one.
+VOCABULARIES = [1, 7, 127, 1024, MAX_BLOCK, MAX_BLOCK + 1, 2 * MAX_BLOCK + 4001]
+EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
+
+
+def loss_and_gradient(function, logits, targets, dloss=None, **options):
+    logits = logits.detach().requires_grad_()
+    output = function(logits, targets, return_lse=True, return_accuracy=True, **options)
+    dloss = torch.ones_like(output.loss) if dloss is None else dloss.to(output.loss.dtype)
+    (dlogits,) = torch.autograd.grad(output.loss, logits, dloss)
+    return output.loss.detach(), output.lse, output.accuracy, dlogits
+
+
+def check(logits, targets, dloss=None, **options):
+    with use_backend("triton"), poisoned_memory():
+        actual = loss_and_gradient(cross_entropy, logits, targets, dloss, **options)
+    expected = loss_and_gradient(reference.cross_entropy, logits, targets, dloss, **options)
+    exact = loss_and_gradient(reference.cross_entropy, logits.double(), targets, dloss, **options)
+    for what, *tensors in zip(("loss", "lse", "accuracy", "dlogits"), actual, expected, exact, strict=True):
+        assert_accurate(*tensors, what=what)
+
+
+def draw(shape, vocabulary, device, dtype=torch.float32, scale=3.0):
+    torch.manual_seed(vocabulary)
+    targets = torch.randint(0, vocabulary, shape, device=device)
+    if targets.numel() > 2:
+        targets.view(-1)[1] = -100
+    return (scale * torch.randn(*shape, vocabulary, device=device)).to(dtype), targets
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_loss_and_gradient_equal_the_reference(device, dtype, vocabulary, options):
+    check(*draw((2, 3), vocabulary, device, dtype), **options)
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    num_rows=st.integers(1, 9),
+    vocabulary=st.integers(1, 300),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    scale=st.sampled_from([1e-3, 1.0, 20.0]),
+)
+def test_any_shape_and_options(num_rows, vocabulary, scale, **options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(*draw((num_rows,), vocabulary, device, scale=scale), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_gradient_for_each_row(device, dtype):
+    logits, targets = draw((3, 4), 50, device)
+    dloss = torch.randn(4, 3, device=device).T
+    check(logits, targets.to(dtype), dloss, reduction="none", **EVERY_OPTION)
+    check(logits, targets.to(dtype), dloss[:1].expand(3, 4), reduction="none")
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[:, :-1], id="all but the last position"),
+        pytest.param(lambda t: t[:, 1::2], id="every other row"),
+        pytest.param(lambda t: t[..., 3:40], id="slice of the vocabulary"),
+        pytest.param(lambda t: t[..., ::2], id="every other column"),
+        pytest.param(lambda t: t.transpose(1, 2), id="vocabulary first"),
+        pytest.param(lambda t: t[:1, :1].expand(3, 2, -1), id="expanded rows"),
+        pytest.param(lambda t: t.transpose(0, 1), id="transposed leading dimensions"),
+        pytest.param(lambda t: t.unflatten(0, (2, 2)).transpose(0, 2), id="four dimensions transposed"),
+        pytest.param(lambda t: t[0, 0], id="one row"),
+    ],
+)
+def test_strided_logits(device, view):
+    logits = view(torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0)).to(device))
+    targets = torch.arange(logits[..., 0].numel(), device=device).view(logits.shape[:-1]) % logits.shape[-1]
+    check(logits, targets)
+
+
+def test_strided_targets(device):
+    logits, targets = draw((3, 4), 20, device)
+    check(logits.transpose(0, 1), targets.T)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2, 2)])
+def test_no_rows(device, shape):
+    for reduction in ("none", "mean", "sum"):
+        check(torch.randn(*shape, 8, device=device), torch.zeros(shape, dtype=torch.long, device=device), reduction=reduction)
+
+
+def test_where_all_are_ignored_the_loss_and_its_gradient_are_zero(device):
+    logits = torch.full((3, 20), math.nan, device=device)
+    with use_backend("triton"), poisoned_memory():
+        logits.requires_grad_()
+        loss = cross_entropy(logits, torch.full((3,), 7, device=device), ignore_index=7, **EVERY_OPTION)
+        loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.eq(0).all()
+
+
+def test_an_ignored_row_has_a_true_lse(device):
+    logits = torch.randn(1, 20, device=device)
+    with use_backend("triton"):
+        output = cross_entropy(logits, torch.tensor([-100], device=device), return_lse=True)
+    torch.testing.assert_close(output.lse, logits.logsumexp(-1))
+
+
+def test_huge_equal_and_infinite_logits_equal_pytorchs(device):
+    inf = math.inf
+    rows = [[1e4, -1e4, 0, 3], [2, 2, 2, 2], [-inf, -inf, 0, 1], [0, -inf, -inf, -inf], [-inf, 5, 1, 1], [-inf] * 4]
+    logits = torch.tensor(rows, device=device)
+    targets = torch.tensor([1, 3, 3, 0, 0, 1], device=device)
+    with use_backend("triton"):
+        logits.requires_grad_()
+        losses = cross_entropy(logits, targets, reduction="none")
+        (dlogits,) = torch.autograd.grad(losses.sum(), logits)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    assert losses[4] == inf
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    torch.testing.assert_close(dlogits, torch.autograd.grad(expected.sum(), logits)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("target", [8, -1, 2**40])
+def test_a_target_outside_of_the_vocabulary_gives_nan_in_its_row_only(device, target):
+    logits = torch.randn(2, 8, device=device, requires_grad=True)
+    with use_backend("triton"):
+        losses = cross_entropy(logits, torch.tensor([3, target], device=device), reduction="none")
+        losses.sum().backward()
+    assert losses.isnan().tolist() == [False, True]
+    assert logits.grad is not None
+    assert logits.grad.isnan().all(dim=1).tolist() == [False, True]
+    assert logits.grad[0].isfinite().all()
+
+
+def test_accuracy_counts_the_first_argmax_of_counted_rows(device):
+    logits = torch.tensor([[0.0, 1, 1], [0, 1, 1], [5, 1, 1], [0, 0, 9]], device=device)
+    targets = torch.tensor([1, 2, 0, -100], device=device)
+    with use_backend("triton"):
+        output = cross_entropy(logits, targets, return_accuracy=True)
+    assert isinstance(output, CrossEntropyOutput)
+    assert output.lse is None
+    assert output.accuracy.item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_lse_is_not_differentiable(device, backend):
+    with use_backend(backend):
+        output = cross_entropy(
+            torch.randn(2, 8, device=device, requires_grad=True), torch.tensor([1, 2], device=device), return_lse=True
+        )
+    assert output.loss.requires_grad
+    assert not output.lse.requires_grad
+
+
+def test_gradient_lands_in_the_memory_of_the_logits_only_where_asked(device):
+    weight, targets = torch.randn(20, 4, device=device, requires_grad=True), torch.tensor([[1, 2], [3, -100]], device=device)
+    x, seen = torch.randn(2, 2, 4, device=device), {}
+    for inplace in (False, True):
+        logits = F.linear(x, weight)
+        before = logits.detach().clone()
+        logits.register_hook(lambda gradient: seen.update(gradient=gradient))
+        with use_backend("triton"):
+            (seen[inplace],) = torch.autograd.grad(cross_entropy(logits, targets, inplace_backward=inplace), weight)
+        assert (seen["gradient"].data_ptr() == logits.data_ptr()) == inplace
+        assert torch.equal(before, logits) != inplace
+    assert torch.equal(seen[False], seen[True])
+
+
+@pytest.mark.parametrize("view", [lambda t: t[:, :-1], lambda t: t.transpose(1, 2)], ids=["sliced", "transposed"])
+def test_gradient_in_place_of_strided_logits(device, view):
+    source = view(torch.randn(2, 6, 6, device=device))
+    targets = torch.zeros(source.shape[:-1], dtype=torch.long, device=device)
+    gradients = []
+    for inplace in (False, True):
+        logits = source.requires_grad_()
+        with use_backend("triton"):
+            gradients.append(torch.autograd.grad(cross_entropy(logits * 1, targets, inplace_backward=inplace), logits)[0])
+    assert torch.equal(*gradients)
+
+
+def test_a_second_backward_over_overwritten_logits_is_an_error(device):
+    logits = torch.randn(2, 8, device=device, requires_grad=True) * 1
+    with use_backend("triton"):
+        loss = cross_entropy(logits, torch.tensor([1, 2], device=device), inplace_backward=True)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="inplace"):
+            loss.backward()
+
+
+def test_gradients_are_bitwise_repeatable(device):
+    logits, targets = draw((5,), 1000, device)
+    with use_backend("triton"):
+        first, second = (loss_and_gradient(cross_entropy, logits, targets, **EVERY_OPTION) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_reference_passes_gradcheck():
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, -100, 2])
+    assert torch.autograd.gradcheck(lambda logits: reference.cross_entropy(logits, targets, **EVERY_OPTION), logits)
+
+
+def test_the_ops_are_registered_as_pytorch_asks(device):
+    logits, targets = torch.randn(2, 3, 8, device=device), torch.randint(0, 8, (2, 3), device=device)
+    options = -100, 0.1, 1e-3, 5.0
+    for flags in ((False, False, False), (True, True, False)):
+        args = logits.clone().requires_grad_(), targets, *options, *flags
+        torch.library.opcheck(torch.ops.tilewright.cross_entropy, args)
+    dlosses, top, log_total = torch.randn(2, 3, device=device), logits.amax(-1), logits.logsumexp(-1) - logits.amax(-1)
+    for op in (torch.ops.tilewright.cross_entropy_backward, torch.ops.tilewright.cross_entropy_backward_):
+        torch.library.opcheck(op, (dlosses, logits, targets, top, log_total, *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_equals_eager(device, inplace):
+    logits, targets = draw((4, 3), 40, device)
+
+    def step(logits, targets, **options):
+        return cross_entropy(3 * logits, targets, inplace_backward=inplace, **options)
+
+    with use_backend("triton"):
+        eager = loss_and_gradient(step, logits, targets, **EVERY_OPTION)
+        compiled = loss_and_gradient(torch.compile(step, fullgraph=True), logits, targets, **EVERY_OPTION)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_flops_are_counted_as_none(device):
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        cross_entropy(torch.randn(2, 8, device=device, requires_grad=True), torch.tensor([1, 2], device=device)).backward()
+    assert torch.ops.tilewright.cross_entropy in counter.flop_registry
+    assert counter.get_total_flops() == 0
+
+
+def test_double_backward_is_a_clear_error(device):
+    logits = torch.randn(2, 8, device=device, requires_grad=True)
+    with use_backend("triton"):
+        loss = cross_entropy(logits, torch.tensor([1, 2], device=device))
+        (dlogits,) = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="cross_entropy_backward"):
+            dlogits.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \(3,\).*\(2,\)"),
+        ({"targets": torch.zeros(2)}, "targets has dtype torch.float32"),
+        ({"logits": torch.randn(2, 0)}, r"logits has shape \(2, 0\)"),
+        ({"logits": torch.tensor(1.0)}, r"logits has shape \(\)"),
+        ({"logits": torch.randn(2, 8).double()}, "logits has dtype torch.float64"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"reduction": "median"}, "'median'.*'none', 'mean' or 'sum'"),
+        ({"logits": torch.randn(1, 8).expand(2, 8), "inplace_backward": True}, "inplace_backward is True for expanded"),
+    ],
+)
+def test_bad_arguments_are_refused(device, change, message):
+    arguments = {"logits": torch.randn(2, 8), "targets": torch.tensor([1, 2])} | change
+    arguments = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        cross_entropy(**arguments)
+
+
+@pytest.mark.gpu
+def test_runs_inside_a_cuda_graph_without_synchronising():
+    logits, targets = torch.randn(64, 5000, device="cuda", requires_grad=True), torch.randint(0, 5000, (64,), device="cuda")
+
+    def step():
+        loss = cross_entropy(logits, targets, **EVERY_OPTION)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_autocast_computes_in_float32_like_pytorch():
+    logits, targets = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), torch.randint(0, 64, (4,), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        ours, theirs = cross_entropy(logits, targets), F.cross_entropy(logits, targets)
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [False, True])
+def test_more_elements_than_31_bits_can_count(inplace):
+    num_rows, vocabulary = 2**13 + 3, 2**18 + 5
+    logits = torch.zeros(num_rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    assert logits.numel() > 2**31
+    logits[-1, -1] = 4.0
+    targets = torch.full((num_rows,), vocabulary - 1, device="cuda")
+    logits.requires_grad_()
+    losses = cross_entropy(logits, targets, reduction="none", inplace_backward=inplace)
+    (dlogits,) = torch.autograd.grad(losses.sum(), logits)
+    lse = math.log(vocabulary - 1 + math.exp(4.0))
+    assert losses[0].item() == pytest.approx(math.log(vocabulary))
+    assert losses[-1].item() == pytest.approx(lse - 4.0)
+    assert dlogits[-1, -1].item() == pytest.approx(math.exp(4.0 - lse) - 1, rel=1e-2)
+    assert dlogits[-1, 0].item() == pytest.approx(math.exp(-lse), rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_vocabulary_of_a_million():
+    check(*draw((3, 5), 1_000_003, torch.device("cuda"), torch.bfloat16), **EVERY_OPTION)

@@ -1,0 +1,58 @@
+"""The shipped launch configurations, compiled for GPUs that are not here. In a process of its own: there Triton compiles."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, _occupancy
+
+SCRIPT = """
+import dataclasses, json, sys
+from tilewright.kernels.inspect import all_cases, inspect
+for case in all_cases():
+    print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills_or_asks_for_too_much(architecture):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    shown = subprocess.run([sys.executable, "-c", SCRIPT, architecture], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    reports = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert {"rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy"} == {report["name"].split()[0] for report in reports}
+    for report in reports:
+        assert report["spilled_bytes"] == 0, report
+        assert report["shared_bytes"] <= ARCHITECTURES[architecture].shared_bytes_per_program, report
+        assert report["registers"] <= 255, report
+        assert report["occupancy"] > 0, report
+
+
+def test_occupancy_by_hand():
+    sm_90 = ARCHITECTURES["sm_90"]
+    # 64 registers of 128 threads: 8 programs of 8,192 registers fill the file with 1,024 of 2,048 threads.
+    assert _occupancy(sm_90, 64, 0, 4) == 0.5
+    assert _occupancy(sm_90, 32, 0, 4) == 1.0
+    assert _occupancy(sm_90, 255, 0, 8) == 8 * 32 / 2048
+    # 100 KB of shared memory: two programs.
+    assert _occupancy(sm_90, 32, 100 * 1024, 4) == 2 * 128 / 2048
+
+
+@pytest.mark.parametrize(
+    ("ptx", "width"),
+    [
+        ("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", 16),
+        ("ld.global.L1::evict_last.v2.b32 { %r1, %r2 }, [ %rd1 ];", 8),
+        ("ld.global.b16 { %rs1 }, [ %rd1 ];", 2),
+        ("ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r9 ];", 0),
+    ],
+)
+def test_the_width_of_loads_is_read_from_ptx(ptx, width):
+    assert _load_bytes(ptx) == width

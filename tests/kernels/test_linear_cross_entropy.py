@@ -1,0 +1,353 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from oracle import assert_accurate, poisoned_memory
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.linear_cross_entropy import chunk_shape, linear_cross_entropy
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
+    # NumPy, with which Triton interprets, remarks on log(0) of rows that are not read.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+]
+
+# bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
+
+
+def loss_and_gradients(function, x, weight, targets, dloss=None, **options):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    output = function(x, weight, targets, return_lse=True, return_accuracy=True, **options)
+    dloss = torch.ones_like(output.loss) if dloss is None else dloss.to(output.loss.dtype)
+    return output.loss.detach(), output.lse, output.accuracy, *torch.autograd.grad(output.loss, (x, weight), dloss)
+
+
+def check(x, weight, targets, dloss=None, **options):
+    with use_backend("triton"), poisoned_memory():
+        actual = loss_and_gradients(linear_cross_entropy, x, weight, targets, dloss, **options)
+    expected = loss_and_gradients(reference.linear_cross_entropy, x, weight, targets, dloss, **options)
+    exact = loss_and_gradients(reference.linear_cross_entropy, x.double(), weight.double(), targets, dloss, **options)
+    for what, *tensors in zip(("loss", "lse", "accuracy", "dx", "dweight"), actual, expected, exact, strict=True):
+        if what != "accuracy":  # the argmax of rounded logits may be another than that of exact ones
+            assert_accurate(*tensors, what=what)
+
+
+def draw(shape, width, vocabulary, device, dtype=torch.float32, weight_dtype=None):
+    generator = torch.Generator().manual_seed(width)
+    x, weight = torch.randn(*shape, width, generator=generator), torch.randn(vocabulary, width, generator=generator)
+    targets = torch.randint(0, vocabulary, shape, generator=generator)
+    if targets.numel() > 2:
+        targets.view(-1)[1] = -100
+    return x.to(device, dtype), (weight / width**0.5).to(device, weight_dtype or dtype), targets.to(device)
+
+
+def peak_bytes(function):
+    """Return the most bytes that tensors made by `function` held at once, those inside of ops included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_and_gradients_equal_the_reference(device, dtype, options, reduction):
+    x, weight, targets = draw((2, 7), 16, 130, device, dtype)
+    budget = 4 * 192 * dtype.itemsize  # four chunks, the last one of two rows
+    check(x, weight, targets, memory_budget=budget, reduction=reduction, **options)
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(
+    num_rows=st.integers(1, 9),
+    width=st.integers(1, 20),
+    vocabulary=st.integers(1, 200),
+    memory_budget=st.sampled_from([1, 2000, 2**20]),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+)
+def test_any_shape_and_budget(num_rows, width, vocabulary, **options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(*draw((num_rows,), width, vocabulary, device), **options)
+
+
+@pytest.mark.parametrize("accumulate_in_float32", [True, False])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_weight_and_activations_of_other_dtypes(device, dtype, weight_dtype, accumulate_in_float32):
+    inputs = draw((10,), 16, 60, device, dtype, weight_dtype)
+    with use_backend("triton"):
+        actual = loss_and_gradients(
+            linear_cross_entropy, *inputs, accumulate_in_float32=accumulate_in_float32, memory_budget=4 * 64 * dtype.itemsize
+        )
+    exact = loss_and_gradients(reference.linear_cross_entropy, *(t.double() if t.is_floating_point() else t for t in inputs))
+    assert [t.dtype for t in actual[3:]] == [dtype, weight_dtype]
+    for a, b in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-3, atol=2e-3)
+
+
+def test_the_weight_gradient_is_summed_in_float32(device):
+    # Each of 64 chunks adds 2^-12 to what began as 1, which float16 would not notice.
+    x = torch.full((65, 1), 2.0**-11, dtype=torch.float16, device=device)
+    x[0] = 2.0
+    weight, targets = torch.zeros(2, 1, device=device), torch.zeros(65, dtype=torch.long, device=device)
+    gradients = []
+    for accumulate_in_float32 in (True, False):
+        with use_backend("triton"):
+            weight.requires_grad_().grad = None
+            options = {"reduction": "sum", "memory_budget": 1, "accumulate_in_float32": accumulate_in_float32}
+            linear_cross_entropy(x, weight, targets, **options).backward()
+        assert weight.grad is not None
+        gradients.append(weight.grad[1].item())
+    assert gradients == [1 + 64 * 2.0**-12, 1.0]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[:, :-1], id="all but the last position"),
+        pytest.param(lambda t: t[..., ::2], id="every other column"),
+        pytest.param(lambda t: t.transpose(0, 1), id="transposed leading dimensions"),
+        pytest.param(lambda t: t[:1, :1].expand(3, 2, -1), id="expanded"),
+        pytest.param(lambda t: t[0, 0], id="one row"),
+    ],
+)
+def test_strided_inputs(device, view):
+    x = view(torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(0)).to(device))
+    weight = torch.randn(x.shape[-1], 40, generator=torch.Generator().manual_seed(1)).to(device).T
+    targets = torch.arange(x[..., 0].numel(), device=device).view(x.shape[:-1])
+    check(x, weight, targets, memory_budget=1000)
+
+
+def test_a_gradient_for_each_row(device):
+    x, weight, targets = draw((3, 4), 8, 50, device)
+    dloss = torch.randn(4, 3, device=device).T
+    check(x, weight, targets.int(), dloss, reduction="none", memory_budget=1000)
+    check(x, weight, targets, dloss[:1].expand(3, 4), reduction="none", memory_budget=1000)
+
+
+def test_no_rows_and_no_counted_rows(device):
+    for reduction in ("none", "mean", "sum"):
+        check(*draw((3, 0), 8, 20, device), reduction=reduction)
+        check(*draw((3,), 8, 20, device)[:2], torch.full((3,), -100, device=device), reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("trains", [(True, False), (False, True), (False, False)])
+def test_only_what_is_needed_is_differentiated(device, trains, reduction):
+    x, weight, targets = draw((5,), 8, 20, device)
+    x.requires_grad_(trains[0])
+    weight.requires_grad_(trains[1])
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction)
+        if any(trains):
+            loss.sum().backward()
+    assert (x.grad is not None, weight.grad is not None) == trains
+    recomputed = any(trains) and reduction == "none"
+    assert counter.get_total_flops() == 2 * 5 * 8 * 20 * (1 + sum(trains) + recomputed)
+
+
+def test_flops_of_training_are_three_products_and_none_of_them_is_in_the_backward_pass(device):
+    x, weight, targets = draw((5,), 8, 20, device)
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets)
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert forward == counter.get_total_flops() == 3 * 2 * 5 * 8 * 20
+
+
+def test_without_gradients_there_is_no_work_for_them(device):
+    x, weight, targets = draw((5,), 8, 20, device)
+    weight.requires_grad_()
+    with use_backend("triton"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        assert not linear_cross_entropy(x, weight, targets).requires_grad
+    assert counter.get_total_flops() == 2 * 5 * 8 * 20
+
+
+@given(
+    num_rows=st.integers(0, 10**6),
+    vocabulary=st.integers(1, 10**6),
+    itemsize=st.sampled_from([2, 4]),
+    budget=st.integers(1, 2**32),
+)
+@settings(derandomize=True, deadline=None)
+def test_chunks_stay_within_the_budget(num_rows, vocabulary, itemsize, budget):
+    rows, columns = chunk_shape(num_rows, vocabulary, itemsize, budget)
+    assert columns >= vocabulary
+    assert rows <= max(num_rows, 1)
+    assert rows * columns * itemsize <= budget or rows <= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the memory of CPU tensors; a test below counts the GPU's")
+def test_logits_within_the_budget_and_gradients_are_all_the_memory_there_is():
+    num_rows, width, vocabulary = 24, 64, 1024
+    budget = 4 * vocabulary * 4
+    x, weight, targets = draw((num_rows,), width, vocabulary, torch.device("cpu"))
+    dx_bytes, dw_bytes, slack = x.nbytes, weight.nbytes, 16 * 1024
+
+    def peak(x_trains, weight_trains, memory_budget=budget):
+        inputs = x.clone().requires_grad_(x_trains), weight.clone().requires_grad_(weight_trains), targets
+        with use_backend("triton"):
+            if x_trains or weight_trains:
+                return peak_bytes(lambda: linear_cross_entropy(*inputs, memory_budget=memory_budget).backward())
+            return peak_bytes(lambda: linear_cross_entropy(*inputs, memory_budget=memory_budget))
+
+    assert peak(False, False) <= budget + slack
+    # In the backward pass the scaled gradient stands beside the one that was kept.
+    assert peak(True, False) <= max(budget, dx_bytes) + 2 * dx_bytes + slack < dw_bytes
+    assert peak(True, True) <= max(budget, dx_bytes + dw_bytes) + dx_bytes + dw_bytes + slack
+    assert peak(False, False, memory_budget=2**30) >= num_rows * vocabulary * 4
+
+
+def test_autocast_casts_like_a_linear_layer(device):
+    x, weight, targets = draw((6,), 16, 40, device)
+    gradients = []
+    for function in (linear_cross_entropy, reference.linear_cross_entropy):
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        with use_backend("triton"), torch.autocast(device.type, torch.float16):
+            loss = function(x, weight, targets)
+        assert loss.dtype == torch.float32
+        gradients.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    half = F.linear(x.half(), weight.half())
+    torch.testing.assert_close(gradients[0][0], F.cross_entropy(half.float(), targets))
+
+
+def test_gradients_are_bitwise_repeatable(device):
+    inputs = draw((9,), 16, 130, device, torch.float16)
+    with use_backend("triton"):
+        first, second = (loss_and_gradients(linear_cross_entropy, *inputs, memory_budget=1000) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_backward_may_run_twice(device):
+    x, weight, targets = draw((5,), 8, 20, device)
+    with use_backend("triton"):
+        loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (x, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_the_reference_passes_gradcheck():
+    x, weight = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    targets = torch.tensor([0, -100, 2])
+
+    def loss(x, weight):
+        return reference.linear_cross_entropy(x, weight, targets, memory_budget=16, **EVERY_OPTION)
+
+    assert torch.autograd.gradcheck(loss, (x, weight))
+
+
+def test_the_ops_are_registered_as_pytorch_asks(device):
+    x, weight, targets = draw((2, 3), 8, 20, device)
+    options, flags = (-100, 0.1, 1e-3, 5.0), (True, True, 200, True)
+    trains = x.requires_grad_(), weight.requires_grad_(), targets
+    torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy, (*trains, *options, *flags))
+    for wanted in ((True, True), (False, True)):
+        inputs = x.detach().requires_grad_(wanted[0]), weight, targets
+        torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_sum, (*inputs, *options, *flags, *wanted))
+    x, weight, rows = x.detach(), weight.detach(), torch.rand(2, 3, device=device)
+    backward_args = rows, x, weight, targets, rows, rows, *options, *flags[2:], True, False
+    torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_backward, backward_args)
+    torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_sum_backward, (rows[0, 0], x, weight, x, weight.half()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiled_equals_eager(device, reduction):
+    inputs = draw((4, 3), 8, 40, device)
+
+    def step(x, weight, targets, **options):
+        return linear_cross_entropy(3 * x, weight, targets, **options)
+
+    options = {"reduction": reduction, "memory_budget": 1000, **EVERY_OPTION}
+    with use_backend("triton"):
+        eager = loss_and_gradients(step, *inputs, **options)
+        compiled = loss_and_gradients(torch.compile(step, fullgraph=True), *inputs, **options)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_double_backward_is_a_clear_error(device, reduction):
+    x, weight, targets = draw((2,), 8, 20, device)
+    with use_backend("triton"):
+        loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets, reduction=reduction).sum()
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"linear_cross_entropy.*_backward"):
+            dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.randn(20, 7)}, r"x has shape \(2, 8\) and weight \(20, 7\)"),
+        ({"weight": torch.randn(8)}, r"allowed are \(\.\.\., D\) and \(V, D\)"),
+        ({"weight": torch.randn(0, 8)}, "V of 1 or more"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
+        ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \(3,\).*\(2,\)"),
+        ({"x": torch.randn(2, 8).double()}, "x has dtype torch.float64"),
+        ({"weight": torch.randn(20, 8).double()}, "weight has dtype torch.float64"),
+        ({"memory_budget": 0}, "memory_budget is 0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"reduction": "median"}, "'median'.*'none', 'mean' or 'sum'"),
+    ],
+)
+def test_bad_arguments_are_refused(device, change, message):
+    arguments = {"x": torch.randn(2, 8), "weight": torch.randn(20, 8), "targets": torch.tensor([1, 2])} | change
+    arguments = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**arguments)
+
+
+@pytest.mark.gpu
+def test_runs_inside_a_cuda_graph_without_synchronising():
+    x, weight, targets = draw((300,), 64, 5000, torch.device("cuda"), torch.bfloat16)
+    x.requires_grad_()
+    weight.requires_grad_()
+
+    def step():
+        loss = linear_cross_entropy(x, weight, targets, memory_budget=2**20)
+        return loss, *torch.autograd.grad(loss, (x, weight))
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_trains", [True, False])
+def test_peak_memory_on_the_gpu_is_the_budget_and_the_gradients(weight_trains):
+    budget = 64 * 2**20
+    x, weight, targets = draw((4096,), 256, 50257, torch.device("cuda"), torch.bfloat16)
+    x.requires_grad_()
+    weight.requires_grad_(weight_trains)
+    linear_cross_entropy(x[:1], weight, targets[:1])  # cuBLAS takes its workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(x, weight, targets, memory_budget=budget).backward()
+    gradients = 2 * x.nbytes + (3 * weight.nbytes if weight_trains else 0)
+    assert torch.cuda.max_memory_allocated() - before <= budget + gradients + 2**20
+    assert budget + gradients < 4096 * 50257 * 2

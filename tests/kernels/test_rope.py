@@ -1,0 +1,318 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from oracle import assert_accurate, poisoned_memory
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.rope import rope, rope_qk
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+
+# bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+LAYOUTS = ["interleaved", "half"]
+# The memory that logical (B, H, T, K) heads are found in: as attention returns them, as a projection does, and as a part of
+# a packed projection of queries, keys and values.
+MEMORY = {
+    "heads first": lambda b, h, t, k: torch.randn(b, h, t, k),
+    "tokens first": lambda b, h, t, k: torch.randn(b, t, h, k).transpose(1, 2),
+    "packed": lambda b, h, t, k: torch.randn(b, t, (h + 2) * k)[..., k : (h + 1) * k].unflatten(-1, (h, k)).transpose(1, 2),
+    "every other channel": lambda b, h, t, k: torch.randn(b, h, t, 2 * k)[..., ::2],
+}
+
+
+def tables(num_positions, head_dim, device="cpu"):
+    angles = 7 * torch.rand(num_positions, head_dim // 2)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def gradients(function, xs, cos, sin, dys, **options):
+    xs = [x.detach().requires_grad_() for x in xs]
+    ys = function(*xs, cos, sin, **options)
+    ys = [ys] if isinstance(ys, torch.Tensor) else ys
+    dxs = torch.autograd.grad(ys, xs, [dy.to(y.dtype) for y, dy in zip(ys, dys, strict=True)])
+    return [*(y.detach() for y in ys), *dxs]
+
+
+def check(xs, cos, sin, dys, **options):
+    function, expected_function = (rope, reference.rope) if len(xs) == 1 else (rope_qk, reference.rope_qk)
+    with use_backend("triton"), poisoned_memory():
+        actual = gradients(function, xs, cos, sin, dys, **options)
+    expected = gradients(expected_function, xs, cos, sin, dys, **options)
+    doubles = [[x.double() for x in ts] for ts in (xs, (cos, sin), dys)]
+    exact = gradients(expected_function, doubles[0], *doubles[1], doubles[2], **options)
+    names = ("x", "dx") if len(xs) == 1 else ("q", "k", "dq", "dk")
+    for what, *tensors in zip(names, actual, expected, exact, strict=True):
+        assert_accurate(*tensors, what=what)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 64, 80, 256])
+def test_forward_and_backward_equal_the_reference(device, dtype, head_dim, layout):
+    torch.manual_seed(head_dim)
+    q, dq = torch.randn(2, 2, 5, 7, head_dim, dtype=dtype, device=device)
+    k, dk = torch.randn(2, 2, 1, 7, head_dim, dtype=dtype, device=device)
+    check([q, k], *tables(9, head_dim, device), [dq, dk], layout=layout, offset=2)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(data=st.data(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
+def test_any_shape_memory_and_position(data, layout, seed):
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, num_tokens, head_dim = data.draw(
+        st.tuples(st.integers(1, 3), st.integers(1, 24), st.integers(1, 40).map(lambda n: 2 * n))
+    )
+    heads = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=2))
+    xs, dys = (
+        [MEMORY[data.draw(st.sampled_from(list(MEMORY)))](batch, h, num_tokens, head_dim).to(device) for h in heads]
+        for _ in range(2)
+    )
+    positions_shape = data.draw(st.sampled_from([None, (num_tokens,), (batch, num_tokens)]))
+    if positions_shape is None:
+        options = {"offset": data.draw(st.integers(0, 5))}
+    else:
+        dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+        options = {"positions": torch.randint(0, 45, positions_shape, dtype=dtype, device=device)}
+    check(xs, *tables(45, head_dim, device), dys, layout=layout, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_tokens_and_heads_than_a_block(device, layout):
+    torch.manual_seed(0)
+    q, dq = torch.randn(2, 1, 37, 70, 16, device=device)
+    k, dk = torch.randn(2, 1, 17, 70, 16, device=device)
+    check([q, k], *tables(70, 16, device), [dq, dk], layout=layout)
+
+
+def test_queries_and_keys_of_different_dtypes_keep_theirs(device):
+    torch.manual_seed(0)
+    q, dq = torch.randn(2, 1, 4, 5, 8, device=device)
+    k, dk = torch.randn(2, 1, 2, 5, 8, device=device).half()
+    check([q, k], *tables(5, 8, device), [dq, dk])
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 3, 5, 8), (2, 2, 3, 5, 8)])
+def test_a_single_tensor_of_any_leading_shape(device, shape):
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, *shape, device=device)
+    check([x], *tables(5, 8, device), [dy])
+    check([x], *tables(9, 8, device), [dy], positions=torch.tensor([8, 0, 3, 3, 5], device=device))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[:, :1].expand(-1, 4, -1, -1), id="expanded heads"),
+        pytest.param(lambda t: t[:, :, ::2], id="every other token"),
+        pytest.param(lambda t: t.mT, id="transposed channels"),
+        pytest.param(lambda t: t[:1, :1, :1, :1].expand(2, 3, 6, 6), id="one number expanded"),
+    ],
+)
+def test_strided_inputs_and_gradients(device, view):
+    torch.manual_seed(0)
+    x, dy = (view(torch.randn(2, 4, 6, 6, device=device)) for _ in range(2))
+    check([x, x], *tables(6, 6, device), [dy, dy])
+
+
+def test_strided_tables_and_positions(device):
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 2, 3, 5, 8, device=device)
+    cos, sin = (table[::2, ::2] for table in tables(20, 16, device))
+    check([x], cos, sin, [dy])
+    check([x], cos, sin, [dy], positions=torch.randint(0, 10, (5, 4), device=device)[:, ::2].T)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)])
+def test_nothing_at_all(device, shape):
+    x = torch.randn(shape, device=device)
+    check([x], *tables(3, 4, device), [x])
+    check([x, x], *tables(3, 4, device), [x, x])
+
+
+def test_no_heads_of_one_of_the_two(device):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 5, 4, device=device), torch.randn(2, 0, 5, 4, device=device)
+    check([q, k], *tables(5, 4, device), [q, k])
+    check([k, q], *tables(5, 4, device), [k, q])
+
+
+@pytest.mark.parametrize("memory", ["tokens first", "packed"])
+def test_results_and_gradients_keep_the_order_of_a_projection(device, memory):
+    x = MEMORY[memory](2, 3, 5, 8).to(device)
+    with use_backend("triton"):
+        y, dx = gradients(rope, [x], *tables(5, 8, device), [torch.randn(2, 3, 5, 8, device=device)])
+    for t in (y, dx):
+        assert t.transpose(1, 2).is_contiguous()
+
+
+def test_the_inputs_are_not_kept_for_the_backward_pass(device):
+    kept = []
+    q, k = torch.randn(2, 2, 3, 5, 8, device=device, requires_grad=True)
+    cos, sin = tables(5, 8, device)
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rope_qk(q, k, cos, sin)
+    assert {t.data_ptr() for t in kept} == {cos.data_ptr(), sin.data_ptr()}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_tables_get_no_gradient(device, backend):
+    cos, sin = (table.requires_grad_() for table in tables(5, 8, device))
+    x = torch.randn(1, 1, 5, 8, device=device, requires_grad=True)
+    with use_backend(backend):
+        rope(x, cos, sin).sum().backward()
+    assert x.grad is not None
+    assert cos.grad is None
+    assert sin.grad is None
+
+
+def test_a_loss_of_the_queries_only(device):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 5, 8, device=device, requires_grad=True)
+    cos, sin = tables(5, 8, device)
+    with use_backend("triton"):
+        (dq,) = torch.autograd.grad(rope_qk(q, k.detach(), cos, sin)[0].sum(), q)
+    (expected,) = torch.autograd.grad(reference.rope(q, cos, sin).sum(), q)
+    torch.testing.assert_close(dq, expected)
+
+
+def test_a_gradient_can_be_differentiated_again(device):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, 8, device=device, requires_grad=True)
+    cos, sin = tables(5, 8, device)
+
+    def second(function):
+        (dx,) = torch.autograd.grad(function(x, cos, sin).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    with use_backend("triton"):
+        torch.testing.assert_close(second(rope), second(reference.rope))
+
+
+def test_positions_outside_the_tables_give_nan(device):
+    x = torch.ones(1, 1, 4, 8, device=device)
+    with use_backend("triton"):
+        y = rope(x, *tables(5, 8, device), positions=torch.tensor([4, 5, -1, 2**40], device=device))
+    assert y[0, 0, 0].isfinite().all()
+    assert y[0, 0, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_reference_passes_gradcheck(layout):
+    q, k = (torch.randn(2, h, 3, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1))
+    cos, sin = (table.double() for table in tables(5, 4))
+    assert torch.autograd.gradcheck(lambda q, k: reference.rope_qk(q, k, cos, sin, layout=layout, offset=2), (q, k))
+
+
+@pytest.mark.parametrize("num_tensors", [1, 2])
+@pytest.mark.parametrize("has_positions", [False, True])
+def test_the_op_is_registered_as_pytorch_asks(device, num_tensors, has_positions):
+    xs = [MEMORY["tokens first"](2, h, 3, 4).to(device).requires_grad_() for h in (2, 1)][:num_tensors]
+    positions = torch.tensor([[0, 1, 4], [2, 3, 4]], device=device) if has_positions else None
+    arguments = (xs, *tables(5, 4, device), positions, True, False, [True, False][:num_tensors])
+    torch.library.opcheck(torch.ops.tilewright.rope, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_equals_eager(device, layout):
+    torch.manual_seed(0)
+    cos, sin = tables(9, 8, device)
+
+    def heads(packed, cos, sin, **options):
+        q, k = (2 * packed).split((32, 16), dim=-1)
+        q, k = (x.unflatten(-1, (-1, 8)).transpose(1, 2) for x in (q, k))
+        q, k = rope_qk(q, k, cos, sin, layout=layout, **options)
+        return torch.cat([rope(x, cos, sin, layout=layout).transpose(1, 2).flatten(-2) for x in (q, k)], dim=-1)
+
+    packed, dy = torch.randn(2, 2, 5, 48, device=device)
+    compiled = torch.compile(heads, fullgraph=True)
+    for options in ({"offset": 3}, {"positions": torch.randint(0, 9, (2, 5), device=device)}):
+        with use_backend("triton"):
+            eager, fused = (gradients(f, [packed], cos, sin, [dy], **options) for f in (heads, compiled))
+        for a, b in zip(eager, fused, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_flops_are_counted_as_none(device):
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        rope(torch.randn(1, 2, 5, 8, device=device), *tables(5, 8, device))
+    assert torch.ops.tilewright.rope in counter.flop_registry
+    assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "diagonal"}, r"'diagonal'.*'interleaved' or 'half'"),
+        ({"q": torch.ones(1, 2, 5, 8, dtype=torch.int64)}, r"q is torch\.int64.*torch\.float32"),
+        ({"q": torch.ones(1, 2, 5, 7)}, r"q has shape \(1, 2, 5, 7\).*even"),
+        ({"q": torch.ones(1, 2, 5, 258)}, r"from 2 to 256"),
+        ({"k": torch.ones(1, 2, 4, 8)}, r"k \(1, 2, 4, 8\)"),
+        ({"q": torch.ones(2, 5, 8)}, r"q has shape \(2, 5, 8\).*\(B, H, T, K\)"),
+        ({"cos": torch.ones(9, 8)}, r"cos has shape \(9, 8\).*\(positions, 4\)"),
+        ({"sin": torch.ones(9, 4, device="meta")}, r"sin is on meta.*cpu, the device of q"),
+        ({"sin": torch.ones(8, 4)}, r"sin has shape \(8, 4\).*both tables"),
+        ({"offset": 5}, r"offset 5 with 5 tokens.*0 to 4.*9 positions"),
+        ({"offset": -1}, r"offset -1"),
+        ({"offset": 1, "positions": torch.arange(5)}, r"offset is 1.*must be 0"),
+        ({"positions": torch.arange(4)}, r"positions has shape \(4,\).*\(5,\) or \(1, 5\)"),
+        ({"positions": torch.ones(5)}, r"positions is torch\.float32.*torch\.int64"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change, message):
+    arguments = {"q": torch.ones(1, 2, 5, 8), "k": torch.ones(1, 2, 5, 8), "cos": torch.ones(9, 4), "sin": torch.ones(9, 4)}
+    with pytest.raises(ValueError, match=message):
+        rope_qk(**arguments | change)
+
+
+def test_float64_runs_the_reference(device):
+    x = torch.randn(1, 1, 5, 8, dtype=torch.float64, device=device)
+    cos, sin = tables(5, 8, device)
+    with use_backend("triton"):
+        assert torch.equal(rope(x, cos, sin), reference.rope(x, cos, sin))
+
+
+@pytest.mark.gpu
+def test_runs_inside_a_cuda_graph_without_synchronising():
+    q, k = torch.randn(2, 2, 8, 64, 128, device="cuda")
+    cos, sin = tables(70, 128, "cuda")
+    positions = torch.arange(64, device="cuda")
+    expected = gradients(rope_qk, [q, k], cos, sin, [k, q], positions=positions)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gradients(rope_qk, [q, k], cos, sin, [k, q], positions=positions)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for t in captured:
+        t.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_autocast_changes_no_dtype():
+    x = torch.randn(1, 2, 5, 8, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert rope(x, *tables(5, 8, "cuda")).dtype == torch.float32
+        assert rope(x.half(), *tables(5, 8, "cuda")).dtype == torch.float16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["heads first", "tokens first"])
+def test_more_elements_than_32_bits_count(memory):
+    batch, heads, num_tokens, head_dim = 2, 33, 2**17, 256
+    shape = (batch, num_tokens, heads, head_dim) if memory == "tokens first" else (batch, heads, num_tokens, head_dim)
+    x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    x = x.transpose(1, 2) if memory == "tokens first" else x
+    cos, sin = tables(num_tokens, head_dim, "cuda")
+    x[-1, -1, -1] = torch.randn(head_dim, device="cuda")
+    y = rope(x, cos, sin)
+    torch.testing.assert_close(y[-1, -1, -1:], reference.rope(x[-1, -1, -1:], cos[-1:], sin[-1:]))
+    assert not y[-1, -1, :-1].any()

@@ -1,0 +1,253 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from oracle import assert_accurate, poisoned_memory
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.swiglu import launch_config, swiglu
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
+    # exp(-gate) is meant to overflow to infinity; only the interpreter's numpy says so.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+
+# bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# 1, prime, a power of two, odd and wider than a block, and wider than one by little.
+WIDTHS = [1, 127, 1024, 2049, 4100]
+
+
+def gradients(function, inputs, dy):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))
+
+
+def check(inputs, dy):
+    with use_backend("triton"), poisoned_memory():
+        actual = gradients(swiglu, inputs, dy)
+    expected = gradients(reference.swiglu, inputs, dy)
+    exact = gradients(reference.swiglu, [x.double() for x in inputs], dy.double())
+    names = ("y", "dgate", "dup") if len(inputs) == 2 else ("y", "dgate_up")
+    for what, *tensors in zip(names, actual, expected, exact, strict=True):
+        assert_accurate(*tensors, what=what)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_forward_and_backward_equal_the_reference(device, dtype, width, packed):
+    torch.manual_seed(width)
+    gate_up = 3 * torch.randn(2, 3, 2 * width, dtype=dtype, device=device)
+    check([gate_up] if packed else gate_up.chunk(2, dim=-1), torch.randn(2, 3, width, dtype=dtype, device=device))
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    num_rows=st.integers(1, 70),
+    width=st.integers(1, 300),
+    form=st.sampled_from(["contiguous", "halves", "packed"]),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+)
+def test_any_shape_and_scale(num_rows, width, form, seed, scale):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    gate_up, dy = (torch.randn(num_rows, n * width, generator=generator).to(device) for n in (2, 1))
+    gate_up = gate_up * scale
+    halves = gate_up.chunk(2, dim=-1)
+    check({"contiguous": [x.contiguous() for x in halves], "halves": halves, "packed": [gate_up]}[form], dy)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[:, ::2], id="every other column"),
+        pytest.param(lambda t: t[::2], id="every other row"),
+        pytest.param(lambda t: t[:, 3:41], id="slice of the columns"),
+        pytest.param(lambda t: t.T, id="transposed"),
+        pytest.param(lambda t: t[:1].expand(20, -1), id="expanded rows"),
+        pytest.param(lambda t: t[:, :1].expand(-1, 48), id="expanded columns"),
+        pytest.param(lambda t: t.unflatten(0, (4, 5)).transpose(0, 1), id="transposed leading dimensions"),
+    ],
+)
+def test_strided_inputs_and_gradients(device, view):
+    torch.manual_seed(0)
+    gate, up, dy = (view(torch.randn(20, 48, device=device)) for _ in range(3))
+    check([gate, up], dy)
+    check([gate, up.contiguous()], dy.contiguous())
+    check([gate], dy[..., : gate.shape[-1] // 2])
+
+
+def test_the_gradient_of_a_sum_is_one_number_expanded(device):
+    gate, up = torch.randn(2, 5, 33, device=device)
+    check([gate, up], torch.ones((), device=device).expand(5, 33))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0), (8,), (1, 1, 1, 8)])
+def test_leading_shapes_and_nothing_at_all(device, shape):
+    torch.manual_seed(0)
+    dy = torch.randn(shape, device=device)
+    check([torch.randn(shape, device=device), torch.randn(shape, device=device)], dy)
+    check([torch.randn((*shape[:-1], 2 * shape[-1]), device=device)], dy)
+
+
+def test_a_single_number(device):
+    gate, up, dy = torch.randn(3, device=device)
+    check([gate, up], dy)
+
+
+@pytest.mark.parametrize(
+    ("gate_dtype", "up_dtype", "expected"),
+    [
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        pytest.param(torch.bfloat16, torch.float16, torch.float32, marks=pytest.mark.gpu),
+    ],
+)
+def test_different_dtypes_are_promoted_as_pytorch_does(device, gate_dtype, up_dtype, expected):
+    gate, up = torch.randn(4, 20, device=device).to(gate_dtype), torch.randn(4, 20, device=device).to(up_dtype)
+    check([gate, up], torch.randn(4, 20, device=device))
+    with use_backend("triton"):
+        assert swiglu(gate, up).dtype == (gate * up).dtype == expected
+
+
+def test_large_gates_saturate(device):
+    gate = torch.tensor([-1e4, -200.0, -100.0, 0.0, 100.0, 200.0, 1e4], device=device)
+    check([gate, torch.ones_like(gate)], torch.ones_like(gate))
+
+
+def test_the_packed_gradient_is_one_tensor_and_only_the_inputs_are_kept(device):
+    kept = []
+    gate_up = torch.randn(4, 64, device=device, requires_grad=True)
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = swiglu(gate_up)
+        (gradient,) = torch.autograd.grad(y.sum(), gate_up)
+    assert [t.data_ptr() for t in kept] == [gate_up.data_ptr()]
+    assert gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("width", [1, 100, 1024, 3072, 6400, 11008, 14336, 2**31])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_blocks_fit_the_rows(width, element_size):
+    config = launch_config(1 << 20, width, element_size)
+    block_rows, block_width = config["BLOCK_ROWS"], config["BLOCK_WIDTH"]
+    assert block_rows * block_width * element_size == 8192
+    idle = -(-width // block_width) * block_width / width - 1
+    assert idle <= 1 / 16 or block_width <= 1024
+
+
+def test_the_reference_passes_gradcheck():
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(reference.swiglu, (gate, up))
+    assert torch.autograd.gradcheck(reference.swiglu, (gate,))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_the_op_is_registered_as_pytorch_asks(device, packed):
+    gate, up = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(torch.ops.tilewright.swiglu, (gate, None if packed else up))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_compiled_equals_eager(device, packed):
+    torch.manual_seed(0)
+    inputs = [torch.randn(6, 32, device=device) for _ in range(1 if packed else 2)]
+
+    def block(*inputs):
+        return swiglu(*(x * 2 for x in inputs)) + 1
+
+    dy = torch.randn(6, 16 if packed else 32, device=device)
+    with use_backend("triton"):
+        eager = gradients(block, inputs, dy)
+        compiled = gradients(torch.compile(block, fullgraph=True), inputs, dy)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_flops_are_counted_as_none(device):
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        swiglu(torch.randn(2, 8, device=device, requires_grad=True)).sum().backward()
+    assert {torch.ops.tilewright.swiglu, torch.ops.tilewright.swiglu_backward} <= counter.flop_registry.keys()
+    assert counter.get_total_flops() == 0
+
+
+def test_double_backward_is_a_clear_error(device):
+    gate_up = torch.randn(2, 8, device=device, requires_grad=True)
+    with use_backend("triton"):
+        (gradient,) = torch.autograd.grad(swiglu(gate_up).square().sum(), gate_up, create_graph=True)
+        with pytest.raises(RuntimeError, match="swiglu_backward"):
+            gradient.sum().backward()
+
+
+def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"up has shape \(2, 7\).*\(2, 8\)"):
+        swiglu(torch.randn(2, 8), torch.randn(2, 7))
+    with pytest.raises(ValueError, match=r"gate has shape \(2, 7\).*even"):
+        swiglu(torch.randn(2, 7))
+    with pytest.raises(ValueError, match=r"gate has shape \(\).*even"):
+        swiglu(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"up is torch\.int64.*torch\.float32"):
+        swiglu(torch.randn(2), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"up is on meta.*cpu"):
+        swiglu(torch.randn(2), torch.randn(2, device="meta"))
+
+
+def test_float64_runs_the_reference(device):
+    gate = torch.randn(2, 8, dtype=torch.float64, device=device)
+    with use_backend("triton"):
+        assert torch.equal(swiglu(gate), reference.swiglu(gate))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_gradients_are_bitwise_repeatable(device, packed):
+    torch.manual_seed(0)
+    inputs = [torch.randn(65, 130, device=device) for _ in range(1 if packed else 2)]
+    dy = torch.randn(65, 65 if packed else 130, device=device)
+    with use_backend("triton"):
+        first, second = (gradients(swiglu, inputs, dy) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_runs_inside_a_cuda_graph_without_synchronising():
+    gate_up = torch.randn(64, 2048, device="cuda", requires_grad=True)
+    dy = torch.randn(64, 1024, device="cuda")
+    expected = gradients(swiglu, [gate_up], dy)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gradients(swiglu, [gate_up], dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for t in captured:
+        t.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_autocast_changes_no_dtype_like_pytorch():
+    for dtype in (torch.float32, torch.float16):
+        gate, up = torch.randn(2, 4, 64, device="cuda", dtype=dtype)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert swiglu(gate, up).dtype == (torch.nn.functional.silu(gate) * up).dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_more_elements_than_32_bits_count(packed):
+    num_rows, width = 2**17 + 8, 2**14
+    gate_up = torch.zeros(num_rows, 2 * width if packed else width, device="cuda", dtype=torch.bfloat16)
+    last = torch.randn(2 * width if packed else width, device="cuda").bfloat16()
+    gate_up[-1] = last
+    inputs = [gate_up] if packed else [gate_up, gate_up]
+    y = swiglu(*inputs)
+    torch.testing.assert_close(y[-1], reference.swiglu(*([last] if packed else [last, last])))
+    assert not y[:-1].any()
