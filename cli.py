@@ -40,9 +40,11 @@ def corpus_stories(
         seed: The same seed gives the same bytes.
     """
     from .files import require_absent
-    from .train.corpus import write_stories
+    from .train.corpus import check_stories, write_stories
 
     train, valid = (require_absent(out / name) for name in ("train.txt", "valid.txt"))
+    for size in (megabytes, valid_megabytes):
+        check_stories(size, seed)
     write_stories(train, megabytes, seed=2 * seed)
     write_stories(valid, valid_megabytes, seed=2 * seed + 1)
     print(f"wrote {train} and {valid}; next: tilewright tokenizer train {train}")
@@ -80,9 +82,10 @@ def tokenizer_train(
     """
     import time
 
-    from .files import require_absent
+    from .files import require_absent, require_file
     from .tokenizer import Tokenizer, train_bpe
 
+    require_file(text, "text file", "make a corpus with `tilewright corpus`")
     path = require_absent(out or text.with_name("tokenizer.json"))
     start = time.perf_counter()
     tokenizer = Tokenizer(*train_bpe(text, vocab_size, special_tokens, num_workers=num_workers), special_tokens)
@@ -111,7 +114,7 @@ def tokenizer_encode(
     from .tokenizer import Tokenizer
     from .train.data import encode_text
 
-    require_file(text, "text file")
+    require_file(text, "text file", "make a corpus with `tilewright corpus`")
     path = require_absent(out or text.with_suffix(".tokens"))
     file = tokenizer or text.with_name("tokenizer.json")
     loaded = Tokenizer.load(require_file(file, "tokenizer", "make one with `tilewright tokenizer train`"))
@@ -141,7 +144,7 @@ def tokenizer_decode(tokens: Positional[Path], tokenizer: Path | None = None) ->
 
 def train(arguments: Sequence[str]) -> None:
     """Train a model by a preset, any setting of which can be given anew; see `tilewright train PRESET --help`."""
-    from .train import PRESETS, TrainConfig, preset
+    from .train import PRESETS, TrainConfig, load_config, preset
     from .train import train as run_training
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -154,20 +157,32 @@ def train(arguments: Sequence[str]) -> None:
     name, *options = arguments
     base = preset(name)
 
-    def command(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = base, resume: bool = False) -> None:
-        """Train a model.
+    def parse(default: TrainConfig) -> tuple[TrainConfig, bool]:
+        def command(
+            config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default, resume: bool = False
+        ) -> tuple[TrainConfig, bool]:
+            """Train a model.
 
-        Args:
-            config: The run.
-            resume: Go on with the run in --out from its newest checkpoint.
-        """
+            Args:
+                config: The run.
+                resume: Go on with the run in --out from its newest checkpoint, by its own settings.
+            """
+            return config, resume
+
+        return _parse(command, f"train {name}", options, f"Train {name}; every setting of the preset can be given anew.")
+
+    config, resume = parse(base)
+    if resume:
+        config, _ = parse(load_config(config.out / "config.json"))
+    try:
         result = run_training(config, resume=resume)
-        print(
-            f"{result.run}: validation loss {result.valid_loss:.4f} after {result.steps:,} steps at "
-            f"{result.tokens_per_second:,.0f} tokens/s; next: tilewright generate {result.run}"
-        )
-
-    _parse(command, f"train {name}", options, f"Train {name}; every setting of the preset can be given anew.")
+    except KeyboardInterrupt:
+        print(f"\nthe run in {config.out} goes on from its newest checkpoint with --resume", file=sys.stderr)
+        raise
+    print(
+        f"{result.run}: validation loss {result.valid_loss:.4f} after {result.steps:,} steps at "
+        f"{result.tokens_per_second:,.0f} tokens/s; next: tilewright generate {result.run}"
+    )
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -191,6 +206,34 @@ def generate(arguments: Sequence[str]) -> None:
     _parse(command, "generate", arguments)
 
 
+def account(arguments: Sequence[str]) -> None:
+    """Count a model's parameters, FLOPs, memory, time and money; see `tilewright account --help`."""
+    import json
+
+    from .model.accounting.plot import plot_account
+    from .model.accounting.report import AccountConfig, model_of
+    from .model.accounting.report import account as make_report
+    from .model.accounting.tables import print_report
+
+    def command(
+        preset: Positional[str],
+        config: Annotated[AccountConfig, tyro.conf.arg(name="")] = AccountConfig(),  # noqa: B008
+    ) -> None:
+        """Count a model's parameters, FLOPs, memory, time and money.
+
+        Args:
+            preset: A model by name, such as gpt2-xl.
+            config: What to account for.
+        """
+        report = make_report(preset, config)
+        if config.plot is not None:
+            shape = model_of(preset, config)
+            plot_account(preset, shape, report["batch_size"], report["context_length"], config.policy, config.plot)
+        print(json.dumps(report, indent=2)) if config.json else print_report(report)
+
+    _parse(command, "account", arguments)
+
+
 def bench(arguments: Sequence[str]) -> None:
     """Measure the kernels, the tokenizer and the training loop; see `tilewright bench --help`."""
     from .bench import BenchConfig, run_bench
@@ -207,10 +250,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer decode": tokenizer_decode,
     "train": train,
     "generate": generate,
+    "account": account,
     "bench": bench,
 }
 # Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves.
-_PARSE_THEMSELVES = (demo, train, generate, bench)
+_PARSE_THEMSELVES = (demo, train, generate, account, bench)
 
 
 def _parse(target: Callable[..., Any], name: str, arguments: Sequence[str], description: str | None = None) -> Any:
@@ -271,6 +315,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tilewright: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntilewright: interrupted; a training run goes on from its newest checkpoint with --resume", file=sys.stderr)
+        print("tilewright: interrupted", file=sys.stderr)
         return 130
     return 0

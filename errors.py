@@ -1,7 +1,7 @@
 """The one exception that means: a value from outside is wrong, and here is what to do about it."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A file, an option or a text that cannot be used.
 
     The message is one line, names the value and says what is allowed. The command prints it without a traceback and

@@ -1,5 +1,6 @@
 """The shape of a Transformer, and the shapes that have names."""
 
+import math
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -34,6 +35,9 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be a finite number above 0")
         if self.d_model % self.num_heads or self.head_dim % 2:
             raise UserError(
                 f"d_model {self.d_model} over num_heads {self.num_heads} gives a head dim of "

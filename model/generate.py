@@ -23,7 +23,9 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    logits, order = logits.float().sort(dim=-1, descending=True, stable=True)
+    # Relative to the greatest, no temperature is too low.
+    logits = (logits - logits[:, :1]) / temperature
     if top_k is not None:
         logits[:, top_k:] = -torch.inf
     probabilities = torch.softmax(logits, dim=-1)
@@ -46,7 +48,10 @@ def _check(model: TransformerLM, prompts: Sequence[Sequence[int]], max_new_token
                 raise UserError(f"prompt token {token} is outside the model's vocabulary of {vocab_size} tokens")
         if len(prompt) + (max_new_tokens or 1) > context_length:
             new = "one new token" if max_new_tokens is None else f"{max_new_tokens} new ones"
-            raise UserError(f"a prompt of {len(prompt)} tokens and {new} exceed the context of {context_length} tokens")
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {new} exceed the context of {context_length} tokens: "
+                "shorten the prompt or ask for fewer tokens"
+            )
     temperature, top_k, top_p = options["temperature"], options["top_k"], options["top_p"]
     if not temperature >= 0:
         raise UserError(f"temperature is {temperature}: it must be 0 or more")
@@ -66,12 +71,14 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_token: int | None = None,
+    vocab_size: int | None = None,
     seed: int | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens (by default to the end of the context); return the new ones.
 
-    A row ends at `stop_token`, which is not returned. The same seed, prompts and device give the same tokens. Without the
+    A row ends at `stop_token`, which is not returned. Only ids below `vocab_size` are drawn, where the model has room for more
+    than its tokenizer knows. The same seed, prompts and device give the same tokens. Without the
     cache every step runs the whole sequence again: slower, for checking.
     """
     if not prompts:
@@ -96,12 +103,14 @@ def generate(
     fed = 0
     while position < max(ends):
         step = tokens[:, fed:position] if use_cache else tokens[:, :position]
-        logits = model(step, cache)[:, -1]
+        logits = model(step, cache)[:, -1, :vocab_size]
         fed = position
         drawn = sample(logits, temperature, top_k, top_p, generator)
         tokens[:, position] = torch.where(given[:, position], tokens[:, position], drawn)
         if stop_token is not None:
-            stopped = (tokens[:, position] == stop_token) & ~given[:, position] & (stops == row_ends)
+            # A row that has ended goes on being drawn with the others, which must not move its end.
+            running = ~given[:, position] & (stops == row_ends) & (position < row_ends)
+            stopped = running & (tokens[:, position] == stop_token)
             stops = torch.where(stopped, position, stops)
         position += 1
         if bool((stops <= position).all()):

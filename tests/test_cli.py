@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -59,8 +60,9 @@ def test_the_whole_way_from_text_to_text(capsys, folder):
     status, out, _ = run(capsys, "generate", "runs/one", "--prompt", "One day", "--max-new-tokens", 5, "--seed", 1)
     assert status == 0
     assert out.startswith("One day")
-    status, out, _ = run(capsys, *TRAIN, "--resume")
-    assert status == 0
+    # The run's own settings need not be given again.
+    status, out, err = run(capsys, "train", "stories-cpu", "--out", "runs/one", "--resume")
+    assert status == 0, err
 
 
 def test_decoding_prints_the_text(capfdbinary, folder):
@@ -118,17 +120,34 @@ def test_the_version(capsys):
         (["corpus", "dance"], "command 'corpus dance' is unknown: choose one of stories, fetch"),
         (["train", "gpt9"], "preset 'gpt9' is unknown: choose one of stories-cpu"),
         (["tokenizer", "train", "none.txt"], "none.txt does not exist"),
-        (["tokenizer", "train", "data/train.txt", "--vocab-size", "256"], "256"),
+        (["tokenizer", "train", "data/train.txt", "--vocab-size", "256"], "vocab_size is 256: at least 257 is needed"),
+        (["tokenizer", "train", "data/train.txt", "--num-workers", "0"], "num_workers is 0: at least 1 is needed"),
+        (["tokenizer", "train", "."], "text file . is not a file"),
         (
             ["tokenizer", "encode", "data/train.txt"],
             "data/tokenizer.json does not exist: make one with `tilewright tokenizer train`",
         ),
         (["tokenizer", "decode", "data/train.txt"], "is not a token file"),
         (["train", "stories-cpu", "--steps", "0"], "steps is 0: it must be at least 1"),
+        (["train", "stories-cpu", "--optimizer.lr", "0"], "optimizer.lr is 0.0: it must be a finite number above 0"),
+        (["train", "stories-cpu", "--model.num-heads", "3"], "num_heads 3 gives a head dim of"),
+        (["train", "stories-cpu", "--model.rope-theta", "0"], "rope_theta is 0.0"),
+        (["train", "stories-cpu", "--device", "meta"], "device 'meta' is unknown"),
         (["train", "stories-cpu"], "data/stories/tokenizer.json does not exist"),
         (["generate", "data"], "is the folder that of a run?"),
         (["generate", "data", "--num-samples", "0"], "num_samples is 0: it must be at least 1"),
-        (["demo", "--megabytes", "0"], "0"),
+        (["demo", "--megabytes", "0"], "a positive number of megabytes, not 0"),
+        (["demo", "--vocab-size", "256"], "vocab_size is 256: it must be at least 257"),
+        (["corpus", "stories", "--valid-megabytes", "0"], "a positive number of megabytes, not 0"),
+        (["corpus", "stories", "--seed", "-1"], "a seed is 0 or more, not -1"),
+        (["account", "gpt9"], "preset 'gpt9' is unknown: choose one of stories-cpu"),
+        (["account", "gpt2-xl", "--batch-size", "auto"], "batch_size auto needs --memory"),
+        (["account", "gpt2-xl", "--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+        (["account", "gpt2-xl", "--batch-size", "auto", "--memory", "80"], "memory '80' is not a size"),
+        (["account", "gpt2-xl", "--batch-size", "auto", "--memory", "8GB"], "does not hold one sequence of 1024 tokens"),
+        (["account", "gpt2-xl", "--context-length", "0"], "context_length is 0: it must be at least 1"),
+        (["account", "gpt2-xl", "--gpu", "h200", "--mfu", "1.5"], "mfu is 1.5: it must be above 0 and at most 1"),
+        (["account", "gpt2-xl", "--gpu", "h200", "--tokens-per-second", "1e9"], "tokens_per_second is 1000000000.0"),
         (["bench", "kernels", "--device", "abacus"], "device 'abacus' is unknown"),
     ],
 )
@@ -141,6 +160,33 @@ def test_bad_input_is_one_line_and_status_2(capsys, folder, arguments, message):
     assert err.startswith("tilewright: error: ")
     assert err.count("\n") == 1
     assert sorted(folder.rglob("*")) == before or arguments[0] == "demo"
+
+
+def test_accounting_as_tables_and_as_json(capsys, tmp_path):
+    status, out, _ = run(capsys, "account", "gpt2-xl", "--gpu", "h200", "--batch-size", "auto", "--memory", "80GB")
+    assert status == 0
+    for figure in ("2,127,057,600", "4,513,336,524,800", "66.91%", "15,517,753,344 x batch + 34,032,921,600", "H200 SXM"):
+        assert figure in out
+    path = tmp_path / "account.png"
+    options = ("--context-length", 16384, "--policy.checkpointing", "block", "--vocab-multiple", 64, "--plot", path, "--json")
+    status, out, _ = run(capsys, "account", "gpt2-small", "--tokens-per-second", 1e5, "--gpu", "H100 SXM", *options)
+    assert status == 0
+    report = json.loads(out)
+    assert report["shape"]["vocab_size"] == 50_304
+    assert report["policy"]["checkpointing"] == "block"
+    assert report["memory"]["peak_bytes"] == max(report["memory"]["peaks_bytes"].values())
+    assert report["plan"]["tokens_per_second"] == pytest.approx(1e5)
+    mfu = {row["name"]: row["mfu"] for row in report["conventions"]}
+    assert mfu["tilewright"] == pytest.approx(report["plan"]["mfu"])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_gpu_has_no_mfu(capsys):
+    status, out, _ = run(capsys, "account", "gpt2-small", "--gpu", "h300")
+    assert status == 0
+    assert "no peak is known of 'h300'" in out
+    assert "best possible MFU" not in out
+    assert json.loads(run(capsys, "account", "gpt2-small", "--gpu", "h300", "--json")[1])["speed"] is None
 
 
 def raising(error):
@@ -162,11 +208,11 @@ def test_a_warning_is_one_line_too(capsys, folder):
     assert shown.stderr.count("\n") == 1
 
 
-def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
+def test_an_interruption_is_said_in_a_line(capsys, monkeypatch):
     monkeypatch.setitem(COMMANDS, "tokenizer decode", raising(KeyboardInterrupt()))
     status, _, err = run(capsys, "tokenizer", "decode")
     assert status == 130
-    assert "--resume" in err
+    assert err == "tilewright: interrupted\n"
 
 
 def test_a_full_disk_is_an_error_without_a_traceback(capsys, monkeypatch):

@@ -13,6 +13,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
+from ..errors import UserError
+
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,7 +31,7 @@ def choose_workers(num_workers: int | None, num_bytes: int) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cores if num_bytes >= POOL_BYTES else 1
     if num_workers < 1:
-        raise ValueError(f"num_workers is {num_workers}: at least 1 is needed")
+        raise UserError(f"num_workers is {num_workers}: at least 1 is needed")
     return num_workers
 
 

@@ -1,6 +1,6 @@
 """From a corpus to a trained model: text to tokens, tokens to batches, batches to steps, steps to checkpoints."""
 
-from .config import DataConfig, OptimizerConfig, TrainConfig
+from .config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from .loop import TrainResult, train
 from .presets import PRESETS, preset
 from .run import SampleConfig, load_run, write_texts
@@ -12,6 +12,7 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "TrainResult",
+    "load_config",
     "load_run",
     "preset",
     "train",

@@ -13,16 +13,17 @@ from ..errors import UserError
 from ..files import atomic_folder
 
 FORMAT = "tilewright-checkpoint-1"
+FOLDER_NAME = "checkpoints"
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / FOLDER_NAME / f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / FOLDER_NAME).glob("step-*"))
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -33,6 +34,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
     """Write the state after `step` steps; then remove all but the newest `keep` checkpoints."""
     folder = _folder(run, step)
+    # What a run that was killed in the middle of a save has left.
+    for stale in folder.parent.glob(".step-*.tmp"):
+        shutil.rmtree(stale)
     with atomic_folder(folder) as temporary:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / _WEIGHTS)
         save_file({k: v.contiguous() for k, v in _optimizer_tensors(model, optimizer).items()}, temporary / _OPTIMIZER)
@@ -46,7 +50,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read ({error}): remove its folder to go on from the checkpoint before") from error
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -57,11 +61,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     for name in expected.keys() | tensors.keys():
         if name not in tensors or name not in expected:
             where = "the checkpoint" if name not in tensors else "the model"
-            raise UserError(f"{folder} does not fit the model: {where} has no {name}")
+            raise UserError(f"{folder} does not fit the model, {where} has no {name}: use the configuration it was made with")
         if tensors[name].shape != expected[name].shape:
             raise UserError(
-                f"{folder} does not fit the model: {name} has shape {tuple(tensors[name].shape)} in the checkpoint, "
-                f"{tuple(expected[name].shape)} in the model"
+                f"{folder} does not fit the model, {name} has shape {tuple(tensors[name].shape)} in the checkpoint, "
+                f"{tuple(expected[name].shape)} in the model: use the configuration it was made with"
             )
     model.load_state_dict(tensors)
 
@@ -74,7 +78,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             raise ValueError(f"format {state['format']!r}")
         step = int(state["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not a checkpoint: {error}") from error
+        raise UserError(f"{folder} is not a checkpoint ({error}): remove it to go on from the one before") from error
     load_weights(folder, model)
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device

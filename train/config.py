@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
-        _require("optimizer.lr", self.lr, self.lr > 0, "above 0")
+        _require("optimizer.lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
         _require("optimizer.final_lr", self.final_lr, 0 <= self.final_lr <= self.lr, f"between 0 and lr, {self.lr}")
         _require("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
         _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "in [0, 1) each")
@@ -157,5 +158,5 @@ def load_config(path: Path) -> TrainConfig:
     try:
         values = json.loads(path.read_text())
         return dacite.from_dict(TrainConfig, values, dacite.Config(type_hooks={Path: Path}, cast=[tuple], strict=True))
-    except (json.JSONDecodeError, dacite.DaciteError, AttributeError) as error:
+    except (ValueError, dacite.DaciteError, AttributeError) as error:
         raise UserError(f"{path} is not a run's configuration: {error}") from error

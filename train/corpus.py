@@ -28,6 +28,14 @@ def _progress(path: Path, total: float | None = None, initial: int = 0) -> "tqdm
     return tqdm(desc=path.name, total=total, initial=initial, unit="B", unit_scale=True, disable=None)
 
 
+def check_stories(megabytes: float, seed: int) -> None:
+    """Raise a `UserError` for a size or a seed that no corpus can have."""
+    if not 0 < megabytes < math.inf:
+        raise UserError(f"the size of a corpus is a positive number of megabytes, not {megabytes}")
+    if seed < 0:
+        raise UserError(f"a seed is 0 or more, not {seed}")
+
+
 def write_stories(path: Path | str, megabytes: float, seed: int = 0) -> int:
     """Write stories to `path`, each followed by `END_OF_TEXT`, and return the number of bytes written.
 
@@ -35,10 +43,7 @@ def write_stories(path: Path | str, megabytes: float, seed: int = 0) -> int:
     the same bytes, and a larger corpus begins with the smaller one. Raises `UserError` if `path` exists already.
     """
     path = require_absent(path)
-    if not 0 < megabytes < math.inf:
-        raise UserError(f"the size of a corpus is a positive number of megabytes, not {megabytes}")
-    if seed < 0:
-        raise UserError(f"a seed is 0 or more, not {seed}")
+    check_stories(megabytes, seed)
     wanted, written = megabytes * 1e6, 0
     with atomic_file(path) as file, _progress(path, wanted) as bar:
         for story in generate_stories(seed):

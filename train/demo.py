@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError
@@ -15,12 +16,13 @@ from ..tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from .config import TrainConfig
 from .corpus import write_stories
 from .data import encode_text
-from .loop import CONFIG_FILE, TrainResult, train
+from .loop import TrainResult, require_no_run, train
 from .plot import FILE_NAME as PLOT_FILE
 from .presets import corpus_files, preset
 from .run import SampleConfig, load_run, write_texts
 
 SUMMARY_FILE = "summary.json"
+MIN_VOCAB_SIZE = 257
 
 
 @dataclass(frozen=True)
@@ -77,24 +79,32 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     console = console or Console()
     start = time.perf_counter()
     out = _free_folder() if demo.out is None else demo.out
-    if (out / CONFIG_FILE).exists() or (out / "data").exists():
-        raise UserError(f"{out} holds a run already: name another folder with --out")
+    require_no_run(out)
+    if (out / "data").exists():
+        raise UserError(f"{out} holds a demo already: name another folder with --out")
+    if demo.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"vocab_size is {demo.vocab_size}: it must be at least {MIN_VOCAB_SIZE}, 256 bytes and {END_OF_TEXT}")
     config = train_config(demo, out)
     files = config.data
 
-    console.print(f"[bold]1/4[/] corpus: {demo.megabytes:g} MB of stories to {files.train}")
+    console.print(f"[bold]1/4[/] corpus: {demo.megabytes:g} MB of stories to {escape(str(files.train))}")
     corpus_bytes = write_stories(files.train, demo.megabytes, seed=2 * demo.seed)
     # Another seed writes other stories: validation text that is not in the training text.
     write_stories(files.valid, max(0.5, demo.megabytes / 50), seed=2 * demo.seed + 1)
 
-    console.print(f"[bold]2/4[/] tokenizer: {demo.vocab_size:,} tokens to {files.tokenizer}")
+    console.print(f"[bold]2/4[/] tokenizer: {demo.vocab_size:,} tokens to {escape(str(files.tokenizer))}")
     tokenizer_start = time.perf_counter()
     tokenizer = Tokenizer(*train_bpe(files.train, demo.vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
     tokenizer_seconds = time.perf_counter() - tokenizer_start
     tokenizer.save(files.tokenizer)
+    num_prompt_tokens = len(tokenizer.encode(demo.prompt))
+    if num_prompt_tokens >= config.model.context_length:
+        raise UserError(f"the prompt has {num_prompt_tokens} tokens: allowed are fewer than {config.model.context_length}")
+    # A small corpus can hold fewer merges than were asked for.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
     header = encode_text(files.train, tokenizer, files.train.with_suffix(".tokens"))
 
-    console.print(f"[bold]3/4[/] model: {config.steps:,} steps to {out}")
+    console.print(f"[bold]3/4[/] model: {config.steps:,} steps to {escape(str(out))}")
     result = train(config)
 
     sampling = SampleConfig(demo.prompt, seed=demo.seed)
@@ -121,7 +131,7 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
 def _table(summary: DemoSummary, config: TrainConfig) -> Table:
     result = summary.result
     mfu = f"n/a: no peak known for this {result.device}" if result.mfu is None else f"{result.mfu:.1%} of {result.device}"
-    table = Table(show_header=False, title=f"\n{result.run}: {summary.seconds:.0f} s in all")
+    table = Table(show_header=False, title=escape(f"\n{result.run}: {summary.seconds:.0f} s in all"))
     for name, value in {
         "corpus": f"{summary.corpus_bytes / 1e6:.1f} MB",
         "tokenizer": f"{summary.tokenizer_seconds:.1f} s, {summary.bytes_per_token:.2f} bytes/token",
@@ -135,5 +145,5 @@ def _table(summary: DemoSummary, config: TrainConfig) -> Table:
         "checkpoints": str(result.run / "checkpoints"),
         "metrics": str(result.run / "metrics.jsonl"),
     }.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -21,11 +22,14 @@ from ..kernels.device import device_name, gpu_of
 from ..model import TransformerLM
 from ..model.accounting import model_flops_utilisation, num_parameters
 from ..tokenizer import Tokenizer
+from .checkpoint import FOLDER_NAME as CHECKPOINTS
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig, check_same_run, load_config, save_config
 from .data import TokenDataset, check_fits, open_dataset, training_batch, validation_batches
-from .metrics import MetricLog
+from .metrics import FILE_NAME as METRICS_FILE
+from .metrics import MetricLog, check_tracker
 from .optimizer import make_optimizer, set_learning_rate
+from .plot import FILE_NAME as PLOT_FILE
 from .plot import plot_losses
 from .schedule import cosine_with_warmup
 
@@ -54,12 +58,12 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that `auto`, `cuda`, `cuda:1` or `cpu` means here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is unknown: choose auto, cuda or cpu") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} is not there: torch.cuda finds no GPU; choose auto or cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device {name!r} is unknown: choose auto, cuda, cuda:N or cpu")
+    device = torch.device(name)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise UserError(f"device {name!r} is not there: torch.cuda finds {num_gpus} GPUs; choose auto or cpu")
     return device
 
 
@@ -154,29 +158,48 @@ class Clock:
         self._mark = time.perf_counter()
 
 
-def _open_run(config: TrainConfig, resume: bool) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
+def require_no_run(out: Path) -> None:
+    """Raise a `UserError` where `out` is a file, or a folder with anything in it that a run would overwrite."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder with --out")
+    if (out / CONFIG_FILE).exists():
+        raise UserError(f"{out} holds a run already: go on with --resume, or name another folder with --out")
+    for name in (TOKENIZER_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, CHECKPOINTS):
+        if (out / name).exists():
+            raise UserError(f"{out} holds a {name} that a run would overwrite: name another folder with --out")
+
+
+def _open_run(config: TrainConfig, resume: bool) -> tuple[TokenDataset, TokenDataset]:
     """Check everything that can be wrong before a folder is made or a model is built."""
     run = config.out
-    if not resume and (run / CONFIG_FILE).exists():
-        raise UserError(f"{run} holds a run already: go on with --resume, or name another folder with --out")
     if resume:
         check_same_run(load_config(run / CONFIG_FILE), config)
+    else:
+        require_no_run(run)
     resolve_device(config.device)
+    check_tracker(config.tracker)
     tokenizer = Tokenizer.load(require_file(config.data.tokenizer, "tokenizer", "make one with `tilewright tokenizer train`"))
     train_data, valid_data = (open_dataset(path, tokenizer) for path in (config.data.train, config.data.valid))
     for dataset in (train_data, valid_data):
         check_fits(dataset, config.model.vocab_size, config.model.context_length)
     if resume:
-        stored = json.loads(require_file(run / DATA_FILE, "the run's record of its data").read_text())
-        if stored != dataclasses.asdict(train_data.header):
-            raise UserError(f"{train_data.path} is not the data that the run in {run} began with: see {run / DATA_FILE}")
-    return train_data, valid_data, tokenizer
+        record = require_file(run / DATA_FILE, "the run's record of its data", "it cannot be resumed without")
+        if record.read_bytes() != _data_record(train_data).encode():
+            raise UserError(f"{train_data.path} is not the data that the run in {run} began with: see {record}")
+    return train_data, valid_data
 
 
-def _make_run(config: TrainConfig, train_data: TokenDataset) -> None:
+def _data_record(data: TokenDataset) -> str:
+    return json.dumps(dataclasses.asdict(data.header)) + "\n"
+
+
+def _make_run(trainer: Trainer) -> None:
+    config, train_data = trainer.config, trainer.train_data
     config.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(config.data.tokenizer, config.out / TOKENIZER_FILE)
-    write_text(config.out / DATA_FILE, json.dumps(dataclasses.asdict(train_data.header)) + "\n")
+    write_text(config.out / DATA_FILE, _data_record(train_data))
+    # So that a run can go on from wherever it is interrupted.
+    save_checkpoint(config.out, 0, trainer.model, trainer.optimizer, config.keep_checkpoints)
     # Last, because it is what makes the folder a run.
     save_config(config, config.out / CONFIG_FILE)
 
@@ -184,7 +207,7 @@ def _make_run(config: TrainConfig, train_data: TokenDataset) -> None:
 def _resume(trainer: Trainer) -> None:
     checkpoints = list_checkpoints(trainer.config.out)
     if not checkpoints:
-        raise UserError(f"{trainer.config.out} has no checkpoint yet: remove the folder and start again without --resume")
+        raise UserError(f"{trainer.config.out} has no checkpoint: remove the folder and start again without --resume")
     trainer.step = load_checkpoint(checkpoints[-1], trainer.model, trainer.optimizer)
 
 
@@ -194,12 +217,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     The folder then holds the configuration, the tokenizer, `metrics.jsonl`, `loss.png` and the newest checkpoints. A resumed
     run repeats bit for bit what it would have done, given the same device and versions.
     """
-    train_data, valid_data, _ = _open_run(config, resume)
+    train_data, valid_data = _open_run(config, resume)
     trainer = Trainer(config, train_data, valid_data)
     if resume:
         _resume(trainer)
     else:
-        _make_run(config, train_data)
+        _make_run(trainer)
     with MetricLog(config.out, config.tracker, dataclasses.asdict(config), trainer.step) as log:
         result = _run(trainer, log)
     plot_losses(config.out)
@@ -227,11 +250,7 @@ def _run(trainer: Trainer, log: MetricLog) -> TrainResult:
             if not (step % config.log_every == 0 or evaluating or saving):
                 continue
             row = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(row["loss"]):
-                raise UserError(
-                    f"the loss is {row['loss']} at step {step}: lower --optimizer.lr or lengthen --optimizer.warmup-steps; "
-                    f"the checkpoints in {config.out} are untouched"
-                )
+            _require_finite(row, config)
             tokens, seconds = (step - lap_start) * config.tokens_per_step, clock.lap()
             lap_start = step
             speeds.append((tokens, seconds))
@@ -240,6 +259,8 @@ def _run(trainer: Trainer, log: MetricLog) -> TrainResult:
             mfu = model_flops_utilisation(config.model, row["tokens_per_second"], peak)
             if evaluating:
                 row["valid_loss"] = valid_loss = trainer.validate()
+                # A step's loss is from before its update; this one is from after.
+                _require_finite(row, config)
             log.log(step, **row, mfu=mfu)
             bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
             if evaluating or not on_terminal:
@@ -260,6 +281,15 @@ def _run(trainer: Trainer, log: MetricLog) -> TrainResult:
         mfu=model_flops_utilisation(config.model, tokens / seconds, peak),
         device=device_name(device),
     )
+
+
+def _require_finite(row: dict[str, float], config: TrainConfig) -> None:
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value}: start a new run with a lower --optimizer.lr, below {config.optimizer.lr:g}, or a longer "
+                f"--optimizer.warmup-steps; the checkpoints in {config.out} are from before"
+            )
 
 
 def _line(step: int, steps: int, row: dict[str, float], mfu: float | None) -> str:

@@ -1,5 +1,6 @@
 """Metrics of a run: one JSON object a line in `metrics.jsonl`, and on to a tracker where one is asked for."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _tracker(kind: str, run: Path, config: dict[str, Any]):
+def check_tracker(kind: str) -> None:
+    """Raise a `UserError` where the tracker's package is not installed."""
+    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"tracker {kind} is not installed: pip install 'tilewright[{kind}]'")
+
+
+def _tracker(kind: str, run: Path, config: dict[str, Any], resume_step: int):
     """Return a function (metrics, step) and one that closes the tracker."""
+    check_tracker(kind)
     if kind == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("tracker tensorboard is not installed: pip install 'tilewright[tensorboard]'") from error
-        writer = SummaryWriter(str(run))
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events after the step that a run goes on from are hidden, because they come again.
+        writer = SummaryWriter(str(run), purge_step=resume_step + 1)
 
         def log(metrics: dict[str, Any], step: int) -> None:
             for name, value in metrics.items():
@@ -38,10 +46,8 @@ def _tracker(kind: str, run: Path, config: dict[str, Any]):
 
         return log, writer.close
     if kind == "wandb":
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError("tracker wandb is not installed: pip install 'tilewright[wandb]'") from error
+        import wandb  # pyright: ignore[reportMissingImports]
+
         session = wandb.init(project="tilewright", name=run.name, dir=str(run), config=config)
         return lambda metrics, step: session.log(metrics, step=step), session.finish
     return lambda metrics, step: None, lambda: None
@@ -52,7 +58,7 @@ class MetricLog:
 
     def __init__(self, run: Path, tracker: str = "none", config: dict[str, Any] | None = None, resume_step: int = 0) -> None:
         """Open the log; rows after `resume_step` are dropped, because a resumed run writes them again."""
-        self._send, self._close = _tracker(tracker, run, config or {})
+        self._send, self._close = _tracker(tracker, run, config or {}, resume_step)
         kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
         write_text(run / FILE_NAME, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = (run / FILE_NAME).open("a", buffering=1)

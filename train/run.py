@@ -10,7 +10,7 @@ from ..model import TransformerLM, generate
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from .checkpoint import list_checkpoints, load_weights
 from .config import load_config
-from .loop import CONFIG_FILE, TOKENIZER_FILE, resolve_device
+from .loop import CONFIG_FILE, TOKENIZER_FILE, resolve_device, resolve_dtype
 
 
 def load_run(run: Path, device: str = "auto") -> tuple[TransformerLM, Tokenizer]:
@@ -56,7 +56,9 @@ def write_texts(model: TransformerLM, tokenizer: Tokenizer, config: SampleConfig
         if stop is None:
             raise UserError(f"the prompt is empty and the tokenizer has no {END_OF_TEXT} to begin with: give a prompt")
         ids = [stop]
-    with torch.autocast(model.rope_cos.device.type, torch.bfloat16, enabled=model.rope_cos.is_cuda):
+    device = model.rope_cos.device
+    dtype = resolve_dtype("auto", device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         continuations = generate(
             model,
             [ids] * config.num_samples,
@@ -65,6 +67,7 @@ def write_texts(model: TransformerLM, tokenizer: Tokenizer, config: SampleConfig
             top_k=config.top_k,
             top_p=config.top_p,
             stop_token=stop,
+            vocab_size=tokenizer.vocab_size,
             seed=config.seed,
         )
     return [config.prompt + tokenizer.decode(new) for new in continuations]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.errors import UserError
-from tilewright.model import ModelConfig, TransformerLM, generate
+from tilewright.model import KVCache, ModelConfig, TransformerLM, generate
 from tilewright.model.generate import sample
 
 CONFIG = ModelConfig(vocab_size=11, context_length=24, d_model=16, num_layers=2, num_heads=2, d_ff=16)
@@ -53,8 +53,29 @@ def test_generation_ends_at_the_stop_token_which_is_not_returned(model):
     assert len(stopped) < 12
 
 
+def test_no_row_outgrows_its_limit_while_longer_ones_go_on(model):
+    for seed in range(40):
+        rows = generate(model, [[1], [1] * 18], 5, stop_token=seed % 11, seed=seed)
+        assert all(len(row) <= 5 and seed % 11 not in row for row in rows)
+
+
+def test_ids_beyond_the_tokenizers_are_never_drawn(model):
+    assert max(generate(model, [[1]], 20, temperature=5.0, vocab_size=4, seed=0)[0]) < 4
+
+
+def test_a_temperature_near_zero_is_greedy(model):
+    assert generate(model, [[1, 2]], 6, temperature=1e-40, seed=0) == generate(model, [[1, 2]], 6, temperature=0)
+
+
+def test_the_cache_follows_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = KVCache(model, 1, 8)
+        assert cache.layers[0].k.dtype == torch.bfloat16
+        cached, uncached = (generate(model, [[1, 2]], 6, temperature=0, use_cache=use) for use in (True, False))
+    assert cached == uncached
+
+
 def test_a_stop_token_inside_a_prompt_does_not_stop(model):
-    assert len(generate(model, [[5, 5, 5], [5]], 3, temperature=0, stop_token=5)[0]) <= 3
     assert generate(model, [[7, 5, 7], [7]], 4, temperature=0) == [
         generate(model, [p], 4, temperature=0)[0] for p in ([7, 5, 7], [7])
     ]

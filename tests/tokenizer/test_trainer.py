@@ -128,8 +128,8 @@ def test_bad_input_is_named(text_file, tmp_path, content, vocab_size, special_to
         train_bpe(path, vocab_size, special_tokens)
 
 
-def test_arguments_of_the_wrong_kind_are_no_user_errors(text_file):
+def test_arguments_that_make_no_sense_are_refused(text_file):
     with pytest.raises(TypeError, match="sequence of strings"):
         train_bpe(text_file("text"), 300, "<|endoftext|>")
-    with pytest.raises(ValueError, match="num_workers is 0"):
+    with pytest.raises(UserError, match="num_workers is 0"):
         train_bpe(text_file("text"), 300, num_workers=0)

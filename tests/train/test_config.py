@@ -42,7 +42,7 @@ def test_impossible_runs_are_refused(changed, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.0}, r"optimizer.lr is 0.0: it must be above 0"),
+        ({"lr": 0.0}, r"optimizer.lr is 0.0: it must be a finite number above 0"),
         ({"lr": float("nan")}, r"optimizer.lr is nan"),
         ({"final_lr": 1.0}, r"optimizer.final_lr is 1.0: it must be between 0 and lr"),
         ({"betas": (0.9, 1.0)}, r"optimizer.betas is \(0.9, 1.0\)"),

@@ -39,7 +39,7 @@ def test_tensorboard_receives_every_scalar(tmp_path):
 def test_wandb_receives_every_row(tmp_path, monkeypatch):
     calls = []
     session = types.SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish"))
-    fake = types.SimpleNamespace(init=lambda **options: calls.append(options["config"]) or session)
+    fake = types.SimpleNamespace(__spec__="here", init=lambda **options: calls.append(options["config"]) or session)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with MetricLog(tmp_path, "wandb", {"steps": 9}) as log:
         log.log(1, loss=2.5)
