@@ -16,7 +16,7 @@ lint: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: .venv/dev  ## measure everything that this machine can
+bench: .venv/bench  ## measure everything that this machine can, beside its peers
 	$(BIN)/tilewright bench all
 
 readme: .venv/base  ## run the demo and put what it measured into README.md
@@ -40,3 +40,7 @@ help:  ## list the targets
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ .venv/base
+
+.venv/bench: .venv/dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@

@@ -153,7 +153,7 @@ def _linear_cross_entropy(d_model: int, vocab_size: int, rows: int = 8192) -> Op
 
 def op_cases() -> Iterator[OpCase]:
     """Yield what is measured: GPT-2 small to XL, Llama-3 8B (D 4096, F 14336, V 128,256), Gemma (V 262,144)."""
-    yield from map(_rms_norm, (1024, 1600, 2048, 4096, 8192, 16384, 32768))
+    yield from map(_rms_norm, (768, 1024, 1280, 1600, 2048, 4096, 8192, 16384, 32768))
     yield from map(_add_rms_norm, (1600, 4096, 8192))
     yield from map(_swiglu, (3072, 6400, 14336))
     yield _rope(12, 12, 64)

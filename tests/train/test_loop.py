@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tilewright.errors import UserError
+from tilewright.kernels import use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.train import OptimizerConfig, load_run, loop, train
 from tilewright.train.checkpoint import list_checkpoints
 from tilewright.train.config import load_config
@@ -114,6 +116,15 @@ def test_a_compiled_run_learns_the_same(changed, tmp_path):
     eager, compiled = (train(changed(out=tmp_path / str(c), steps=4, compile=c)) for c in (False, True))
     assert compiled.valid_loss == pytest.approx(eager.valid_loss, rel=1e-4)
     assert weights(compiled.run).keys() == weights(eager.run).keys()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+def test_a_run_on_the_kernels_learns_the_same(changed, tmp_path, device):
+    results = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            results.append(train(changed(out=tmp_path / backend, steps=6, device=device.type, dtype="float32", compile=False)))
+    assert results[0].valid_loss == pytest.approx(results[1].valid_loss, rel=1e-4)
 
 
 def test_bfloat16_trains_float32_weights(changed):
