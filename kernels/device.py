@@ -42,6 +42,19 @@ GPUS: dict[str, GPU] = {
 }
 
 
+def find_gpu(name: str) -> GPU | None:
+    """Return the figures of the one product whose name holds all words of `name`, such as `h200` or `H100 PCIe`.
+
+    The driver's whole name will do too; case does not matter. None for a product that is not in the table, and for a name
+    that several share, as `h100` is.
+    """
+    words = set(name.lower().replace("-", " ").split())
+    of_driver = [gpu for driver, gpu in GPUS.items() if words == set(driver.lower().replace("-", " ").split())]
+    ours = [gpu for gpu in GPUS.values() if words and words <= set(gpu.name.lower().split())]
+    matches = of_driver or ours
+    return matches[0] if len(matches) == 1 else None
+
+
 def gpu_of(device: torch.device | str) -> GPU | None:
     """Return the figures of the GPU behind `device`, or None for a CPU and for a product that is not in the table."""
     device = torch.device(device)

@@ -4,14 +4,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tilewright.errors import UserError
+from tilewright.kernels import cross_entropy, linear_cross_entropy, use_backend
 from tilewright.model import MODELS, ModelConfig, TransformerLM
 from tilewright.model.accounting import (
+    HANDOUT,
+    Policy,
+    attended_pairs,
     forward_flops,
     forward_flops_by_group,
+    hardware_flops,
+    model_flops,
     model_flops_utilisation,
+    num_parameter_tensors,
     num_parameters,
+    operations,
+    pad_vocabulary,
     parameters_by_group,
     training_flops_per_token,
 )
@@ -84,3 +94,122 @@ def test_utilisation_needs_a_peak():
     config = MODELS["gpt2-small"]
     assert model_flops_utilisation(config, 1e5, None) is None
     assert model_flops_utilisation(config, 1e5, 1e15) == pytest.approx(3 * 349_630_365_696 / 1024 * 1e5 / 1e15)
+
+
+def counted(model, tokens, loss):
+    with FlopCounterMode(display=False) as counter:
+        result = loss(model, tokens)
+        forward = counter.get_total_flops()
+        result.backward()
+    return forward, counter.get_total_flops()
+
+
+LLAMA3_8B = ModelConfig(128_256, 8192, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, d_ff=14_336)
+
+
+@pytest.mark.parametrize("name", [*FORWARD_FLOPS, "llama3-8b", "tied", "d_ff 4288"])
+def test_known_shapes_equal_pytorchs_own_counts(name):
+    special = {
+        "llama3-8b": LLAMA3_8B,
+        "tied": dataclasses.replace(MODELS["gpt2-small"], tie_embeddings=True),
+        "d_ff 4288": dataclasses.replace(MODELS["gpt2-xl"], d_ff=4288),
+    }
+    config = special[name] if name in special else MODELS[name]
+    with torch.device("meta"):
+        model = TransformerLM(config)
+        tokens = torch.zeros(2, config.context_length, dtype=torch.long)
+    forward, total = counted(model, tokens, lambda model, tokens: model(tokens).sum())
+    ops = operations(config, 2)
+    assert forward == sum(op.forward_flops for op in ops)
+    assert total == model_flops(ops) == 3 * forward
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert num_parameter_tensors(config) == len(list(model.parameters()))
+
+
+def test_parameters_of_llama3_8b_and_forward_flops_of_the_2026_handout():
+    assert num_parameters(LLAMA3_8B) == 8_030_261_248
+    assert round(forward_flops(dataclasses.replace(MODELS["gpt2-xl"], d_ff=4288)) / 1e12, 3) == 3.517
+
+
+def test_the_products_of_a_layer_of_gpt2_xl():
+    flops = {op.name: op.forward_flops for op in operations(MODELS["gpt2-xl"], policy=HANDOUT) if op.layer == 7}
+    assert flops["q_proj"] + flops["k_proj"] + flops["v_proj"] == 15_728_640_000
+    assert flops["scores"] == flops["values"] == 3_355_443_200
+    assert flops["output_proj"] == 5_242_880_000
+    assert flops["w1"] + flops["w3"] == 41_943_040_000
+    assert flops["w2"] == 20_971_520_000
+    assert sum(flops.values()) == 90_596_966_400
+
+
+@pytest.mark.parametrize("loss", ["whole", "chunked"])
+def test_a_step_with_our_own_ops_is_counted_whole(loss):
+    config = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=44)
+    model, tokens = TransformerLM(config), torch.zeros(2, 24, dtype=torch.long)
+
+    def loss_of(model, tokens):
+        if loss == "whole":
+            return cross_entropy(model(tokens), tokens)
+        return linear_cross_entropy(model.hidden_states(tokens), model.head_weight, tokens)
+
+    with use_backend("triton"):
+        _, total = counted(model, tokens, loss_of)
+    # PyTorch has no formula for its flash attention on CPUs; on GPUs it has, and counts the scores twice.
+    attention = sum(op.flops for op in operations(config, 2) if op.group == "attention")
+    assert total + attention == model_flops(operations(config, 2))
+
+
+def test_every_op_of_ours_has_a_formula():
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("tilewright::")}
+    assert len(names) >= 10
+    missing = {name for name in names if getattr(torch.ops.tilewright, name.split("::")[1]) not in flop_registry}
+    assert not missing
+
+
+def test_pytorchs_count_of_flash_attention_is_ours():
+    config, batch = LLAMA3_8B, 2
+    q = (batch, config.num_heads, config.context_length, config.head_dim)
+    forward, backward = sdpa_flop_count(q, q, q), sdpa_backward_flop_count(q, q, q, q)
+    attention = next(op for op in operations(config, batch) if op.group == "attention")
+    assert forward == attention.forward_flops
+    assert backward == attention.backward_flops + attention.recomputed_flops
+
+
+def test_windows_and_exact_causality():
+    for tokens, window in ((1, None), (7, None), (7, 1), (7, 3), (7, 7), (7, 20)):
+        seen = [min(i + 1, window or tokens) for i in range(tokens)]
+        assert attended_pairs(tokens, window, exact_causal=True) == sum(seen)
+        assert attended_pairs(tokens, window) == tokens * min(tokens, window or tokens)
+    config = MODELS["gpt2-xl"]
+    full, exact = (forward_flops_by_group(config, exact_causal=exact)["attention"] for exact in (False, True))
+    assert 2 * 1024 * exact == 1025 * full
+    assert forward_flops_by_group(config, 16_384, window=1024)["attention"] == 16 * full
+
+
+def test_shares_at_16k():
+    groups = forward_flops_by_group(MODELS["gpt2-xl"], 16_384)
+    assert [round(100 * flops / sum(groups.values()), 2) for flops in groups.values()] == [10.77, 55.15, 32.32, 1.76]
+
+
+def test_recomputation_counts_for_the_hardware_only():
+    config = MODELS["gpt2-small"]
+    written_out = dataclasses.replace(HANDOUT, checkpointing="block")
+    ops = operations(config, 1, policy=written_out)
+    blocks = sum(op.forward_flops for op in ops if op.layer is not None)
+    assert hardware_flops(ops, HANDOUT) == model_flops(ops)
+    assert hardware_flops(ops, written_out) == model_flops(ops) + blocks
+    flash = operations(config, 1)
+    scores = forward_flops_by_group(config)["attention"] // 2
+    assert hardware_flops(flash, Policy()) == model_flops(flash) + scores
+
+
+def test_padded_vocabularies():
+    assert pad_vocabulary(MODELS["gpt2-xl"], 64).vocab_size == 50_304
+    assert pad_vocabulary(MODELS["gpt2-xl"], 1) == MODELS["gpt2-xl"]
+    with pytest.raises(UserError, match="multiple is 0"):
+        pad_vocabulary(MODELS["gpt2-xl"], 0)
+
+
+@pytest.mark.parametrize(("batch_size", "context", "name"), [(0, 8, "batch_size is 0"), (1, 0, "context_length is 0")])
+def test_sizes_are_at_least_one(batch_size, context, name):
+    with pytest.raises(UserError, match=name):
+        operations(MODELS["gpt2-small"], batch_size, context)

@@ -1,0 +1,62 @@
+"""What others would call the MFU of the same run: their FLOPs per token, over their peak."""
+
+from dataclasses import dataclass
+
+from ..config import ModelConfig
+from .flops import hardware_flops, model_flops, num_parameters, parameters_by_group
+from .operations import Policy, operations
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way to count."""
+
+    name: str
+    flops_per_token: float
+    """Training FLOPs: forward and backward."""
+    mfu: float | None
+    """Share of the peak that this convention takes; None without a speed or a peak."""
+    note: str
+
+
+A100_BF16 = 312e12
+
+
+def conventions(
+    config: ModelConfig,
+    context_length: int | None = None,
+    tokens_per_second: float | None = None,
+    peak_flops: float | None = None,
+    policy: Policy | None = None,
+) -> list[Convention]:
+    """Return this project's count and those of others, for a run at `tokens_per_second` on a GPU of `peak_flops` (FLOP/s).
+
+    L layers, H heads of Q channels, context T, N parameters; others' N and T as their code takes them.
+    """
+    policy = policy or Policy()
+    context = config.context_length if context_length is None else context_length
+    n, layers, width = num_parameters(config), config.num_layers, config.d_model  # H Q is d_model
+    embedding = parameters_by_group(config)["embedding"]
+    reach = context if policy.window is None else min(policy.window, context)
+    full = operations(config, 1, context, policy)
+    causal = operations(config, 1, context, policy, exact_causal=True)
+    attention = 3 * sum(op.forward_flops for op in full if op.group == "attention")
+    products = model_flops(full) - attention
+    counter = model_flops(full) + sum(op.recomputed_flops for op in full if op.group == "attention")
+    ours = peak_flops
+    rows: list[tuple[str, float, float | None, str]] = [
+        ("tilewright", model_flops(full) / context, ours, "matrix products, full attention, backward 2x forward"),
+        ("exact causal", model_flops(causal) / context, ours, "the same with T (T + 1) / 2 pairs of query and key"),
+        ("HFU", hardware_flops(full, policy) / context, ours, "the first with what the policy computes again"),
+        ("PaLM", 6 * n + 12 * layers * width * context, ours, "6N + 12LHQT, appendix B; an untied embedding is in N"),
+        ("nanoGPT", 6 * n + 12 * layers * width * context, A100_BF16, "PaLM's, always over an A100's 312 TFLOP/s"),
+        ("nanochat", 6 * (n - embedding) + 12 * layers * width * reach, ours, "PaLM's without the embedding, windows counted"),
+        ("llm.c", 6 * n + 6 * layers * width * context, ours, "6N + 6LCT: causal attention as half"),
+        ("Megatron / MaxText", (products + attention / 2) / context, ours, "exact products, causal attention as half"),
+        ("6N", 6 * n, ours, "Kaplan et al. 2020: no attention"),
+        ("FlopCounterMode", counter / context, ours, "what PyTorch counts: flash attention's backward as 2.5x forward"),
+    ]
+    return [
+        Convention(name, flops, flops * tokens_per_second / peak if tokens_per_second and peak else None, note)
+        for name, flops, peak, note in rows
+    ]

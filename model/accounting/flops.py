@@ -1,0 +1,74 @@
+"""Parameters and FLOPs: sums over the list of operations."""
+
+from collections.abc import Iterable
+
+from ..config import ModelConfig
+from .operations import Operation, Policy, operations
+
+FLOP_GROUPS: tuple[str, ...] = ("projections", "attention", "feed-forward", "head")
+PARAMETER_GROUPS: tuple[str, ...] = ("embedding", "attention", "feed-forward", "norms", "head")
+
+
+def parameters_by_group(config: ModelConfig) -> dict[str, int]:
+    """Return the number of parameters of each group of weights."""
+    groups: dict[str, int] = dict.fromkeys(PARAMETER_GROUPS, 0)
+    for op in operations(config, 1, 1):
+        if op.parameters:
+            groups["attention" if op.group == "projections" else op.group] += op.parameters
+    return groups
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the number of trained parameters."""
+    return sum(parameters_by_group(config).values())
+
+
+def num_parameter_tensors(config: ModelConfig) -> int:
+    """Return the number of trained tensors; AdamW keeps a float32 step for each."""
+    return sum(op.parameters > 0 for op in operations(config, 1, 1))
+
+
+def forward_flops_by_group(
+    config: ModelConfig, context_length: int | None = None, window: int | None = None, exact_causal: bool = False
+) -> dict[str, int]:
+    """Return the FLOPs of one sequence's forward pass by group, attention counted in full (as if not causal) or exactly."""
+    groups: dict[str, int] = dict.fromkeys(FLOP_GROUPS, 0)
+    for op in operations(config, 1, context_length, Policy(window=window), exact_causal):
+        if op.forward_flops:
+            groups[op.group] += op.forward_flops
+    return groups
+
+
+def forward_flops(
+    config: ModelConfig, context_length: int | None = None, window: int | None = None, exact_causal: bool = False
+) -> int:
+    """Return the FLOPs of one sequence's forward pass."""
+    return sum(forward_flops_by_group(config, context_length, window, exact_causal).values())
+
+
+def model_flops(ops: Iterable[Operation]) -> int:
+    """Return the FLOPs of a step that the model asks for: forward and backward, nothing recomputed (MFU's numerator)."""
+    return sum(op.flops for op in ops)
+
+
+def hardware_flops(ops: Iterable[Operation], policy: Policy) -> int:
+    """Return the FLOPs of a step with recomputation (HFU's numerator; Korthikanti et al. 2022, section 5).
+
+    A checkpointed block runs its whole forward pass again; flash attention then still computes its scores anew.
+    """
+    ops = tuple(ops)
+    blocks = sum(op.forward_flops for op in ops if op.layer is not None) if policy.checkpointing == "block" else 0
+    return model_flops(ops) + sum(op.recomputed_flops for op in ops) + blocks
+
+
+def training_flops_per_token(config: ModelConfig, context_length: int | None = None) -> float:
+    """Return the FLOPs that training spends on a token: forward, and twice that backward, nothing recomputed."""
+    tokens = config.context_length if context_length is None else context_length
+    return model_flops(operations(config, 1, tokens)) / tokens
+
+
+def model_flops_utilisation(config: ModelConfig, tokens_per_second: float, peak_flops: float | None) -> float | None:
+    """Return the MFU (PaLM, appendix B), a share of `peak_flops` (FLOP/s); None where no peak is known."""
+    if peak_flops is None:
+        return None
+    return training_flops_per_token(config) * tokens_per_second / peak_flops

@@ -1,0 +1,153 @@
+import pytest
+
+from tilewright.errors import UserError
+from tilewright.kernels.device import GPU, GPUS, find_gpu
+from tilewright.model import MODELS
+from tilewright.model.accounting import (
+    HANDOUT,
+    Policy,
+    adamw_bytes,
+    adamw_flops,
+    conventions,
+    generation,
+    kv_cache_bytes,
+    num_parameters,
+    operations,
+    roofline,
+    training_plan,
+)
+
+XL = MODELS["gpt2-xl"]
+H200 = GPUS["NVIDIA H200"]
+
+
+def test_adamw_of_gpt2_xl():
+    assert adamw_flops(XL) == 29_778_806_400
+    assert adamw_bytes(XL) == 28 * num_parameters(XL)
+    # bfloat16 weights with masters: weight written, gradient read, master and float32 moments read and written.
+    assert adamw_bytes(XL, Policy(weights="bfloat16", master_weights=True)) == (2 + 2 + 8 + 16) * num_parameters(XL)
+
+
+def test_days_of_the_handouts_run():
+    a100 = find_gpu("a100")
+    assert a100 is not None
+    plan = training_plan(XL, 400_000 * 1024 * 1024, a100.fp32 * 1e12, mfu=0.5)
+    assert round(plan.days, 1) == 6_583.6
+    assert plan.cost is None
+    eight = training_plan(XL, 400_000 * 1024 * 1024, a100.fp32 * 1e12, 0.5, num_gpus=8, price_per_gpu_hour=2.0)
+    assert eight.days == pytest.approx(plan.days / 8)
+    assert eight.cost == pytest.approx(2.0 * 24 * plan.days)
+    assert eight.tokens_per_second == pytest.approx(8 * plan.tokens_per_second)
+
+
+@pytest.mark.parametrize("values", [{"mfu": 0}, {"mfu": 1.2}, {"tokens": 0}, {"num_gpus": 0}, {"price_per_gpu_hour": -1.0}])
+def test_bad_plans(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        training_plan(XL, **{"tokens": 10, "peak_flops": 1e15, "mfu": 0.5} | values)
+
+
+def test_a_gpu_of_endless_bandwidth_reaches_every_flop():
+    gpu = GPU("ideal", fp32=1e30, tf32=1, bf16=100, fp8=None, bandwidth=1e30)
+    bound = roofline(XL, gpu, policy=Policy(attention="naive"))
+    assert bound is not None
+    assert bound.best_mfu == pytest.approx(1)
+    assert all(op.compute_bound for op in bound.operations if op.flops and op.group != "optimizer")
+
+
+def test_the_roofline_is_the_sum_of_its_operations():
+    bound = roofline(XL, H200, 8)
+    assert bound is not None
+    assert {op.name for op in bound.operations} == {op.name for op in operations(XL, 8)} | {"adamw"}
+    assert 0.5 < bound.best_mfu < 1
+    flops, moved = (sum(getattr(op, field) for op in bound.operations) for field in ("flops", "bytes"))
+    assert bound.intensity == flops / moved
+    w1 = next(op for op in bound.operations if op.name == "w1")
+    rows, d, f = 8 * 1024, XL.d_model, XL.d_ff
+    assert w1.flops == 48 * 3 * 2 * rows * d * f
+    assert w1.bytes == 48 * 3 * 2 * (rows * d + d * f + rows * f)
+    assert w1.seconds == pytest.approx(w1.flops / 989.4e12)
+    swiglu = next(op for op in bound.operations if op.name == "swiglu")
+    assert swiglu.seconds == pytest.approx(48 * 8 * 2 * rows * f / 4.8e12)
+    assert not swiglu.compute_bound
+    lost = bound.shortfall()
+    assert next(iter(lost)) in ("adamw", "swiglu")
+    useful = sum(op.flops for op in bound.operations) / 989.4e12 / bound.seconds
+    assert sum(lost.values()) + useful == pytest.approx(1)
+
+
+def test_checkpointing_takes_longer_and_larger_batches_pay_for_the_optimizer():
+    times = {policy: roofline(XL, H200, 4, policy=policy) for policy in (Policy(), Policy(checkpointing="block"), HANDOUT)}
+    seconds = [bound.seconds for bound in times.values() if bound is not None]
+    assert seconds == sorted(seconds)
+    small, large = roofline(XL, H200, 1), roofline(XL, H200, 16)
+    assert small is not None
+    assert large is not None
+    assert small.best_mfu < large.best_mfu
+
+
+# By hand: N = 2,127,057,600; V D = 80,411,200; 12 L D T = 943,718,400 at 1,024 tokens, 16 times that at 16,384; the exact
+# products are 3 (4,513,336,524,800 / 1,024 - 4 L D T) = 12,278,947,200 a token at any context.
+BY_HAND = {
+    1024: {
+        "tilewright": 13_222_665_600,
+        "exact causal": 12_278_947_200 + 943_718_400 * 1025 // 2048,
+        "HFU": 13_222_665_600 + 157_286_400,
+        "PaLM": 13_706_064_000,
+        "nanoGPT": 13_706_064_000,
+        "nanochat": 13_223_596_800,
+        "llm.c": 13_234_204_800,
+        "Megatron / MaxText": 12_750_806_400,
+        "6N": 12_762_345_600,
+        "FlopCounterMode": 13_222_665_600 + 157_286_400,
+    },
+    16_384: {
+        "tilewright": 27_378_441_600,
+        "exact causal": 19_829_155_200,
+        "HFU": 29_895_024_000,
+        "PaLM": 27_861_840_000,
+        "nanoGPT": 27_861_840_000,
+        "nanochat": 27_379_372_800,
+        "llm.c": 20_312_092_800,
+        "Megatron / MaxText": 19_828_694_400,
+        "6N": 12_762_345_600,
+        "FlopCounterMode": 29_895_024_000,
+    },
+}
+
+
+@pytest.mark.parametrize("context", BY_HAND)
+def test_conventions_of_gpt2_xl_by_hand(context):
+    rows = conventions(XL, context, tokens_per_second=10_000, peak_flops=989.4e12)
+    assert {row.name: row.flops_per_token for row in rows} == BY_HAND[context]
+    for row in rows:
+        peak = 312e12 if row.name == "nanoGPT" else 989.4e12
+        assert row.mfu == pytest.approx(BY_HAND[context][row.name] * 10_000 / peak)
+
+
+def test_without_a_peak_only_nanogpt_names_an_mfu():
+    rows = conventions(XL, tokens_per_second=10_000)
+    assert [row.name for row in rows if row.mfu is not None] == ["nanoGPT"]
+    assert all(row.mfu is None for row in conventions(XL))
+
+
+def test_generation_of_gpt2_xl():
+    products = num_parameters(XL) - 80_411_200 - 155_200
+    step = generation(XL, 1024, gpu=H200)
+    assert step.flops_per_token == 2 * products + 4 * 48 * 1600 * 1024
+    assert step.kv_cache_bytes == kv_cache_bytes(XL, 1024) == 2 * 48 * 1600 * 1024 * 2
+    assert step.bytes_per_step >= 2 * products + step.kv_cache_bytes
+    assert step.bytes_per_step == pytest.approx(2 * products + step.kv_cache_bytes, rel=0.01)
+    assert step.bound_by == "memory"
+    assert step.tokens_per_second == pytest.approx(4.8e12 / step.bytes_per_step)
+
+
+def test_a_large_batch_shares_the_weights_and_a_window_the_cache():
+    one, many = generation(XL, 64, 1, gpu=H200), generation(XL, 64, 4096, gpu=H200)
+    assert many.flops_per_token == one.flops_per_token
+    assert one.tokens_per_second is not None
+    assert many.tokens_per_second is not None
+    assert many.tokens_per_second > 50 * one.tokens_per_second
+    assert generation(XL, 1024, window=64).kv_cache_bytes == generation(XL, 64).kv_cache_bytes
+    assert generation(XL, 1024).tokens_per_second is None
+    with pytest.raises(UserError, match="tokens is 0"):
+        generation(XL, 0)
