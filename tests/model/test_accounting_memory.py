@@ -38,7 +38,7 @@ def bytes_kept(model, loss) -> int:
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        # A copy of a norm's weight, which the reference makes to add its offset, is no activation.
+        # A norm's weight widened to float32, which the reference does in half precision, is no activation.
         is_copy = tensor.is_floating_point() and tensor.shape == model.ln_final.weight.shape
         if storage._cdata not in held and not is_copy:
             kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor is held, so that its address is not used again
