@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import HAS_TRITON, jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import CrossEntropyOutput as CrossEntropyOutput
 from .reference import Reduction
+from .shared import count_no_flops
 
 # What the running maximum begins with: finite, so that a row that begins with -inf gives exp(-inf) and not NaN.
 LOWEST: Any = tl.constexpr(torch.finfo(torch.float32).min) if HAS_TRITON else None
@@ -415,15 +415,11 @@ def _backward(ctx, dlosses: Tensor, *_):
 _cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@register_flop_formula(
-    [
-        torch.ops.tilewright.cross_entropy,
-        torch.ops.tilewright.cross_entropy_backward,
-        torch.ops.tilewright.cross_entropy_backward_,
-    ]
+count_no_flops(
+    torch.ops.tilewright.cross_entropy,
+    torch.ops.tilewright.cross_entropy_backward,
+    torch.ops.tilewright.cross_entropy_backward_,
 )
-def _no_flops(*args, **kwargs) -> int:
-    return 0
 
 
 def check_options(

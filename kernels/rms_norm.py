@@ -10,13 +10,13 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .device import num_sms
 from .dispatch import jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import Casting
+from .shared import as_rows, count_no_flops
 
 
 @jit
@@ -234,12 +234,6 @@ def backward_config(width: int, element_bytes: int) -> dict[str, int]:
     return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "ONE_BLOCK": 1, "num_warps": num_warps}
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    # Sliced and expanded rows are fine, the kernels take their stride; elements of a row must be neighbours.
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 @torch.library.custom_op("tilewright::rms_norm", mutates_args=())
 def _rms_norm(
     x: Tensor,
@@ -251,8 +245,8 @@ def _rms_norm(
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Returns y, x + residual (empty without a residual) and 1 / rms of each row.
-    rows = _as_rows(x)
-    residual_rows = None if residual is None else _as_rows(residual)
+    rows = as_rows(x)
+    residual_rows = None if residual is None else as_rows(residual)
     num_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
@@ -295,8 +289,8 @@ def _rms_norm_backward(
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # `x` is what was normalised. Its gradient is returned once for each dtype that is given, then dw; else empty tensors.
-    rows, dy_rows = _as_rows(x), _as_rows(dy)
-    d_total_rows = None if d_total is None else _as_rows(d_total)
+    rows, dy_rows = as_rows(x), as_rows(dy)
+    d_total_rows = None if d_total is None else as_rows(d_total)
     num_rows, width = rows.shape
     config = backward_config(width, sum(t.element_size() for t in (dy, x, d_total) if t is not None))
     tiles = -(-num_rows // config["BLOCK_ROWS"])
@@ -363,10 +357,7 @@ def _backward(ctx, dy: Tensor | None, d_total: Tensor | None, _):
 _rms_norm.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@register_flop_formula([torch.ops.tilewright.rms_norm, torch.ops.tilewright.rms_norm_backward])
-def _no_flops(*args, **kwargs) -> int:
-    # FlopCounterMode counts matrix multiplications only; registering 0 says that the op was not forgotten.
-    return 0
+count_no_flops(torch.ops.tilewright.rms_norm, torch.ops.tilewright.rms_norm_backward)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import RopeLayout
+from .shared import count_no_flops
 
 
 @jit
@@ -219,10 +219,7 @@ def _backward(ctx, dys: list[Tensor]) -> tuple[list[Tensor], None, None, None, N
 _rope.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@register_flop_formula([torch.ops.tilewright.rope])
-def _no_flops(*args, **kwargs) -> int:
-    # FlopCounterMode counts matrix multiplications only; registering 0 says that the op was not forgotten.
-    return 0
+count_no_flops(torch.ops.tilewright.rope)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
+from .shared import as_rows, count_no_flops
 
 
 @jit
@@ -100,12 +100,6 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate[..., :width], gate[..., width:]
 
 
-def _input_rows(x: Tensor) -> Tensor:
-    # Slices and rows repeated by a stride of 0 are fine, the kernels take their stride; elements of a row must be neighbours.
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
     first = inputs[0]
     if first.numel() == 0:
@@ -114,7 +108,7 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
         # One long row: 16-byte loads whatever the width.
         rows = [x.view(1, -1) for x in (*inputs, *outputs)]
     else:
-        rows = [*map(_input_rows, inputs), *(y.view(-1, y.shape[-1]) for y in outputs)]
+        rows = [*map(as_rows, inputs), *(y.view(-1, y.shape[-1]) for y in outputs)]
     num_rows, width = rows[0].shape
     config = launch_config(num_rows, width, max(x.element_size() for x in rows))
     num_column_blocks = -(-width // config["BLOCK_WIDTH"])
@@ -163,10 +157,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
 _swiglu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@register_flop_formula([torch.ops.tilewright.swiglu, torch.ops.tilewright.swiglu_backward])
-def _no_flops(*args, **kwargs) -> int:
-    # FlopCounterMode counts matrix multiplications only; registering 0 says that the op was not forgotten.
-    return 0
+count_no_flops(torch.ops.tilewright.swiglu, torch.ops.tilewright.swiglu_backward)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
