@@ -1,13 +1,13 @@
 """Times of the kernel library's ops, as shares of the roofline that the ceilings of the same run draw."""
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.costs import Cost
 from .ops import OpCase, Variant, op_cases
 from .timing import time_variants
 
@@ -41,6 +41,11 @@ def _agrees(variant: Variant, yardstick: Variant, inputs: tuple[Tensor, ...]) ->
     return True
 
 
+def _gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # A loss is differentiated by itself: some peers save the scaling by its gradient where that is one.
+    return tuple(torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in outputs)
+
+
 class _Calls:
     """The calls to time for one variant."""
 
@@ -54,57 +59,87 @@ class _Calls:
 
     def backward(self) -> Callable[[], object]:
         outputs = _tensors(self.variant(*self.inputs))
-        gradients = tuple(torch.randn_like(y) for y in outputs)
+        gradients = _gradients(outputs)
         return lambda: torch.autograd.grad(outputs, self.wanted, gradients, retain_graph=True)
 
     def both(self) -> Callable[[], object]:
-        gradients = tuple(torch.randn_like(y) for y in _tensors(self.variant(*self.inputs)))
+        gradients = _gradients(_tensors(self.variant(*self.inputs)))
         return lambda: torch.autograd.grad(_tensors(self.variant(*self.inputs)), self.wanted, gradients)
 
 
-def _peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    call()
+def _peak_gb(call: Callable[[], object], device: torch.device) -> float:
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
+def _enqueue_ms(call: Callable[[], object]) -> float:
+    """Return how long the CPU takes to hand a call to the GPU: a GPU that is done sooner waits for it."""
+    samples = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - start) * 1e3)
+    return sorted(samples)[2]
+
+
+def _ready(
+    case: OpCase, direction: str, inputs: tuple[Tensor, ...], agreed: set[str], failed: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """Return the call of each variant, tried once; one that fails or disagrees goes into `failed` with its reason."""
+    ready = {}
+    for name, variant in case.variants.items():
+        if name in failed or (name in case.fused and direction != "both"):
+            continue
+        try:
+            if name not in agreed and not _agrees(variant, case.variants["torch"], tuple(t.clone() for t in inputs)):
+                failed[name] = "more than twice PyTorch's error"
+                continue
+            agreed.add(name)
+            call = getattr(_Calls(variant, inputs), direction)()
+            call()
+            ready[name] = call
+        except Exception as error:  # a peer's failure, or a lack of memory, is a result and not the end of the bench
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+    return ready
+
+
 def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """Yield the times of one op's variants, forward, backward and both; a variant that errs is named instead of timed."""
     torch.manual_seed(0)
     inputs = case.make(device)
-    calls: dict[str, _Calls] = {}
-    for name, variant in case.variants.items():
-        try:
-            agrees = _agrees(variant, case.variants["torch"], tuple(t.clone() for t in inputs))
-        except Exception as error:  # a peer's failure is a result, not the end of the bench
-            yield {"case": case.name, "variant": name, "not_measured": f"{type(error).__name__}: {error}"[:200]}
-            continue
-        if not agrees:
-            yield {"case": case.name, "variant": name, "not_measured": "more than twice PyTorch's error"}
-            continue
-        calls[name] = _Calls(variant, inputs)
-    costs: Mapping[str, Cost | None] = {"forward": case.forward, "backward": case.backward, "both": case.both}
-    for direction, cost in costs.items():
+    agreed: set[str] = set()
+    failed: dict[str, str] = {}
+    # In this order: a compiled variant keeps its buffers from its first backward pass on only where that retains them.
+    for direction, cost in (("forward", case.forward), ("backward", case.backward), ("both", case.both)):
         if cost is None:
             continue
-        ready = {
-            name: getattr(call, direction)() for name, call in calls.items() if direction == "both" or name not in case.fused
-        }
+        reported = set(failed)
+        ready = _ready(case, direction, inputs, agreed, failed)
+        for name in failed.keys() - reported:
+            yield {"case": f"{case.name} {direction}", "variant": name, "not_measured": failed[name]}
         for name, times in time_variants(ready, device).items():
             seconds = times.p50_ms * 1e-3
             share = cost.seconds(ceilings.copy, ceilings.matmul) / seconds
-            yield {
+            row: dict[str, Any] = {
                 "case": f"{case.name} {direction}",
                 "variant": name,
                 **asdict(times),
                 "gb_per_s": cost.bytes / seconds / 1e9,
                 "tflop_per_s": cost.flops / seconds / 1e12,
                 "share_of_roofline": share,
-                **({"suspicious": "above the ceiling"} if share > 1 else {}),
-                **({"peak_gb": _peak_memory(ready[name], device)} if direction == "both" and device.type == "cuda" else {}),
             }
+            if share > 1:
+                row["suspicious"] = "above the ceiling"
+            if device.type == "cuda":
+                row["enqueue_ms"] = _enqueue_ms(ready[name])
+                torch.cuda.synchronize(device)
+                if row["enqueue_ms"] > times.p50_ms / 2:
+                    row["suspicious"] = "the CPU's launches may be what was timed"
+                if direction == "both":
+                    row["peak_gb"] = _peak_gb(ready[name], device)
+            yield row
 
 
 def bench_kernels(device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:

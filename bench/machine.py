@@ -37,14 +37,13 @@ def _cpu_name() -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Return the machine, the versions and the commit; None for what cannot be found out."""
     is_gpu = device.type == "cuda"
+    query = ("nvidia-smi", f"--id={device.index or 0}", "--format=csv,noheader")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "device": device_name(device) if is_gpu else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_gpu else None,
-        "clocks": _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu", "--format=csv,noheader")
-        if is_gpu
-        else None,
+        "driver": _output(*query, "--query-gpu=driver_version") if is_gpu else None,
+        "clocks": _output(*query, "--query-gpu=clocks.sm,clocks.mem,temperature.gpu") if is_gpu else None,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -14,7 +14,8 @@ from ..kernels import costs, reference
 from ..kernels.costs import Cost
 
 Variant = Callable[..., Any]
-TOKENS = 2**14
+# So many that the GPU, not the launch of its kernels, takes the time.
+TOKENS = 2**16
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _liger(name: str) -> Variant | None:
 
 def _variants(own: Variant, torch_form: Variant, **peers: Variant | None) -> dict[str, Variant]:
     """The op, PyTorch's form eager and compiled, and those of the optional peers that are installed."""
-    # A function of its own for each case: torch.compile keeps its results by the function's code.
+    # All cases share this lambda's code, by which torch.compile keeps its results: the bench resets it between cases.
     compiled = torch.compile(lambda *inputs: torch_form(*inputs), dynamic=False)
     present = {name: peer for name, peer in peers.items() if peer is not None}
     return {"tilewright": own, "torch": torch_form, "torch.compile": compiled, **present}
@@ -97,6 +98,8 @@ def _swiglu(width: int) -> OpCase:
         lambda device: (_bf16(device, TOKENS, width), _bf16(device, TOKENS, width)),
         _variants(kernels.swiglu, lambda gate, up: F.silu(gate) * up, liger=_liger("swiglu")),
         costs.swiglu(TOKENS, width, 2),
+        # Its backward pass writes over its inputs, so that it cannot be repeated alone.
+        fused=("liger",),
     )
 
 
@@ -143,8 +146,9 @@ def _linear_cross_entropy(d_model: int, vocab_size: int, rows: int = 8192) -> Op
                 kernels.linear_cross_entropy,
                 lambda x, w, t: F.cross_entropy((x @ w.T).float(), t),
                 liger=liger,
-                cut_cross_entropy=cut,
             ),
+            # By its default it leaves out gradients that are small.
+            **({} if cut is None else {"cut_cross_entropy, filtered": cut}),
             **({"torch linear_cross_entropy": F.linear_cross_entropy} if hasattr(F, "linear_cross_entropy") else {}),
         },
         costs.linear_cross_entropy(rows, d_model, vocab_size, 2),

@@ -116,6 +116,9 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
     # In a file a table may be wider than the 80 columns that are assumed there.
     console = console or Console(width=None if sys.stdout.isatty() else 180)
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        # Events and the clearing of the L2 cache go by the current device.
+        torch.cuda.set_device(device)
     machine = describe(device)
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
     date = re.sub(r"[^0-9T]", "", machine["date"].split("+")[0])

@@ -51,6 +51,8 @@ def _adds_to_float32(device: torch.device) -> bool:
     half, wide = torch.zeros(8, 8, dtype=torch.float16, device=device), torch.zeros(8, 8, device=device)
     try:
         torch.ops.aten.addmm.dtype_out(wide, half, half, torch.float32, out=wide)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True

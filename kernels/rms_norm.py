@@ -203,8 +203,8 @@ def _backward_kernel(
 FORWARD_TILE = 4096
 BACKWARD_TILE = 2048
 # The widest row, in bytes of its inputs, that stays in registers between its statistics and its result, on sm_80 to sm_100
-# without a spill; a wider one is read twice. The backward pass also holds the sum that becomes dw.
-FORWARD_ROW_BYTES = 128 * 1024
+# without a spill by Triton 3.6 or 3.7; a wider one is read twice. The backward pass also holds the sum that becomes dw.
+FORWARD_ROW_BYTES = 64 * 1024
 BACKWARD_ROW_BYTES = 96 * 1024
 LOOP_BLOCK = 4096
 # As many warps live together on a multiprocessor when a thread uses 128 registers; on sm_90 and sm_100 none uses more.
@@ -214,7 +214,7 @@ WARPS_PER_SM = 16
 def forward_config(width: int, element_bytes: int) -> dict[str, int]:
     """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
     block_width = 1 << (width - 1).bit_length()
-    if block_width * max(element_bytes, 4) > FORWARD_ROW_BYTES:
+    if block_width * element_bytes > FORWARD_ROW_BYTES:
         return {"BLOCK_ROWS": 1, "BLOCK_WIDTH": LOOP_BLOCK, "ONE_BLOCK": 0, "num_warps": 8}
     tile = max(block_width, FORWARD_TILE)
     # A 16-byte load is 8 elements of half precision, 4 of float32 or of two tensors: 4 loads a thread either way.
@@ -228,8 +228,11 @@ def backward_config(width: int, element_bytes: int) -> dict[str, int]:
     if block_width * element_bytes > BACKWARD_ROW_BYTES:
         return {"BLOCK_ROWS": 1, "BLOCK_WIDTH": LOOP_BLOCK, "ONE_BLOCK": 0, "num_warps": 8}
     tile = max(block_width, BACKWARD_TILE)
-    # 32 elements a thread need the fewest registers in all; float32 inputs, or several rows, leave room for 16.
-    thread_elements = 32 if tile > BACKWARD_TILE and element_bytes <= 6 else 16
+    # 32 elements a thread need the fewest registers in all; float32 inputs, or several rows, leave room for 16, and both for 8.
+    if tile > BACKWARD_TILE and element_bytes <= 6:
+        thread_elements = 32
+    else:
+        thread_elements = 8 if block_width < tile and element_bytes > 8 else 16
     num_warps = min(tile // (32 * thread_elements), 16)
     return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "ONE_BLOCK": 1, "num_warps": num_warps}
 
@@ -441,13 +444,20 @@ def compile_cases() -> Iterator[KernelCase]:
     strides = ("x_row_stride", "residual_row_stride", "dy_row_stride", "d_total_row_stride")
     # A head, GPT-2 small and XL, Llama-3 8B and 405B, and the widths on both sides of each change of the launch.
     widths = (64, 768, 1600, 2048, 4096, 8192, 16384, 32768, 65536)
-    streams = (("bf16", None), ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", None), ("fp32", "fp32"))
+    # x, residual, weight; the third of the five is what autocast trains.
+    streams = (
+        ("bf16", None, "bf16"),
+        ("bf16", "bf16", "bf16"),
+        ("bf16", "fp32", "fp32"),
+        ("fp32", None, "fp32"),
+        ("fp32", "fp32", "fp32"),
+    )
     size = {None: 0, "bf16": 2, "fp32": 4}
-    for width, (dtype, residual) in product(widths, streams):
+    for width, (dtype, residual, weight) in product(widths, streams):
         d_residual = None if residual == dtype else residual
-        forward = {"x": dtype, "residual": residual, "weight": dtype, "y": dtype, "total": residual, "rstd": "fp32"}
+        forward = {"x": dtype, "residual": residual, "weight": weight, "y": dtype, "total": residual, "rstd": "fp32"}
         backward = {
-            "dy": dtype, "d_total": residual, "x": residual or dtype, "weight": dtype, "rstd": "fp32",
+            "dy": dtype, "d_total": residual, "x": residual or dtype, "weight": weight, "rstd": "fp32",
             "dx": dtype, "d_residual": d_residual, "dw_partial": "fp32",
         }  # fmt: skip
         backward_bytes = size[dtype] + size[residual] + size[residual or dtype]
