@@ -3,12 +3,12 @@
 Knows no module and no model. `set_backend` chooses what runs; by default Triton on CUDA tensors, else the reference.
 """
 
-from .attention import attention
+from .attention import attention, tiled_attention
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope, rope_qk
+from .rope import rope, rope_qk, rope_qkv
 from .swiglu import swiglu
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_qk",
+    "rope_qkv",
     "set_backend",
     "swiglu",
+    "tiled_attention",
     "use_backend",
 ]

@@ -15,20 +15,10 @@ from .dispatch import HAS_TRITON, jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import CrossEntropyOutput as CrossEntropyOutput
 from .reference import Reduction
-from .shared import count_no_flops
+from .shared import count_no_flops, tanh
 
 # What the running maximum begins with: finite, so that a row that begins with -inf gives exp(-inf) and not NaN.
 LOWEST: Any = tl.constexpr(torch.finfo(torch.float32).min) if HAS_TRITON else None
-
-
-@jit
-def _tanh(x):
-    # Lambert's continued fraction to the fifth level is exact to rounding below 0.6, where 1 - 2 / (exp(2x) + 1) cancels.
-    square = x * x
-    small = tl.abs(x) < 0.6
-    exponential = tl.exp(2.0 * tl.minimum(tl.maximum(x, -10.0), 10.0))
-    numerator = tl.where(small, x * (945.0 + square * (105.0 + square)), exponential - 1.0)
-    return numerator / tl.where(small, 945.0 + square * (420.0 + 15.0 * square), exponential + 1.0)
 
 
 @jit
@@ -56,7 +46,7 @@ def _add_block(
         ahead = (x > target_logit) | ((x == target_logit) & (columns < target))
         beaten = tl.maximum(beaten, tl.max(ahead.to(tl.int32), axis=1))
     if softcap is not None:
-        x = softcap * _tanh(x * (1.0 / softcap))
+        x = softcap * tanh(x * (1.0 / softcap))
         if MASKED:
             x = tl.where(columns < end, x, -float("inf"))
     if SMOOTHING:
@@ -91,7 +81,7 @@ def _row_loss(
     row_top = tl.max(top, axis=0)
     log_total = tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
     if softcap is not None:
-        target_logit = softcap * _tanh(target_logit * (1.0 / softcap))
+        target_logit = softcap * tanh(target_logit * (1.0 / softcap))
     # Logits relative to their maximum: a small loss does not suffer from large logits, as lse - target_logit would.
     loss = log_total - (1.0 - label_smoothing) * (target_logit - row_top)
     if label_smoothing != 0.0:
@@ -117,8 +107,8 @@ def _write_gradient(
     else:
         x = tl.load(row_ptr + columns, mask=counted, other=0.0).to(tl.float32)
     if softcap is not None:
-        tanh = _tanh(x * (1.0 / softcap))
-        x = softcap * tanh
+        capped = tanh(x * (1.0 / softcap))
+        x = softcap * capped
     probability = tl.exp(x - top - log_total)
     if label_smoothing != 0.0:
         others = label_smoothing / width
@@ -128,7 +118,7 @@ def _write_gradient(
     if z_loss != 0.0:
         gradient += 2.0 * z_loss * (top + log_total) * probability
     if softcap is not None:
-        gradient *= 1.0 - tanh * tanh
+        gradient *= 1.0 - capped * capped
     gradient = tl.where(counted, gradient * scale, 0.0).to(gradient_ptr.dtype.element_ty)
     if MASKED:
         tl.store(gradient_ptr + columns, gradient, mask=columns < width)

@@ -73,3 +73,9 @@ def device_name(device: torch.device | str) -> str:
 def num_sms(device: torch.device) -> int:
     """Return the number of streaming multiprocessors; 2 where kernels are interpreted, enough to exercise the persistence."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def l2_bytes(device: torch.device) -> int:
+    """Return the size of the L2 cache; 1 MiB where kernels are interpreted, enough to exercise orders of programs."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**20

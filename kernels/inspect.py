@@ -14,7 +14,7 @@ from typing import Any
 
 from .dispatch import HAS_TRITON, interpreting
 
-OPS = ("rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy")
+OPS = ("rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy", "attention.cases")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class KernelCase:
     num_stages: int = 3
     aligned: tuple[str, ...] = field(default=())
     """Integer arguments that are multiples of 16, as Triton would find at launch."""
+    architectures: tuple[str, ...] = ()
+    """Those that the configuration ships for; none means all."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Architecture:
 # NVIDIA, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
 ARCHITECTURES = {
     "sm_80": Architecture(80, 65536, 2048, 32, 164 * 1024, 163 * 1024),
+    "sm_86": Architecture(86, 65536, 1536, 16, 100 * 1024, 99 * 1024),
     "sm_90": Architecture(90, 65536, 2048, 32, 228 * 1024, 227 * 1024),
     "sm_100": Architecture(100, 65536, 2048, 32, 228 * 1024, 227 * 1024),
 }
@@ -67,13 +70,17 @@ class Report:
     occupancy: float
     """Share of a multiprocessor's threads that registers and shared memory let run at once."""
     load_bytes: int
-    """Widest load from global memory of one thread; 16 is the most there is."""
+    """Widest load from global memory of one thread, or 16, the most there is, where tiles are copied asynchronously."""
+    matrix_instruction: str
+    """What multiplies matrices: `wgmma`, `tcgen05`, `mma`, or nothing."""
 
 
-def all_cases() -> Iterator[KernelCase]:
-    """Yield every kernel with every launch configuration that ships and matters."""
+def all_cases(architecture: str) -> Iterator[KernelCase]:
+    """Yield every kernel with every launch configuration that ships for one of `ARCHITECTURES` and matters."""
     for op in OPS:
-        yield from importlib.import_module(f".{op}", __package__).compile_cases()
+        for case in importlib.import_module(f".{op}", __package__).compile_cases():
+            if not case.architectures or architecture in case.architectures:
+                yield case
 
 
 def _occupancy(architecture: Architecture, registers: int, shared_bytes: int, num_warps: int) -> float:
@@ -89,7 +96,16 @@ def _occupancy(architecture: Architecture, registers: int, shared_bytes: int, nu
 def _load_bytes(ptx: str) -> int:
     # ld.global[.cache hints][.v4].b32: so many elements of so many bits.
     found = re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
-    return max((int(elements or 1) * int(bits) // 8 for elements, bits in found), default=0)
+    loaded = [int(elements or 1) * int(bits) // 8 for elements, bits in found]
+    # Straight to shared memory: cp.async.cg.shared.global [to], [from], bytes; and whole tiles through descriptors.
+    copied = [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (?:0x)?(\d+)", ptx)]
+    described = [16] if "cp.async.bulk.tensor" in ptx else []
+    return max(loaded + copied + described, default=0)
+
+
+def _matrix_instruction(ptx: str) -> str:
+    kinds = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
+    return next((kind for kind, pattern in kinds.items() if re.search(pattern, ptx)), "")
 
 
 def inspect(case: KernelCase, architecture_name: str) -> Report:
@@ -132,4 +148,5 @@ def inspect(case: KernelCase, architecture_name: str) -> Report:
         shared,
         _occupancy(architecture, registers, shared, case.num_warps),
         _load_bytes(compiled.asm["ptx"]),
+        _matrix_instruction(compiled.asm["ptx"]),
     )

@@ -110,6 +110,23 @@ def rope_qk(
     return rope(q, cos, sin, positions, layout, offset), rope(k, cos, sin, positions, layout, offset)
 
 
+def rope_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    positions: Tensor | None = None,
+    layout: RopeLayout = "interleaved",
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Part a packed projection (B, T, (H + 2 Hkv) K) into q (B, H, T, K), k and v (B, Hkv, T, K), and `rope` q and k."""
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    # A view of v would keep the whole projection alive.
+    return *rope_qk(q, k, cos, sin, positions, layout, offset), v.clone()
+
+
 def attention_mask(
     num_queries: int,
     num_keys: int,
@@ -118,10 +135,10 @@ def attention_mask(
     document_ids: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return which keys each query may see, as a boolean (num_queries, num_keys), or (B, 1, T, T) with documents.
+    """Return which keys each query may see, as a boolean (T, S), or (B, 1, T, S) with documents.
 
     Queries are aligned to the end of the keys, as with a cache. A window of n keeps a query's own key and the n - 1
-    before it. `document_ids` (B, T) confines attention to tokens of one document.
+    before it (and after it, where not causal). `document_ids` (B, S) confines attention to one document, a run of equal ids.
     """
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     key = torch.arange(num_keys, device=device)[None, :]
@@ -131,7 +148,8 @@ def attention_mask(
         if not causal:
             mask = mask & (key < query + window)
     if document_ids is not None:
-        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        run = F.pad((document_ids[:, 1:] != document_ids[:, :-1]).cumsum(dim=1), (1, 0))
+        mask = mask & (run[:, None, num_keys - num_queries :, None] == run[:, None, None, :])
     return mask
 
 
@@ -145,26 +163,40 @@ def attention(
     softcap: float | None = None,
     document_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:
+    sinks: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+) -> Any:
     """Softmax attention, softmax(scale * q k^T) v (Vaswani et al. 2017, eq. 1), the scores written out.
 
     q (B, H, T, K); k, v (B, Hkv, S, K) with H a multiple of Hkv -> (B, H, T, K). Scale is 1 / sqrt(K) unless given;
-    softcap c turns a score s into c tanh(s / c). Packed documents come as `document_ids` (B, T), or as `cu_seqlens`
-    (documents + 1), the cumulative lengths of FlashAttention's varlen form. A fully masked row gives 0.
+    softcap c turns a score s into c tanh(s / c). Packed documents come as `document_ids` (B, S), or as `cu_seqlens`
+    (documents + 1), the cumulative lengths of FlashAttention's varlen form. `sinks` (H) are scores of one more key whose
+    value is 0. A fully masked row gives 0, and -inf in lse (B, H, T), which is the log of the sum of exponentials.
     """
     if cu_seqlens is not None:
-        tokens = torch.arange(q.shape[-2], device=q.device)
-        document_ids = torch.searchsorted(cu_seqlens, tokens, right=True).expand(q.shape[0], -1)
+        tokens = torch.arange(k.shape[-2], device=q.device)
+        document_ids = torch.searchsorted(cu_seqlens.long(), tokens, right=True).expand(k.shape[0], -1)
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (_widen(k), _widen(v)))
     scores = _widen(q) @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     mask = attention_mask(q.shape[-2], k.shape[-2], causal, window, document_ids, q.device)
-    # Where nothing is left to attend to, softmax over finite scores keeps the gradient free of NaN.
+    # Finite, so that a row with nothing left to attend to has a gradient free of NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is None:
+        sees = mask.any(dim=-1)
+    else:
+        scores = torch.cat([scores, _widen(sinks)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+        mask, sees = F.pad(mask, (0, 1), value=True), mask.new_ones(())
     probabilities = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0)
-    return (probabilities @ v).to(q.dtype)
+    o = (probabilities[..., : k.shape[-2]] @ v).to(q.dtype)
+    if not return_lse:
+        return o
+    # PyTorch's logsumexp wants one score at least.
+    lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] > 0 else scores.sum(dim=-1)
+    return o, lse.masked_fill(~sees, -torch.inf)
 
 
 class CrossEntropyOutput(NamedTuple):

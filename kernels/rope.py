@@ -1,6 +1,8 @@
 """Rotary position embedding of queries and keys in one launch; the backward pass is the same kernel, turning back.
 
-A program holds one block of tokens for one block of heads: the angles are loaded once a token and serve all its heads.
+`rope_qkv` also parts a packed projection: values are copied beside, so that the gradients of all three meet in one tensor
+without a concatenation, and nothing keeps the projection alive. A program holds one block of tokens for one block of heads:
+the angles are loaded once a token and serve all its heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,6 +54,8 @@ def _rope_kernel(
     q_out_ptr,
     k_ptr,
     k_out_ptr,
+    v_ptr,
+    v_out_ptr,
     cos_ptr,
     sin_ptr,
     positions_ptr,
@@ -67,6 +71,12 @@ def _rope_kernel(
     k_out_batch_stride,
     k_out_head_stride,
     k_out_token_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_token_stride,
+    v_out_batch_stride,
+    v_out_head_stride,
+    v_out_token_stride,
     positions_batch_stride,
     positions_token_stride,
     num_q_heads,
@@ -78,6 +88,7 @@ def _rope_kernel(
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
     HAS_K: tl.constexpr,
+    HAS_V: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -85,9 +96,12 @@ def _rope_kernel(
 ):
     # Blocks of heads of the same tokens run side by side, so that all but the first find their angles in the L2 cache.
     num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
+    num_k_blocks = tl.cdiv(num_k_heads, BLOCK_HEADS)
     num_head_blocks = num_q_blocks
     if HAS_K:
-        num_head_blocks += tl.cdiv(num_k_heads, BLOCK_HEADS)
+        num_head_blocks += num_k_blocks
+    if HAS_V:
+        num_head_blocks += num_k_blocks
     head_block = tl.program_id(0) % num_head_blocks
     token_block = tl.program_id(0) // num_head_blocks % num_token_blocks
     batch = (tl.program_id(0) // num_head_blocks // num_token_blocks).to(tl.int64)
@@ -119,13 +133,21 @@ def _rope_kernel(
             cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
         )  # fmt: skip
     elif HAS_K:
-        heads = ((head_block - num_q_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
-        _rotate(
-            k_ptr + batch * k_batch_stride + tokens * k_token_stride + heads * k_head_stride,
-            k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride + heads * k_out_head_stride,
-            token_mask & (heads < num_k_heads),
-            cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
-        )  # fmt: skip
+        if head_block < num_q_blocks + num_k_blocks:
+            heads = ((head_block - num_q_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
+            _rotate(
+                k_ptr + batch * k_batch_stride + tokens * k_token_stride + heads * k_head_stride,
+                k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride + heads * k_out_head_stride,
+                token_mask & (heads < num_k_heads),
+                cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
+            )  # fmt: skip
+        elif HAS_V:
+            heads = ((head_block - num_q_blocks - num_k_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
+            channels = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
+            mask = token_mask & (heads < num_k_heads) & (channels < HEAD_DIM)
+            v_rows = v_ptr + batch * v_batch_stride + tokens * v_token_stride + heads * v_head_stride
+            v_out_rows = v_out_ptr + batch * v_out_batch_stride + tokens * v_out_token_stride + heads * v_out_head_stride
+            tl.store(v_out_rows + channels, tl.load(v_rows + channels, mask=mask), mask=mask)
 
 
 # Bytes of x that a program and a thread read: two 16-byte loads a thread.
@@ -153,6 +175,37 @@ def _is_tokens_first(x: Tensor) -> bool:
     return x.stride(1) < x.stride(2)
 
 
+def _launch_kernel(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    # Fill ys: q, or q and k, turned, or q and k turned and v as it is; each (B, H, T, K) with channels that are neighbours.
+    if all(x.numel() == 0 for x in xs):
+        return
+    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    q, k, v = xs[0], xs[min(1, len(xs) - 1)], xs[-1]
+    q_out, k_out, v_out = ys[0], ys[min(1, len(ys) - 1)], ys[-1]
+    batch, _, num_tokens, head_dim = q.shape
+    element_size = max(x.element_size() for x in xs)
+    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, element_size)
+    num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
+    num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
+    with on_device_of(q):
+        _rope_kernel[(batch * num_token_blocks * num_head_blocks,)](
+            q, q_out, k, k_out, v, v_out, cos.contiguous(), sin.contiguous(), q if positions is None else positions,
+            *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3], *v.stride()[:3], *v_out.stride()[:3],
+            *((0, 0) if positions is None else positions.stride()),
+            q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks,
+            HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, HAS_K=len(xs) > 1, HAS_V=len(xs) > 2,
+            HAS_POSITIONS=positions is not None, **config,
+        )  # fmt: skip
+
+
 @torch.library.custom_op("tilewright::rope", mutates_args=())
 def _rope(
     xs: Sequence[Tensor],
@@ -165,25 +218,7 @@ def _rope(
 ) -> list[Tensor]:
     """Rotate one or two tensors (B, H, T, K); each result is laid out as (B, T, H, K) where `tokens_first` says so."""
     ys = _empty_results(xs, cos, sin, positions, interleaved, inverse, tokens_first)
-    if all(x.numel() == 0 for x in xs):
-        return ys
-    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
-    q, k, q_out, k_out = xs[0], xs[-1], ys[0], ys[-1]
-    batch, _, num_tokens, head_dim = q.shape
-    has_k = len(xs) == 2
-    element_size = max(q.element_size(), k.element_size())
-    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, element_size)
-    num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
-    num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
-    with on_device_of(q):
-        _rope_kernel[(batch * num_token_blocks * num_head_blocks,)](
-            q, q_out, k, k_out, cos.contiguous(), sin.contiguous(), q if positions is None else positions,
-            *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3],
-            *((0, 0) if positions is None else positions.stride()),
-            q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks,
-            HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, HAS_K=has_k,
-            HAS_POSITIONS=positions is not None, **config,
-        )  # fmt: skip
+    _launch_kernel(xs, ys, cos, sin, positions, interleaved, inverse)
     return ys
 
 
@@ -219,7 +254,59 @@ def _backward(ctx, dys: list[Tensor]) -> tuple[list[Tensor], None, None, None, N
 _rope.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-count_no_flops(torch.ops.tilewright.rope)
+def _part(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
+    # q, k, v as (B, H or Hkv, T, K) views of a packed (B, T, (H + 2 Hkv) K).
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
+    return list(heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1))
+
+
+@torch.library.custom_op("tilewright::rope_qkv", mutates_args=())
+def _rope_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Part a packed projection; each result is laid out as (B, T, H, K)."""
+    xs = _part(qkv, num_heads, num_kv_heads)
+    ys = _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads)
+    _launch_kernel(xs, ys, cos, sin, positions, interleaved, inverse=False)
+    return ys
+
+
+@_rope_qkv.register_fake
+def _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads):
+    batch, tokens, width = qkv.shape
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    q, k, v = (qkv.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) for heads in (num_heads, *[num_kv_heads] * 2))
+    return q, k, v
+
+
+@torch.library.custom_op("tilewright::rope_qkv_backward", mutates_args=())
+def _rope_qkv_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> Tensor:
+    dqkv = _empty_packed(dq, dk, dv, cos, sin, positions, interleaved)
+    _launch_kernel([dq, dk, dv], _part(dqkv, dq.shape[1], dk.shape[1]), cos, sin, positions, interleaved, inverse=True)
+    return dqkv
+
+
+@_rope_qkv_backward.register_fake
+def _empty_packed(dq, dk, dv, cos, sin, positions, interleaved):
+    batch, heads, tokens, head_dim = dq.shape
+    return dq.new_empty(batch, tokens, (heads + 2 * dk.shape[1]) * head_dim)
+
+
+def _save_qkv(ctx, inputs, output) -> None:
+    _, cos, sin, positions, ctx.interleaved, ctx.num_heads, ctx.num_kv_heads = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward_qkv(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+    return torch.ops.tilewright.rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.interleaved), *(None,) * 6
+
+
+_rope_qkv.register_autograd(_backward_qkv, setup_context=_save_qkv)
+
+
+count_no_flops(torch.ops.tilewright.rope, torch.ops.tilewright.rope_qkv, torch.ops.tilewright.rope_qkv_backward)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -262,16 +349,19 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
         raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {' or '.join(map(str, allowed))}")
 
 
+def _placed(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    # cos, sin and positions as the ops take them, for tokens of x (B, ..., T, K).
+    if positions is not None:
+        return cos, sin, positions.expand(x.shape[0], x.shape[-2])
+    return (cos[offset:], sin[offset:], None) if offset else (cos, sin, None)
+
+
 def _launch(
     xs: list[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int
 ) -> list[Tensor]:
-    batch, _, num_tokens, _ = xs[0].shape
-    if positions is not None:
-        positions = positions.expand(batch, num_tokens)
-    elif offset != 0:
-        cos, sin = cos[offset:], sin[offset:]
     tokens_first = [_is_tokens_first(x) for x in xs]
-    return torch.ops.tilewright.rope(xs, cos, sin, positions, layout == "interleaved", False, tokens_first)
+    tables = _placed(xs[0], cos, sin, positions, offset)
+    return torch.ops.tilewright.rope(xs, *tables, layout == "interleaved", False, tokens_first)
 
 
 def rope(
@@ -322,6 +412,35 @@ def rope_qk(
     return q, k
 
 
+def rope_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    positions: Tensor | None = None,
+    layout: RopeLayout = "interleaved",
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Part a packed projection (B, T, (H + 2 Hkv) K) into q (B, H, T, K), k and v (B, Hkv, T, K), and `rope` q and k.
+
+    The results are tensors of their own, (B, T, H, K) in memory, and their gradients meet in one packed tensor. K is at most
+    256; other arguments are those of `rope`.
+    """
+    all_heads = num_heads + 2 * num_kv_heads
+    if qkv.dim() != 3 or num_heads < 1 or num_kv_heads < 1 or qkv.shape[-1] % all_heads:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, with {num_heads} and twice {num_kv_heads} heads: allowed is (B, T, W) "
+            f"with W a multiple of {all_heads}"
+        )
+    _check("qkv", _part(qkv, num_heads, num_kv_heads)[0], cos, sin, positions, layout, offset)
+    if not use_triton(qkv) or qkv.dtype == torch.float64:
+        return reference.rope_qkv(qkv, cos, sin, num_heads, num_kv_heads, positions, layout, offset)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    tables = _placed(qkv[:, :, None].transpose(1, 2), cos, sin, positions, offset)
+    return torch.ops.tilewright.rope_qkv(qkv, *tables, layout == "interleaved", num_heads, num_kv_heads)
+
+
 def compile_cases() -> Iterator[KernelCase]:
     """Yield the kernel as it is launched for GPT-2 small and XL, Llama 3 8B, Gemma's head dim, and one decoded token."""
     for num_q_heads, num_k_heads, num_tokens, head_dim in (
@@ -336,6 +455,7 @@ def compile_cases() -> Iterator[KernelCase]:
                     "INTERLEAVED": layout == "interleaved",
                     "INVERSE": False,
                     "HAS_K": True,
+                    "HAS_V": num_q_heads == num_k_heads,
                     "HAS_POSITIONS": num_tokens == 1,
                 }
                 types = {

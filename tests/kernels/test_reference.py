@@ -132,7 +132,7 @@ def test_attention_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="3 heads, k has 2"):
         attention(q, k, k)
     with pytest.raises(ValueError, match="4 queries for 2 keys"):
-        attention(q, q[:, :, :2], q[:, :, :2])
+        attention(q, q[:, :, :2], q[:, :, :2], document_ids=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="one of them"):
         attention(q, q, q, document_ids=torch.zeros(1, 4), cu_seqlens=torch.tensor([0, 4]))
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
-from tilewright.kernels.rope import rope, rope_qk
+from tilewright.kernels.rope import rope, rope_qk, rope_qkv
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
@@ -316,3 +316,53 @@ def test_more_elements_than_32_bits_count(memory):
     y = rope(x, cos, sin)
     torch.testing.assert_close(y[-1, -1, -1:], reference.rope(x[-1, -1, -1:], cos[-1:], sin[-1:]))
     assert not y[-1, -1, :-1].any()
+
+
+def packed_gradients(function, qkv, cos, sin, num_heads, num_kv_heads, grads, **options):
+    qkv = qkv.detach().requires_grad_()
+    parts = function(qkv, cos, sin, num_heads, num_kv_heads, **options)
+    (dqkv,) = torch.autograd.grad(parts, [qkv], [g.to(qkv.dtype) for g in grads])
+    return [*(part.detach() for part in parts), dqkv]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(3, 3, 16), (20, 5, 10), (4, 1, 64)])
+def test_a_packed_projection_is_parted_and_rotated(device, dtype, num_heads, num_kv_heads, head_dim, layout):
+    torch.manual_seed(head_dim)
+    heads = num_heads + 2 * num_kv_heads
+    # A slice of something wider, and gradients laid out either way.
+    qkv = torch.randn(2, 9, heads * head_dim + 8, dtype=dtype, device=device)[..., 8:]
+    grads = [torch.randn(2, n, 9, head_dim, dtype=dtype, device=device) for n in (num_heads, num_kv_heads)]
+    grads.append(torch.randn(2, 9, num_kv_heads, head_dim, dtype=dtype, device=device).transpose(1, 2))
+    cos, sin = tables(12, head_dim, device)
+    sizes = (num_heads, num_kv_heads, grads)
+    options = {"layout": layout, "offset": 3}
+    with use_backend("triton"), poisoned_memory():
+        actual = packed_gradients(rope_qkv, qkv, cos, sin, *sizes, **options)
+    expected = packed_gradients(reference.rope_qkv, qkv, cos, sin, *sizes, **options)
+    exact = packed_gradients(reference.rope_qkv, qkv.double(), cos.double(), sin.double(), *sizes, **options)
+    for what, *tensors in zip(("q", "k", "v", "dqkv"), actual, expected, exact, strict=True):
+        assert_accurate(*tensors, what=what)
+    assert torch.equal(actual[2], expected[2])
+    assert all(part.transpose(1, 2).is_contiguous() for part in actual[:3])
+
+
+def test_a_packed_projection_at_given_positions_of_each_sequence():
+    qkv, (cos, sin) = torch.randn(2, 5, 4 * 8), tables(30, 8)
+    positions = torch.randint(0, 30, (2, 5))
+    with use_backend("triton"):
+        parts = rope_qkv(qkv, cos, sin, 2, 1, positions=positions)
+    for part, expected in zip(parts, reference.rope_qkv(qkv, cos, sin, 2, 1, positions), strict=True):
+        torch.testing.assert_close(part, expected)
+
+
+def test_rope_qkv_passes_opcheck():
+    qkv, (cos, sin) = torch.randn(2, 5, 4 * 8, requires_grad=True), tables(5, 8)
+    torch.library.opcheck(torch.ops.tilewright.rope_qkv, (qkv, cos, sin, None, True, 2, 1))
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 33), (2, 1)), ((5, 32), (2, 1)), ((2, 5, 32), (2, 0))])
+def test_a_packed_projection_of_another_width_is_refused(shape, heads):
+    with pytest.raises(ValueError, match=r"qkv has shape \("):
+        rope_qkv(torch.zeros(shape), *tables(5, 8), *heads)

@@ -1,0 +1,135 @@
+"""Launch configurations, from `launch.json`: by GPU generation, kernel, kind of product and head dim."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...files import write_text
+from ..device import l2_bytes
+from .options import Options
+from .tiles import fits_tma
+
+Kernel = Literal["forward", "backward_q", "backward_kv", "decode"]
+Kind = Literal["half", "half_softcap", "tf32", "ieee"]
+Generation = Literal["sm_80", "sm_86", "sm_90", "sm_100"]
+
+CONFIGURATIONS = Path(__file__).parent / "launch.json"
+MAX_HEAD_DIM = 256
+# Whose configurations serve where descriptors cannot: those with the least shared memory, which run everywhere.
+WITHOUT_TMA: Generation = "sm_86"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The shape of a program: tiles of block_m queries and block_n keys, both block_k channels wide."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+    """Whether tiles come through TMA descriptors where the tensors' addresses and strides allow it."""
+
+    def blocks(self) -> dict[str, int]:
+        """Return the arguments of a launch."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def generation_of(capability: tuple[int, int]) -> Generation:
+    """Return whose configurations serve a GPU of this compute capability.
+
+    What sets generations apart is the matrix instruction and the shared memory of a program: GeForce and L4 / L40S (8.6, 8.9,
+    12.x) have 99 KiB and no warp-group instruction, whatever their year.
+    """
+    major, minor = capability
+    if major < 8:
+        raise RuntimeError(
+            f"compute capability {major}.{minor}: attention's kernels need 8.0 or more; choose backend 'reference'"
+        )
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")  # pyright: ignore[reportReturnType]
+
+
+def kind_of(dtype: torch.dtype, options: Options) -> Kind:
+    """Return which products a kernel computes, and whether a softcap takes registers from them."""
+    if dtype.itemsize == 2:
+        return "half" if options.softcap is None else "half_softcap"
+    return options.precision
+
+
+def block_k_of(head_dim: int) -> int:
+    """Return the power of two that holds a head, 16 at least: the least that the matrix instructions take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def key_of(generation: str, kernel: Kernel, kind: Kind, block_k: int) -> str:
+    """Return the name of a configuration in the file."""
+    return f"{generation} {kernel} {kind} {block_k}"
+
+
+@cache
+def read_configurations() -> dict[str, LaunchConfig]:
+    """Return all shipped configurations by `key_of`."""
+    entries = json.loads(CONFIGURATIONS.read_text())
+    return {key: LaunchConfig(block_k=int(key.split()[-1]), **entry) for key, entry in entries.items()}
+
+
+def write_configurations(configurations: Mapping[str, LaunchConfig]) -> None:
+    """Replace the shipped configurations by these, by `key_of`: one a line, sorted, so that a change shows as one line."""
+    lines = []
+    for key, config in sorted(configurations.items()):
+        entry = {name: value for name, value in asdict(config).items() if name != "block_k"}
+        lines.append(f" {json.dumps(key)}: {json.dumps(entry)}")
+    write_text(CONFIGURATIONS, "{\n" + ",\n".join(lines) + "\n}\n")
+    read_configurations.cache_clear()
+
+
+@contextmanager
+def use_configuration(key: str, config: LaunchConfig) -> Iterator[None]:
+    """Run a block with another configuration in the place of a shipped one."""
+    configurations = read_configurations()
+    shipped = configurations[key]
+    configurations[key] = config
+    try:
+        yield
+    finally:
+        configurations[key] = shipped
+
+
+@cache
+def generation_at(device: torch.device) -> Generation:
+    """Return whose configurations serve `device`: interpreted kernels run with those of Hopper, descriptors included."""
+    return generation_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
+
+
+def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options) -> LaunchConfig:
+    """Return the configuration that ships for the GPU, dtype and head dim of the tensors (B, H, T, K), and the options.
+
+    Where a descriptor cannot describe one of them, as an expanded gradient, it is that of the GPUs without descriptors.
+    """
+    q = tensors[0]
+    configurations = read_configurations()
+    kind, block_k = kind_of(q.dtype, options), block_k_of(q.shape[-1])
+    config = configurations[key_of(generation_at(q.device), kernel, kind, block_k)]
+    if config.tma and not all(map(fits_tma, tensors)):
+        return configurations[key_of(WITHOUT_TMA, kernel, kind, block_k)]
+    return config
+
+
+def rows_at_once(x: Tensor, heads: float, num_rows: int) -> int:
+    """Return how many of `num_rows` rows to work on at a time, so that what they load fits in half of the L2 cache.
+
+    A row loads `heads` heads of x (B, H, S, K) and of its like; a part of one where several rows load the same.
+    """
+    bytes_of_row = 2 * heads * x.shape[2] * x.shape[3] * x.element_size()
+    return min(max(1, int(l2_bytes(x.device) / 2 / max(bytes_of_row, 1))), num_rows)

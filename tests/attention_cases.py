@@ -1,0 +1,170 @@
+"""What attention's tests share: cases, their check against the oracle, and tiles so small that a few tokens meet several."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
+from typing import Any, get_args
+from unittest import mock
+
+import torch
+from hypothesis import Phase, settings
+from torch import Tensor
+
+from oracle import assert_accurate, poisoned_memory
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.attention import attention, backward, decode, forward, launch
+from tilewright.kernels.attention.launch import Generation, Kernel, Kind, LaunchConfig, key_of
+
+# Without shrinking, which would interpret kernels for minutes before it shows a failure.
+some = partial(settings, derandomize=True, deadline=None, phases=[Phase.generate])
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The memory that logical (B, H, T, K) heads are found in: as kernels like it; as a projection writes it; inside a packed
+# projection of queries, keys and values; and in ways that no TMA descriptor, or no kernel at all, can take.
+MEMORY: dict[str, Callable[[int, int, int, int], Tensor]] = {
+    "heads first": lambda b, h, t, k: torch.randn(b, h, t, k),
+    "tokens first": lambda b, h, t, k: torch.randn(b, t, h, k).transpose(1, 2),
+    "packed": lambda b, h, t, k: torch.randn(b, t, (h + 2) * k)[..., k : (h + 1) * k].unflatten(-1, (h, k)).transpose(1, 2),
+    "one element on": lambda b, h, t, k: torch.randn(b * h * t * k + 1)[1:].view(b, h, t, k),
+    "odd token stride": lambda b, h, t, k: torch.randn(b, h, t, k + 3)[..., :k],
+    "every other token": lambda b, h, t, k: torch.randn(b, h, 2 * t, k)[:, :, ::2],
+    "expanded heads": lambda b, h, t, k: torch.randn(b, 1, t, k).expand(b, h, t, k),
+    "every other channel": lambda b, h, t, k: torch.randn(b, t, h, 2 * k)[..., ::2].transpose(1, 2),
+    "channels first": lambda b, h, t, k: torch.randn(b, h, k, t).mT,
+    "one number": lambda b, h, t, k: torch.randn(1, 1, 1, 1).expand(b, h, t, k),
+}
+
+
+@contextmanager
+def tiles(
+    block_m: int, block_n: int, *, tma: bool = True, splits: int | None = None, rows_at_once: int | None = None
+) -> Iterator[None]:
+    """Run every kernel in tiles of block_m queries and block_n keys, decode in so many splits, order so many rows together."""
+
+    configurations = {
+        key_of(generation, kernel, kind, block_k): LaunchConfig(
+            block_m, block_n, block_k, num_warps=4, num_stages=2, tma=tma and generation in ("sm_90", "sm_100")
+        )
+        for generation, kernel, kind in product(get_args(Generation), get_args(Kernel), get_args(Kind))
+        for block_k in (16, 32, 64, 128, 256)
+    }
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "read_configurations", return_value=configurations))
+        if splits is not None:
+            stack.enter_context(mock.patch.object(decode, "splits_of", return_value=splits))
+        if rows_at_once is not None:
+            for module in (forward, backward):
+                stack.enter_context(mock.patch.object(module, "rows_at_once", return_value=rows_at_once))
+        yield
+
+
+@contextmanager
+def without_decoding() -> Iterator[None]:
+    """Send few queries through the kernel of many."""
+    with mock.patch("tilewright.kernels.attention.op.fits_decode", return_value=False):
+        yield
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of a call, gradients of its results, and its options."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    dlse: Tensor | None = None
+    sinks: Tensor | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, function: Callable[..., Any], *, wide: bool = False) -> dict[str, Tensor]:
+        """Return o, lse and the gradients, by name; in float64 if `wide`."""
+        inputs = {name: getattr(self, name) for name in ("q", "k", "v", "sinks") if getattr(self, name) is not None}
+        inputs = {name: (t.double() if wide else t).detach().requires_grad_() for name, t in inputs.items()}
+        o, lse = function(**inputs, **self.options, return_lse=True)
+        outputs, gradients = [o], [self.do.to(o.dtype)]
+        if self.dlse is not None:
+            # The gradient of a lse of -inf is not a number that anybody asks for.
+            outputs.append(lse.masked_fill(lse == -torch.inf, 0.0))
+            gradients.append(self.dlse.to(lse.dtype))
+        found = torch.autograd.grad(outputs, list(inputs.values()), gradients)
+        return {"o": o.detach(), "lse": lse.detach()} | {f"d{name}": d for name, d in zip(inputs, found, strict=True)}
+
+
+def draw_case(
+    heads: tuple[int, int],
+    lengths: tuple[int, int],
+    head_dim: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    memory: Sequence[str] = ("heads first",) * 4,
+    dlse: bool = True,
+    sinks: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """Return a random case of (query, key-value) heads and (queries, keys); `memory` is that of q, k, v and do."""
+    torch.manual_seed(seed)
+    of_queries, of_keys = ((batch, heads[i], lengths[i], head_dim) for i in range(2))
+    q, k, v, do = (
+        _as(MEMORY[name](*shape), dtype) for name, shape in zip(memory, (of_queries, of_keys, of_keys, of_queries), strict=True)
+    )
+    row_gradients, scores = torch.randn(of_queries[:3]), torch.randn(heads[0])
+    return Case(q, k, v, do, row_gradients.to(DEVICE) if dlse else None, scores.to(DEVICE) if sinks else None, options)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # On the device and in the dtype, with the strides and the offset of x, which `to` does not keep.
+    storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(DEVICE, dtype)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def rounding_of_terms(case: Case) -> dict[str, float]:
+    """Return how far rounding P and delta may move the gradients, which sum P do or P (dP - delta): terms that may cancel.
+
+    The kernels have P from lse, so its relative error is the absolute one of lse; in half precision both round P, and delta
+    comes from o as rounded, as in every FlashAttention. The reference keeps P, and has the exact delta.
+    """
+    groups = case.q.shape[1] // case.k.shape[1]
+    q, do = case.q.double(), case.do.double()
+    k, v = (t.double().repeat_interleave(groups, dim=1) for t in (case.k, case.v))
+    sinks = None if case.sinks is None else case.sinks.double()
+    # With the unit vectors for values, the output is the probabilities.
+    units = torch.eye(k.shape[2], dtype=torch.float64, device=k.device).expand(*k.shape[:3], -1)
+    p, lse = reference.attention(q, k, units, sinks=sinks, **case.options, return_lse=True)
+    size_of_lse = lse.abs().masked_fill(lse == -torch.inf, 0.0)
+    error = torch.finfo(case.q.dtype).eps + torch.finfo(torch.float32).eps * size_of_lse
+    dp = (do @ v.mT).abs()
+    delta = (p * dp).sum(dim=-1) + (0.0 if case.dlse is None else case.dlse.abs())
+    scale = case.options.get("scale")
+    dp_errors = p * (dp + delta[..., None]) * error[..., None] * abs(q.shape[-1] ** -0.5 if scale is None else scale)
+    by_query_head = {"dk": dp_errors.mT @ q.abs(), "dv": (p * error[..., None]).mT @ do.abs()}
+    errors = {name: t.unflatten(1, (-1, groups)).sum(dim=2) for name, t in by_query_head.items()}
+    errors["dq"] = dp_errors @ k.abs()
+    if sinks is not None:
+        errors["dsinks"] = (torch.exp(sinks[:, None] - lse) * delta * error).sum(dim=(0, 2))
+    return {name: t.max().item() for name, t in errors.items() if t.numel() > 0}
+
+
+def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor], slack: dict[str, float]) -> None:
+    """Hold the results of a case's runs to the oracle's rule."""
+    blind = exact["lse"] == -torch.inf
+    assert torch.equal(actual["lse"] == -torch.inf, blind)
+    assert not actual["o"][blind].any()
+    assert not actual["dq"][blind].any()
+    for name, result in actual.items():
+        others = expected[name], exact[name]
+        if name == "lse":
+            result, *others = (t.masked_fill(blind, 0.0) for t in (result, *others))
+        assert_accurate(result, *others, what=name, slack=slack.get(name, 0.0))
+
+
+def check(case: Case) -> dict[str, Tensor]:
+    """Compare the kernels with the reference, and return their results."""
+    with use_backend("triton"), poisoned_memory():
+        actual = case.run(attention)
+    compare(actual, case.run(reference.attention), case.run(reference.attention, wide=True), rounding_of_terms(case))
+    return actual

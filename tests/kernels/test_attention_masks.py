@@ -1,0 +1,170 @@
+"""Documents and windows, and the tiles they leave: each is visited, no other is, and only those with an edge are masked."""
+
+from contextlib import contextmanager
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attention_cases import DEVICE, Case, check, draw_case, some, tiles, without_decoding
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.attention import attention, backward, forward
+from tilewright.kernels.attention.intervals import cu_seqlens_bounds, document_bounds
+from tilewright.kernels.dispatch import HAS_TRITON, interpreting
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+]
+
+
+def documents(lengths, form):
+    """Return the option that packs documents of these lengths, as ids in no order or as cumulative lengths."""
+    if form == "cu_seqlens":
+        return {"cu_seqlens": torch.tensor([0, *lengths], device=DEVICE).cumsum(0)}
+    ids = [(7 * i + 3) % 5 for i in range(len(lengths))]
+    return {"document_ids": torch.repeat_interleave(torch.tensor(ids), torch.tensor(lengths))[None].to(DEVICE)}
+
+
+@some(max_examples=4)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=2, max_size=3),
+    form=st.sampled_from(["document_ids", "cu_seqlens"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(2, 20),
+)
+def test_packed_documents_equal_separate_calls(lengths, form, causal, window):
+    num_tokens = sum(lengths)
+    case = draw_case((2, 1), (num_tokens, num_tokens), 16, causal=causal, window=window)
+    parts = [t.split(lengths, dim=2) for t in (case.q, case.k, case.v, case.do, case.dlse)]
+    with tiles(16, 16), use_backend("triton"):
+        separate = [Case(*part, options=case.options).run(attention) for part in zip(*parts, strict=True)]
+        case.options = case.options | documents(lengths, form)
+        packed = case.run(attention)
+    for name, result in packed.items():
+        torch.testing.assert_close(result, torch.cat([part[name] for part in separate], dim=2), rtol=1e-4, atol=1e-5)
+
+
+def test_documents_that_differ_from_sequence_to_sequence():
+    ids = torch.tensor([[0] * 5 + [1] * 40 + [0] * 5, [2] * 20 + [1] * 30], device=DEVICE)
+    with tiles(16, 16):
+        check(draw_case((2, 1), (50, 50), 16, batch=2, document_ids=ids))
+        check(draw_case((2, 1), (23, 50), 16, batch=2, document_ids=ids, window=12))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("cumulative", [[0], [0, 0, 0, 10], [0, 10, 10, 50], [0, 20, 35, 35], [4, 9], [0, 30, 60]])
+def test_empty_documents_and_tokens_behind_the_last(dtype, cumulative):
+    # Tokens behind the last length are one more document; what lies behind the tokens is none.
+    cu_seqlens = torch.tensor(cumulative, dtype=dtype, device=DEVICE)
+    with tiles(16, 32):
+        check(draw_case((1, 1), (50, 50), 16, batch=2, cu_seqlens=cu_seqlens))
+
+
+@some(max_examples=60)
+@given(lengths=st.lists(st.integers(0, 5), max_size=6), behind=st.integers(0, 3))
+def test_where_documents_begin_and_end(lengths, behind):
+    expected = [(0, 0)] * 0
+    for begin, end in pairwise(torch.tensor([0, *lengths, behind]).cumsum(0).tolist()):
+        expected += [(begin, end)] * (end - begin)
+    num_positions = len(expected)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([*lengths, behind]))[None]
+    for begins, ends in (cu_seqlens_bounds(cu_seqlens, 1, num_positions), document_bounds(ids)):
+        assert begins.dtype == ends.dtype == torch.int32
+        assert list(zip(begins[0].tolist(), ends[0].tolist(), strict=True)) == expected
+
+
+@contextmanager
+def visits():
+    """Yield a list per kernel of whether each visited tile was masked, and the number of products under "products"."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found = {"forward": [], "backward_q": [], "backward_kv": [], "products": 0}
+    multiply = InterpreterBuilder.create_dot
+
+    def counting(self, *args):
+        found["products"] += 1
+        return multiply(self, *args)
+
+    def recording(kernel, function):
+        def record(*args):
+            found[kernel].append(bool(getattr(args[-1], "value", args[-1])))
+            return function(*args)
+
+        return record
+
+    functions = [
+        (forward, "add_tile", "forward"),
+        (backward, "add_to_dq", "backward_q"),
+        (backward, "add_to_dk_dv", "backward_kv"),
+    ]
+    with mock.patch.object(InterpreterBuilder, "create_dot", counting):
+        patches = [
+            mock.patch.object(module, name, recording(kernel, getattr(module, name))) for module, name, kernel in functions
+        ]
+        with patches[0], patches[1], patches[2]:
+            yield found
+
+
+def expected_visits(mask, rows, columns):
+    """Return for each tile of `mask` (T, S) with a pair in it whether it must be masked: not all of its pairs are allowed.
+
+    A tile that reaches beyond the columns must be; rows beyond the last are written nowhere.
+    """
+    found = []
+    for row_tile in mask.split(rows, dim=0):
+        for tile in row_tile.split(columns, dim=1):
+            if tile.any():
+                found.append(not tile.all().item() or tile.shape[1] < columns)
+    return sorted(found)
+
+
+@pytest.mark.skipif(HAS_TRITON and not interpreting(), reason="counts calls of the interpreter")
+@some(max_examples=24)
+@given(
+    data=st.data(),
+    num_keys=st.integers(1, 90),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 60),
+    blocks=st.sampled_from([(16, 16), (16, 32), (32, 16)]),
+    tma=st.booleans(),
+)
+def test_no_tile_is_wasted_and_only_edges_are_masked(data, num_keys, causal, window, blocks, tma):
+    num_queries = data.draw(st.sampled_from([num_keys, num_keys, max(1, num_keys - 20), num_keys + 20]))
+    options = {"causal": causal, "window": window}
+    if num_queries <= num_keys and data.draw(st.booleans()):
+        borders = data.draw(st.lists(st.integers(1, num_keys), max_size=3, unique=True))
+        options["document_ids"] = sum((torch.arange(num_keys) >= border).int() for border in [0, *borders])[None]
+    mask = reference.attention_mask(num_queries, num_keys, **options).view(num_queries, num_keys)
+    block_m, block_n = blocks
+    with tiles(*blocks, tma=tma), use_backend("triton"), without_decoding(), visits() as found:
+        draw_case((1, 1), (num_queries, num_keys), 16, **options).run(attention)
+    by_queries = expected_visits(mask, block_m, block_n)
+    by_keys = expected_visits(mask.T, block_n, block_m)
+    assert sorted(found["forward"]) == by_queries
+    assert sorted(found["backward_q"]) == by_queries
+    assert sorted(found["backward_kv"]) == by_keys
+    assert found["products"] == 5 * len(by_queries) + 4 * len(by_keys)
+
+
+@pytest.mark.skipif(HAS_TRITON and not interpreting(), reason="counts calls of the interpreter")
+def test_tiles_by_hand():
+    def count(num_queries, num_keys, **options):
+        with tiles(16, 16), use_backend("triton"), without_decoding(), visits() as found:
+            draw_case((4, 2), (num_queries, num_keys), 16, **options).run(attention)
+        assert len(found["forward"]) == len(found["backward_q"]) == len(found["backward_kv"])
+        return len(found["forward"]) // 4, sum(found["forward"]) // 4
+
+    # n (n + 1) / 2 of n^2 tiles below and on the diagonal, of which the n on it have an edge.
+    assert count(64, 64) == (10, 4)
+    assert count(64, 64, causal=False) == (16, 0)
+    # A window of one tile crosses two, but in the first row.
+    assert count(64, 64, window=16) == (7, 7)
+    # Two documents that share no tile: two triangles.
+    assert count(64, 64, cu_seqlens=torch.tensor([0, 32, 64])) == (6, 4)
+    # One tile of queries at the end of a cache sees all of it.
+    assert count(16, 64) == (4, 1)

@@ -1,0 +1,160 @@
+"""What PyTorch asks of an op: schema, fake results, autograd, FLOPs, compilation, autocast; and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention_cases import DEVICE, MEMORY, draw_case, tiles
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.attention import attention
+from tilewright.kernels.attention.intervals import document_bounds
+from tilewright.kernels.dispatch import HAS_TRITON
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "memory"), [("plain", "every other channel"), ("everything", "tokens first"), ("everything", "expanded heads")]
+)
+def test_the_ops_are_registered_as_pytorch_asks(form, memory):
+    q, k, v, do = (MEMORY[memory](2, heads, 5, 16).to(DEVICE) for heads in (4, 2, 2, 4))
+    sinks = begins = ends = None
+    options = (True, 0.25, None, None, "ieee")
+    if form == "everything":
+        sinks = torch.randn(4, device=DEVICE)
+        begins, ends = document_bounds(torch.tensor([[0, 0, 1, 1, 1], [3, 4, 4, 4, 4]], device=DEVICE))
+        options = (False, 0.25, 3, 10.0, "ieee")
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (q, k, v, sinks)]
+    torch.library.opcheck(torch.ops.tilewright.attention, (*leaves, begins, ends, *options))
+    o, lse = torch.ops.tilewright.attention(q, k, v, sinks, begins, ends, *options)
+    dlse = torch.randn_like(lse) if form == "everything" else None
+    arguments = (do, dlse, q, k, v, o, lse, sinks, begins, ends, *options)
+    torch.library.opcheck(torch.ops.tilewright.attention_backward, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic):
+    ids = torch.tensor([[0] * 4 + [1] * 6], device=DEVICE)
+
+    def attend(packed, sinks, ids):
+        q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in (2 * packed).split((64, 32, 32), dim=-1))
+        o, lse = attention(q, k, v, window=4, softcap=20.0, document_ids=ids, sinks=sinks, return_lse=True)
+        return o.transpose(1, 2).flatten(-2), lse
+
+    def gradients(function):
+        torch.manual_seed(0)
+        packed, sinks = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 10, 128), (4,)))
+        outputs = function(packed, sinks, ids)
+        return [*outputs, *torch.autograd.grad(outputs, (packed, sinks), [torch.randn_like(t) for t in outputs])]
+
+    with use_backend("triton"), tiles(16, 16):
+        compiled = gradients(torch.compile(attend, fullgraph=True, dynamic=dynamic))
+        for a, b in zip(compiled, gradients(attend), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_flops_are_those_of_pytorchs_own_attention():
+    # Forward two products, backward five, of all pairs of queries and keys.
+    case = draw_case((4, 2), (10, 24), 16, batch=2)
+    pairs = 2 * 4 * 10 * 24 * 16
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        o = attention(case.q.requires_grad_(), case.k, case.v)
+        assert counter.get_total_flops() == 2 * 2 * pairs
+        o.backward(case.do)
+    assert counter.get_total_flops() == (2 * 2 + 5 * 2) * pairs
+
+
+def test_double_backward_is_a_clear_error():
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 1, 4, 16, device=DEVICE))
+    with use_backend("triton"):
+        (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="attention_backward"):
+            dq.sum().backward()
+
+
+def test_autocast_computes_in_half_precision():
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 2, 20, 16, device=DEVICE))
+    with use_backend("triton"), torch.autocast(DEVICE.type, torch.float16):
+        o, lse = attention(q, k, v, return_lse=True)
+        halves = [t.half() for t in (q, k, v)]
+        mixed = attention(halves[0], k, halves[2])
+    with use_backend("triton"):
+        expected = attention(*halves)
+    assert (o.dtype, lse.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(o, expected)
+    assert torch.equal(mixed, expected)
+    (dq,) = torch.autograd.grad(o.sum(), q)
+    assert dq.dtype == torch.float32
+
+
+def test_what_is_kept_for_the_backward_pass_is_linear_in_the_length():
+    kept = []
+    case = draw_case((4, 2), (33, 33), 16, batch=2)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with use_backend("triton"), hooks:
+        attention(case.q.requires_grad_(), case.k, case.v)
+    inputs = {t.data_ptr() for t in (case.q, case.k, case.v)}
+    new = {t.data_ptr(): tuple(t.shape) for t in kept if t.data_ptr() not in inputs}
+    assert sorted(new.values()) == [(2, 4, 33), (2, 4, 33, 16)]
+
+
+def test_without_kernels_pytorchs_own_are_used_where_they_fit():
+    case = draw_case((4, 2), (6, 6), 16)
+    with use_backend("reference"):
+        o = attention(case.q, case.k, case.v)
+        expected = F.scaled_dot_product_attention(case.q, case.k, case.v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(o, expected)
+        for options in ({"window": 3}, {"softcap": 4.0}, {"sinks": torch.randn(4, device=DEVICE)}):
+            expected = reference.attention(case.q, case.k, case.v, **options)
+            torch.testing.assert_close(attention(case.q, case.k, case.v, **options), expected)
+        empty = case.k[:, :, :0]
+        assert not attention(case.q, empty, empty).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.ones(2, 5, 16)}, r"q has shape \(2, 5, 16\).*allowed are \(B, H, T, K\)"),
+        ({"v": torch.ones(1, 2, 4, 16)}, r"v \(1, 2, 4, 16\)"),
+        ({"q": torch.ones(2, 4, 5, 16)}, r"q has shape \(2, 4, 5, 16\)"),
+        ({"q": torch.ones(1, 4, 5, 8)}, r"q has shape \(1, 4, 5, 8\)"),
+        ({"q": torch.ones(1, 3, 5, 16)}, r"q has 3 heads, k has 2.*divisor of 3"),
+        ({"q": torch.ones(1, 4, 5, 16).half()}, r"q is torch\.float16, k torch\.float32.*one dtype"),
+        ({"scale": float("nan")}, r"scale is nan.*finite"),
+        ({"window": 0}, r"window is 0: allowed is 1 or more"),
+        ({"softcap": 0.0}, r"softcap is 0\.0.*above 0"),
+        ({"softcap": float("inf")}, r"softcap is inf"),
+        ({"k": torch.ones(1, 2, 5, 16, device="meta")}, r"k is on meta: allowed is c.*, the device of q"),
+        ({"sinks": torch.ones(4, device="meta")}, r"sinks is on meta"),
+        ({"sinks": torch.ones(2)}, r"sinks has shape \(2,\).*\(4,\)"),
+        ({"document_ids": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 5])}, "give one of them"),
+        ({"document_ids": torch.zeros(1, 4)}, r"document_ids has shape \(1, 4\).*\(1, 5\)"),
+        ({"document_ids": torch.zeros(1, 5), "q": torch.ones(1, 4, 6, 16)}, r"6 queries for 5 keys"),
+        ({"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens has shape \(1, 2\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens.*torch\.float32.*torch\.int32"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change, message):
+    arguments = {"q": torch.ones(1, 4, 5, 16), "k": torch.ones(1, 2, 5, 16), "v": torch.ones(1, 2, 5, 16)}
+    for backend in ("triton", "reference"):
+        with use_backend(backend), pytest.raises(ValueError, match=message):
+            attention(**arguments | change)
+
+
+def test_heads_too_wide_for_the_kernels_are_refused():
+    q = torch.ones(1, 2, 5, 257, device=DEVICE)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"head dim is 257.*1 to 256"):
+        attention(q, q, q)
+    with use_backend("reference"):
+        assert attention(q, q, q).shape == q.shape
+
+
+def test_float64_runs_the_reference():
+    q, k, v = torch.randn(3, 1, 2, 5, 16, dtype=torch.float64, device=DEVICE)
+    with use_backend("triton"):
+        torch.testing.assert_close(attention(q, k, v, window=3), reference.attention(q, k, v, window=3), rtol=0, atol=0)
