@@ -30,6 +30,8 @@ class ModelConfig:
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = False
     """Whether the head uses the embedding's weight."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normalised, which bounds the scores of attention."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads"):

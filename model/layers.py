@@ -1,11 +1,17 @@
 """The layers of the Transformer: thin modules around the kernels, with CS336's initialisation."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, attention, rms_norm, rope_qk, swiglu
+from ..kernels import add_rms_norm, attention, rms_norm, rope_qk, rope_qkv, swiglu
+
+
+def _draw(weight: Tensor, in_features: int, out_features: int) -> None:
+    std = math.sqrt(2 / (in_features + out_features))
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 class Linear(nn.Linear):
@@ -16,8 +22,20 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
-        std = math.sqrt(2 / (self.in_features + self.out_features))
-        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        _draw(self.weight, self.in_features, self.out_features)
+
+
+class JoinedLinear(Linear):
+    """Several `Linear` layers of one input as one product; each part of the weight is drawn as its own layer's would be."""
+
+    def __init__(self, in_features: int, parts: Sequence[int]) -> None:
+        self.parts = tuple(parts)
+        super().__init__(in_features, sum(parts))
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        for part in self.weight.split(self.parts):
+            _draw(part, self.in_features, part.shape[0])
 
 
 class Embedding(nn.Embedding):
@@ -76,22 +94,36 @@ class LayerCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention with RoPE and grouped key-value heads: (B, T, D) -> (B, T, D)."""
+    """Multi-head causal self-attention with RoPE and grouped key-value heads: (B, T, D) -> (B, T, D).
 
-    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int | None = None) -> None:
+    With `qk_norm` each head of the queries and of the keys is normalised before it is rotated (Dehghani et al. 2023,
+    section 2), which bounds the scores.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, num_kv_heads: int | None = None, qk_norm: bool = False, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = d_model // num_heads
-        kv_width = self.head_dim * (num_kv_heads or num_heads)
-        self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, kv_width)
-        self.v_proj = Linear(d_model, kv_width)
+        kv_width = self.head_dim * self.num_kv_heads
+        self.qkv_proj = JoinedLinear(d_model, (d_model, kv_width, kv_width))
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.output_proj = Linear(d_model, d_model)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`."""
-        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # (B, H or Hkv, T, K)
-        q, k = rope_qk(q, k, cos, sin)
+        q, k, v = self._heads(self.qkv_proj(x), cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.output_proj(attention(q, k, v).transpose(1, 2).flatten(-2))
+
+    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # (B, T, (H + 2 Hkv) K) -> q (B, H, T, K), k and v (B, Hkv, T, K), normalised and rotated.
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if self.q_norm is None or self.k_norm is None:
+            return rope_qkv(qkv, cos, sin, heads, kv_heads)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], dim=2)
+        q, k = rope_qk(self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), cos, sin)
+        return q, k, v.transpose(1, 2)

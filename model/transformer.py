@@ -25,7 +25,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.ln1 = RMSNorm(config.d_model, config.norm_eps)
-        self.attn = CausalSelfAttention(config.d_model, config.num_heads, config.kv_heads)
+        self.attn = CausalSelfAttention(config.d_model, config.num_heads, config.kv_heads, config.qk_norm, config.norm_eps)
         self.ln2 = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
 

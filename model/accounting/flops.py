@@ -23,9 +23,9 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(parameters_by_group(config).values())
 
 
-def num_parameter_tensors(config: ModelConfig) -> int:
+def num_parameter_tensors(config: ModelConfig, policy: Policy | None = None) -> int:
     """Return the number of trained tensors; AdamW keeps a float32 step for each."""
-    return sum(op.parameters > 0 for op in operations(config, 1, 1))
+    return sum(op.parameters > 0 for op in operations(config, 1, 1, policy))
 
 
 def forward_flops_by_group(

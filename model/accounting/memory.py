@@ -111,7 +111,7 @@ def training_memory(
     ops = operations(config, batch_size, context, policy)
     count, weight_size = num_parameters(config), ITEMSIZE[policy.weights]
     weights, master = weight_size * count, 4 * count if policy.master_weights else 0
-    optimizer_state = 2 * ITEMSIZE[policy.moments] * count + 4 * num_parameter_tensors(config)
+    optimizer_state = 2 * ITEMSIZE[policy.moments] * count + 4 * num_parameter_tensors(config, policy)
     state = weights + master + optimizer_state
     all_gradients = weight_size * count
     checkpointed = policy.checkpointing == "block"

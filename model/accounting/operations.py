@@ -26,6 +26,8 @@ class Policy:
     """naive: scores and probabilities (B, H, T, T) written out; flash: never held (Dao 2023)."""
     ops: Literal["eager", "fused"] = "fused"
     """eager: PyTorch's elementwise ops, in float32; fused: this project's kernels."""
+    projections: Literal["separate", "joined"] = "joined"
+    """Whether queries, keys and values come from three products or from one."""
     loss: Literal["whole", "chunked"] = "chunked"
     """whole: all logits at once; chunked: those of a few rows at a time, and the gradients with them where ops are fused."""
     checkpointing: Literal["none", "block"] = "none"
@@ -47,7 +49,8 @@ class Policy:
         for field in ("compute", "weights", "moments"):
             if getattr(self, field) not in ITEMSIZE:
                 raise UserError(f"{field} is {getattr(self, field)!r}: choose one of {', '.join(ITEMSIZE)}")
-        choices = {"attention": "naive flash", "ops": "eager fused", "loss": "whole chunked", "checkpointing": "none block"}
+        choices = {"attention": "naive flash", "ops": "eager fused", "projections": "separate joined", "loss": "whole chunked"}
+        choices["checkpointing"] = "none block"
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed.split():
                 raise UserError(f"{field} is {getattr(self, field)!r}: choose {allowed.replace(' ', ' or ')}")
@@ -55,7 +58,7 @@ class Policy:
             raise UserError(f"window is {self.window}: it must be at least 1")
 
 
-HANDOUT = Policy(attention="naive", ops="eager", loss="whole", compute="float32")
+HANDOUT = Policy(attention="naive", ops="eager", projections="separate", loss="whole", compute="float32")
 """The CS336 model as its handout has one write it, in float32."""
 
 
@@ -98,8 +101,9 @@ def attended_pairs(context: int, window: int | None = None, exact_causal: bool =
 
     Exactly, query i of T sees min(i, window) keys: T (T + 1) / 2 without a window.
     """
-    reach = context if window is None else min(window, context)
-    return reach * (reach + 1) // 2 + (context - reach) * reach if exact_causal else context * reach
+    if exact_causal:
+        return costs.attention_pairs(context, context, window=window)
+    return context * (context if window is None else min(window, context))
 
 
 def pad_vocabulary(config: ModelConfig, multiple: int) -> ModelConfig:
@@ -156,6 +160,32 @@ class _Lister:
                           backward_temporary=self.stream + 12 * rows * d)  # fmt: skip
         return [addition, eager] if adds else [eager]
 
+    def qkv(self, layer: int) -> Iterator[Operation]:
+        """The projections to queries, keys and values, and the norms of the former two where the model has them."""
+        a, rows, d, e, head_dim = self.a, self.rows, self.d, self.e, self.config.head_dim
+        if self.policy.projections == "joined":
+            yield self.product("qkv_proj", "projections", layer, d, d + 2 * e, saved=a * rows * d)
+        else:
+            # Under autocast the first norm's result has the dtype of the weights, and each product casts it anew; further
+            # norms give theirs in the dtype of the branch that they add.
+            again = a * rows * d if layer == 0 and a != self.w else 0
+            yield self.product("q_proj", "projections", layer, d, d, saved=a * rows * d)
+            yield self.product("k_proj", "projections", layer, d, e, saved=again)
+            yield self.product("v_proj", "projections", layer, d, e, saved=again)
+        if not self.config.qk_norm:
+            return
+        for name, width in (("q_norm", d), ("k_norm", e)):
+            heads = rows * width // head_dim
+            forward, backward = costs.rms_norm(heads, head_dim, a)
+            # Kept: 1 / rms, and the packed projection, of which the values are a part; eager in float32 x / rms, and x
+            # where it is not float32 already.
+            saved = 4 * heads + (a * rows * (d + 2 * e) if name == "q_norm" else 0)
+            if not self.fused:
+                saved += 4 * rows * width * (1 if a == 4 else 2)
+            yield Operation(name, "norms", layer, (heads, head_dim), head_dim, forward_bytes=forward.bytes,
+                            backward_bytes=backward.bytes, saved_bytes=saved,
+                            backward_temporary=self.stream + 2 * a * rows * (d + 2 * e))  # fmt: skip
+
     def attention(self, layer: int) -> list[Operation]:
         """softmax(q k^T / sqrt(K)) v. Keys and values of grouped heads are repeated where attention is naive."""
         a, rows, d, e, stream = self.a, self.rows, self.d, self.e, self.stream
@@ -165,10 +195,16 @@ class _Lister:
         qkv = a * rows * (d + 2 * e)
         if self.policy.attention == "flash":
             lse = 4 * self.batch * heads * self.context
-            # Backward: the scores again, then dV, dP, dQ and dK (Dao 2023, algorithm 2).
-            return [Operation("attention", "attention", layer, shape, forward_flops=2 * matmul, backward_flops=4 * matmul,
-                              recomputed_flops=matmul, forward_bytes=qkv + a * rows * d + lse,
-                              backward_bytes=2 * qkv + 2 * a * rows * d + lse, saved_bytes=qkv + a * rows * d + lse,
+            # Values that were not copied out of the projection are kept with it.
+            kept = qkv - a * rows * e if self.config.qk_norm else qkv
+            pairs = self.pairs // (self.batch * heads)
+            forward, backward = costs.attention(
+                self.batch, heads, self.config.kv_heads, self.context, self.context, head_dim, pairs, a
+            )
+            # Of the five products of the backward pass, the first computes the scores again.
+            return [Operation("attention", "attention", layer, shape, forward_flops=forward.flops, backward_flops=4 * matmul,
+                              recomputed_flops=backward.flops - 4 * matmul, forward_bytes=forward.bytes,
+                              backward_bytes=backward.bytes, saved_bytes=kept + a * rows * d + lse,
                               backward_temporary=stream + qkv + a * rows * d)]  # fmt: skip
         # The written-out form holds all T x T scores, whatever the window.
         square = a * self.batch * heads * self.context**2
@@ -192,12 +228,7 @@ class _Lister:
         a, rows, d, e, f = self.a, self.rows, self.d, self.e, self.f
         # In the eager model the branch of a block is added at its end, in this project by the norm that follows.
         yield from self.norm(layer, "ln1", adds=layer > 0)
-        yield self.product("q_proj", "projections", layer, d, d, saved=a * rows * d)
-        # Under autocast the first norm's result has the dtype of the weights, and each product casts it anew; further norms
-        # give theirs in the dtype of the branch that they add.
-        again = a * rows * d if layer == 0 and a != self.w else 0
-        yield self.product("k_proj", "projections", layer, d, e, saved=again)
-        yield self.product("v_proj", "projections", layer, d, e, saved=again)
+        yield from self.qkv(layer)
         heads = self.config.num_heads + self.config.kv_heads
         rope, _ = costs.rope(self.context, heads, self.config.head_dim, a)
         # Only the model's tables of cos and sin are needed again.

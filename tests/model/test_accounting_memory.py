@@ -29,17 +29,19 @@ XL = MODELS["gpt2-xl"]
 SMALL = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, d_ff=44)
 GROUPED = dataclasses.replace(SMALL, num_kv_heads=2)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, num_layers=3)
+QK_NORM = dataclasses.replace(GROUPED, qk_norm=True)
 
 
 def bytes_kept(model, loss) -> int:
     """What autograd keeps for the backward pass beside weights and tables, each storage once."""
     held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    norm_shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() == 1}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         # A norm's weight widened to float32, which the reference does in half precision, is no activation.
-        is_copy = tensor.is_floating_point() and tensor.shape == model.ln_final.weight.shape
+        is_copy = tensor.is_floating_point() and tensor.shape in norm_shapes
         if storage._cdata not in held and not is_copy:
             kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor is held, so that its address is not used again
         return tensor
@@ -93,7 +95,7 @@ def loss_of(model, tokens, targets, loss, autocast, budget=512 * 2**20):
 @pytest.mark.parametrize(("weights", "compute"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("loss", ["whole", "chunked"])
 @pytest.mark.parametrize("ops", ["eager", "fused"])
-@pytest.mark.parametrize("config", [SMALL, GROUPED, TIED], ids=["multi-head", "grouped", "tied"])
+@pytest.mark.parametrize("config", [SMALL, GROUPED, TIED, QK_NORM], ids=["multi-head", "grouped", "tied", "qk-norm"])
 def test_saved_bytes_of_this_projects_model(config, ops, loss, weights, compute):
     model = TransformerLM(config).to(getattr(torch, weights))
     model.rope_cos, model.rope_sin = model.rope_cos.float(), model.rope_sin.float()
@@ -173,7 +175,11 @@ def measured_peak(config, size, checkpointing):
 @pytest.mark.parametrize("loss", ["whole", "chunked"])
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(dataclasses.replace(XL, num_layers=2), 2), (ModelConfig(97, 256, 64, 3, 4, d_ff=172, num_kv_heads=2), 2)],
+    [
+        (dataclasses.replace(XL, num_layers=2), 2),
+        (ModelConfig(97, 256, 64, 3, 4, d_ff=172, num_kv_heads=2), 2),
+        (ModelConfig(97, 256, 64, 3, 4, d_ff=172, num_kv_heads=2, qk_norm=True), 2),
+    ],
 )
 def test_peaks_of_this_projects_model(monkeypatch, config, size, loss, compute, checkpointing):
     # Fake tensors have no values to draw again.
@@ -289,7 +295,9 @@ def test_each_policy_saves_less():
 
 def test_state_follows_the_dtypes():
     count = num_parameters(XL)
-    memory = training_memory(XL, policy=Policy(weights="bfloat16", master_weights=True, moments="bfloat16"))
+    memory = training_memory(
+        XL, policy=Policy(weights="bfloat16", master_weights=True, moments="bfloat16", projections="separate")
+    )
     assert (memory.weights, memory.gradients, memory.master_weights) == (2 * count, 2 * count, 4 * count)
     assert memory.optimizer_state == 4 * count + 4 * 435
 

@@ -7,8 +7,10 @@ import torch
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import CausalSelfAttention, KVCache, ModelConfig, RMSNorm, SwiGLU, TransformerLM
-from tilewright.model.layers import Embedding, Linear
+from tilewright.model.layers import Embedding, JoinedLinear, Linear
 from tilewright.model.transformer import rope_tables
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
 TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, num_heads=4, d_ff=24)
 
@@ -24,7 +26,7 @@ def test_state_names_are_the_courses(model):
     layer = {
         f"layers.{i}.{part}.weight"
         for i in range(2)
-        for part in (*(f"attn.{p}_proj" for p in ("q", "k", "v", "output")), "ln1", "ln2", *(f"ffn.w{n}" for n in (1, 2, 3)))
+        for part in ("attn.qkv_proj", "attn.output_proj", "ln1", "ln2", *(f"ffn.w{n}" for n in (1, 2, 3)))
     }
     assert names == layer | {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"}
 
@@ -56,14 +58,29 @@ def test_position_matters(model):
     assert not torch.allclose(logits[0, 1], logits[0, 3])
 
 
-def test_attention_is_the_textbooks():
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_the_textbooks(qk_norm):
     torch.manual_seed(0)
-    layer = CausalSelfAttention(16, num_heads=4, num_kv_heads=2)
+    layer = CausalSelfAttention(16, num_heads=4, num_kv_heads=2, qk_norm=qk_norm)
     x = torch.randn(2, 5, 16)
     cos, sin = (table[:5] for table in rope_tables(TINY))
-    q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    weights = layer.qkv_proj.weight.split([16, 8, 8])
+    q, k, v = ((x @ weight.T).unflatten(-1, (-1, 4)).transpose(1, 2) for weight in weights)
+    if qk_norm:
+        for parameter in (layer.q_norm.weight, layer.k_norm.weight):
+            torch.nn.init.normal_(parameter)
+        q, k = reference.rms_norm(q, layer.q_norm.weight), reference.rms_norm(k, layer.k_norm.weight)
     attended = reference.attention(reference.rope(q, cos, sin), reference.rope(k, cos, sin), v)
     torch.testing.assert_close(layer(x, cos, sin), layer.output_proj(attended.transpose(1, 2).reshape(2, 5, 16)))
+
+
+def test_the_joined_projection_is_drawn_as_its_parts_would_be():
+    torch.manual_seed(0)
+    layer = JoinedLinear(300, (600, 20))
+    for part in layer.weight.split([600, 20]):
+        std = math.sqrt(2 / (300 + part.shape[0]))
+        assert part.std().item() == pytest.approx(std, rel=0.03)
+        assert part.abs().max() <= 3 * std
 
 
 def test_swiglu_is_the_textbooks():
@@ -73,14 +90,16 @@ def test_swiglu_is_the_textbooks():
     torch.testing.assert_close(layer(x), (gate * torch.sigmoid(gate) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T)
 
 
-@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2)], indirect=True)
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True)], indirect=True)
 @torch.no_grad()
-def test_a_cache_changes_nothing(model):
-    tokens = torch.randint(0, 17, (3, 8))
-    cache = KVCache(model, 3, 8)
-    pieces = [model(piece, cache) for piece in tokens.split([3, 1, 2, 1, 1], dim=1)]
-    assert cache.length == 8
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
+def test_a_cache_changes_nothing(model, backend, device):
+    model, tokens = model.to(device), torch.randint(0, 17, (3, 8), device=device)
+    with use_backend(backend):
+        cache = KVCache(model, 3, 8)
+        pieces = [model(piece, cache) for piece in tokens.split([3, 1, 2, 1, 1], dim=1)]
+        assert cache.length == 8
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_tied_embeddings_share_one_weight():
@@ -95,7 +114,8 @@ def test_too_many_tokens_are_refused(model):
         model(torch.zeros(1, 9, dtype=torch.long))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+@needs_triton
+@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True)], indirect=True)
 def test_kernels_and_reference_agree(model, device):
     model, tokens = model.to(device), torch.randint(0, 17, (2, 8), device=device)
     results = []

@@ -39,7 +39,7 @@ def test_a_checkpoint_is_plain_safetensors_and_json(tmp_path):
     folder = save_checkpoint(tmp_path, 7, *trained(), keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     assert json.loads((folder / "state.json").read_text()) == {"format": "tilewright-checkpoint-1", "step": 7}
-    assert "layers.0.attn.q_proj.weight" in load_file(folder / "model.safetensors")
+    assert "layers.0.attn.qkv_proj.weight" in load_file(folder / "model.safetensors")
 
 
 def test_only_the_newest_stay(tmp_path):
