@@ -46,6 +46,7 @@ def _attention(
     options = Options(causal, scale, window, softcap, precision, begins, ends)  # pyright: ignore[reportArgumentType]
     o, lse = _empty_outputs(q, k, v)
     q, k, v = map(with_unit_stride, (q, k, v))
+    sinks = None if sinks is None else sinks.contiguous()
     if q.numel() > 0:
         launch = launch_decode if fits_decode(q, k, options) else launch_forward
         launch(q, k, v, o, lse, sinks, options)
@@ -80,8 +81,8 @@ def _attention_backward(
     do, q, k, v, o = map(with_unit_stride, (do, q, k, v, o))
     if q.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)
-    dlse = None if dlse is None else dlse.contiguous()
     launch_backward(do, dlse, q, k, v, o, lse, dq, dk, dv, delta, options)
     if sinks is not None:
         # The sink's value is 0, so dP of its column is 0 and dS = -P delta.
@@ -96,7 +97,7 @@ def _empty_gradients(do, dlse, q, k, v, o, lse, sinks, *_):
         _empty_like(q, q.shape),
         _empty_like(k, k.shape),
         _empty_like(v, v.shape),
-        q.new_empty(0) if sinks is None else torch.empty_like(sinks),
+        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
     )
 
 

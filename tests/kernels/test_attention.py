@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -202,3 +204,41 @@ def test_descriptors_and_pointers_load_the_same_tiles(memory):
             results.append(case.run(attention))
     for name, result in results[0].items():
         assert torch.equal(result, results[1][name]), name
+
+
+@pytest.mark.parametrize("sinks", [torch.linspace(-1, 2, 6).view(2, 3)[:, 0], torch.tensor([0.7]).expand(2)])
+@pytest.mark.parametrize("lengths", [(40, 40), (1, 40)])
+def test_sinks_of_any_stride(lengths, sinks):
+    with tiles(16, 16):
+        check(dataclasses.replace(draw_case((2, 1), lengths, 16), sinks=sinks.to(DEVICE)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 20), (20, 40)])
+def test_a_window_beyond_any_length_is_none(lengths, causal):
+    case = draw_case((2, 1), lengths, 16, causal=causal)
+    endless = dataclasses.replace(case, options={**case.options, "window": 2**40})
+    with tiles(16, 16), use_backend("triton"):
+        for name, actual in endless.run(attention).items():
+            assert torch.equal(actual, case.run(attention)[name]), name
+
+
+def test_a_gradient_of_a_lse_that_is_none_reaches_nobody():
+    # The square of -inf has the gradient -inf, and 0 * -inf is NaN, also where the user looks at other rows only.
+    q, k, v = (torch.randn(1, 1, length, 16, device=DEVICE, requires_grad=True) for length in (30, 12, 12))
+    with use_backend("triton"), tiles(16, 16):
+        _, lse = attention(q, k, v, return_lse=True)
+        gradients = torch.autograd.grad(lse.square()[..., -12:].sum(), (q, k, v))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[0][:, :, :18].eq(0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_is_not_a_number_stays_none(softcap):
+    q, k, v = (torch.randn(1, 1, 40, 16, device=DEVICE) for _ in range(3))
+    q[0, 0, 7, 3] = torch.nan
+    with use_backend("triton"), tiles(16, 16):
+        o, lse = attention(q, k, v, softcap=softcap, return_lse=True)
+    assert o[0, 0, 7].isnan().all()
+    assert lse[0, 0, 7].isnan()
+    assert o[0, 0, 8:].isfinite().all()

@@ -82,6 +82,12 @@ def test_a_cache_with_room_for_more():
         assert attention(q, k, v).isfinite().all()
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_more_splits_than_are_combined_at_a_time(sinks):
+    with tiles(16, 16, splits=2 * decode.BLOCK_SPLITS + 3):
+        check(draw_case((4, 2), (2, 500), 16, sinks=sinks, window=450))
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_keys", "splits"), [(1, 255, 1), (1, 600, 2), (1, 10**6, 6), (4, 10**6, 2), (9, 10**6, 1)]
 )
