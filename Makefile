@@ -9,7 +9,7 @@ demo: .venv/base  ## raw text to a model that writes stories
 	$(BIN)/tilewright demo
 
 test: .venv/dev  ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

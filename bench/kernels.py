@@ -1,15 +1,19 @@
 """Times of the kernel library's ops, as shares of the roofline that the ceilings of the same run draw."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.costs import Cost
 from .ops import OpCase, Variant, op_cases
 from .timing import time_variants
+
+# No CPU takes so long to launch a call.
+LONG_MS = 10.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,39 @@ def _ready(
     return ready
 
 
+def timed_rows(
+    case: str,
+    calls: Mapping[str, Callable[[], object]],
+    cost: Cost,
+    device: torch.device,
+    ceilings: Ceilings,
+    memory: bool = False,
+    rounds: int = 5,
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of each of `calls`, timed in turn; `memory` adds the peak of what a call holds beyond its inputs."""
+    for name, times in time_variants(calls, device, rounds).items():
+        seconds = times.p50_ms * 1e-3
+        share = cost.seconds(ceilings.copy, ceilings.matmul) / seconds
+        row: dict[str, Any] = {
+            "case": case,
+            "variant": name,
+            **asdict(times),
+            "gb_per_s": cost.bytes / seconds / 1e9,
+            "tflop_per_s": cost.flops / seconds / 1e12,
+            "share_of_roofline": share,
+        }
+        if share > 1:
+            row["suspicious"] = "above the ceiling"
+        if device.type == "cuda" and times.p50_ms < LONG_MS:
+            row["enqueue_ms"] = _enqueue_ms(calls[name])
+            torch.cuda.synchronize(device)
+            if row["enqueue_ms"] > times.p50_ms / 2:
+                row["suspicious"] = "the CPU's launches may be what was timed"
+        if device.type == "cuda" and memory:
+            row["peak_gb"] = _peak_gb(calls[name], device)
+        yield row
+
+
 def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """Yield the times of one op's variants, forward, backward and both; a variant that errs is named instead of timed."""
     torch.manual_seed(0)
@@ -119,27 +156,7 @@ def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Iterat
         ready = _ready(case, direction, inputs, agreed, failed)
         for name in failed.keys() - reported:
             yield {"case": f"{case.name} {direction}", "variant": name, "not_measured": failed[name]}
-        for name, times in time_variants(ready, device).items():
-            seconds = times.p50_ms * 1e-3
-            share = cost.seconds(ceilings.copy, ceilings.matmul) / seconds
-            row: dict[str, Any] = {
-                "case": f"{case.name} {direction}",
-                "variant": name,
-                **asdict(times),
-                "gb_per_s": cost.bytes / seconds / 1e9,
-                "tflop_per_s": cost.flops / seconds / 1e12,
-                "share_of_roofline": share,
-            }
-            if share > 1:
-                row["suspicious"] = "above the ceiling"
-            if device.type == "cuda":
-                row["enqueue_ms"] = _enqueue_ms(ready[name])
-                torch.cuda.synchronize(device)
-                if row["enqueue_ms"] > times.p50_ms / 2:
-                    row["suspicious"] = "the CPU's launches may be what was timed"
-                if direction == "both":
-                    row["peak_gb"] = _peak_gb(ready[name], device)
-            yield row
+        yield from timed_rows(f"{case.name} {direction}", ready, cost, device, ceilings, memory=direction == "both")
 
 
 def bench_kernels(device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:

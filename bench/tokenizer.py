@@ -1,71 +1,198 @@
-"""The tokenizer against its peers, on the embedded corpus: the same text, the same vocabulary, results compared first."""
+"""The tokenizer against its peers: the same texts and vocabularies, results compared, each job in a process of its own."""
 
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from ..tokenizer import END_OF_TEXT, Tokenizer, iter_encoded, train_bpe
-from ..tokenizer.patterns import GPT2_PATTERN
-from ..train.corpus import write_stories
-from .timing import time_variants
+from ..tokenizer.formats import load_tokenizer, save_huggingface, save_tiktoken
+from . import tokenizer_peers as peers
+from .timing import quantiles
+from .tokenizer_texts import LINES, write_text
+
+# Each form of ids, and the method of a library that gives it.
+FORMS = {"list": "to_list", "array": "to_array", "file": "of_file"}
+OURS = "tilewright"
+OURS_TIES = "tilewright, ties as tokenizers"
 
 
-def _train_hugging_face(path: Path, vocab_size: int) -> Callable[[], Any] | None:
-    try:
-        from tokenizers import Tokenizer as PeerTokenizer
-        from tokenizers import models, pre_tokenizers, trainers
-    except ImportError:
-        return None
+@dataclass(frozen=True)
+class Work:
+    """A text, the sizes of the vocabularies trained on it, how often everything is done, and by whom: () for all."""
 
-    def run() -> None:
-        peer = PeerTokenizer(models.BPE())
-        peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-        )  # pyright: ignore[reportCallIssue]
-        peer.train([str(path)], trainer)
-
-    return run
+    text: str
+    megabytes: float
+    vocab_sizes: tuple[int, ...]
+    rounds: int = 3
+    libraries: tuple[str, ...] = ()
 
 
-def _encode_tiktoken(tokenizer: Tokenizer, text: str) -> Callable[[], list[int]] | None:
-    try:
-        import tiktoken
-    except ImportError:
-        return None
-    specials = tokenizer.special_tokens
-    ranks = {token: i for i, token in tokenizer.vocab.items() if i not in specials.values()}
-    peer = tiktoken.Encoding("peer", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-    return lambda: peer.encode(text, allowed_special="all")
+SHORT = (Work("stories", 10, (10_000,)), Work("packages", 10, (10_000,), 1), Work("cjk", 0.1, (1000,), 1))
+# Without those who would take minutes for each of some twenty jobs.
+_FAST = (OURS, OURS_TIES, "gigatoken", "rustbpe", "tiktoken", "fastokens")
+LONG = (
+    Work("stories", 100, (10_000,), libraries=_FAST),
+    Work("packages", 100, (32_000,), libraries=_FAST),
+    Work("dna", 10, (4096,), 1, _FAST),
+    Work("aaaa", 10, (4096,), 1, _FAST),
+    Work("cjk", 20, (4096,), 1, _FAST),
+)
 
 
-def bench_tokenizer(megabytes: float = 10.0, vocab_size: int = 4096) -> Iterator[dict[str, Any]]:
-    """Yield the times of training and encoding on `megabytes` MB of stories, in MB/s of text."""
-    cpu = torch.device("cpu")
+def bench_tokenizer(works: Sequence[Work] = SHORT, limit_seconds: float = 120) -> Iterator[dict[str, Any]]:
+    """Yield the time, the peak memory and the exactness of every library's training, encoding and decoding.
+
+    A library that takes longer than `limit_seconds` for a job is not asked again. Times are medians of rounds in which the
+    libraries take turns; `speedup` is a library's time over ours in the same case.
+    """
+    present = {}
+    for name, (_, distribution, module) in peers.LIBRARIES.items():
+        if importlib.util.find_spec(module) is None:
+            yield {"case": "peers", "variant": name, "not_measured": f"not installed: pip install {distribution}"}
+        else:
+            present[name] = importlib.metadata.version(distribution)
+    yield from _compilation()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stories.txt"
-        size = write_stories(path, megabytes)
-        tokenizer = Tokenizer(*train_bpe(path, vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
-        text = path.read_text()
-        trainers = {
-            "tilewright": lambda: train_bpe(path, vocab_size, [END_OF_TEXT]),
-            "tokenizers": _train_hugging_face(path, vocab_size),
+        for work in works:
+            text = Path(folder) / f"{work.text}-{work.megabytes:g}.txt"
+            size = write_text(text, work.text, work.megabytes)
+            what = f"{work.megabytes:g} MB of {work.text}"
+            asked = {name: version for name, version in present.items() if name in work.libraries or not work.libraries}
+            for vocab_size in work.vocab_sizes:
+                jobs = {name: ("train", name, str(text), str(vocab_size)) for name in asked if peers.can(name, "train")}
+                # rustbpe breaks ties by a rule of its own, so its merges are never quite these.
+                expected = {name: OURS if name == OURS else OURS_TIES for name in jobs}
+                rows = _run(jobs, work.rounds, limit_seconds, expected)
+                yield from _rows(f"train {vocab_size:,} tokens, {what}", rows, size, asked)
+            yield from _encode_and_decode(Path(folder), text, size, what, work, asked, limit_seconds)
+            text.unlink()
+
+
+def _encode_and_decode(
+    folder: Path, text: Path, size: int, what: str, work: Work, present: Mapping[str, str], limit_seconds: float
+) -> Iterator[dict[str, Any]]:
+    learned_from = text
+    if work.text in LINES:
+        # A vocabulary learned from such a line holds most of it in one token.
+        learned_from = folder / "learned_from.txt"
+        write_text(learned_from, "packages", min(10, work.megabytes))
+    own = Tokenizer(*train_bpe(learned_from, work.vocab_sizes[-1], [END_OF_TEXT]), [END_OF_TEXT])
+    own.save(folder / "tokenizer.json")
+    data = load_tokenizer(folder / "tokenizer.json")
+    save_huggingface(folder / "huggingface.json", data)
+    save_tiktoken(folder / "ranks.tiktoken", data)
+    np.save(folder / "ids.npy", np.concatenate(list(iter_encoded(text, own))))
+    names = [name for name in present if name != OURS_TIES]
+    titles = {
+        "list": "encode to lists, one thread",
+        "array": "encode to arrays, one thread",
+        "file": "encode the file, all cores",
+    }
+    for form, method in FORMS.items():
+        jobs = {name: ("encode", name, str(folder), str(text), form) for name in names if peers.can(name, method)}
+        rows = _run(jobs, work.rounds, limit_seconds, dict.fromkeys(jobs, OURS))
+        yield from _rows(f"{titles[form]}, {what}", rows, size, present)
+    jobs = {name: ("decode", name, str(folder), str(folder / "ids.npy")) for name in names if peers.can(name, "decode")}
+    rows = _run(jobs, work.rounds, limit_seconds, dict.fromkeys(jobs, OURS))
+    yield from _rows(f"decode, {what}", rows, size, present)
+
+
+def _compilation() -> Iterator[dict[str, Any]]:
+    """Yield how long the first and the second process take that ever train, encode and decode here."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache, text = Path(folder) / "cache", Path(folder) / "text.txt"
+        text.write_text("One day, a text. " * 100)
+        environment = {"NUMBA_CACHE_DIR": str(cache)}
+        for variant in ("compiling all of it", "from the cache"):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-P", "-c", _ALL_OF_IT, str(text)], check=True, env=os.environ | environment)
+            yield {"case": "first calls", "variant": variant, "p50_ms": (time.perf_counter() - start) * 1e3, "count": 1}
+
+
+# gigatoken brings awkward, which Numba imports whenever it compiles, for a third of a second that is not of our making.
+_ALL_OF_IT = f"""
+import sys, warnings
+sys.modules["awkward"] = None
+warnings.simplefilter("ignore")
+from tilewright.tokenizer import Tokenizer, iter_encoded, train_bpe
+tokenizer = Tokenizer(*train_bpe(sys.argv[1], 260, [{END_OF_TEXT!r}]), [{END_OF_TEXT!r}])
+list(iter_encoded(sys.argv[1], tokenizer))
+tokenizer.decode(tokenizer.encode("A text of one's own."))
+"""
+
+
+def _run(
+    jobs: Mapping[str, Sequence[str]], rounds: int, limit_seconds: float, expected: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Return for each job its runs and whether its result is that of the job it is compared with, or why there is none."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    failures: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, arguments in jobs.items():
+            if name not in failures:
+                outcome = _run_once(arguments, limit_seconds)
+                if "not_measured" in outcome:
+                    failures[name] = outcome["not_measured"]
+                else:
+                    runs[name].append(outcome)
+    results = {}
+    for name in jobs:
+        if name in failures:
+            results[name] = {"not_measured": failures[name]}
+            continue
+        reference = runs.get(expected[name])
+        same = reference and all(run["digest"] == reference[0]["digest"] for run in runs[name])
+        results[name] = {"runs": runs[name], "same_result": bool(same) if reference else None}
+    return results
+
+
+def _run_once(arguments: Sequence[str], limit_seconds: float) -> dict[str, Any]:
+    # -P: the folder of the script, with modules of names like `tokenizer`, is no place to import from.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("tokenizer_peers.py")), *arguments]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"not_measured": f"more than {limit_seconds:g} s"}
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        return {"not_measured": f"failed: {said[-1][:120] if said else done.returncode}"}
+    # Before the last line a library may print what it does.
+    return {**json.loads(done.stdout.splitlines()[-1]), "process": seconds}
+
+
+def _rows(case: str, results: Mapping[str, dict[str, Any]], size: int, versions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    medians = {
+        name: float(np.median([run["seconds"] for run in result["runs"]]))
+        for name, result in results.items()
+        if "runs" in result
+    }
+    for name, result in results.items():
+        row: dict[str, Any] = {"case": case, "variant": name, "version": versions[name]}
+        if "runs" not in result:
+            yield row | result
+            continue
+        runs = result["runs"]
+        row |= asdict(quantiles([run["seconds"] * 1e3 for run in runs]))
+        row["mb_per_s"] = size / 1e6 / medians[name]
+        if "second" in runs[0]:
+            row["second_mb_per_s"] = size / 1e6 / float(np.median([run["second"] for run in runs]))
+        row |= {
+            "peak_mb": float(np.median([run["peak_mb"] for run in runs])),
+            "process_s": float(np.median([run["process"] for run in runs])),
+            "speedup": medians[name] / medians[OURS] if OURS in medians else None,
+            "same_result": result["same_result"],
         }
-        encoders = {
-            "tilewright": lambda: tokenizer.encode(text),
-            "tilewright, file, all cores": lambda: sum(map(len, iter_encoded(path, tokenizer))),
-            "tiktoken": _encode_tiktoken(tokenizer, text),
-        }
-        peer = encoders["tiktoken"]
-        if peer is not None and peer() != tokenizer.encode(text):
-            raise AssertionError("tiktoken gives other ids with the same ranks: the comparison would mean nothing")
-        for job, variants in {f"train {vocab_size} tokens": trainers, "encode": encoders}.items():
-            present = {name: run for name, run in variants.items() if run is not None}
-            for name, times in time_variants(present, cpu, rounds=3).items():
-                speed = size / 1e6 / (times.p50_ms * 1e-3)
-                yield {"case": f"{job}, {megabytes:g} MB of stories", "variant": name, **asdict(times), "mb_per_s": speed}
+        yield row

@@ -10,6 +10,10 @@ if not HAS_GPU:
     # Read when a kernel is defined, so it must be set before tilewright.kernels is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes that each keep every core spinning slow each other down manifold.
+    torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     if HAS_GPU:

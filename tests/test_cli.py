@@ -65,6 +65,32 @@ def test_the_whole_way_from_text_to_text(capsys, folder):
     assert status == 0, err
 
 
+def test_a_tokenizer_is_trained_from_counts_in_several_sizes(capsys, folder):
+    train = ("tokenizer", "train")
+    assert run(capsys, *train, "data", "--out", "whole.json", "--vocab-size", 320, "--save-counts", "both.counts")[0] == 0
+    status, out, _ = run(capsys, *train, "--from-counts", "both.counts", "--out", "of.json", "--vocab-size", 280, 320)
+    assert status == 0
+    assert [line.split(":")[0] for line in out.splitlines()] == ["wrote of-280.json", "wrote of-320.json"]
+    assert (folder / "of-320.json").read_bytes() == (folder / "whole.json").read_bytes()
+    extend = ("--extend", "of-280.json", "--out", "again.json", "--vocab-size", 320)
+    assert run(capsys, *train, "data/*.txt", "--memory", "64 MB", *extend)[0] == 0
+    assert (folder / "again.json").read_bytes() == (folder / "whole.json").read_bytes()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_does_not_fit_the_counts_is_refused(capsys, folder):
+    train = ("tokenizer", "train")
+    assert run(capsys, *train, "data/train.txt", "--out", "a.json", "--vocab-size", 280, "--save-counts", "counts")[0] == 0
+    options = ("--pattern", "o200k", "--out", "b.json", "--vocab-size", 280)
+    assert run(capsys, *train, "data/train.txt", *options)[0] == 0
+    status, _, err = run(capsys, *train, "--from-counts", "counts", "--extend", "b.json", "--out", "c.json")
+    assert status == 2
+    assert "b.json has another pattern or other special tokens than the counts in counts" in err
+    status, _, err = run(capsys, *train, "data/train.txt", "--from-counts", "counts", "--out", "c.json")
+    assert (status, err) == (2, err)
+    assert "either texts or --from-counts is needed" in err
+
+
 def test_decoding_prints_the_text(capfdbinary, folder):
     assert main(["tokenizer", "train", "data/valid.txt", "--vocab-size", "280"]) == 0
     assert main(["tokenizer", "encode", "data/valid.txt"]) == 0
@@ -122,7 +148,16 @@ def test_the_version(capsys):
         (["tokenizer", "train", "none.txt"], "none.txt does not exist"),
         (["tokenizer", "train", "data/train.txt", "--vocab-size", "256"], "vocab_size is 256: at least 257 is needed"),
         (["tokenizer", "train", "data/train.txt", "--num-workers", "0"], "num_workers is 0: at least 1 is needed"),
-        (["tokenizer", "train", "."], "text file . is not a file"),
+        (["tokenizer", "train", "data/train.txt", "--vocab-size"], "--vocab-size has no value"),
+        (
+            ["tokenizer", "train", "data/train.txt", "--out", "data/t.json", "--save-counts", "data/../data/t.json"],
+            "where the tokenizer is to go: name another file",
+        ),
+        (["tokenizer", "train"], "either texts or --from-counts is needed"),
+        (
+            ["tokenizer", "train", "data/train.txt", "--memory", "much"],
+            "memory is 'much': a size such as 500MB or 2GB is needed",
+        ),
         (
             ["tokenizer", "encode", "data/train.txt"],
             "data/tokenizer.json does not exist: make one with `tilewright tokenizer train`",
@@ -204,7 +239,7 @@ def test_a_warning_is_one_line_too(capsys, folder):
         "from tilewright.cli import main; main(['tokenizer', 'train', 'short.txt', '--vocab-size', '300', '--out', 'b.json'])"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
-    assert shown.stderr.startswith("tilewright: warning: short.txt has no more pairs to merge")
+    assert shown.stderr.startswith("tilewright: warning: the text has no more pairs to merge")
     assert shown.stderr.count("\n") == 1
 
 

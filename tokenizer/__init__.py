@@ -4,9 +4,25 @@ Names and results follow CS336: the GPT-2 pattern cuts text into pretokens, merg
 are hard boundaries. The room knows no torch, so that its worker processes start fast.
 """
 
-from .encode_file import iter_encoded, token_dtype
+from .counts_file import load_counts, save_counts
+from .encode_file import iter_encoded
 from .patterns import END_OF_TEXT
-from .tokenizer import Tokenizer
-from .trainer import train_bpe
+from .pretokens import count_text
+from .sources import Documents, Files
+from .tokenizer import Tokenizer, token_dtype
+from .trainer import learn_bpe, shorten_vocab, train_bpe
 
-__all__ = ["END_OF_TEXT", "Tokenizer", "iter_encoded", "token_dtype", "train_bpe"]
+__all__ = [
+    "END_OF_TEXT",
+    "Documents",
+    "Files",
+    "Tokenizer",
+    "count_text",
+    "iter_encoded",
+    "learn_bpe",
+    "load_counts",
+    "save_counts",
+    "shorten_vocab",
+    "token_dtype",
+    "train_bpe",
+]

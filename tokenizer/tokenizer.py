@@ -1,63 +1,126 @@
 """Encode text to ids and decode ids to text, with a given vocabulary and its merges."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from ..errors import UserError
-from .formats import TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
-from .merging import merge_pretoken
-from .patterns import END_OF_TEXT, check_special_tokens, split_pretokens
+from .borders import last_border
+from .decoder import StreamDecoder, decode_bytes, decode_text, token_table
+from .encoder import new_encoder
+from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
+from .patterns import END_OF_TEXT, check_special_tokens, pattern_name, resolve_pattern
+from .pretoken_ids import NO_ID
+from .pretokens import borders_of
+from .sources import Block
+from .specials import NO_SPECIALS, SpecialFinder
+from .utf8 import encode_utf8, repair_utf8
 
-# Together these bound the cache to some tens of megabytes.
-_CACHE_ENTRIES = 1 << 17
-_CACHED_CHARS = 32
+# Text that `encode_iterable` waits for before it encodes.
+_BLOCK_BYTES = 1 << 14
+# No UTF-8 has this byte, and so no special token: between documents, it keeps them apart.
+_SEPARATOR = b"\xff"
+_NO_IDS = np.empty(0, np.uint32)
+_FEW_IDS = 64
+
+Specials = Literal["all"] | Collection[str]
+
+
+class TokenBatch(NamedTuple):
+    """The ids of several texts, one after another: those of text i are `ids[offsets[i]:offsets[i + 1]]`.
+
+    `ids` is uint16 or uint32, `offsets` int64 of shape (texts + 1,).
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return uint16 where it holds every id of the vocabulary, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class Tokenizer:
-    """A byte-level BPE with the GPT-2 pattern.
+    """A byte-level BPE.
 
-    `vocab` maps every id from 0 on to its token, in any order; `merges` lists pairs of tokens in the order they apply;
-    special tokens that the vocabulary lacks are appended to it. What does not fit together raises a `UserError`.
+    `vocab` maps ids to tokens, in any order and with gaps if need be; `merges` lists pairs of tokens in the order they apply;
+    special tokens that the vocabulary lacks follow its greatest id. `pattern` says how text splits into pretokens: "gpt2",
+    "cl100k", "o200k" or a regular expression. What does not fit together raises a `UserError`.
+
+    Special tokens. Those given here are recognised wherever text is encoded, the longest where several begin at one place:
+    CS336 has it so, where tiktoken refuses them by default. For text from strangers, `allowed_special` names the ones that it
+    may hold (`()` for none). Any other that it does hold is a `UserError`, unless `disallowed_special` names what is refused
+    and leaves it out: then it is text like any other. What `disallowed_special` names is refused even where it is allowed.
+
+    Encoding takes linear time for the three patterns with a name; a regular expression may take any time on some texts.
+
+    Any number of threads may use one tokenizer. The first text ever encoded on a machine waits some seconds for the compiler.
     """
 
     def __init__(
-        self, vocab: Mapping[int, bytes], merges: Iterable[tuple[bytes, bytes]], special_tokens: Sequence[str] | None = None
+        self,
+        vocab: Mapping[int, bytes],
+        merges: Iterable[tuple[bytes, bytes]],
+        special_tokens: Sequence[str] | None = None,
+        pattern: str = "gpt2",
     ):
         names = check_special_tokens(special_tokens or ())
-        self.vocab = _ordered(vocab)
+        self.vocab = {id: vocab[id] for id in sorted(vocab)}
         self.merges = [(left, right) for left, right in merges]
+        self.pattern = pattern_name(pattern) or resolve_pattern(pattern)
         ids = _ids_of_tokens(self.vocab)
+        next_id = max(self.vocab) + 1
         for name in names:
             if name.encode() not in ids:
-                ids[name.encode()] = len(self.vocab)
-                self.vocab[len(self.vocab)] = name.encode()
+                ids[name.encode()] = next_id
+                self.vocab[next_id] = name.encode()
+                next_id += 1
         self.special_tokens = {name: ids[name.encode()] for name in names}
-        self._pretoken_ids = _PretokenIds(self.merges, ids)
+        self._tokens = token_table(self.vocab)
+        self._encoder = new_encoder(self.merges, ids, self._tokens, self.pattern)
+        self._dtype = token_dtype(self.vocab_size)
+        self._finder = SpecialFinder(names)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a file that `save` wrote; one that is missing, foreign, truncated or changed raises a `UserError`."""
-        data = load_tokenizer(path)
-        return cls(data.vocab, data.merges, tuple(data.special_tokens))
+        """Read a file that `save` wrote, or Hugging Face's tokenizer.json.
+
+        One that is missing, foreign, truncated or changed raises a `UserError`.
+        """
+        with _named(path):
+            return cls.of(load_tokenizer(path))
+
+    @classmethod
+    def of(cls, data: TokenizerData) -> "Tokenizer":
+        """Return the tokenizer that the data define."""
+        return cls(data.vocab, data.merges, tuple(data.special_tokens), data.pattern)
 
     @classmethod
     def from_files(
         cls, vocab_path: Path | str, merges_path: Path | str, special_tokens: Sequence[str] | None = None
     ) -> "Tokenizer":
         """Read GPT-2's vocab.json and merges.txt; files that are missing or malformed raise a `UserError`."""
-        return cls(*read_gpt2_files(vocab_path, merges_path, special_tokens or ()), special_tokens)
+        with _named(vocab_path):
+            return cls(*read_gpt2_files(vocab_path, merges_path, special_tokens or ()), special_tokens)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to `path`, atomically; equal tokenizers give equal files."""
-        save_tokenizer(path, self._data())
+        save_tokenizer(path, self.data)
+
+    @property
+    def data(self) -> TokenizerData:
+        """What defines the tokenizer, as `formats` reads and writes it."""
+        return TokenizerData(self.vocab, self.merges, self.special_tokens, self.pattern)
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
-        return len(self.vocab)
+        """One more than the greatest id, special tokens included."""
+        return len(self._tokens.sizes)
 
     @property
     def end_of_text_id(self) -> int | None:
@@ -67,92 +130,182 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """The sha256, in hex, of everything that decides which ids a text gets."""
-        return fingerprint(self._data())
+        return fingerprint(self.data)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; special tokens are recognised, the longest where several begin at one place."""
-        return list(chain.from_iterable(self._encode_runs([text])))
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        return np.arange(self.vocab_size).astype(object)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Return the ids of each text."""
-        return [self.encode(text) for text in texts]
+    def encode(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> list[int]:
+        """Return the ids of a text; for special tokens see `Tokenizer`."""
+        ids = self.encode_array(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+        # Numbers that are there already are handed out faster than new ones are made.
+        return (ids if len(ids) < _FEW_IDS else self._numbers[ids]).tolist()
 
-    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+    def encode_array(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> np.ndarray:
+        """Return the ids of a text as an array of shape (n,) and of `token_dtype(vocab_size)`: several times faster."""
+        encoded = encode_utf8(text)
+        data = _as_array(encoded)
+        if allowed_special == "all" == disallowed_special and self._finder.lacks(encoded):
+            return self._encode(data, NO_SPECIALS)
+        return self._encode(data, self._specials_in(data, allowed_special, disallowed_special))
+
+    def encode_bytes(self, data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
+        """Return the ids of a text in UTF-8, bytes or uint8 of shape (n,), as an array; what is not UTF-8 becomes U+FFFD."""
+        data = repair_utf8(data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8))
+        return self._encode(data, self._finder.find(data))
+
+    def encode_block(self, block: Block) -> np.ndarray:
+        """Return the ids of the documents of a block, one after another, in one array; what is not UTF-8 becomes U+FFFD."""
+        return self._encode(*borders_of(block, self._finder))
+
+    def encode_batch(
+        self, texts: Iterable[str], *, allowed_special: Specials = "all", disallowed_special: Specials = "all"
+    ) -> TokenBatch:
+        """Return the ids of several texts in one array, with the place of each: faster than one by one."""
+        parts = [encode_utf8(text) for text in texts]
+        data = _as_array(b"".join(part + _SEPARATOR for part in parts))
+        borders = self._specials_in(data, allowed_special, disallowed_special)
+        ids = self._border_ids(data, borders)
+        ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
+        order = np.argsort(np.concatenate((borders[::2], ends - 1)), kind="stable")
+        borders = np.concatenate((borders.reshape(-1, 2), np.stack((ends - 1, ends), axis=1)))[order].reshape(-1)
+        ids = np.concatenate((ids, np.full(len(parts), NO_ID, np.uint32)))[order]
+        encoded, cuts = self._encoder.encode(data, borders, ids, self._dtype)
+        return TokenBatch(encoded, np.concatenate((np.zeros(1, np.int64), cuts[ids == NO_ID])))
+
+    def encode_with_offsets(
+        self,
+        text: str,
+        unit: Literal["bytes", "characters"] = "bytes",
+        *,
+        allowed_special: Specials = "all",
+        disallowed_special: Specials = "all",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a text, and where each token stands in it: int64 of shape (n, 2), start and end.
+
+        In characters, a token that holds a part of one has the whole of it, so that neighbours may overlap.
+        """
+        if unit not in ("bytes", "characters"):
+            raise UserError(f"unit is {unit!r}: bytes or characters is needed")
+        ids = self.encode_array(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+        ends = np.cumsum(self._tokens.sizes[ids])
+        offsets = np.stack((ends - self._tokens.sizes[ids], ends), axis=1)
+        if unit == "characters":
+            # Entry b is the number of characters that begin before byte b.
+            begun = np.concatenate((np.zeros(1, np.int64), np.cumsum(_as_array(encode_utf8(text)) & 0xC0 != 0x80)))
+            offsets[:, 0] = begun[offsets[:, 0] + 1] - 1
+            offsets[:, 1] = begun[offsets[:, 1]]
+        return ids, offsets
+
+    def encode_iterable(
+        self, iterable: Iterable[str], *, allowed_special: Specials = "all", disallowed_special: Specials = "all"
+    ) -> Iterator[int]:
         """Yield the ids of the joined pieces, in bounded memory, as if they had been encoded in one.
 
-        Where the pieces cut the text makes no difference, not even within a pretoken or a special token.
+        Where the pieces cut the text makes no difference, not even within a pretoken or a special token. Memory: a few times
+        the longest stretch without a blank or a line end; for a pattern of one's own, without a special token.
         """
-        return chain.from_iterable(self._encode_runs(iterable))
+        allowed, refused = self._choice(allowed_special, disallowed_special)
+        specials = tuple(name.encode() for name in (*allowed, *refused))
+        held, enough = bytearray(), _BLOCK_BYTES
+        for piece in iterable:
+            for start in range(0, len(piece), _BLOCK_BYTES):
+                held += encode_utf8(piece[start : start + _BLOCK_BYTES])
+                if len(held) < enough:
+                    continue
+                if border := last_border(held, specials, self.pattern):
+                    text = held[:border].decode()
+                    del held[:border]
+                    yield from self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+                # Text held back is looked at again with what follows it; doubling keeps the sum of that work linear.
+                enough = max(_BLOCK_BYTES, 2 * len(held))
+        yield from self.encode(held.decode(), allowed_special=allowed_special, disallowed_special=disallowed_special)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the tokens; an unknown id raises a `UserError`."""
-        # The elements of an array or a tensor are no ints, and slow or wrong as keys.
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            return b"".join(map(self.vocab.__getitem__, ids))
-        except KeyError as error:
-            raise UserError(f"id {error.args[0]} is not in the vocabulary: ids go from 0 to {self.vocab_size - 1}") from None
+        return decode_bytes(self._tokens, ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the tokens; bytes that are not UTF-8 become U+FFFD, an unknown id raises a `UserError`."""
-        return self.decode_bytes(ids).decode(errors="replace")
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """Return the text of the tokens; an unknown id raises a `UserError`.
 
-    def _data(self) -> TokenizerData:
-        return TokenizerData(self.vocab, self.merges, self.special_tokens)
+        `errors` says, as in `bytes.decode`, what becomes of bytes that are not UTF-8: U+FFFD by default.
+        """
+        return decode_text(self._tokens, ids, errors)
+
+    def decode_batch(self, batch: Iterable[Iterable[int]], errors: str = "replace") -> list[str]:
+        """Return the text of each sequence of ids."""
+        return [self.decode(ids, errors) for ids in batch]
+
+    def stream_decoder(self, errors: str = "replace") -> StreamDecoder:
+        """Return a decoder for ids that come one by one."""
+        return StreamDecoder(self._tokens, errors)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes fill caches of their own.
-        return Tokenizer, (self.vocab, self.merges, tuple(self.special_tokens))
+        # Worker processes fill memories of their own.
+        return type(self), (self.vocab, self.merges, tuple(self.special_tokens), self.pattern)
 
-    def _encode_runs(self, pieces: Iterable[str]) -> Iterator[Iterable[int]]:
-        for run, special in split_pretokens(pieces, tuple(self.special_tokens)):
-            yield chain.from_iterable(map(self._pretoken_ids.__getitem__, run))
-            if special is not None:
-                yield (self.special_tokens[special],)
+    def _encode(self, data: np.ndarray, specials: np.ndarray) -> np.ndarray:
+        return self._encoder.encode(data, specials, self._border_ids(data, specials), self._dtype)[0]
 
-
-class _PretokenIds(dict[str, tuple[int, ...]]):
-    """The ids of pretokens; what is missing is made on the way, and forgotten with all the rest when there is too much."""
-
-    def __init__(self, merges: Iterable[tuple[bytes, bytes]], ids: Mapping[bytes, int]):
-        self._bytes = [ids[bytes([byte])] for byte in range(256)]
-        self._ranks: dict[tuple[int, int], int] = {}
-        self._products: list[int] = []
-        for rank, (left, right) in enumerate(merges):
-            for token in (left, right, left + right):
-                if token not in ids:
-                    raise UserError(f"merge {rank}, {left!r} {right!r}, needs {token!r}, which is not in the vocabulary")
-            if (first := self._ranks.setdefault((ids[left], ids[right]), rank)) != rank:
-                raise UserError(f"merge {rank}, {left!r} {right!r}, is merge {first} already: every merge needs one place")
-            self._products.append(ids[left + right])
-
-    def __missing__(self, pretoken: str) -> tuple[int, ...]:
-        ids = tuple(merge_pretoken([self._bytes[byte] for byte in _utf8(pretoken)], self._ranks, self._products))
-        if len(pretoken) <= _CACHED_CHARS:
-            if len(self) >= _CACHE_ENTRIES:
-                self.clear()
-            self[pretoken] = ids
+    def _border_ids(self, data: np.ndarray, borders: np.ndarray) -> np.ndarray:
+        if not len(borders):
+            return _NO_IDS
+        # Where a document ends there may be a border without a byte, and it has no id.
+        found = borders[::2] < borders[1::2]
+        ids = np.full(len(found), NO_ID, np.uint32)
+        if len(self.special_tokens) == 1:
+            ids[found] = next(iter(self.special_tokens.values()))
+        else:
+            names = (data[start:end].tobytes().decode() for start, end in borders.reshape(-1, 2)[found].tolist())
+            ids[found] = [self.special_tokens[name] for name in names]
         return ids
 
+    def _choice(self, allowed: Specials, disallowed: Specials) -> tuple[list[str], list[str]]:
+        """Return the special tokens that are allowed, and those that are refused."""
+        for names in (allowed, disallowed):
+            for name in () if names == "all" else names:
+                if name not in self.special_tokens:
+                    known = ", ".join(map(repr, self.special_tokens)) or "none"
+                    raise UserError(f"{name!r} is no special token: there are {known}")
+        rest = [] if allowed == "all" else [name for name in self.special_tokens if name not in allowed]
+        # "all" are all that are not allowed; what is refused by name is refused, allowed or not.
+        refused = rest if disallowed == "all" else [name for name in self.special_tokens if name in disallowed]
+        return [name for name in self.special_tokens if name not in rest and name not in refused], refused
 
-def _utf8(text: str) -> bytes:
+    def _specials_in(self, data: np.ndarray, allowed: Specials, disallowed: Specials) -> np.ndarray:
+        """Return where the text holds special tokens that are allowed; one that is refused raises a `UserError`."""
+        if allowed == "all" == disallowed:
+            return self._finder.find(data)
+        names, refused = self._choice(allowed, disallowed)
+        found = SpecialFinder(refused).find(data)
+        if len(found):
+            name = data[found[0] : found[1]].tobytes().decode()
+            raise UserError(
+                f"the text holds the special token {name!r} at byte {found[0]}: allow it with allowed_special, or leave it out"
+                " of disallowed_special to have it encoded as text"
+            )
+        return SpecialFinder(names).find(data)
+
+
+@contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """Let errors in the block name the file, if they do not."""
     try:
-        return text.encode()
-    except UnicodeEncodeError:
-        # A lone surrogate is no text. U+FFFD stands for it, as in tiktoken; to the pattern the two are of one kind.
-        return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text).encode()
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
 
 
-def _ordered(vocab: Mapping[int, bytes]) -> dict[int, bytes]:
-    missing = next((id for id in range(len(vocab)) if id not in vocab), None)
-    if missing is not None:
-        raise UserError(f"the vocabulary has {len(vocab)} tokens but none with id {missing}: ids go from 0 on without a gap")
-    return {id: vocab[id] for id in range(len(vocab))}
+def _as_array(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8)
 
 
 def _ids_of_tokens(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
     ids: dict[bytes, int] = {}
     for id, token in vocab.items():
+        if not 0 <= id < MOST_IDS:
+            raise UserError(f"token {token!r} has the id {id}: ids go from 0 to {MOST_IDS - 1}")
         if (first := ids.setdefault(token, id)) != id:
             raise UserError(f"token {token!r} has the ids {first} and {id}: every token needs one")
     for byte in range(256):

@@ -1,147 +1,155 @@
-"""Learn the merges of a byte-level BPE from a text file."""
+"""Learn the merges of a byte-level BPE from text, or from pretokens counted before."""
 
-import heapq
 import warnings
-from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
+from .counts_file import CountedText
+from .formats import MOST_IDS
+from .learner import Ties, check_number, check_rules, learn_merges
 from .patterns import check_special_tokens
-from .pretokens import count_pretokens
+from .pretokens import count_text
+from .sources import Inputs
 
-_BLANK = -1
-_COMPLEMENT = bytes(range(255, -1, -1))
+Vocab = dict[int, bytes]
+MergeList = list[tuple[bytes, bytes]]
 
 
 def train_bpe(
-    input_path: Path | str, vocab_size: int, special_tokens: Sequence[str] = (), *, num_workers: int | None = None
-) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """Return (vocab, merges) learned from the text file.
+    input_path: Inputs,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    *,
+    pattern: str = "gpt2",
+    ties: Ties = "cs336",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    num_workers: int | None = None,
+    memory: int | None = None,
+    scratch: Path | str | None = None,
+) -> tuple[Vocab, MergeList]:
+    """Return (vocab, merges) learned from text.
 
-    Ids: 0..255 are the bytes, then one id a merge in the order learned, special tokens last. The most frequent pair
-    merges first, the lexicographically greater of equals; special tokens are hard boundaries and never counted. The
-    result does not depend on `num_workers` (None: the machine's cores, one for a small file). The file is read as
-    UTF-8, what is not UTF-8 as U+FFFD. A text too small for `vocab_size` gives a smaller vocabulary and a warning.
+    Ids: 0..255 are the bytes, then one id a merge in the order learned, special tokens last. The most frequent pair merges
+    first. Merges never cross a pretoken; special tokens and the ends of documents are hard boundaries and never counted. The
+    result does not depend on `num_workers`. Text is UTF-8, what is not becomes U+FFFD. Too little text for `vocab_size` gives a
+    smaller vocabulary and a warning. This is `count_text` and then `learn_bpe`, which can also be called one by one.
 
-    Raises `UserError` for a missing or empty file, a `vocab_size` below 256 + the special tokens, and special tokens
-    that are empty, doubled or a single byte.
+    Args:
+        input_path: Files, folders, globs, or `Files` and `Documents` with weights: see `sources.py`.
+        vocab_size: Tokens in all: 256 bytes, merges, special tokens.
+        special_tokens: Texts that are a token each.
+        pattern: How text splits into pretokens: "gpt2", "cl100k", "o200k", or a regular expression, which is slower.
+        ties: Which of several most frequent pairs merges first: "cs336", the lexicographically greater one, or
+            "huggingface", the one of the lesser ids.
+        min_frequency: A pair that occurs less often never merges.
+        max_token_length: In bytes; a longer token is never made.
+        num_workers: How many count pretokens, as threads, or as processes for a pattern of one's own. None: one a core, and one
+            only for little text.
+        memory: Bytes that the counts may take, about; what is more is kept on disk. None: no bound. Learning takes, besides,
+            some 40 bytes for each byte of all distinct pretokens.
+        scratch: The folder for that. None: the system's for temporary files.
+
+    Raises `UserError` for inputs that are missing, empty or unreadable, a `vocab_size` below 256 + the special tokens, special
+    tokens that are empty, doubled or a single byte, options out of range, a full disk and a killed worker.
     """
-    special_tokens = check_special_tokens(special_tokens)
-    for token in special_tokens:
+    check_training(vocab_size, special_tokens, ties, min_frequency, max_token_length)
+    text = count_text(input_path, special_tokens, pattern=pattern, num_workers=num_workers, memory=memory, scratch=scratch)
+    return learn_bpe(text, vocab_size, ties=ties, min_frequency=min_frequency, max_token_length=max_token_length)
+
+
+def learn_bpe(
+    text: CountedText,
+    vocab_size: int,
+    *,
+    ties: Ties = "cs336",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    known_merges: Sequence[tuple[bytes, bytes]] = (),
+) -> tuple[Vocab, MergeList]:
+    """Return (vocab, merges) learned from counted text, as `train_bpe` does.
+
+    `known_merges` are those of a tokenizer that is extended: they come first, whatever the counts say. Ids are numbered anew:
+    special tokens come after the new merges, and no model of the former ids can use them. A smaller vocabulary is the
+    beginning of a larger one: see `shorten_vocab`.
+    """
+    check_training(vocab_size, text.special_tokens, ties, min_frequency, max_token_length, len(known_merges))
+    wanted = vocab_size - 256 - len(text.special_tokens)
+    with tqdm(total=wanted, desc="learning merges", unit="merge", disable=None) as bar:
+
+        def show(made: int) -> None:
+            bar.update(made - bar.n)
+
+        learned = learn_merges(
+            text.counts,
+            wanted,
+            ties=ties,
+            min_frequency=min_frequency,
+            max_token_length=max_token_length,
+            known=known_ids(known_merges),
+            progress=show,
+        )
+        show(len(learned))
+    vocab, merges = shorten_vocab(learned.as_bytes(), vocab_size, text.special_tokens)
+    if len(merges) < wanted:
+        message = f"the text has no more pairs to merge: the vocabulary has {len(vocab)} tokens, not {vocab_size}"
+        warnings.warn(message, stacklevel=3)
+    return vocab, merges
+
+
+def check_training(
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    ties: Ties = "cs336",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    num_known: int = 0,
+) -> None:
+    """Raise a `UserError` for what makes no sense, so that nobody counts for hours before `learn_bpe` says so."""
+    check_rules(ties, min_frequency, max_token_length)
+    for token in check_special_tokens(special_tokens):
         if len(token.encode()) == 1:
             raise UserError(f"special token {token!r} is a single byte, and every byte is in the vocabulary already")
     smallest = 256 + len(special_tokens)
+    check_number("vocab_size", vocab_size, 256)
+    if vocab_size > MOST_IDS:
+        raise UserError(f"vocab_size is {vocab_size}: at most {MOST_IDS} is possible")
     if vocab_size < smallest:
         raise UserError(
             f"vocab_size is {vocab_size}: at least {smallest} is needed, 256 bytes and {len(special_tokens)} special"
         )
-    counts = count_pretokens(input_path, special_tokens, num_workers=num_workers)
-    merges = learn_merges(counts, vocab_size - smallest)
+    if vocab_size < smallest + num_known:
+        raise UserError(
+            f"vocab_size is {vocab_size}: at least {smallest + num_known} is needed, as {num_known} merges are known already"
+        )
+
+
+def shorten_vocab(merges: MergeList, vocab_size: int, special_tokens: Sequence[str] = ()) -> tuple[Vocab, MergeList]:
+    """Return the (vocab, merges) of the first merges, as training for just this `vocab_size` gives them."""
+    merges = merges[: vocab_size - 256 - len(special_tokens)]
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [left + right for left, right in merges]
     tokens += [token.encode() for token in special_tokens]
-    if len(tokens) < vocab_size:
-        warnings.warn(
-            f"{input_path} has no more pairs to merge: the vocabulary has {len(tokens)} tokens, not {vocab_size}", stacklevel=2
-        )
     return dict(enumerate(tokens)), merges
 
 
-def learn_merges(pretoken_counts: Mapping[str, int], num_merges: int) -> list[tuple[bytes, bytes]]:
-    """Return the first `num_merges` merges of the counted pretokens, fewer where no pair is left.
+def known_ids(merges: Sequence[tuple[bytes, bytes]]) -> np.ndarray:
+    """Return the merges in ids, a byte its own and merge i 256 + i: int32 of shape (n, 2).
 
-    Time and memory are linear in the bytes of the distinct pretokens, but for the heap of pairs.
+    What cannot be learned on from raises a `UserError`: a merge of what is not there yet, or to what is there already.
     """
-    corpus = _Corpus(pretoken_counts)
-    tokens = [bytes([byte]) for byte in range(256)]
-    order = [_descending(token) for token in tokens]
-    heap = [(-count, order[x], order[y], (x, y)) for (x, y), count in corpus.counts.items()]
-    heapq.heapify(heap)
-    merges: list[tuple[bytes, bytes]] = []
-    with tqdm(total=num_merges, desc="learning merges", unit="merge", disable=None) as bar:
-        while heap and len(merges) < num_merges:
-            known, first, second, pair = heapq.heappop(heap)
-            count = corpus.counts[pair]
-            if count < -known:
-                # Counts only fall, so an entry that claims too much is put right when it comes to the top, not before.
-                if count:
-                    heapq.heappush(heap, (-count, first, second, pair))
-                continue
-            left, right = tokens[pair[0]], tokens[pair[1]]
-            merges.append((left, right))
-            tokens.append(left + right)
-            order.append(_descending(left + right))
-            for x, y in corpus.merge(pair):
-                # A pair inside a run of the merged one may be gone by the end of the step that made it.
-                if count := corpus.counts[x, y]:
-                    heapq.heappush(heap, (-count, order[x], order[y], (x, y)))
-            bar.update()
-    return merges
-
-
-class _Corpus:
-    """The distinct pretokens as tokens merge in them, with the count and the places of every pair.
-
-    All pretokens lie in one list, a cell a byte, a blank cell between them. A token keeps its id in its first and its
-    last cell, so that its neighbours follow from the sizes of tokens and need no links. A pair comes into being only in
-    the step that makes the newer of its tokens, and from then on can only vanish, place by place: its places are written
-    once, in ascending order, and its count only falls.
-    """
-
-    def __init__(self, pretoken_counts: Mapping[str, int]):
-        self.counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-        self._sizes = [1] * 256
-        self._cells = [_BLANK]
-        self._weights = [0]
-        for pretoken, count in pretoken_counts.items():
-            word = pretoken.encode()
-            self._cells += [*word, _BLANK]
-            self._weights += [count] * (len(word) + 1)
-        self._places: dict[tuple[int, int], array[int]] = defaultdict(_new_places)
-        for place, pair in enumerate(pairwise(self._cells)):
-            if _BLANK not in pair:
-                self.counts[pair] += self._weights[place]
-                self._places[pair].append(place)
-
-    def merge(self, pair: tuple[int, int]) -> Iterable[tuple[int, int]]:
-        """Make a new token, with the next free id, of every occurrence of the pair; return the pairs this brings about."""
-        cells, weights, sizes, counts = self._cells, self._weights, self._sizes, self.counts
-        x, y = pair
-        size_x, size_y = sizes[x], sizes[y]
-        merged = len(sizes)
-        sizes.append(size_x + size_y)
-        created: dict[tuple[int, int], array[int]] = defaultdict(_new_places)
-        for start in self._places.pop(pair):
-            middle = start + size_x
-            if cells[start] != x or cells[middle] != y:
-                continue
-            end = middle + size_y
-            cells[middle] = _BLANK
-            cells[start] = cells[end - 1] = merged
-            weight = weights[start]
-            before, after = cells[start - 1], cells[end]
-            if before != _BLANK:
-                counts[before, x] -= weight
-                counts[before, merged] += weight
-                created[before, merged].append(start - sizes[before])
-            if after != _BLANK:
-                counts[y, after] -= weight
-                counts[merged, after] += weight
-                created[merged, after].append(start)
-        del counts[pair]
-        self._places.update(created)
-        return created
-
-
-def _new_places() -> "array[int]":
-    return array("q")
-
-
-def _descending(token: bytes) -> str:
-    # Sorts tokens from the greatest to the least; the closing character puts a token before its own beginnings.
-    return token.translate(_COMPLEMENT).decode("latin-1") + "\u0100"
+    ids: dict[bytes, int] = {bytes([byte]): byte for byte in range(256)}
+    pairs = np.empty((len(merges), 2), np.int32)
+    for index, (left, right) in enumerate(merges):
+        for token in (left, right):
+            if token not in ids:
+                raise UserError(f"known merge {index}, {left!r} {right!r}, needs {token!r}, which no merge before it makes")
+        pairs[index] = ids[left], ids[right]
+        if left + right in ids:
+            raise UserError(f"known merge {index}, {left!r} {right!r}, makes {left + right!r}, which is a token already")
+        ids[left + right] = 256 + index
+    return pairs

@@ -1,4 +1,4 @@
-"""Map a function over tasks with worker processes: in order, with bounded memory, and without the caller's imports."""
+"""Map a function over tasks with workers: in order, with bounded memory; processes come without the caller's imports."""
 
 import multiprocessing
 import os
@@ -7,7 +7,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -41,7 +42,7 @@ def ordered_map(
     """Yield (task, function(shared, task)) in the order of the tasks; one worker means this process.
 
     `function` stands at the top level of a module; `shared` is sent once to each worker. Tasks are drawn as results are
-    taken, three a worker ahead. A worker that dies raises `BrokenProcessPool`; an error in a task is raised here.
+    taken, three a worker ahead. A worker that dies raises a `UserError`; an error in a task is raised here.
     """
     if num_workers == 1:
         for task in tasks:
@@ -62,8 +63,38 @@ def ordered_map(
         while running:
             task, future = running.popleft()
             yield task, future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, as systems do when memory runs out: use fewer with num_workers, or free memory"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_in_threads(
+    function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Yield (task, function(task)) in the order of the tasks; one worker means this thread.
+
+    Tasks are drawn in this thread, as results are taken, two a worker ahead; an error in a task is raised here.
+    """
+    if num_workers == 1:
+        for task in tasks:
+            yield task, function(task)
+        return
+    running: deque[tuple[Task, Future[Result]]] = deque()
+    with ThreadPoolExecutor(num_workers) as pool:
+        try:
+            for task in tasks:
+                running.append((task, pool.submit(function, task)))
+                if len(running) > 2 * num_workers:
+                    task, future = running.popleft()
+                    yield task, future.result()
+            while running:
+                task, future = running.popleft()
+                yield task, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

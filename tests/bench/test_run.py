@@ -7,7 +7,6 @@ from rich.console import Console
 from tilewright.bench import BenchConfig, run, run_bench
 from tilewright.bench.machine import describe
 from tilewright.bench.readme import BEGIN, END, replace_block
-from tilewright.bench.tokenizer import bench_tokenizer
 from tilewright.bench.training import bench_training
 from tilewright.errors import UserError
 from tilewright.train.loop import resolve_device
@@ -41,15 +40,17 @@ def test_a_killed_bench_keeps_what_it_measured(tmp_path, monkeypatch):
     assert read(tmp_path / "r.jsonl")[1]["case"] == "first"
 
 
-@pytest.mark.parametrize("stage", ["kernels", "tests"])
+@pytest.mark.parametrize("stage", ["kernels", "attention", "tests"])
 def test_what_needs_a_gpu_says_that_it_was_not_measured(stage):
     assert [row["not_measured"] for row in run.STAGES[stage](resolve_device("cpu"))] == ["no NVIDIA GPU"]
 
 
-def test_the_tokenizer_is_measured_against_its_peers():
-    rows = list(bench_tokenizer(megabytes=0.1, vocab_size=1000))
-    assert {row["variant"] for row in rows} >= {"tilewright", "tiktoken", "tokenizers"}
-    assert all(row["mb_per_s"] > 0 and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in rows)
+def test_the_long_bench_of_the_tokenizer_is_no_part_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "STAGES", {name: lambda device: iter(()) for name in run.STAGES})
+    monkeypatch.setitem(run.STAGES, "tokenizer-long", lambda device: iter([{"case": "an hour"}]))
+    for stage, rows in (("all", 0), ("tokenizer-long", 1)):
+        path = run_bench(BenchConfig(stage, device="cpu", out=tmp_path / stage), Console(file=io.StringIO()))
+        assert len(read(path)) == 1 + rows
 
 
 def test_training_is_measured(monkeypatch):

@@ -1,53 +1,16 @@
+import random
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer, iter_encoded, token_dtype
-from tilewright.tokenizer.chunks import iter_chunks, read_chunk
+from tilewright.tokenizer.sources import Documents
 
 BYTES = {id: bytes([id]) for id in range(256)}
-
-# Special tokens that hold white space, overlap, and begin within one another.
-SPECIALS = ("<|>", "<|><|>", "a<|>", " \n", "a b", "中 ")
-PARTS = [*(token.encode() for token in SPECIALS), b" ", b"\n", b"  ", b"a", b"'s", "中".encode(), b"\xff", b"\xe4\xb8", b"\x80"]
-PARTS += [character.encode() for character in "\u3000\u00a0\x1c\x85\u2028🙂"]
-
-steady = settings(derandomize=True, deadline=None, max_examples=400)
-
-
-@steady
-@given(
-    data=st.lists(st.sampled_from(PARTS), min_size=1, max_size=40).map(b"".join) | st.binary(min_size=1),
-    chunk_bytes=st.integers(1, 12),
-    special_tokens=st.sampled_from([(), SPECIALS, SPECIALS[:2]]),
-)
-def test_chunks_split_as_the_whole_does(specification, text_file, data, chunk_bytes, special_tokens):
-    path = text_file(data)
-    chunks = list(iter_chunks(path, special_tokens, chunk_bytes))
-    assert [start for start, _ in chunks] == [0, *(end for _, end in chunks[:-1])]
-    assert chunks[-1][1] == len(data)
-    texts = [read_chunk(path, *chunk) for chunk in chunks]
-    assert "".join(texts) == data.decode(errors="replace")
-    parts = [part for text in texts for part in specification.split(text, special_tokens)]
-    assert parts == specification.split("".join(texts), special_tokens)
-
-
-@pytest.mark.parametrize(
-    ("text", "special_tokens"),
-    [("word " * 100, ()), ("中文。\n" * 100, ()), ("中文<|>" * 100, ("<|>",)), ("<|>" * 100, ("<|>", "<|><|>x"))],
-)
-def test_chunks_are_as_short_as_they_can_be(text_file, text, special_tokens):
-    sizes = [end - start for start, end in iter_chunks(text_file(text), special_tokens, 50)]
-    assert max(sizes) < 70
-
-
-def test_a_file_without_borders_is_one_chunk(text_file):
-    assert list(iter_chunks(text_file("acgt" * 100), ("<|>",), 10)) == [(0, 400)]
 
 
 @pytest.mark.parametrize(("num_workers", "chunk_bytes"), [(1, 1 << 20), (1, 100), (2, 5000), (3, 40_000), (None, 1 << 21)])
@@ -57,10 +20,62 @@ def test_arrays_join_to_the_ids_of_the_whole(tokenizer, text_file, real_text, nu
     assert np.concatenate(arrays).tolist() == tokenizer.encode(real_text)
 
 
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", r"\w+|\W"])
+@pytest.mark.parametrize("specials", [[], ["<|endoftext|>"], ["<|endoftext|>", "<a>", "a<"]])
+def test_documents_are_encoded_as_one_by_one(tokenizer, pattern, specials):
+    draw = random.Random(1)
+    parts = [b"<|endoftext|>", b"<|endof", b"text|>", b"<a>", b"a<", b" the", "é".encode(), b"\xc3", b"\xa9", b"\n"]
+    encoder = Tokenizer(tokenizer.vocab, tokenizer.merges, specials, pattern)
+    for _ in range(40):
+        texts = [b"".join(draw.choices(parts, k=draw.randint(0, 8))) for _ in range(draw.randint(1, 30))]
+        expected = [id for text in texts for id in encoder.encode_bytes(text).tolist()]
+        for chunk_bytes in (1, 20, 1000):
+            arrays = iter_encoded(Documents(texts), encoder, 1, chunk_bytes=chunk_bytes)
+            assert [id for array in arrays for id in array.tolist()] == expected
+
+
 def test_without_special_tokens_too(tokenizer, text_file, real_text):
     plain = Tokenizer(tokenizer.vocab, tokenizer.merges)
     ids = np.concatenate(list(iter_encoded(text_file(real_text), plain, 2, chunk_bytes=30_000)))
     assert ids.tolist() == plain.encode(real_text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_workers"), [("cl100k", 1), ("cl100k", 2), ("o200k", 5), (r"\p{L}+|\P{L}", 1), (r"\p{L}+|\P{L}", 2)]
+)
+def test_every_pattern_and_number_of_workers(tokenizer, text_file, real_text, pattern, num_workers):
+    other = Tokenizer(tokenizer.vocab, tokenizer.merges, ["<|endoftext|>"], pattern)
+    ids = np.concatenate(list(iter_encoded(text_file(real_text), other, num_workers, chunk_bytes=20_000)))
+    assert ids.tolist() == other.encode(real_text)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_bytes_that_are_not_utf8_are_replaced(tokenizer, text_file, real_text, num_workers):
+    rng = random.Random(0)
+    data = bytearray(real_text.encode())
+    for place in rng.sample(range(len(data)), 500):
+        data[place] = rng.randrange(128, 256)
+    ids = np.concatenate(list(iter_encoded(text_file(bytes(data)), tokenizer, num_workers, chunk_bytes=2000)))
+    assert ids.tolist() == tokenizer.encode(data.decode(errors="replace"))
+
+
+def test_documents_are_encoded_each_for_itself(tokenizer):
+    texts = ["a", "", "b<|endof", "text|>", "é"]
+    ids = np.concatenate(list(iter_encoded(Documents(texts), tokenizer)))
+    assert ids.tolist() == [id for text in texts for id in tokenizer.encode(text)]
+
+
+def test_memory_does_not_grow_with_the_file(tokenizer, text_file, real_text):
+    path = text_file(real_text * 40)
+    list(iter_encoded(path, tokenizer, 2, chunk_bytes=1 << 16))
+    tracemalloc.start()
+    try:
+        count = sum(len(ids) for ids in iter_encoded(path, tokenizer, 2, chunk_bytes=1 << 16))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count > 1_000_000
+    assert peak < 3_000_000
 
 
 def test_ids_need_two_bytes_up_to_65536_tokens():

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +7,15 @@ from hypothesis import strategies as st
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
-from tilewright.tokenizer.formats import from_printable, to_printable
+from tilewright.tokenizer.formats import (
+    TokenizerData,
+    fingerprint,
+    from_printable,
+    load_tokenizer,
+    save_tokenizer,
+    to_printable,
+)
+from tilewright.tokenizer.formats.data import digest
 
 BYTES = {id: bytes([id]) for id in range(256)}
 
@@ -59,6 +68,31 @@ def test_the_fingerprint_covers_everything(tokenizer):
     assert len(fingerprints) == 6
 
 
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", r"\w+|\W"])
+def test_the_pattern_and_the_figures_of_the_training_are_kept(tokenizer, tmp_path, pattern):
+    path = tmp_path / "tokenizer.json"
+    data = tokenizer.data._replace(pattern=pattern, training={"bytes": 1000, "ties": "cs336"})
+    save_tokenizer(path, data)
+    assert load_tokenizer(path) == data
+    loaded = Tokenizer.load(path)
+    assert loaded.pattern == pattern
+    assert loaded.encode("It's 12345 o'clock!\n") == Tokenizer.of(data).encode("It's 12345 o'clock!\n")
+    # They are no part of what a tokenizer is.
+    assert loaded.fingerprint == fingerprint(data) == fingerprint(data._replace(training=None))
+    assert (loaded.fingerprint == tokenizer.fingerprint) == (pattern == "gpt2")
+
+
+def test_ids_may_have_gaps(tmp_path):
+    data = TokenizerData(BYTES | {258: b"ab", 300: b"<|end|>"}, [(b"a", b"b")], {"<|end|>": 300})
+    save_tokenizer(tmp_path / "tokenizer.json", data)
+    assert load_tokenizer(tmp_path / "tokenizer.json") == data
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.encode("abc<|end|>") == [258, ord("c"), 300]
+    assert loaded.decode([258, 300]) == "ab<|end|>"
+    with pytest.raises(UserError, match="id 257 is not in the vocabulary"):
+        loaded.decode([257])
+
+
 def test_a_file_cut_off_anywhere_is_refused(saved):
     whole = saved.read_bytes()
     for size in range(0, len(whole) - 2, 997):
@@ -71,7 +105,7 @@ def test_a_file_cut_off_anywhere_is_refused(saved):
     ("old", "new", "message"),
     [
         (b'"Q"', b'"R"', "changed after it was written"),
-        (b'"version": 1', b'"version": 2', "version 2: only 1 is known"),
+        (b'"version": 2', b'"version": 1', "version 1: only 2 is known"),
         (b"tilewright-tokenizer", b"other", "another format"),
         (b'"sha256": "', b'"sha256": "0', "changed after it was written"),
         (b'"pattern": "', b'"pattern": ".|', "changed after it was written"),
@@ -94,6 +128,46 @@ def test_a_foreign_file_is_refused(tmp_path, content, message):
     (tmp_path / "foreign.json").write_text(content)
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path / "foreign.json")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(UserError, match="is not JSON, or is cut off"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="is not JSON, or is cut off"):
+        Tokenizer.from_files(tmp_path / "tokenizer.json", tmp_path / "merges.txt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merges": None},
+        {"merges": [5]},
+        {"vocab": None},
+        {"vocab": [1, 2]},
+        {"special_tokens": None},
+        {"special_tokens": {"<|endoftext|>": 5}},
+        {"special_tokens": {"<new>": 3}},
+        {"special_tokens": {"\ud800": 3}},
+        {"pattern": 5},
+        {"pattern": None},
+        {"pattern": "gpt3"},
+        {"training": [1]},
+    ],
+)
+def test_a_whole_file_may_still_be_wrong(saved, changes):
+    document = json.loads(saved.read_text()) | changes
+    document["sha256"] = digest({name: document[name] for name in ("pattern", "special_tokens", "vocab", "merges")})
+    saved.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=re.escape(str(saved))):
+        Tokenizer.load(saved)
+
+
+def test_ids_have_an_end():
+    with pytest.raises(UserError, match="has the id 4294967296: ids go from 0 to 16777215"):
+        Tokenizer(BYTES | {1 << 32: b"ab"}, [(b"a", b"b")])
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -1,0 +1,336 @@
+"""One job of one tokenizer library in a process of its own: `python -P tokenizer_peers.py JOB LIBRARY ARGUMENTS`.
+
+So that memory, caches and threads of one library never touch the figures of another, nor a hang the whole bench. It prints a
+line of JSON. Run as a file, not as a module of the package, which would bring torch into the measured process.
+
+    train TEXT VOCAB_SIZE     learn a vocabulary: seconds, and a digest of the merges
+    encode FOLDER TEXT FORM   ids of a text by the tokenizer in the folder: seconds of the first and of a second pass, a digest
+    decode FOLDER IDS         the text of ids in an .npy file: seconds of the first and of a second pass, a digest
+"""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+Merges = list[tuple[bytes, bytes]]
+
+
+class Library:
+    """What a library can do; what it leaves out, it cannot, and is not asked for."""
+
+    takes_lists = True
+    tokenizer: Any
+
+    def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
+        """Learn a vocabulary of this size, one special token included, and return what reads the merges off it."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Read the tokenizer in the folder."""
+        raise NotImplementedError
+
+    def to_list(self, text: str) -> list[int]:
+        """Return the ids of a document as a list."""
+        raise NotImplementedError
+
+    def to_array(self, text: str) -> np.ndarray:
+        """Return the ids of a document as an array."""
+        raise NotImplementedError
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        """Return the ids of all documents of a file, by all cores, with special tokens or without."""
+        raise NotImplementedError
+
+    def decode(self, ids: Any) -> str | bytes:
+        """Return the text of the ids: an array, or a list where `takes_lists`."""
+        raise NotImplementedError
+
+
+def _documents(path: Path) -> list[str]:
+    return path.read_bytes().decode(errors="replace").split(END_OF_TEXT)
+
+
+class Tilewright(Library):
+    """This library, with its own rule for ties."""
+
+    ties = "cs336"
+    takes_lists = False
+
+    def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
+        _, merges = import_module("tilewright.tokenizer").train_bpe(path, vocab_size, [END_OF_TEXT], ties=self.ties)
+        return lambda: merges
+
+    def load(self, folder: Path) -> None:
+        self.tokenizer = import_module("tilewright.tokenizer").Tokenizer.load(folder / "tokenizer.json")
+
+    def to_list(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def to_array(self, text: str) -> np.ndarray:
+        return self.tokenizer.encode_array(text)
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        return list(import_module("tilewright.tokenizer").iter_encoded(path, self.tokenizer))
+
+    def decode(self, ids: Any) -> str | bytes:
+        return self.tokenizer.decode(ids)
+
+
+class TilewrightTiesAsHuggingFace(Tilewright):
+    """This library, with the rule for ties that tokenizers and gigatoken have."""
+
+    ties = "huggingface"
+
+
+class Gigatoken(Library):
+    """gigatoken."""
+
+    takes_lists = False
+
+    def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
+        gigatoken = import_module("gigatoken")
+        source = gigatoken.TextFileSource([str(path)], separator=END_OF_TEXT)
+        _, merges = gigatoken.train_bpe(source, vocab_size, [END_OF_TEXT])
+        return lambda: merges
+
+    def load(self, folder: Path) -> None:
+        self.tokenizer = import_module("gigatoken").Tokenizer.from_json((folder / "huggingface.json").read_text())
+
+    def to_list(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).tolist()
+
+    def to_array(self, text: str) -> np.ndarray:
+        return self.tokenizer.encode(text)
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        gigatoken = import_module("gigatoken")
+        ids = self.tokenizer.encode_files(gigatoken.TextFileSource([str(path)], separator=END_OF_TEXT))
+        return [np.asarray(import_module("awkward").flatten(ids))]
+
+    def decode(self, ids: Any) -> str | bytes:
+        return self.tokenizer.decode(ids)
+
+
+class Rustbpe(Library):
+    """rustbpe, whose encoder is one of examples and not measured."""
+
+    def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
+        tokenizer = import_module("rustbpe").Tokenizer()
+        tokenizer.train_from_iterator(iter(_documents(path)), vocab_size - 1, pattern=GPT2_PATTERN)
+
+        def merges() -> Merges:
+            recover_merges = import_module("tilewright.tokenizer.formats.ranks").recover_merges
+            return list(recover_merges({bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}))
+
+        return merges
+
+
+class HuggingFace(Library):
+    """Hugging Face's tokenizers."""
+
+    def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
+        tokenizers = import_module("tokenizers")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        byte_level = tokenizers.pre_tokenizers.ByteLevel
+        tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_level.alphabet(), show_progress=False
+        )
+        # By iterator, because from files it takes every line for a text and loses what newlines merge with.
+        tokenizer.train_from_iterator(_documents(path), trainer)
+
+        def merges() -> Merges:
+            from_printable = import_module("tilewright.tokenizer.formats").from_printable
+            found = json.loads(tokenizer.to_str())["model"]["merges"]
+            return [(from_printable(left), from_printable(right)) for left, right in found]
+
+        return merges
+
+    def load(self, folder: Path) -> None:
+        self.tokenizer = import_module("tokenizers").Tokenizer.from_file(str(folder / "huggingface.json"))
+
+    def to_list(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        return [np.array(encoding.ids, np.uint32) for encoding in self.tokenizer.encode_batch(_documents(path))]
+
+    def decode(self, ids: Any) -> str | bytes:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class Tiktoken(Library):
+    """tiktoken."""
+
+    def load(self, folder: Path) -> None:
+        # Not by its own reader, which keeps a copy of every file for later.
+        lines = map(bytes.split, (folder / "ranks.tiktoken").read_bytes().splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        specials = {END_OF_TEXT: special_id(folder)}
+        self.tokenizer = import_module("tiktoken").Encoding(
+            "bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+
+    def to_list(self, text: str) -> list[int]:
+        return self.tokenizer.encode_ordinary(text)
+
+    def to_array(self, text: str) -> np.ndarray:
+        return self.tokenizer.encode_to_numpy(text)
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        return [np.array(ids, np.uint32) for ids in self.tokenizer.encode_ordinary_batch(_documents(path))]
+
+    def decode(self, ids: Any) -> str | bytes:
+        return self.tokenizer.decode(ids)
+
+
+class Fastokens(Library):
+    """fastokens."""
+
+    def load(self, folder: Path) -> None:
+        self.tokenizer = import_module("fastokens").Tokenizer.from_file(str(folder / "huggingface.json"))
+
+    def to_list(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def to_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(self.tokenizer.encode_batch_flat([text])[0], np.uint32)
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        return [np.frombuffer(self.tokenizer.encode_batch_flat(_documents(path))[0], np.uint32)]
+
+    def decode(self, ids: Any) -> str | bytes:
+        return self.tokenizer.decode(ids)
+
+
+class Splintr(Library):
+    """splintr."""
+
+    def load(self, folder: Path) -> None:
+        specials = {END_OF_TEXT: special_id(folder)}
+        self.tokenizer = import_module("splintr").Tokenizer(str(folder / "ranks.tiktoken"), GPT2_PATTERN, specials)
+
+    def to_list(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def to_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(self.tokenizer.encode_flat(text), np.uint32)
+
+    def of_file(self, path: Path) -> list[np.ndarray]:
+        return [np.frombuffer(self.tokenizer.encode_batch_flat(_documents(path))[0], np.uint32)]
+
+    def decode(self, ids: Any) -> str | bytes:
+        return self.tokenizer.decode_bytes(ids)
+
+
+# The name of the distribution, and of the module, that each needs.
+LIBRARIES: dict[str, tuple[type[Library], str, str]] = {
+    "tilewright": (Tilewright, "tilewright", "tilewright"),
+    "tilewright, ties as tokenizers": (TilewrightTiesAsHuggingFace, "tilewright", "tilewright"),
+    "gigatoken": (Gigatoken, "gigatoken", "gigatoken"),
+    "rustbpe": (Rustbpe, "rustbpe", "rustbpe"),
+    "tokenizers": (HuggingFace, "tokenizers", "tokenizers"),
+    "tiktoken": (Tiktoken, "tiktoken", "tiktoken"),
+    "fastokens": (Fastokens, "fastokens", "fastokens"),
+    "splintr": (Splintr, "splintr-rs", "splintr"),
+}
+# What every library does once before it is timed, as some read tables or machine code from the disk then.
+_WARM_UP = "Warming up, warming up: once and for all."
+
+
+def can(name: str, method: str) -> bool:
+    """Return whether the library has this method of `Library`."""
+    return getattr(LIBRARIES[name][0], method) is not getattr(Library, method)
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _peak_mb() -> float:
+    """Return the most memory this process has held, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not by getrusage, which on Linux counts what the process held before it became this program.
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def special_id(folder: Path) -> int:
+    """Return the id of the special token of the tokenizer in the folder."""
+    return json.loads((folder / "tokenizer.json").read_bytes())["special_tokens"][END_OF_TEXT]
+
+
+def _train(library: Library, text: str, vocab_size: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "small.txt"
+        small.write_text(_WARM_UP)
+        library.train(small, 260)
+    seconds, read = _timed(lambda: library.train(Path(text), int(vocab_size)))
+    peak, merges = _peak_mb(), read()
+    digest = _digest(left + b" " + right + b"\n" for left, right in merges)
+    return {"seconds": seconds, "peak_mb": peak, "merges": len(merges), "digest": digest}
+
+
+def _encode(library: Library, folder: str, text: str, form: str) -> dict[str, Any]:
+    library.load(Path(folder))
+    if form == "file":
+        small = Path(folder) / "small.txt"
+        small.write_text(_WARM_UP)
+        library.of_file(small)
+        run: Callable[[], Any] = lambda: library.of_file(Path(text))  # noqa: E731
+    else:
+        documents = _documents(Path(text))
+        encode = library.to_list if form == "list" else library.to_array
+        encode(_WARM_UP)
+        run = lambda: [encode(document) for document in documents]  # noqa: E731
+    first, parts = _timed(run)
+    peak = _peak_mb()
+    second, _ = _timed(run)
+    ids = np.concatenate([np.asarray(part, np.uint32) for part in parts])
+    # Some libraries give special tokens and some leave them out.
+    ids = ids[ids != special_id(Path(folder))]
+    return {"seconds": first, "second": second, "peak_mb": peak, "tokens": len(ids), "digest": _digest([ids.tobytes()])}
+
+
+def _decode(library: Library, folder: str, ids: str) -> dict[str, Any]:
+    library.load(Path(folder))
+    array = np.load(ids)
+    given = array.tolist() if library.takes_lists else array
+    library.decode(given[:3])
+    first, text = _timed(lambda: library.decode(given))
+    peak = _peak_mb()
+    second, _ = _timed(lambda: library.decode(given))
+    data = text.encode() if isinstance(text, str) else text
+    return {"seconds": first, "second": second, "peak_mb": peak, "digest": _digest([data])}
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"train": _train, "encode": _encode, "decode": _decode}
+
+if __name__ == "__main__":
+    job, name, *arguments = sys.argv[1:]
+    print("\n" + json.dumps(JOBS[job](LIBRARIES[name][0](), *arguments)))

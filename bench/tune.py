@@ -1,0 +1,191 @@
+"""Finds the fastest launch configuration of attention's kernels on the GPU at hand, and ships it from then on."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import attention
+from ..kernels.attention.cases import COMPILED, kernel_case, shipped_cases
+from ..kernels.attention.launch import (
+    MAX_HEAD_DIM,
+    Generation,
+    Kernel,
+    LaunchConfig,
+    block_k_of,
+    generation_at,
+    key_of,
+    read_configurations,
+    use_configuration,
+    write_configurations,
+)
+from ..kernels.inspect import ARCHITECTURES, KernelCase, inspect
+from .attention_cases import TOLERANCE, AttentionCase, error_of, exact
+from .timing import Times, time_variants
+
+Results = dict[str, Tensor]
+Inspector = Callable[[KernelCase, Generation], str | None]
+Timer = Callable[[Mapping[str, Callable[[], object]], torch.device, int], Mapping[str, Times]]
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What to tune. Each kernel's fastest configuration is written to kernels/attention/launch.json as soon as it is known."""
+
+    op: tyro.conf.Positional[Literal["attention"]]
+    """Whose kernels; bfloat16 and float16 share their configurations, float32 keeps its own."""
+    kernels: tuple[Kernel, ...] = get_args(Kernel)
+    """Which of them."""
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    """Powers of two from 16 to 256; each serves the head dims below it."""
+    device: str = "auto"
+    """cuda or auto."""
+    out: Path | None = None
+    """File of the measured table, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
+
+    def __post_init__(self) -> None:
+        for head_dim in self.head_dims:
+            if not 16 <= head_dim <= MAX_HEAD_DIM or block_k_of(head_dim) != head_dim:
+                raise UserError(f"head dim {head_dim}: choose powers of two from 16 to {MAX_HEAD_DIM}")
+
+
+def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[LaunchConfig]:
+    """Return what is tried, as (rows that a program keeps, rows it loops over, warps, stages), with and without descriptors."""
+    # Four warps multiply 64 rows at a time. A tile to loop over has 8 to 32 KiB, or 64 rows of a small head.
+    looped = [rows for rows in (16, 32, 64, 128) if min(64, 2**12 // block_k) <= rows <= 2**14 // block_k]
+    kept, stages = ((64, 4), (64, 8), (128, 8)), (2, 3)
+    if kernel == "forward":
+        kept, stages = ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4)
+    elif kernel == "decode":
+        # How many rows the queries fill is known at launch only.
+        kept, stages = ((64, 4), (64, 8)), (2, 3, 4)
+    descriptors = (False, True) if generation in ("sm_90", "sm_100") and kernel != "decode" else (False,)
+    tried = []
+    for (keeps, warps), loops, depth, tma in product(kept, looped, stages, descriptors):
+        block_m, block_n = (loops, keeps) if kernel == "backward_kv" else (keeps, loops)
+        tried.append(LaunchConfig(block_m, block_n, block_k, warps, depth, tma))
+    return tried
+
+
+def flaw_of(case: KernelCase, generation: Generation) -> str | None:
+    """Return why a kernel should not ship for a GPU generation by what its compiler made of it, or None."""
+    try:
+        report = inspect(case, generation)
+    except Exception as error:  # of a compiler that gives up on a shape
+        return f"{type(error).__name__}: {error}"[:200]
+    limit = ARCHITECTURES[generation].shared_bytes_per_program
+    if report.spilled_bytes > 0:
+        return f"spills {report.spilled_bytes} bytes"
+    return f"takes {report.shared_bytes} bytes of shared memory of {limit}" if report.shared_bytes > limit else None
+
+
+def case_of(kernel: Kernel, head_dim: int) -> AttentionCase:
+    """Return the shape at which a kernel is timed: causal and long, or a step of decoding for many sequences."""
+    if kernel == "decode":
+        return AttentionCase(32, 32, 4, 1, 16_384, head_dim)
+    heads = 2048 // head_dim
+    return AttentionCase(1, heads, heads, 8192, 8192, head_dim)
+
+
+def _name(config: LaunchConfig) -> str:
+    tma = " TMA" if config.tma else ""
+    return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages{tma}"
+
+
+def _call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callable[[], Results]:
+    if kernel in ("forward", "decode"):
+        return lambda: {"o": attention(q, k, v)}
+    o, lse = attention(q, k, v, return_lse=True)
+    backward = torch.ops.tilewright.attention_backward
+    rest = (None, None, None, True, q.shape[-1] ** -0.5, None, None, "ieee")
+    return lambda: dict(zip(("dq", "dk", "dv"), backward(do, None, q, k, v, o, lse, *rest), strict=False))
+
+
+def _under(key: str, config: LaunchConfig, call: Callable[[], Results]) -> Callable[[], Results]:
+    def run() -> Results:
+        with use_configuration(key, config):
+            return call()
+
+    return run
+
+
+def _error(run: Callable[[], Results], right: Results) -> str | None:
+    """Return what is wrong with the results, or why there are none, or None."""
+    try:
+        for name, result in run().items():
+            error = error_of(result, right[name])
+            if not error <= TOLERANCE:  # NaN too
+                return f"wrong: {name} of a token is off by {error:.1%}"
+    except Exception as error:  # more resources than the GPU has, for one
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def tune_kernel(
+    kernel: Kernel, head_dim: int, device: torch.device, inspector: Inspector = flaw_of, timer: Timer = time_variants
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each configuration, fastest first, and write the fastest that ships without a flaw.
+
+    `backward_q` and `backward_kv` are timed together, the other of the two as it ships. An interruption changes nothing.
+    """
+    generation = generation_at(device)
+    key = key_of(generation, kernel, "half", head_dim)
+    shipped = read_configurations()[key]
+    tried = {_name(config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
+    with ThreadPoolExecutor() as pool:
+        cases = [kernel_case(generation, kernel, "half", head_dim, config) for config in tried.values()]
+        flaws = dict(zip(tried, pool.map(lambda case: inspector(case, generation), cases), strict=True))
+
+    case = case_of(kernel, head_dim)
+    q, k, v, do = case.make(device)
+    right = exact(case, q, k, v, do)
+    call = _call(kernel, q, k, v, do)
+    calls = {name: _under(key, config, call) for name, config in tried.items() if flaws[name] is None}
+    flaws |= {name: _error(run, right) for name, run in calls.items()}
+    calls = {name: run for name, run in calls.items() if flaws[name] is None}
+    times = timer(calls, device, 3)
+
+    def flaw_in_service(name: str) -> str | None:
+        # Of every head dim that the configuration would serve, with every option.
+        served = [size for size in COMPILED["half"] if block_k_of(size) == head_dim]
+        ships = (one for size in served for one in shipped_cases(generation, kernel, "half", size, tried[name]))
+        return next((f"{one.name}: {flaw}" for one in ships if (flaw := inspector(one, generation))), None)
+
+    ranked = sorted(times, key=lambda name: times[name].p50_ms)
+    verdicts: dict[str, str] = {}
+    for name in ranked:
+        verdicts[name] = flaw_in_service(name) or "chosen"
+        if verdicts[name] == "chosen":
+            if tried[name] != shipped:
+                write_configurations({**read_configurations(), key: tried[name]})
+            break
+    cost = case.costs["backward" if kernel.startswith("backward") else "forward"]
+    for name in ranked:
+        seconds = times[name].p50_ms * 1e-3
+        yield {
+            "case": key,
+            "variant": name,
+            **asdict(times[name]),
+            "gb_per_s": cost.bytes / seconds / 1e9,
+            "tflop_per_s": cost.flops / seconds / 1e12,
+            "shipped": tried[name] == shipped,
+            "verdict": verdicts.get(name),
+        }
+    for name, flaw in flaws.items():
+        if flaw is not None:
+            yield {"case": key, "variant": name, "not_measured": flaw}
+
+
+def tune_attention(config: TuneConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `tune_kernel` for each kernel and head dim asked for."""
+    for kernel, head_dim in product(config.kernels, config.head_dims):
+        yield from tune_kernel(kernel, head_dim, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

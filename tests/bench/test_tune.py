@@ -1,0 +1,185 @@
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from tilewright.bench import TuneConfig, run_tune, tune
+from tilewright.bench.attention_cases import AttentionCase
+from tilewright.bench.timing import Times
+from tilewright.errors import UserError
+from tilewright.kernels import use_backend
+from tilewright.kernels.attention import launch
+from tilewright.kernels.attention.launch import LaunchConfig, read_configurations, use_configuration, write_configurations
+from tilewright.kernels.dispatch import HAS_TRITON
+
+KEY = "sm_90 forward half 16"
+GRID = [LaunchConfig(16, 16, 16, 4, 2, False), LaunchConfig(32, 16, 16, 4, 2, False), LaunchConfig(16, 32, 16, 8, 3, True)]
+interpreted = pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(),
+    reason="runs candidates in Triton's interpreter, by the configurations of sm_90",
+)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A copy of the shipped file, which the functions write to instead."""
+    path = tmp_path / "launch.json"
+    shutil.copyfile(launch.CONFIGURATIONS, path)
+    monkeypatch.setattr(launch, "CONFIGURATIONS", path)
+    read_configurations.cache_clear()
+    yield path
+    read_configurations.cache_clear()
+
+
+class HalfCase(AttentionCase):
+    """In float16, which the interpreter multiplies rightly."""
+
+    def make(self, device, seed=0):
+        return tuple(t.half() for t in super().make(device, seed))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(tune, "candidates", lambda *_: GRID)
+    monkeypatch.setattr(
+        tune, "case_of", lambda kernel, head_dim: HalfCase(1, 2, 1, 1 if kernel == "decode" else 40, 40, head_dim)
+    )
+    with use_backend("triton"):
+        yield
+
+
+def timer(*fastest):
+    """Times by the place of a configuration's name in `fastest`; the others are slow."""
+
+    def measure(calls, device, rounds):
+        for call in calls.values():
+            call()
+        ranks = {name: fastest.index(name) + 1 if name in fastest else 9 for name in calls}
+        return {name: Times(rank, rank, rank, 3) for name, rank in ranks.items()}
+
+    return measure
+
+
+def names(configurations):
+    return [tune._name(config) for config in configurations]
+
+
+def no_flaw(case, generation):
+    return None
+
+
+def test_the_shipped_file_is_what_would_be_written(shipped):
+    before = shipped.read_bytes()
+    write_configurations(read_configurations())
+    assert shipped.read_bytes() == before
+
+
+def test_another_configuration_holds_for_a_block_only(shipped):
+    before = read_configurations()[KEY]
+    with pytest.raises(RuntimeError, match="inside"), use_configuration(KEY, GRID[0]):
+        assert read_configurations()[KEY] == GRID[0]
+        raise RuntimeError("inside")
+    assert read_configurations()[KEY] == before
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "decode"])
+def test_the_fastest_is_written_and_no_other_line_changes(kernel, shipped, small):
+    before = shipped.read_text().splitlines()
+    if kernel == "backward_kv":
+        measure = timer(*names(GRID)[1:])
+    else:
+        measure = timer(names(GRID)[1])
+    rows = list(tune.tune_kernel(kernel, 16, torch.device("cpu"), no_flaw, measure))
+    assert [row["variant"] for row in rows if row.get("verdict") == "chosen"] == names(GRID)[1:2]
+    assert rows[0]["verdict"] == "chosen"
+    assert [row["shipped"] for row in rows].count(True) == 1
+    after = shipped.read_text().splitlines()
+    changed = [new for old, new in zip(before, after, strict=True) if old != new]
+    entry = {name: value for name, value in dataclasses.asdict(GRID[1]).items() if name != "block_k"}
+    assert changed == [f' "sm_90 {kernel} half 16": {json.dumps(entry)},']
+    assert read_configurations()[f"sm_90 {kernel} half 16"] == GRID[1]
+
+
+@interpreted
+def test_what_the_compiler_spoils_is_not_timed_nor_shipped(shipped, small, monkeypatch):
+    before = shipped.read_bytes()
+    monkeypatch.setitem(tune.COMPILED, "half", (8, 16))
+
+    def inspector(case, generation):
+        assert generation == "sm_90"
+        blocks = case.constants["BLOCK_M"], case.constants["BLOCK_N"]
+        if blocks == (16, 16):
+            return "spills 8 bytes"
+        # Fine as it is timed, but not with every option that it would ship with.
+        return "spills 4 bytes" if blocks in ((32, 16), (16, 32)) and case.constants["HEAD_DIM"] == 8 else None
+
+    rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), inspector, timer(*names(GRID))))
+    assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {names(GRID)[0]: "spills 8 bytes"}
+    spoilt = [f"attention forward 8 bf16 {form}causal: spills 4 bytes" for form in ("", "tma ")]
+    assert [(row["verdict"], row["shipped"]) for row in rows[:3]] == [(spoilt[0], False), (spoilt[1], False), ("chosen", True)]
+    assert shipped.read_bytes() == before
+
+
+@interpreted
+def test_a_wrong_or_failing_configuration_is_not_timed(shipped, small, monkeypatch):
+    true_attention = tune.attention
+
+    def attention(q, k, v):
+        config = read_configurations()[KEY]
+        if config == GRID[0]:
+            raise RuntimeError("out of resources")
+        o = true_attention(q, k, v)
+        return o * torch.nan if config == GRID[1] else o
+
+    monkeypatch.setattr(tune, "attention", attention)
+    rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), no_flaw, timer(*names(GRID))))
+    assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {
+        names(GRID)[0]: "RuntimeError: out of resources", names(GRID)[1]: "wrong: o of a token is off by nan%",
+    }  # fmt: skip
+    assert read_configurations()[KEY] == GRID[2]
+
+
+@interpreted
+def test_an_interruption_leaves_the_file(shipped, small):
+    before = shipped.read_bytes()
+
+    def interrupted(calls, device, rounds):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(tune.tune_kernel("forward", 16, torch.device("cpu"), no_flaw, interrupted))
+    assert shipped.read_bytes() == before
+    assert [path.name for path in shipped.parent.iterdir()] == ["launch.json"]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "decode"])
+def test_what_is_tried(kernel):
+    for block_k in (16, 64, 128, 256):
+        tried = tune.candidates(kernel, "sm_90", block_k)
+        assert 12 <= len(tried) == len(set(tried)) <= 72
+        assert {config.block_k for config in tried} == {block_k}
+        # Descriptors where the GPU has them, and where the kernel takes them.
+        assert {config.tma for config in tried} == ({False} if kernel == "decode" else {False, True})
+        assert not any(config.tma for config in tune.candidates(kernel, "sm_86", block_k))
+
+
+def test_tuning_needs_a_gpu_and_head_dims_that_have_configurations():
+    with pytest.raises(UserError, match="device cpu cannot be tuned for: an NVIDIA GPU is needed"):
+        run_tune(TuneConfig("attention", device="cpu"), Console(file=io.StringIO()))
+    for head_dim in (8, 80, 512):
+        with pytest.raises(UserError, match=f"head dim {head_dim}: choose powers of two from 16 to 256"):
+            TuneConfig("attention", head_dims=(64, head_dim))
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_tuned_on_a_gpu(shipped, monkeypatch):
+    everything = tune.candidates("forward", launch.generation_at(torch.device("cuda")), 64)
+    monkeypatch.setattr(tune, "candidates", lambda *_: everything[:4])
+    rows = list(tune.tune_kernel("forward", 64, torch.device("cuda")))
+    assert [row["verdict"] for row in rows].count("chosen") == 1
+    assert all(row["p50_ms"] > 0 for row in rows if "not_measured" not in row)

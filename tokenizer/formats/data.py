@@ -1,0 +1,140 @@
+"""What every format stores, and how tokens are written as text."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import UserError
+
+# There are tables with an entry for each id up to the greatest: from a strange file they must not take all memory.
+MOST_IDS = 1 << 24
+
+
+class TokenizerData(NamedTuple):
+    """What defines a tokenizer.
+
+    `vocab` gives the token of each id (ids may have gaps), `merges` apply in their order, `special_tokens` gives the ids of
+    the special ones, `pattern` is the name of a pretoken pattern or a regular expression. `training` holds figures of the
+    training for people to read; it decides nothing.
+    """
+
+    vocab: dict[int, bytes]
+    merges: list[tuple[bytes, bytes]]
+    special_tokens: dict[str, int]
+    pattern: str = "gpt2"
+    training: Mapping[str, Any] | None = None
+
+
+def content_of(data: TokenizerData) -> dict[str, Any]:
+    """Return everything that decides which ids a text gets, as JSON values; equal tokenizers give equal contents."""
+    specials = data.special_tokens
+    return {
+        "pattern": data.pattern,
+        "special_tokens": {token: specials[token] for token in sorted(specials, key=specials.__getitem__)},
+        "vocab": [to_printable(data.vocab[id]) if id in data.vocab else None for id in range(max(data.vocab) + 1)],
+        "merges": [merge_text(merge) for merge in data.merges],
+    }
+
+
+def digest(content: dict[str, Any]) -> str:
+    """Return the sha256 of JSON values, in hex."""
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint(data: TokenizerData) -> str:
+    """Return the sha256, in hex, of everything that decides which ids a text gets."""
+    return digest(content_of(data))
+
+
+@cache
+def _alphabet() -> dict[int, str]:
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+@cache
+def _alphabet_bytes() -> dict[str, int]:
+    return {character: byte for byte, character in _alphabet().items()}
+
+
+def to_printable(token: bytes) -> str:
+    """Write bytes in GPT-2's alphabet, one printable character a byte."""
+    return token.decode("latin-1").translate(_alphabet())
+
+
+def from_printable(text: str) -> bytes:
+    """Read bytes written in GPT-2's alphabet; a character outside it raises a `UserError`."""
+    try:
+        return bytes(map(_alphabet_bytes().__getitem__, text))
+    except KeyError as error:
+        raise UserError(f"token {text!r} holds {error.args[0]!r}, which is not in GPT-2's byte alphabet") from None
+
+
+def merge_text(merge: tuple[bytes, bytes]) -> str:
+    """Write a merge as its two tokens in GPT-2's alphabet, with a space between them."""
+    left, right = merge
+    return f"{to_printable(left)} {to_printable(right)}"
+
+
+def parse_merge(merge: str, path: Path | str) -> tuple[bytes, bytes]:
+    """Read a merge that `merge_text` wrote; anything else raises a `UserError` that names the file at `path`."""
+    left, space, right = merge.partition(" ")
+    if not (left and space and right):
+        raise UserError(f"{path} has the merge {merge!r}: two tokens with a space between them are needed")
+    return from_printable(left), from_printable(right)
+
+
+def printable_vocab(data: TokenizerData) -> dict[str, int]:
+    """Return {text: id} by ascending id: special tokens as they are, all others in GPT-2's alphabet.
+
+    A special token that reads like another token raises a `UserError`: one of the two would be lost.
+    """
+    names = {id: name for name, id in data.special_tokens.items()}
+    ids: dict[str, int] = {}
+    for id in sorted(data.vocab):
+        text = names.get(id) or to_printable(data.vocab[id])
+        if (first := ids.setdefault(text, id)) != id:
+            raise UserError(
+                f"special token {text!r} reads like another token, ids {first} and {id}: this format cannot hold both"
+            )
+    return ids
+
+
+def check_id(id: Any, text: str, path: Path | str) -> int:
+    """Return the id that the file at `path` gives a token; one that is none raises a `UserError`."""
+    if type(id) is not int or not 0 <= id < MOST_IDS:
+        raise UserError(f"{path} gives token {text!r} the id {id!r}: an integer from 0 to {MOST_IDS - 1} is needed")
+    return id
+
+
+def parse_vocab(ids: Mapping[str, Any], special_tokens: "set[str]", path: Path | str) -> dict[int, bytes]:
+    """Read what `printable_vocab` wrote; an id that is none, or is given twice, raises a `UserError`."""
+    vocab: dict[int, bytes] = {}
+    for text, id in ids.items():
+        if check_id(id, text, path) in vocab:
+            raise UserError(f"{path} gives token {text!r} the id {id!r}, which is that of another: each needs its own")
+        vocab[id] = text.encode() if text in special_tokens else from_printable(text)
+    return vocab
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; one that is not UTF-8 raises a `UserError`."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; anything else in it raises a `UserError`."""
+    try:
+        document = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON, or is cut off: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds a JSON {type(document).__name__}: an object is needed")
+    return document

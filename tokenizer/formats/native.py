@@ -1,0 +1,63 @@
+"""Tilewright's own `tokenizer.json`.
+
+Version 2 is one JSON object in UTF-8:
+
+    format          "tilewright-tokenizer"
+    version         2
+    sha256          of the next four entries, as compact ASCII JSON in this order
+    pattern         the pretoken pattern: gpt2, cl100k, o200k, or a regular expression
+    special_tokens  {text: id}, by ascending id
+    vocab           the token of each id, in order; null where no token has the id
+    merges          "left right", in the order they apply
+    training        figures of the training, where there was one: they decide nothing and are not covered by the sha256
+
+Tokens are written in GPT-2's alphabet, which gives every byte one printable character: bytes that print in Latin-1 stand
+for themselves, the others (white space among them) are the characters from U+0100 on. Equal tokenizers give equal files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...files import atomic_file
+from .data import TokenizerData, content_of, digest, from_printable, parse_merge
+
+FORMAT = "tilewright-tokenizer"
+_VERSION = 2
+_CONTENT = ("pattern", "special_tokens", "vocab", "merges")
+
+
+def save_tokenizer(path: Path | str, data: TokenizerData) -> None:
+    """Write the native format to `path`, atomically."""
+    content = content_of(data)
+    document = {"format": FORMAT, "version": _VERSION, "sha256": digest(content), **content}
+    if data.training is not None:
+        document["training"] = dict(data.training)
+    with atomic_file(path) as file:
+        file.write(json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+def parse_native(document: dict[str, Any], path: Path | str) -> TokenizerData:
+    """Read the native format from its JSON object; one of another version, or changed, raises a `UserError`."""
+    if document.get("version") != _VERSION:
+        raise UserError(f"tokenizer file {path} has version {document.get('version')!r}: only {_VERSION} is known")
+    content = {name: document.get(name) for name in _CONTENT}
+    if document.get("sha256") != digest(content):
+        raise UserError(f"tokenizer file {path} was changed after it was written: its sha256 is {digest(content)}")
+    try:
+        return _parse(document, path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"tokenizer file {path} is malformed: {type(error).__name__} {error}") from None
+
+
+def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
+    vocab = {id: from_printable(token) for id, token in enumerate(document["vocab"]) if token is not None}
+    special_tokens, pattern, training = document["special_tokens"], document["pattern"], document.get("training")
+    for name, id in special_tokens.items():
+        if vocab.get(id) != name.encode():
+            raise UserError(f"tokenizer file {path} gives special token {name!r} the id {id!r}, which is not that of its bytes")
+    if not isinstance(pattern, str) or not isinstance(training, dict | None):
+        raise TypeError(f"pattern is {pattern!r}, training is {training!r}")
+    merges = [parse_merge(merge, path) for merge in document["merges"]]
+    return TokenizerData(vocab, merges, special_tokens, pattern, training)
