@@ -192,8 +192,9 @@ def attention(
     tokens do not begin on 16 bytes. Gradients flow to q, k, v and sinks, and from lse too. Equal calls give equal bits; with
     few queries against many keys the order of sums follows the batch and the GPU.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
     _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens)
     if not use_triton(q) or q.dtype == torch.float64:
         return _without_triton(q, k, v, causal, scale, window, softcap, document_ids, cu_seqlens, sinks, return_lse)
