@@ -79,12 +79,14 @@ def over_chunks(
     process: Callable[[Tensor, slice], None],
     memory_budget: int,
     accumulate_in_float32: bool,
+    num_classes: int,
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """Call `process(logits, rows)` for each chunk, and multiply the gradient that it leaves in `logits` by weight and x.
 
-    x (..., D), weight (V, D) -> dx (..., D), dw (V, D), each empty where it is not wanted.
+    x (..., D), weight (V, D) -> dx (..., D), dw (V, D), each empty where it is not wanted. Rows of weight from `num_classes`
+    on are padding: whole tiles of the products, but no logits.
     """
     rows, weight = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
     num_rows, vocabulary = rows.shape[0], weight.shape[0]
@@ -101,7 +103,8 @@ def over_chunks(
         chunk = rows[start : start + chunk_rows]
         logits = buffer[: chunk.shape[0], :vocabulary]
         torch.mm(chunk, weight.t(), out=logits)
-        process(logits, slice(start, start + chunk.shape[0]))
+        process(logits[:, :num_classes], slice(start, start + chunk.shape[0]))
+        logits[:, num_classes:].zero_()
         if want_dx:
             torch.mm(logits, weight, out=dx.view(rows.shape)[start : start + chunk.shape[0]])
         if want_dw:
@@ -109,7 +112,7 @@ def over_chunks(
     return dx, dw
 
 
-def _statistics(x, weight, targets, launch, options, return_lse, return_accuracy, memory_budget, accumulate_in_float32, wanted):
+def _statistics(x, weight, targets, launch, options, return_lse, return_accuracy, chunking, wanted):
     targets = targets.contiguous()
     flat_targets = targets.view(-1)
     losses, top, log_total, correct = empty_outputs(targets, return_accuracy)
@@ -121,7 +124,7 @@ def _statistics(x, weight, targets, launch, options, return_lse, return_accuracy
             *options, return_lse,
         )  # fmt: skip
 
-    gradients = over_chunks(x, weight, process, memory_budget, accumulate_in_float32, *wanted)
+    gradients = over_chunks(x, weight, process, *chunking, *wanted)
     return losses, top, log_total, correct, *gradients
 
 
@@ -138,12 +141,13 @@ def _sum(
     return_accuracy: bool,
     memory_budget: int,
     accumulate_in_float32: bool,
+    num_classes: int,
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     losses, top, log_total, correct, dx, dw = _statistics(
         x, weight, targets, launch_fused, (ignore_index, label_smoothing, z_loss, softcap),
-        return_lse, return_accuracy, memory_budget, accumulate_in_float32, (want_dx, want_dw),
+        return_lse, return_accuracy, (memory_budget, accumulate_in_float32, num_classes), (want_dx, want_dw),
     )  # fmt: skip
     return losses.sum(), top, log_total, correct, dx, dw
 
@@ -151,7 +155,7 @@ def _sum(
 @_sum.register_fake
 def _(
     x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy,
-    memory_budget, accumulate_in_float32, want_dx, want_dw,
+    memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw,
 ):  # fmt: skip
     losses, *statistics = empty_outputs(targets, return_accuracy)
     dx = torch.empty(x.shape if want_dx else 0, dtype=x.dtype, device=x.device)
@@ -185,7 +189,7 @@ def _save_sum(ctx, inputs, output) -> None:
 def _backward_of_sum(ctx, dloss: Tensor, *_):
     dx, dw = torch.ops.tilewright.linear_cross_entropy_sum_backward(dloss, *ctx.saved_tensors)
     want_dx, want_dw = ctx.wanted
-    return dx if want_dx else None, dw if want_dw else None, *(None,) * 11
+    return dx if want_dx else None, dw if want_dw else None, *(None,) * 12
 
 
 _sum.register_autograd(_backward_of_sum, setup_context=_save_sum)
@@ -204,17 +208,18 @@ def _rows(
     return_accuracy: bool,
     memory_budget: int,
     accumulate_in_float32: bool,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _statistics(
         x, weight, targets, launch_forward, (ignore_index, label_smoothing, z_loss, softcap),
-        return_lse, return_accuracy, memory_budget, accumulate_in_float32, (False, False),
+        return_lse, return_accuracy, (memory_budget, accumulate_in_float32, num_classes), (False, False),
     )[:4]  # fmt: skip
 
 
 @_rows.register_fake
 def _(
     x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy,
-    memory_budget, accumulate_in_float32,
+    memory_budget, accumulate_in_float32, num_classes,
 ):  # fmt: skip
     return empty_outputs(targets, return_accuracy)
 
@@ -233,6 +238,7 @@ def _rows_backward(
     softcap: float | None,
     memory_budget: int,
     accumulate_in_float32: bool,
+    num_classes: int,
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -243,14 +249,14 @@ def _rows_backward(
         inputs = targets[rows], top[rows], log_total[rows]
         launch_backward(dlosses[rows], logits[None], *inputs, logits[None], *options)
 
-    dx, dw = over_chunks(x, weight, process, memory_budget, accumulate_in_float32, want_dx, want_dw)
+    dx, dw = over_chunks(x, weight, process, memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw)
     return dx, dw.to(weight.dtype)
 
 
 @_rows_backward.register_fake
 def _(
     dlosses, x, weight, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
-    memory_budget, accumulate_in_float32, want_dx, want_dw,
+    memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw,
 ):  # fmt: skip
     return (
         torch.empty(x.shape if want_dx else 0, dtype=x.dtype, device=x.device),
@@ -259,18 +265,18 @@ def _(
 
 
 def _save_rows(ctx, inputs, output) -> None:
-    x, weight, targets, *options, _, _, memory_budget, accumulate_in_float32 = inputs
+    x, weight, targets, *options, _, _, memory_budget, accumulate_in_float32, num_classes = inputs
     _, *statistics, correct = output
     ctx.save_for_backward(x, weight, targets, *statistics)
     ctx.set_materialize_grads(False)
-    ctx.options = (*options, memory_budget, accumulate_in_float32)
+    ctx.options = (*options, memory_budget, accumulate_in_float32, num_classes)
     ctx.mark_non_differentiable(*statistics, correct)
 
 
 def _backward_of_rows(ctx, dlosses: Tensor, *_):
     want_dx, want_dw = ctx.needs_input_grad[:2]
     dx, dw = torch.ops.tilewright.linear_cross_entropy_backward(dlosses, *ctx.saved_tensors, *ctx.options, want_dx, want_dw)
-    return dx if want_dx else None, dw if want_dw else None, *(None,) * 9
+    return dx if want_dx else None, dw if want_dw else None, *(None,) * 10
 
 
 _rows.register_autograd(_backward_of_rows, setup_context=_save_rows)
@@ -311,12 +317,14 @@ def linear_cross_entropy(
     return_accuracy: bool = False,
     memory_budget: int = 512 * 2**20,
     accumulate_in_float32: bool = True,
+    num_classes: int | None = None,
 ) -> Any:
     """`cross_entropy(x @ weight.T, targets)` that holds at most `memory_budget` bytes of logits, but one row at least.
 
     x (..., D), weight (V, D), targets (...); options and result are those of `cross_entropy`. Products are computed in the
     dtype of x (under autocast, in autocast's), whatever that of weight; the gradient of weight is summed over the chunks in
-    float32, unless `accumulate_in_float32` is off, and rounded once to the dtype of weight.
+    float32, unless `accumulate_in_float32` is off, and rounded once to the dtype of weight. Rows of weight from `num_classes`
+    on are padding, for products of whole tiles: they are no classes, and their gradient is zero.
 
     Gradients of "mean" and "sum" are computed in the forward pass, as far as x and weight require them, and kept for the
     backward pass: (..., D) in the dtype of x and (V, D) in float32. With reduction="none" the logits are computed again.
@@ -327,17 +335,20 @@ def linear_cross_entropy(
     check_options(targets, x.shape[:-1], label_smoothing, z_loss, softcap, reduction)
     if memory_budget <= 0:
         raise ValueError(f"memory_budget is {memory_budget}: allowed is a number of bytes above 0")
+    classes = weight.shape[0] if num_classes is None else num_classes
+    if not 0 < classes <= weight.shape[0]:
+        raise ValueError(f"num_classes is {classes}: allowed is 1 to {weight.shape[0]}, the rows of weight")
     if not use_triton(x):
         return reference.linear_cross_entropy(
             x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, reduction,
-            return_lse=return_lse, return_accuracy=return_accuracy, memory_budget=memory_budget,
+            return_lse=return_lse, return_accuracy=return_accuracy, memory_budget=memory_budget, num_classes=classes,
         )  # fmt: skip
     check_dtype("x", x)
     check_dtype("weight", weight)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
-    options = (*options, memory_budget, accumulate_in_float32)
+    options = (*options, memory_budget, accumulate_in_float32, classes)
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if trains and reduction != "none":
         wanted = x.requires_grad, weight.requires_grad

@@ -290,11 +290,12 @@ def linear_cross_entropy(
     return_lse: bool = False,
     return_accuracy: bool = False,
     memory_budget: int = 512 * 2**20,
+    num_classes: int | None = None,
 ) -> Any:
     """`cross_entropy(x @ weight.T, targets)` that holds the logits of a few rows at a time, at most `memory_budget` bytes.
 
     x (..., D), weight (V, D), computed with in the dtype of x, targets (...). Where all logits fit in the budget they are kept
-    for the backward pass; else each chunk of rows is computed again there.
+    for the backward pass; else each chunk of rows is computed again there. Rows of weight from `num_classes` on are padding.
     """
     options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
     rows, flat_targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1).long()
@@ -302,7 +303,7 @@ def linear_cross_entropy(
     chunk_rows = max(1, memory_budget // (4 * weight.shape[0]))
 
     def chunk_losses(chunk: Tensor, chunk_targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return _token_losses(F.linear(chunk, weight), chunk_targets, *options)
+        return _token_losses(F.linear(chunk, weight)[:, :num_classes], chunk_targets, *options)
 
     if rows.shape[0] <= chunk_rows:
         losses, lse, correct = chunk_losses(rows, flat_targets)

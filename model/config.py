@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import UserError
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the embedding and the head come in multiples of this: whole tiles of a matrix product (Karpathy 2023, nanoGPT)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: pre-norm RMSNorm, RoPE, SwiGLU, no biases."""
+    """A decoder-only Transformer without biases: by default pre-norm RMSNorm, RoPE and SwiGLU."""
 
     vocab_size: int
     """Tokens that the embedding and the head know."""
@@ -21,7 +25,7 @@ class ModelConfig:
     num_heads: int
     """Query heads; each is d_model / num_heads wide."""
     d_ff: int
-    """Inner width of the feed-forward layer; 8/3 d_model costs what 4 d_model costs without a gate."""
+    """Inner width of the feed-forward layer; 8/3 d_model with a gate costs what 4 d_model costs without one."""
     num_kv_heads: int | None = None
     """Key-value heads (grouped-query attention); by default as many as num_heads."""
     rope_theta: float = 10_000.0
@@ -32,6 +36,13 @@ class ModelConfig:
     """Whether the head uses the embedding's weight."""
     qk_norm: bool = False
     """Whether the queries and keys of each head are normalised, which bounds the scores of attention."""
+    norm: Literal["pre", "post", "none"] = "pre"
+    """pre: each branch is norm-ed before it runs, and the last sum once more; post: each sum with a branch is (Vaswani et al.
+    2017, section 3.1); none: nothing is."""
+    rope: bool = True
+    """Whether queries and keys are rotated by their position; without, only causality tells positions apart."""
+    ffn: Literal["swiglu", "silu"] = "swiglu"
+    """Feed-forward layer. swiglu: W2(silu(W1 x) * W3 x), three matrices; silu: W2 silu(W1 x), two."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads"):
@@ -40,6 +51,9 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be a finite number above 0")
+        for name, allowed in (("norm", "pre, post or none"), ("ffn", "swiglu or silu")):
+            if getattr(self, name) not in allowed.replace(" or ", ", ").split(", "):
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose {allowed}")
         if self.d_model % self.num_heads or self.head_dim % 2:
             raise UserError(
                 f"d_model {self.d_model} over num_heads {self.num_heads} gives a head dim of "
@@ -57,6 +71,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key-value heads, resolved."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head; those from vocab_size on are zero and stand for no token."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _gpt2(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:

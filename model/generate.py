@@ -74,16 +74,19 @@ def generate(
     vocab_size: int | None = None,
     seed: int | None = None,
     use_cache: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens (by default to the end of the context); return the new ones.
 
     A row ends at `stop_token`, which is not returned. Only ids below `vocab_size` are drawn, where the model has room for more
-    than its tokenizer knows. The same seed, prompts and device give the same tokens. Without the
-    cache every step runs the whole sequence again: slower, for checking.
+    than its tokenizer knows. The same seed, prompts and device give the same tokens. Without the cache every step runs the
+    whole sequence again: slower, for checking. `dtype` is that of the products, by default the model's compute dtype; the
+    weights are cast to it once.
     """
     if not prompts:
         return []
     _check(model, prompts, max_new_tokens, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
+    model = model.cast(dtype or model.compute_dtype or model.token_embeddings.weight.dtype)
     device = model.token_embeddings.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     lengths = [len(prompt) for prompt in prompts]

@@ -1,11 +1,15 @@
 """The Transformer language model, top to bottom."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..kernels import linear_cross_entropy
 from .config import ModelConfig
-from .layers import CausalSelfAttention, Embedding, LayerCache, Linear, RMSNorm, SwiGLU
+from .layers import CausalSelfAttention, Embedding, Head, LayerCache, RMSNorm, SiLU, SwiGLU
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -16,25 +20,60 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each behind its norm and added to the residual stream (B, T, D).
+    """Attention, then feed-forward, each a branch that is added to the residual stream (B, T, D).
 
-    A branch is added by the norm that comes after it, in the same kernel: a block takes the branch of the block before
-    and hands its own to the next.
+    With pre-norm a branch is added by the norm that comes after it, in the same kernel: a block takes the branch of the
+    block before and hands its own to the next. With post-norm, and without norms, it hands on no branch.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln1 = RMSNorm(config.d_model, config.norm_eps)
-        self.attn = CausalSelfAttention(config.d_model, config.num_heads, config.kv_heads, config.qk_norm, config.norm_eps)
-        self.ln2 = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.d_ff)
+        normed = config.norm != "none"
+        self.pre_norm = config.norm == "pre"
+        self.ln1 = RMSNorm(config.d_model, config.norm_eps) if normed else None
+        self.attn = CausalSelfAttention(
+            config.d_model, config.num_heads, config.kv_heads, config.qk_norm, config.norm_eps, config.rope
+        )
+        self.ln2 = RMSNorm(config.d_model, config.norm_eps) if normed else None
+        self.ffn = SwiGLU(config.d_model, config.d_ff) if config.ffn == "swiglu" else SiLU(config.d_model, config.d_ff)
 
     def forward(
-        self, branch: Tensor | None, residual: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (branch, residual) after the block; `branch` None begins. cos, sin (T, K / 2) are the positions' angles."""
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None = None,
+        document_ids: Tensor | None = None,
+        checkpointed: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return (branch, residual) after the block; `branch` None begins. cos, sin (T, K / 2) are the positions' angles.
+
+        `checkpointed`: keep only the inputs, and run again in the backward pass.
+        """
+        inputs = (branch, residual, cos, sin, cache, document_ids)
+        if checkpointed:
+            # Inside the module, so that its hooks, such as those that gather a shard, run once.
+            return checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._run(*inputs)
+
+    def _run(
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+        document_ids: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        if self.ln1 is None or self.ln2 is None:
+            x = residual + self.attn(residual, cos, sin, cache, document_ids)
+            return None, x + self.ffn(x)
+        if not self.pre_norm:
+            x, _ = self.ln1.add(self.attn(residual, cos, sin, cache, document_ids), residual)
+            return None, self.ln2.add(self.ffn(x), x)[0]
         x, residual = (self.ln1(residual), residual) if branch is None else self.ln1.add(branch, residual)
-        x, residual = self.ln2.add(self.attn(x, cos, sin, cache), residual)
+        x, residual = self.ln2.add(self.attn(x, cos, sin, cache, document_ids), residual)
         return self.ffn(x), residual
 
 
@@ -44,7 +83,7 @@ class KVCache:
     def __init__(self, model: "TransformerLM", batch_size: int, max_length: int) -> None:
         config, weight = model.config, model.token_embeddings.weight
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.compute_dtype or weight.dtype
         shape = (batch_size, config.kv_heads, max_length, config.head_dim)
         self.layers = [LayerCache(shape, dtype, weight.device) for _ in range(config.num_layers)]
 
@@ -55,7 +94,15 @@ class KVCache:
 
 
 class TransformerLM(nn.Module):
-    """A decoder-only language model: tokens (B, T) -> logits (B, T, V)."""
+    """A decoder-only language model: tokens (B, T) -> logits (B, T, V).
+
+    Embedding and head hold `config.padded_vocab_size` rows; logits, and the loss of them, are of the V tokens only.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    """Dtype of the residual stream and of the matrix products, to which the weights are cast as they are used; None: theirs."""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """block: in training keep only the inputs of each block, and run it again in the backward pass (Chen et al. 2016)."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -63,35 +110,71 @@ class TransformerLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embeddings = Embedding(config.vocab_size, config.d_model)
+        rows = config.padded_vocab_size
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model, rows)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.ln_final = RMSNorm(config.d_model, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+        self.ln_final = RMSNorm(config.d_model, config.norm_eps) if config.norm == "pre" else None
+        self.lm_head = None if config.tie_embeddings else Head(config.d_model, config.vocab_size, rows)
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
     @property
-    def head_weight(self) -> Tensor:
-        """The weight (V, D) that turns hidden states into logits."""
+    def _padded_head_weight(self) -> Tensor:
         return self.token_embeddings.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the normalised hidden states (B, T, D), for losses that never hold all logits.
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight (V, D) that turns hidden states into logits, without padding. `loss` spares a copy of its gradient."""
+        return self._padded_head_weight[: self.config.vocab_size]
 
-        With a cache, `tokens` follow those that it holds, and are added to it.
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """Return the (normalised) hidden states (B, T, D), for losses that never hold all logits.
+
+        With a cache, `tokens` follow those that it holds, and are added to it. `document_ids` (B, T) integers confine
+        attention to documents, runs of equal ids; not with a cache.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens are longer than the context: allowed are {self.config.context_length}")
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids are given beside a cache: allowed is one of the two")
         cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
         branch, residual = None, self.token_embeddings(tokens)
+        if self.compute_dtype is not None:
+            residual = residual.to(self.compute_dtype)
+        checkpointed = self.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            branch, residual = layer(branch, residual, cos, sin, None if cache is None else cache.layers[i])
+            layer_cache = None if cache is None else cache.layers[i]
+            branch, residual = layer(branch, residual, cos, sin, layer_cache, document_ids, checkpointed)
+        if self.ln_final is None:
+            return residual
         assert branch is not None  # there is at least one layer
         return self.ln_final.add(branch, residual)[0]
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each position."""
-        return F.linear(self.hidden_states(tokens, cache), self.head_weight)
+        hidden = self.hidden_states(tokens, cache, document_ids)
+        return F.linear(hidden, self._padded_head_weight.to(hidden.dtype))[..., : self.config.vocab_size]
+
+    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """Return the summed cross-entropy in nats of targets (B, T), all logits never held; see `linear_cross_entropy`."""
+        hidden = self.hidden_states(tokens, document_ids=document_ids)
+        return linear_cross_entropy(
+            hidden, self._padded_head_weight, targets, z_loss=z_loss, reduction="sum", num_classes=self.config.vocab_size
+        )
+
+    def cast(self, dtype: torch.dtype) -> "TransformerLM":
+        """Return a model for inference with the matrices in `dtype`: it computes what `compute_dtype` does, without casts.
+
+        Norms and tables are shared with this model; where nothing would differ it is this model.
+        """
+        if self.token_embeddings.weight.dtype == dtype and self.compute_dtype in (None, dtype):
+            return self
+        with torch.device("meta"):
+            cast = TransformerLM(self.config)
+        weights = {name: t.to(dtype) if t.dim() > 1 else t for name, t in self.state_dict().items()}
+        cast.load_state_dict(weights, assign=True)
+        cast.rope_cos, cast.rope_sin = self.rope_cos, self.rope_sin
+        return cast.requires_grad_(False).train(self.training)

@@ -18,7 +18,8 @@ from .flops import (
 )
 from .generation import Generation, generation, kv_cache_bytes
 from .memory import Memory, Moment, handout_memory, largest_batch, parse_memory, training_memory
-from .operations import HANDOUT, Operation, Policy, attended_pairs, operations, pad_vocabulary
+from .operations import Operation, attended_pairs, operations, pad_vocabulary
+from .policy import HANDOUT, Policy
 from .roofline import Plan, Roofline, adamw_bytes, adamw_flops, roofline, training_plan
 
 __all__ = [

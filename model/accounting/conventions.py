@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig
 from .flops import hardware_flops, model_flops, num_parameters, parameters_by_group
-from .operations import Policy, operations
+from .operations import operations
+from .policy import Policy
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def conventions(
     attention = 3 * sum(op.forward_flops for op in full if op.group == "attention")
     products = model_flops(full) - attention
     counter = model_flops(full) + sum(op.recomputed_flops for op in full if op.group == "attention")
+    counter += 3 * sum(op.padding_flops for op in full)
     ours = peak_flops
     rows: list[tuple[str, float, float | None, str]] = [
         ("tilewright", model_flops(full) / context, ours, "matrix products, full attention, backward 2x forward"),

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from ..config import ModelConfig
-from .operations import Operation, Policy, operations
+from .operations import Operation, operations
+from .policy import Policy
 
 FLOP_GROUPS: tuple[str, ...] = ("projections", "attention", "feed-forward", "head")
 PARAMETER_GROUPS: tuple[str, ...] = ("embedding", "attention", "feed-forward", "norms", "head")
@@ -19,8 +20,13 @@ def parameters_by_group(config: ModelConfig) -> dict[str, int]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Return the number of trained parameters."""
+    """Return the number of trained parameters; rows that pad the vocabulary are none."""
     return sum(parameters_by_group(config).values())
+
+
+def num_weights(config: ModelConfig, policy: Policy) -> int:
+    """Return the number of weights that are held and updated: the parameters, and what pads the vocabulary."""
+    return sum(op.weights for op in operations(config, 1, 1, policy))
 
 
 def num_parameter_tensors(config: ModelConfig, policy: Policy | None = None) -> int:
@@ -52,13 +58,15 @@ def model_flops(ops: Iterable[Operation]) -> int:
 
 
 def hardware_flops(ops: Iterable[Operation], policy: Policy) -> int:
-    """Return the FLOPs of a step with recomputation (HFU's numerator; Korthikanti et al. 2022, section 5).
+    """Return the FLOPs of a step with recomputation and padding (HFU's numerator; Korthikanti et al. 2022, section 5).
 
-    A checkpointed block runs its whole forward pass again; flash attention then still computes its scores anew.
+    A checkpointed block runs its forward pass again as far as something of it is kept, which spares its last product; flash
+    attention then still computes its scores anew.
     """
     ops = tuple(ops)
-    blocks = sum(op.forward_flops for op in ops if op.layer is not None) if policy.checkpointing == "block" else 0
-    return model_flops(ops) + sum(op.recomputed_flops for op in ops) + blocks
+    again = (op.forward_flops for op in ops if op.layer is not None and op.runs_again)
+    blocks = sum(again) if policy.checkpointing == "block" else 0
+    return model_flops(ops) + sum(op.recomputed_flops + 3 * op.padding_flops for op in ops) + blocks
 
 
 def training_flops_per_token(config: ModelConfig, context_length: int | None = None) -> float:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ...kernels.device import GPU
 from ..config import ModelConfig
-from .operations import ITEMSIZE, Dtype, Policy, operations
+from .operations import operations
+from .policy import ITEMSIZE, Dtype, Policy
 from .roofline import PEAK_OF
 
 

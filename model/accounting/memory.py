@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from ...errors import UserError
 from ..config import ModelConfig
-from .flops import num_parameter_tensors, num_parameters
-from .operations import ITEMSIZE, Operation, Policy, logit_chunk, operations
+from .flops import num_parameter_tensors, num_parameters, num_weights
+from .operations import Operation, logit_chunk, operations
+from .policy import ITEMSIZE, Policy, stream_itemsize
 
 GB, GIB = 10**9, 2**30
 _UNITS = {"MB": 10**6, "GB": GB, "TB": 10**12, "MiB": 2**20, "GiB": GIB, "TiB": 2**40}
@@ -75,11 +76,14 @@ def saved_bytes(ops: tuple[Operation, ...]) -> int:
 
 
 def _block_inputs(config: ModelConfig, rows: int, policy: Policy, layer: int) -> tuple[int, int]:
-    """Return the bytes of a block's inputs, and how many of them its first norm keeps as they are."""
-    stream = rows * config.d_model * ITEMSIZE[policy.weights]
+    """Return the bytes of a block's inputs, and how many of them its first operation keeps as they are."""
+    stream = rows * config.d_model * stream_itemsize(policy)
+    if config.norm != "pre":
+        # The sum, which the projection keeps itself unless it has to cast it first.
+        return stream, stream if stream_itemsize(policy) == ITEMSIZE[policy.compute] else 0
     if policy.ops == "eager":
         # The sum; the eager norm keeps it itself unless it has to make a float32 copy first.
-        return stream, stream if policy.weights == "float32" else 0
+        return stream, stream if stream_itemsize(policy) == 4 else 0
     # The stream and the branch that ln1 is to add; the first block has no branch, and its norm keeps its input.
     return (stream, stream) if layer == 0 else (stream + rows * config.d_model * ITEMSIZE[policy.compute], 0)
 
@@ -109,13 +113,14 @@ def training_memory(
     policy = policy or Policy()
     context = config.context_length if context_length is None else context_length
     ops = operations(config, batch_size, context, policy)
-    count, weight_size = num_parameters(config), ITEMSIZE[policy.weights]
+    count, weight_size = num_weights(config, policy), ITEMSIZE[policy.weights]
     weights, master = weight_size * count, 4 * count if policy.master_weights else 0
     optimizer_state = 2 * ITEMSIZE[policy.moments] * count + 4 * num_parameter_tensors(config, policy)
     state = weights + master + optimizer_state
     all_gradients = weight_size * count
     checkpointed = policy.checkpointing == "block"
     inputs = [_block_inputs(config, batch_size * context, policy, layer) for layer in range(config.num_layers)]
+    first_of_layer = {op.layer: op for op in reversed(ops)}
     block_saved = [sum(op.saved_bytes for op in ops if op.layer == layer) for layer in range(min(2, config.num_layers))]
 
     timeline, saved, gradients = [], 0, all_gradients if accumulate else 0
@@ -132,21 +137,21 @@ def training_memory(
         timeline.append(Moment("forward", op.name, op.layer, state, gradients, saved, transient + op.forward_temporary))
     saved_in_all = saved
 
-    table = weight_size * config.vocab_size * config.d_model
+    table = weight_size * next(op.weights for op in ops if op.group == "embedding")
     layer = None
     for op in reversed(ops):
         if checkpointed and op.layer is not None and op.layer != layer:
             # The block runs again; what its first norm keeps is held already.
             saved += block_saved[min(op.layer, 1)] - inputs[op.layer][1]
         layer = op.layer
-        temporary, new_gradients = op.backward_temporary, weight_size * op.parameters
-        if config.tie_embeddings and op.group == "head":
+        temporary, new_gradients = op.backward_temporary, weight_size * op.weights
+        if config.tie_embeddings and op.group == "head" and op.forward_flops:
             new_gradients = table
         elif config.tie_embeddings and op.group == "embedding":
             # A second gradient of the table, and the sum with the head's, which is a new tensor.
             temporary, new_gradients = temporary + 2 * table, 0
         if op.cast_bytes:
-            # The gradient of autocast's copy comes first, and is cast when what the product kept, and dy (m, n), are gone.
+            # The gradient of the weight's copy comes first, and is cast when what the product kept, and dy (m, n), are gone.
             timeline.append(Moment("backward", op.name, op.layer, state, gradients, saved, temporary + op.cast_bytes))
             m, _, n = op.shape
             temporary += op.cast_bytes - op.saved_bytes - ITEMSIZE[policy.compute] * m * n
@@ -156,7 +161,7 @@ def training_memory(
             temporary += new_gradients
         timeline.append(Moment("backward", op.name, op.layer, state, gradients, saved, temporary))
         saved -= op.saved_bytes
-        if checkpointed and op.layer is not None and op.name == "ln1":
+        if checkpointed and op.layer is not None and op is first_of_layer[op.layer]:
             whole, kept = inputs[op.layer]
             saved -= whole - kept
     timeline.append(Moment("optimizer", "adamw", None, state, all_gradients, 0, 0))

@@ -7,59 +7,12 @@ FLOPs are those of matrix products, as `torch.utils.flop_counter` counts them: (
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from ...errors import UserError
 from ...kernels import costs
 from ...kernels.linear_cross_entropy import chunk_shape
 from ..config import ModelConfig
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How a step is computed, as far as its bytes depend on it."""
-
-    attention: Literal["naive", "flash"] = "flash"
-    """naive: scores and probabilities (B, H, T, T) written out; flash: never held (Dao 2023)."""
-    ops: Literal["eager", "fused"] = "fused"
-    """eager: PyTorch's elementwise ops, in float32; fused: this project's kernels."""
-    projections: Literal["separate", "joined"] = "joined"
-    """Whether queries, keys and values come from three products or from one."""
-    loss: Literal["whole", "chunked"] = "chunked"
-    """whole: all logits at once; chunked: those of a few rows at a time, and the gradients with them where ops are fused."""
-    checkpointing: Literal["none", "block"] = "none"
-    """block: keep the inputs of each block, and run it again in the backward pass (Chen et al. 2016)."""
-    compute: Dtype = "bfloat16"
-    """Dtype of the matrix products; where the weights have another one, each step casts them (autocast)."""
-    weights: Dtype = "float32"
-    """Dtype of the weights, of their gradients and of the residual stream."""
-    master_weights: bool = False
-    """Whether the optimizer holds a float32 copy of the weights, for weights in half precision."""
-    moments: Dtype = "float32"
-    """Dtype of AdamW's two moments."""
-    window: int | None = None
-    """Keys that a query sees, its own and those before it; None sees all."""
-    logit_chunk_bytes: int = 512 * 2**20
-    """Bytes of logits that a chunked loss holds at once."""
-
-    def __post_init__(self) -> None:
-        for field in ("compute", "weights", "moments"):
-            if getattr(self, field) not in ITEMSIZE:
-                raise UserError(f"{field} is {getattr(self, field)!r}: choose one of {', '.join(ITEMSIZE)}")
-        choices = {"attention": "naive flash", "ops": "eager fused", "projections": "separate joined", "loss": "whole chunked"}
-        choices["checkpointing"] = "none block"
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed.split():
-                raise UserError(f"{field} is {getattr(self, field)!r}: choose {allowed.replace(' ', ' or ')}")
-        if self.window is not None and self.window < 1:
-            raise UserError(f"window is {self.window}: it must be at least 1")
-
-
-HANDOUT = Policy(attention="naive", ops="eager", projections="separate", loss="whole", compute="float32")
-"""The CS336 model as its handout has one write it, in float32."""
+from .policy import ITEMSIZE, Policy, stream_itemsize
 
 
 @dataclass(frozen=True)
@@ -74,17 +27,23 @@ class Operation:
     """(m, k, n) of a product; (B, H, T, K) of attention; rows and width of others."""
     parameters: int = 0
     """Weights that it is the first to use: a tied head has none."""
+    padding: int = 0
+    """Weights beside those that pad the vocabulary."""
     forward_flops: int = 0
     backward_flops: int = 0
     recomputed_flops: int = 0
     """FLOPs that the backward pass spends on computing again what was not saved."""
+    runs_again: bool = True
+    """Whether a checkpointed block runs it again: not the last product, whose result only a norm after it would keep."""
+    padding_flops: int = 0
+    """FLOPs that the forward pass spends on the padding of the vocabulary; the backward pass spends twice as many."""
     forward_bytes: int = 0
     """Least bytes moved: inputs read once, outputs written once."""
     backward_bytes: int = 0
     saved_bytes: int = 0
     """Bytes kept until its backward pass, without the weights; a tensor that two operations keep counts at the first."""
     cast_bytes: int = 0
-    """Bytes, of the saved ones, of autocast's copy of its weight."""
+    """Bytes, of the saved ones, of the weight's copy in the dtype of the products."""
     forward_temporary: int = 0
     """Bytes alive while it runs that nothing keeps."""
     backward_temporary: int = 0
@@ -94,6 +53,11 @@ class Operation:
     def flops(self) -> int:
         """FLOPs forward and backward, nothing recomputed."""
         return self.forward_flops + self.backward_flops
+
+    @property
+    def weights(self) -> int:
+        """Weights that are held for it, padding included."""
+        return self.parameters + self.padding
 
 
 def attended_pairs(context: int, window: int | None = None, exact_causal: bool = False) -> int:
@@ -127,33 +91,42 @@ class _Lister:
         self.config, self.batch, self.context, self.policy = config, batch, context, policy
         self.rows, self.d = batch * context, config.d_model
         self.e, self.f, self.v = config.head_dim * config.kv_heads, config.d_ff, config.vocab_size
-        self.a, self.w = ITEMSIZE[policy.compute], ITEMSIZE[policy.weights]
+        self.held_v = config.padded_vocab_size if policy.vocabulary == "padded" else config.vocab_size
+        self.a, self.w, self.s = ITEMSIZE[policy.compute], ITEMSIZE[policy.weights], stream_itemsize(policy)
         self.fused = policy.ops == "fused"
         self.pairs = batch * config.num_heads * attended_pairs(context, policy.window, exact_causal)
-        self.stream = self.rows * self.d * self.w  # the residual stream, or its gradient, which lives beside every branch
+        self.stream = self.rows * self.d * self.s  # the residual stream, or its gradient, which lives beside every branch
 
-    def product(self, name: str, group: str, layer: int | None, k: int, n: int, saved: int = 0, **rest) -> Operation:
+    def product(
+        self, name: str, group: str, layer: int | None, k: int, n: int, saved: int = 0, ends_branch: bool = False
+    ) -> Operation:
         """y = x W^T; the backward pass is two products of the same size, dx = dy W and dW = dy^T x."""
         m, a = self.rows, self.a
         forward, moved = 2 * m * k * n, a * (m * k + k * n + m * n)
-        # Autocast's copy of the weight lives until the backward pass has used it.
+        # The copy of the weight lives until the backward pass has used it.
         cast = a * k * n if self.a != self.w else 0
-        temporary = a * m * (k + n) + (self.stream if layer is not None else 0)
-        fields = {"parameters": k * n, "saved_bytes": saved + cast, "cast_bytes": cast, "backward_temporary": temporary} | rest
-        return Operation(name, group, layer, (m, k, n), forward_flops=forward, backward_flops=2 * forward,
-                         forward_bytes=moved, backward_bytes=2 * moved, **fields)  # fmt: skip
+        # The gradient of a branch is that of the stream, one tensor unless they differ in dtype.
+        beside = layer is not None and not (ends_branch and self.a == self.s)
+        temporary = a * m * (k + n) + (self.stream if beside else 0)
+        return Operation(name, group, layer, (m, k, n), k * n, forward_flops=forward, backward_flops=2 * forward,
+                         forward_bytes=moved, backward_bytes=2 * moved, saved_bytes=saved + cast, cast_bytes=cast,
+                         backward_temporary=temporary)  # fmt: skip
+
+    def addition(self, name: str, layer: int | None) -> Operation:
+        """The sum of the stream and a branch, whose gradient is that of both."""
+        moved = self.stream * 2 + self.rows * self.d * self.a
+        return Operation(name, "residual", layer, (self.rows, self.d), forward_bytes=moved)
 
     def norm(self, layer: int | None, name: str, adds: bool) -> list[Operation]:
         """RMSNorm of the stream; `adds` a branch to it first."""
-        rows, d, w = self.rows, self.d, self.w
-        norm, add = costs.rms_norm(rows, d, w), costs.add_rms_norm(rows, d, self.a, w)
+        rows, d, s = self.rows, self.d, self.s
+        norm, add = costs.rms_norm(rows, d, s), costs.add_rms_norm(rows, d, self.a, s)
         if self.fused:
             forward, backward = add if adds else norm
             # Kept: what was normalised (the stream itself) and 1 / rms, 4 bytes a row.
             return [Operation(name, "norms", layer, (rows, d), d, forward_bytes=forward.bytes, backward_bytes=backward.bytes,
                               saved_bytes=self.stream + 4 * rows, backward_temporary=2 * self.stream)]  # fmt: skip
-        moved = self.stream * 2 + rows * d * self.a
-        addition = Operation(f"{name} add", "residual", layer, (rows, d), forward_bytes=moved, backward_bytes=0)
+        addition = self.addition(f"{name} add", layer)
         # Kept in float32: x, x / rms and 1 / rms. The backward pass holds dy, the gradients of both factors and their sum.
         eager = Operation(name, "norms", layer, (rows, d), d, forward_bytes=norm[0].bytes, backward_bytes=norm[1].bytes,
                           saved_bytes=8 * rows * d + 4 * rows, forward_temporary=4 * rows * d,
@@ -168,7 +141,7 @@ class _Lister:
         else:
             # Under autocast the first norm's result has the dtype of the weights, and each product casts it anew; further
             # norms give theirs in the dtype of the branch that they add.
-            again = a * rows * d if layer == 0 and a != self.w else 0
+            again = a * rows * d if layer == 0 and a != self.s else 0
             yield self.product("q_proj", "projections", layer, d, d, saved=a * rows * d)
             yield self.product("k_proj", "projections", layer, d, e, saved=again)
             yield self.product("v_proj", "projections", layer, d, e, saved=again)
@@ -177,9 +150,10 @@ class _Lister:
         for name, width in (("q_norm", d), ("k_norm", e)):
             heads = rows * width // head_dim
             forward, backward = costs.rms_norm(heads, head_dim, a)
-            # Kept: 1 / rms, and the packed projection, of which the values are a part; eager in float32 x / rms, and x
-            # where it is not float32 already.
-            saved = 4 * heads + (a * rows * (d + 2 * e) if name == "q_norm" else 0)
+            # Kept: 1 / rms, and the projection, if joined with the values in it; eager in float32 x / rms, and x where it
+            # is not float32 already.
+            packed = a * rows * (d + 2 * e) if name == "q_norm" else 0
+            saved = 4 * heads + (packed if self.policy.projections == "joined" else a * rows * width)
             if not self.fused:
                 saved += 4 * rows * width * (1 if a == 4 else 2)
             yield Operation(name, "norms", layer, (heads, head_dim), head_dim, forward_bytes=forward.bytes,
@@ -195,8 +169,8 @@ class _Lister:
         qkv = a * rows * (d + 2 * e)
         if self.policy.attention == "flash":
             lse = 4 * self.batch * heads * self.context
-            # Values that were not copied out of the projection are kept with it.
-            kept = qkv - a * rows * e if self.config.qk_norm else qkv
+            # Values that were not copied out of the projection are kept with it, where the norms of q and k keep it.
+            kept = qkv - a * rows * e if self.config.qk_norm and self.policy.projections == "joined" else qkv
             pairs = self.pairs // (self.batch * heads)
             forward, backward = costs.attention(
                 self.batch, heads, self.config.kv_heads, self.context, self.context, head_dim, pairs, a
@@ -224,77 +198,123 @@ class _Lister:
         ]  # fmt: skip
 
     def block(self, layer: int) -> Iterator[Operation]:
-        """One Transformer block: attention, then feed-forward, each behind its norm."""
-        a, rows, d, e, f = self.a, self.rows, self.d, self.e, self.f
-        # In the eager model the branch of a block is added at its end, in this project by the norm that follows.
-        yield from self.norm(layer, "ln1", adds=layer > 0)
+        """One Transformer block: attention, then feed-forward, each with its norm."""
+        for name, branch in (("ln1", self.attention_branch), ("ln2", self.feed_forward)):
+            # In the eager model the branch of a block is added at its end, in this project by the norm that follows.
+            if self.config.norm == "pre":
+                yield from self.norm(layer, name, adds=layer > 0 or name == "ln2")
+            yield from branch(layer)
+            if self.config.norm == "post":
+                yield from self.norm(layer, name, adds=True)
+            elif self.config.norm == "none":
+                yield self.addition(f"add of {'attention' if name == 'ln1' else 'feed-forward'}", layer)
+
+    def attention_branch(self, layer: int) -> Iterator[Operation]:
+        """Attention with the projections around it."""
+        a, rows, d, e = self.a, self.rows, self.d, self.e
         yield from self.qkv(layer)
-        heads = self.config.num_heads + self.config.kv_heads
-        rope, _ = costs.rope(self.context, heads, self.config.head_dim, a)
-        # Only the model's tables of cos and sin are needed again.
-        turned = 2 * a * rows * (d + e) + rope.bytes - 2 * a * self.context * heads * self.config.head_dim
-        yield Operation("rope", "rope", layer, (rows, d + e), forward_bytes=turned, backward_bytes=turned,
-                        backward_temporary=self.stream + 2 * a * rows * (d + e))  # fmt: skip
+        if self.config.rope:
+            heads = self.config.num_heads + self.config.kv_heads
+            rope, _ = costs.rope(self.context, heads, self.config.head_dim, a)
+            # Only the model's tables of cos and sin are needed again.
+            turned = 2 * a * rows * (d + e) + rope.bytes - 2 * a * self.context * heads * self.config.head_dim
+            yield Operation("rope", "rope", layer, (rows, d + e), forward_bytes=turned, backward_bytes=turned,
+                            backward_temporary=self.stream + 2 * a * rows * (d + e))  # fmt: skip
         yield from self.attention(layer)
         # Flash attention keeps its output itself; the projection's input is the same tensor.
-        yield self.product("output_proj", "projections", layer, d, d,
-                           saved=0 if self.policy.attention == "flash" else a * rows * d)  # fmt: skip
-        yield from self.norm(layer, "ln2", adds=True)
-        yield self.product("w1", "feed-forward", layer, d, f, saved=a * rows * d)
-        yield self.product("w3", "feed-forward", layer, d, f)
-        forward, backward = costs.swiglu(rows, f, a)
-        wide = a if self.fused else 4
-        # Kept: gate and up; eager also silu(gate), in float32 all three.
-        yield Operation("swiglu", "swiglu", layer, (rows, f), forward_bytes=forward.bytes, backward_bytes=backward.bytes,
-                        saved_bytes=rows * f * (2 * a if self.fused else 12),
-                        backward_temporary=self.stream + 3 * wide * rows * f)  # fmt: skip
-        yield self.product("w2", "feed-forward", layer, f, d, saved=a * rows * f)
+        saved = 0 if self.policy.attention == "flash" else a * rows * d
+        yield self.product("output_proj", "projections", layer, d, d, saved, ends_branch=True)
+
+    def feed_forward(self, layer: int) -> Iterator[Operation]:
+        """The feed-forward layer: one or two products, the activation, and a product back."""
+        a, rows, d, f = self.a, self.rows, self.d, self.f
+        joined, gated = self.policy.projections == "joined", self.config.ffn == "swiglu"
+        if joined:
+            name, width = ("gate_up_proj", 2 * f) if gated else ("up_proj", f)
+            yield self.product(name, "feed-forward", layer, d, width, saved=a * rows * d)
+        else:
+            yield self.product("w1", "feed-forward", layer, d, f, saved=a * rows * d)
+            if gated:
+                yield self.product("w3", "feed-forward", layer, d, f)
+        if gated:
+            forward, backward = costs.swiglu(rows, f, a)
+            wide = a if self.fused else 4
+            # Kept: gate and up; eager also silu(gate), in float32 all three.
+            saved = rows * f * (2 * a if self.fused else 12)
+            yield Operation("swiglu", "activation", layer, (rows, f), forward_bytes=forward.bytes,
+                            backward_bytes=backward.bytes, saved_bytes=saved,
+                            backward_temporary=self.stream + 3 * wide * rows * f)  # fmt: skip
+        else:
+            # PyTorch's own op: it keeps its input, and reads that and dy to write dx.
+            inner = a * rows * f
+            yield Operation("silu", "activation", layer, (rows, f), forward_bytes=2 * inner, backward_bytes=3 * inner,
+                            saved_bytes=inner, backward_temporary=self.stream + 2 * inner)  # fmt: skip
+        last = self.product("down_proj" if joined else "w2", "feed-forward", layer, f, d, a * rows * f, ends_branch=True)
+        yield dataclasses.replace(last, runs_again=self.config.norm == "post")
+
+    def head(self, name: str, saved: int = 0) -> Operation:
+        """The product to the logits; `shape` has the padded vocabulary where that is what is computed."""
+        rows, d, v = self.rows, self.d, self.v
+        added = self.held_v - v
+        padding_flops = 2 * rows * d * added
+        product = self.product(name, "head", None, d, self.held_v, saved)
+        own = {"parameters": 0, "padding": 0} if self.config.tie_embeddings else {"parameters": v * d, "padding": added * d}
+        flops = {"forward_flops": product.forward_flops - padding_flops, "padding_flops": padding_flops,
+                 "backward_flops": product.backward_flops - 2 * padding_flops}  # fmt: skip
+        return dataclasses.replace(product, **own, **flops)
 
     def loss(self) -> Iterator[Operation]:
         """The head and the cross-entropy of its logits."""
-        a, rows, d, v = self.a, self.rows, self.d, self.v
-        own = {"parameters": 0 if self.config.tie_embeddings else v * d}
+        a, rows, d, v, held_v = self.a, self.rows, self.d, self.v, self.held_v
         if self.policy.loss == "whole":
-            yield self.product("head", "head", None, d, v, saved=a * rows * d, **own)
+            yield self.head("head", saved=a * rows * d)
+            if held_v != v:
+                # The logits of the vocabulary are a view; their gradient is copied into one of all rows.
+                copied = a * rows * (v + held_v)
+                yield Operation("cut", "head", None, (rows, v), backward_bytes=copied, backward_temporary=copied)
             forward, backward = costs.cross_entropy(rows, v, a)
             # Fused: the logits, their maximum and log-sum; eager: log-softmax in float32, the (unit) sum of class weights.
             # Both: the targets.
-            kept, held = (a * rows * v + 8 * rows, a * rows * v) if self.fused else (4 * rows * v + 4, 8 * rows * v)
+            kept = a * rows * held_v + 8 * rows if self.fused else 4 * rows * v + 4
             # Backward: the loss itself, and the gradient of the logits; eager also that of log-softmax.
+            held = a * rows * v if self.fused else 8 * rows * v
             yield Operation("cross_entropy", "loss", None, (rows, v), forward_bytes=forward.bytes,
                             backward_bytes=backward.bytes, saved_bytes=kept + 8 * rows,
-                            forward_temporary=0 if self.fused else a * rows * v, backward_temporary=held + 4)  # fmt: skip
+                            forward_temporary=0 if self.fused else a * rows * held_v, backward_temporary=held + 4)  # fmt: skip
             return
-        product = self.product("linear_cross_entropy", "head", None, d, v, **own)
-        moved = costs.linear_cross_entropy(rows, d, v, a).bytes
+        product = self.head("linear_cross_entropy")
+        moved = costs.linear_cross_entropy(rows, d, held_v, a).bytes
+        cast = a * held_v * d if self.a != self.w else 0
         if self.fused:
             # The gradients of x, and in float32 of the weight, are computed beside the loss, chunk by chunk, and kept with x;
             # the backward pass scales them.
-            kept = 2 * a * rows * d + 4 * v * d
-            chunk_rows, columns = logit_chunk(rows, v, a, self.policy)
-            temporary = {"forward_temporary": a * chunk_rows * columns, "backward_temporary": a * rows * d}
-            again = 0
+            kept, again = 2 * a * rows * d + 4 * held_v * d, 0
+            chunk_rows, columns = logit_chunk(rows, held_v, a, self.policy)
+            temporary = {"forward_temporary": a * chunk_rows * columns + cast, "backward_temporary": a * rows * d}
         else:
-            # Each chunk is checkpointed: x and the targets are kept, the logits computed again.
-            chunk_rows, _ = logit_chunk(rows, v, 4, self.policy)
-            kept = a * rows * d + 8 * rows
-            temporary = {"forward_temporary": 8 * chunk_rows * v, "backward_temporary": 12 * chunk_rows * v + a * rows * d}
-            again = product.forward_flops
-        cast = a * v * d if self.a != self.w and not self.fused else 0
-        fields = {"recomputed_flops": again, "forward_bytes": moved, "backward_bytes": 0, "saved_bytes": kept + cast,
-                  "cast_bytes": 0}  # fmt: skip
-        yield dataclasses.replace(product, **fields, **temporary)
+            # Each chunk is checkpointed: x, the weight and the targets are kept, the logits computed again.
+            kept, again = a * rows * d + cast + 8 * rows, product.forward_flops + product.padding_flops
+            chunk_rows, _ = logit_chunk(rows, held_v, 4, self.policy)
+            temporary = {"forward_temporary": 8 * chunk_rows * held_v,
+                         "backward_temporary": 12 * chunk_rows * held_v + a * rows * d}  # fmt: skip
+        yield dataclasses.replace(product, recomputed_flops=again, forward_bytes=moved, backward_bytes=0, saved_bytes=kept,
+                                  cast_bytes=0, **temporary)  # fmt: skip
 
     def all(self) -> Iterator[Operation]:
         """The whole step, in the order of the forward pass."""
-        rows, d, v = self.rows, self.d, self.v
+        rows, d, v, w = self.rows, self.d, self.v, self.w
+        # Rows are looked up in the dtype of the weights, and their gradient is summed in it.
+        looked_up = w * rows * d
+        cast = looked_up if self.s != w else 0
         # Kept: the tokens, int64. The gradient of the table is as large as the table.
-        yield Operation("embedding", "embedding", None, (rows, d), v * d, forward_bytes=2 * self.stream + 8 * rows,
-                        backward_bytes=self.stream + self.w * v * d + 8 * rows, saved_bytes=8 * rows,
-                        backward_temporary=self.stream)  # fmt: skip
+        yield Operation("embedding", "embedding", None, (rows, d), v * d, (self.held_v - v) * d,
+                        forward_bytes=looked_up + self.stream + 8 * rows + cast,
+                        backward_bytes=self.stream + w * self.held_v * d + 8 * rows + cast, saved_bytes=8 * rows,
+                        forward_temporary=cast, backward_temporary=looked_up)  # fmt: skip
         for layer in range(self.config.num_layers):
             yield from self.block(layer)
-        yield from self.norm(None, "ln_final", adds=True)
+        if self.config.norm == "pre":
+            yield from self.norm(None, "ln_final", adds=True)
         yield from self.loss()
 
 

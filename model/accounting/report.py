@@ -12,7 +12,8 @@ from .conventions import conventions
 from .flops import forward_flops_by_group, hardware_flops, model_flops, num_parameters, parameters_by_group
 from .generation import generation
 from .memory import GB, GIB, handout_memory, largest_batch, parse_memory, training_memory
-from .operations import HANDOUT, Policy, operations, pad_vocabulary
+from .operations import operations, pad_vocabulary
+from .policy import HANDOUT, Policy
 from .roofline import PEAK_OF, adamw_bytes, adamw_flops, roofline, training_plan
 
 # Hoffmann et al. 2022 (Chinchilla), table 3: about 20 tokens a parameter for the best model of a budget.

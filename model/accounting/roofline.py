@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ...kernels.device import GPU
 from ..config import ModelConfig
-from .flops import model_flops, num_parameters
-from .operations import ITEMSIZE, Dtype, Operation, Policy, operations
+from .flops import model_flops, num_parameters, num_weights
+from .operations import Operation, operations
+from .policy import ITEMSIZE, Dtype, Policy
 
 PEAK_OF: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 SECONDS_PER_DAY = 86_400
@@ -21,7 +22,7 @@ class OperationTime:
     group: str
     count: int
     flops: int
-    """Forward, backward and recomputed."""
+    """Forward, backward, recomputed and spent on padding."""
     bytes: int
     seconds: float
     compute_bound: bool
@@ -75,16 +76,16 @@ def adamw_bytes(config: ModelConfig, policy: Policy | None = None) -> int:
     weight, moment = ITEMSIZE[policy.weights], ITEMSIZE[policy.moments]
     # A master copy is read and written in place of the weight's reading.
     weights = weight + (8 if policy.master_weights else weight)
-    return num_parameters(config) * (weights + weight + 4 * moment)
+    return num_weights(config, policy) * (weights + weight + 4 * moment)
 
 
 def _time(name: str, ops: list[Operation], peak: float, bandwidth: float, checkpointed: bool) -> OperationTime:
     seconds = bound = 0.0
     flops = moved = 0
     for op in ops:
-        again = checkpointed and op.layer is not None
-        passes = [(op.forward_flops, op.forward_bytes)] * (2 if again else 1)
-        passes.append((op.backward_flops + op.recomputed_flops, op.backward_bytes))
+        again = checkpointed and op.layer is not None and op.runs_again
+        passes = [(op.forward_flops + op.padding_flops, op.forward_bytes)] * (2 if again else 1)
+        passes.append((op.backward_flops + op.recomputed_flops + 2 * op.padding_flops, op.backward_bytes))
         for work, traffic in passes:
             seconds += max(work / peak, traffic / bandwidth)
             bound += max(0.0, work / peak - traffic / bandwidth) - max(0.0, traffic / bandwidth - work / peak)

@@ -82,6 +82,27 @@ def test_any_shape_and_budget(num_rows, width, vocabulary, **options):
     check(*draw((num_rows,), width, vocabulary, device), **options)
 
 
+@settings(derandomize=True, deadline=None, max_examples=10)
+@given(
+    num_classes=st.integers(1, 64),
+    memory_budget=st.sampled_from([1, 600, 2**20]),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    every_option=st.booleans(),
+)
+def test_rows_that_pad_the_weight_are_no_classes(num_classes, memory_budget, reduction, every_option):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, weight, targets = draw((5,), 8, 64, device)
+    targets = torch.where(targets < 0, targets, targets % num_classes)
+    options = {"reduction": reduction, "memory_budget": memory_budget} | (EVERY_OPTION if every_option else {})
+    expected = loss_and_gradients(reference.linear_cross_entropy, x, weight[:num_classes], targets, **options)
+    for backend in ("reference", "triton"):
+        with use_backend(backend), poisoned_memory():
+            *actual, dweight = loss_and_gradients(linear_cross_entropy, x, weight, targets, num_classes=num_classes, **options)
+        assert torch.equal(dweight[num_classes:], torch.zeros_like(dweight[num_classes:]))
+        for a, b in zip((*actual, dweight[:num_classes]), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("accumulate_in_float32", [True, False])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)])
 def test_weight_and_activations_of_other_dtypes(device, dtype, weight_dtype, accumulate_in_float32):
@@ -254,7 +275,7 @@ def test_the_reference_passes_gradcheck():
 
 def test_the_ops_are_registered_as_pytorch_asks(device):
     x, weight, targets = draw((2, 3), 8, 20, device)
-    options, flags = (-100, 0.1, 1e-3, 5.0), (True, True, 200, True)
+    options, flags = (-100, 0.1, 1e-3, 5.0), (True, True, 200, True, 17)
     trains = x.requires_grad_(), weight.requires_grad_(), targets
     torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy, (*trains, *options, *flags))
     for wanted in ((True, True), (False, True)):
@@ -303,6 +324,8 @@ def test_double_backward_is_a_clear_error(device, reduction):
         ({"x": torch.randn(2, 8).double()}, "x has dtype torch.float64"),
         ({"weight": torch.randn(20, 8).double()}, "weight has dtype torch.float64"),
         ({"memory_budget": 0}, "memory_budget is 0"),
+        ({"num_classes": 21}, "num_classes is 21: allowed is 1 to 20"),
+        ({"num_classes": 0}, "num_classes is 0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"reduction": "median"}, "'median'.*'none', 'mean' or 'sum'"),
     ],

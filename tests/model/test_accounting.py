@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from handout import HandoutLM
 from tilewright.errors import UserError
-from tilewright.kernels import cross_entropy, linear_cross_entropy, use_backend
+from tilewright.kernels import cross_entropy, use_backend
 from tilewright.model import MODELS, ModelConfig, TransformerLM
 from tilewright.model.accounting import (
     HANDOUT,
@@ -25,6 +27,7 @@ from tilewright.model.accounting import (
     parameters_by_group,
     training_flops_per_token,
 )
+from tilewright.model.accounting.flops import num_weights
 
 # CS336 assignment 1, transformer_accounting: untied embeddings, three feed-forward matrices of 4 d_model, context 1,024.
 FORWARD_FLOPS = {
@@ -66,22 +69,48 @@ SMALL = st.builds(
     num_layers=st.integers(1, 3),
     d_ff=st.integers(1, 30),
     tie_embeddings=st.booleans(),
+    qk_norm=st.booleans(),
+    norm=st.sampled_from(["pre", "post", "none"]),
+    rope=st.booleans(),
+    ffn=st.sampled_from(["swiglu", "silu"]),
 )
+PADDED = Policy(vocabulary="padded")
+
+
+def counted(model, tokens, loss):
+    with FlopCounterMode(display=False) as counter:
+        result = loss(model, tokens)
+        forward = counter.get_total_flops()
+        result.backward()
+    return forward, counter.get_total_flops()
+
+
+def check_against_pytorch(config, batch_size):
+    with torch.device("meta"):
+        model = TransformerLM(config)
+        tokens = torch.zeros(batch_size, config.context_length, dtype=torch.long)
+    shapes = [p.shape for p in model.parameters()]
+    padding = config.padded_vocab_size - config.vocab_size
+    embeddings = 1 if config.tie_embeddings else 2
+    assert num_parameters(config) == sum(map(math.prod, shapes)) - embeddings * padding * config.d_model
+    assert num_weights(config, PADDED) == sum(map(math.prod, shapes))
+    assert num_parameter_tensors(config) == len(shapes)
+    forward, total = counted(model, tokens, lambda model, tokens: model(tokens).sum())
+    ops = operations(config, batch_size, policy=PADDED)
+    wasted = 2 * tokens.numel() * config.d_model * padding
+    assert sum(op.padding_flops for op in ops) == wasted
+    assert forward - wasted == sum(op.forward_flops for op in ops) == batch_size * forward_flops(config)
+    assert total - 3 * wasted == model_flops(ops) == batch_size * training_flops_per_token(config) * config.context_length
+    assert model_flops(ops) == model_flops(operations(config, batch_size))
+    scores = sum(op.recomputed_flops for op in ops if op.group == "attention")
+    assert hardware_flops(ops, PADDED) == total + scores
+    assert model_flops_utilisation(config, 10.0, 1e9) == model_flops(ops) / tokens.numel() / 1e8
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(config=SMALL, batch_size=st.integers(1, 3))
 def test_equal_to_pytorchs_own_counts(config, batch_size):
-    with torch.device("meta"):
-        model = TransformerLM(config)
-        tokens = torch.zeros(batch_size, config.context_length, dtype=torch.long)
-    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
-    with FlopCounterMode(display=False) as counter:
-        logits = model(tokens)
-        forward = counter.get_total_flops()
-        logits.sum().backward()
-    assert forward == batch_size * forward_flops(config)
-    assert counter.get_total_flops() == batch_size * training_flops_per_token(config) * config.context_length
+    check_against_pytorch(config, batch_size)
 
 
 def test_a_tied_head_has_no_parameters_but_all_its_flops():
@@ -96,35 +125,19 @@ def test_utilisation_needs_a_peak():
     assert model_flops_utilisation(config, 1e5, 1e15) == pytest.approx(3 * 349_630_365_696 / 1024 * 1e5 / 1e15)
 
 
-def counted(model, tokens, loss):
-    with FlopCounterMode(display=False) as counter:
-        result = loss(model, tokens)
-        forward = counter.get_total_flops()
-        result.backward()
-    return forward, counter.get_total_flops()
-
-
 LLAMA3_8B = ModelConfig(128_256, 8192, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, d_ff=14_336)
 
 
-@pytest.mark.parametrize("name", [*FORWARD_FLOPS, "llama3-8b", "tied", "d_ff 4288", "qk_norm"])
+@pytest.mark.parametrize("name", [*FORWARD_FLOPS, "llama3-8b", "tied", "d_ff 4288", "qk_norm", "post-norm, silu"])
 def test_known_shapes_equal_pytorchs_own_counts(name):
     special = {
         "llama3-8b": LLAMA3_8B,
         "tied": dataclasses.replace(MODELS["gpt2-small"], tie_embeddings=True),
         "d_ff 4288": dataclasses.replace(MODELS["gpt2-xl"], d_ff=4288),
         "qk_norm": dataclasses.replace(MODELS["gpt2-small"], qk_norm=True),
+        "post-norm, silu": dataclasses.replace(MODELS["gpt2-small"], norm="post", ffn="silu"),
     }
-    config = special[name] if name in special else MODELS[name]
-    with torch.device("meta"):
-        model = TransformerLM(config)
-        tokens = torch.zeros(2, config.context_length, dtype=torch.long)
-    forward, total = counted(model, tokens, lambda model, tokens: model(tokens).sum())
-    ops = operations(config, 2)
-    assert forward == sum(op.forward_flops for op in ops)
-    assert total == model_flops(ops) == 3 * forward
-    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
-    assert num_parameter_tensors(config) == len(list(model.parameters()))
+    check_against_pytorch(special[name] if name in special else MODELS[name], 2)
 
 
 def test_parameters_of_llama3_8b_and_forward_flops_of_the_2026_handout():
@@ -142,21 +155,22 @@ def test_the_products_of_a_layer_of_gpt2_xl():
     assert sum(flops.values()) == 90_596_966_400
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("loss", ["whole", "chunked"])
-def test_a_step_with_our_own_ops_is_counted_whole(loss):
-    config = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=44)
+@pytest.mark.parametrize("form", [{}, {"norm": "post"}, {"norm": "none", "rope": False, "ffn": "silu"}])
+def test_a_step_with_our_own_ops_is_counted_whole(loss, form, checkpointing):
+    config = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=44, **form)
     model, tokens = TransformerLM(config), torch.zeros(2, 24, dtype=torch.long)
+    model.activation_checkpointing = checkpointing
 
     def loss_of(model, tokens):
-        if loss == "whole":
-            return cross_entropy(model(tokens), tokens)
-        return linear_cross_entropy(model.hidden_states(tokens), model.head_weight, tokens)
+        return cross_entropy(model(tokens), tokens) if loss == "whole" else model.loss(tokens, tokens)
 
     with use_backend("triton"):
         _, total = counted(model, tokens, loss_of)
     # Our attention is counted as PyTorch counts its own: in the backward pass the scores once more.
-    ops = operations(config, 2)
-    assert total == model_flops(ops) + sum(op.recomputed_flops for op in ops)
+    policy = dataclasses.replace(PADDED, checkpointing=checkpointing)
+    assert total == hardware_flops(operations(config, 2, policy=policy), policy)
 
 
 def test_every_op_of_ours_has_a_formula():
@@ -191,13 +205,19 @@ def test_shares_at_16k():
     assert [round(100 * flops / sum(groups.values()), 2) for flops in groups.values()] == [10.77, 55.15, 32.32, 1.76]
 
 
-def test_recomputation_counts_for_the_hardware_only():
-    config = MODELS["gpt2-small"]
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+def test_recomputation_counts_for_the_hardware_only(norm):
+    config = dataclasses.replace(MODELS["gpt2-small"], norm=norm, num_layers=3)
     written_out = dataclasses.replace(HANDOUT, checkpointing="block")
     ops = operations(config, 1, policy=written_out)
-    blocks = sum(op.forward_flops for op in ops if op.layer is not None)
     assert hardware_flops(ops, HANDOUT) == model_flops(ops)
-    assert hardware_flops(ops, written_out) == model_flops(ops) + blocks
+    with torch.device("meta"):
+        model = HandoutLM(config, checkpointing=True)
+        tokens = torch.zeros(1, config.context_length, dtype=torch.long)
+    # Nothing needs the result of a block's last product again, unless a norm follows it.
+    _, total = counted(model, tokens, lambda model, tokens: model.loss(tokens, tokens))
+    blocks = sum(op.forward_flops for op in ops if op.layer is not None and (norm == "post" or op.name != "w2"))
+    assert hardware_flops(ops, written_out) == model_flops(ops) + blocks == total
     flash = operations(config, 1)
     scores = forward_flops_by_group(config)["attention"] // 2
     assert hardware_flops(flash, Policy()) == model_flops(flash) + scores

@@ -17,6 +17,8 @@ TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, nu
         ({"num_kv_heads": 3}, "num_kv_heads is 3: it must divide num_heads, 4"),
         ({"num_kv_heads": 0}, "kv_heads is 0"),
         ({"d_ff": -1}, "d_ff is -1"),
+        ({"norm": "Pre"}, "norm is 'Pre': choose pre, post or none"),
+        ({"ffn": "gelu"}, "ffn is 'gelu': choose swiglu or silu"),
     ],
 )
 def test_an_impossible_shape_is_refused(change, message):
@@ -27,6 +29,11 @@ def test_an_impossible_shape_is_refused(change, message):
 def test_key_value_heads_default_to_the_query_heads():
     assert TINY.kv_heads == 4
     assert dataclasses.replace(TINY, num_kv_heads=2).kv_heads == 2
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), [(1, 128), (128, 128), (129, 256), (50_257, 50_304)])
+def test_the_vocabulary_is_padded_to_whole_tiles(vocab_size, padded):
+    assert dataclasses.replace(TINY, vocab_size=vocab_size).padded_vocab_size == padded
 
 
 def test_the_course_model_is_the_handouts():

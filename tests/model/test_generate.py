@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.errors import UserError
 from tilewright.model import KVCache, ModelConfig, TransformerLM, generate
@@ -46,11 +49,11 @@ def test_greedy_takes_the_most_likely_token(model):
 
 
 def test_generation_ends_at_the_stop_token_which_is_not_returned(model):
-    free = generate(model, [[1], [2]], 12, temperature=1.0, seed=0)
+    free = generate(model, [[1]], 12, temperature=1.0, seed=0)
     stop = free[0][4]
     stopped = generate(model, [[1]], 12, temperature=1.0, seed=0, stop_token=stop)[0]
     assert stop not in stopped
-    assert len(stopped) < 12
+    assert stopped == free[0][: free[0].index(stop)]
 
 
 def test_no_row_outgrows_its_limit_while_longer_ones_go_on(model):
@@ -73,6 +76,43 @@ def test_the_cache_follows_autocast(model):
         assert cache.layers[0].k.dtype == torch.bfloat16
         cached, uncached = (generate(model, [[1, 2]], 6, temperature=0, use_cache=use) for use in (True, False))
     assert cached == uncached
+
+
+class CountWeightCasts(TorchDispatchMode):
+    """Counts the casts of matrices of the model's shapes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes = {p.shape for p in model.parameters() if p.dim() == 2}
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.bfloat16 and result.shape in self.shapes:
+            self.count += args[0].dtype == torch.float32 and args[0].shape == result.shape
+        return result
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_cast_once_for_all_tokens(tied):
+    torch.manual_seed(1)
+    model = TransformerLM(dataclasses.replace(CONFIG, tie_embeddings=tied)).eval()
+    options = {"temperature": 0.8, "seed": 0}
+    with CountWeightCasts(model) as casts:
+        tokens = generate(model, [[1, 2]], 9, dtype=torch.bfloat16, **options)
+    assert casts.count == sum(p.dim() == 2 for p in model.parameters())
+    model.compute_dtype = torch.bfloat16
+    with CountWeightCasts(model) as casts:
+        assert generate(model, [[1, 2]], 9, **options) == tokens
+    assert casts.count == sum(p.dim() == 2 for p in model.parameters())
+    # What was asked of the model itself is as before.
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    cast, row = model.cast(torch.bfloat16), torch.arange(8)[None]
+    assert torch.equal(cast(row), model(row))
+    assert cast.lm_head is None if tied else cast.lm_head.weight.dtype == torch.bfloat16
+    assert cast.ln_final.weight.data_ptr() == model.ln_final.weight.data_ptr()
+    assert model.cast(torch.float32)(row).dtype == torch.float32
+    assert cast.cast(torch.bfloat16) is cast
 
 
 def test_a_stop_token_inside_a_prompt_does_not_stop(model):

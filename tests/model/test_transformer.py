@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from tilewright.kernels import reference, use_backend
+from tilewright.kernels import linear_cross_entropy, reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import CausalSelfAttention, KVCache, ModelConfig, RMSNorm, SwiGLU, TransformerLM
-from tilewright.model.layers import Embedding, JoinedLinear, Linear
+from tilewright.model.layers import Embedding, Head, JoinedLinear, Linear
 from tilewright.model.transformer import rope_tables
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
@@ -26,14 +26,14 @@ def test_state_names_are_the_courses(model):
     layer = {
         f"layers.{i}.{part}.weight"
         for i in range(2)
-        for part in ("attn.qkv_proj", "attn.output_proj", "ln1", "ln2", *(f"ffn.w{n}" for n in (1, 2, 3)))
+        for part in ("attn.qkv_proj", "attn.output_proj", "ln1", "ln2", "ffn.gate_up_proj", "ffn.down_proj")
     }
     assert names == layer | {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"}
 
 
 def test_initialisation_is_the_courses():
     torch.manual_seed(0)
-    linear, embedding = Linear(300, 500), Embedding(400, 300)
+    linear, embedding = Linear(300, 500), Embedding(400, 300, 400)
     std = math.sqrt(2 / 800)
     # A normal cut at 3 sigma has 0.9866 of its standard deviation.
     assert linear.weight.std().item() == pytest.approx(0.9866 * std, rel=0.01)
@@ -86,8 +86,8 @@ def test_the_joined_projection_is_drawn_as_its_parts_would_be():
 def test_swiglu_is_the_textbooks():
     torch.manual_seed(0)
     layer, x = SwiGLU(6, 10), torch.randn(3, 6)
-    gate = x @ layer.w1.weight.T
-    torch.testing.assert_close(layer(x), (gate * torch.sigmoid(gate) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T)
+    gate, up = (x @ layer.gate_up_proj.weight.T).chunk(2, dim=-1)
+    torch.testing.assert_close(layer(x), (gate * torch.sigmoid(gate) * up) @ layer.down_proj.weight.T)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
@@ -102,11 +102,80 @@ def test_a_cache_changes_nothing(model, backend, device):
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-5, atol=1e-5)
 
 
+def tokens_and_targets(size=3, length=8):
+    return (torch.randint(0, 17, (size, length)) for _ in range(2))
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_documents_do_not_see_each_other(model):
+    tokens, _ = tokens_and_targets(size=2)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [4, 4, 4, 4, 4, 4, 7, 7]])
+    logits = model(tokens, document_ids=documents)
+    for row, start in ((0, 0), (0, 3), (1, 0), (1, 6)):
+        end = start + int((documents[row] == documents[row, start]).sum())
+        # Rotation is relative, so a document is the same wherever it begins.
+        torch.testing.assert_close(logits[row, start:end], model(tokens[row : row + 1, start:end])[0])
+    with pytest.raises(ValueError, match="document_ids are given beside a cache"):
+        model(tokens, KVCache(model, 2, 8), documents)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_vocabulary_is_padded_where_nobody_sees_it(tied):
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, tie_embeddings=tied)
+    model = TransformerLM(config)
+    assert (config.padded_vocab_size, TINY.vocab_size) == (128, 17)
+    padded = {name: p for name, p in model.named_parameters() if p.shape == (128, 16)}
+    assert set(padded) == {"token_embeddings.weight"} | (set() if tied else {"lm_head.weight"})
+    assert model.head_weight.shape == (17, 16)
+    tokens, targets = tokens_and_targets()
+    assert model(tokens).shape == (3, 8, 17)
+    losses = (
+        model.loss(tokens, targets),
+        torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum"),
+        linear_cross_entropy(model.hidden_states(tokens), model.head_weight, targets, reduction="sum"),
+    )
+    for loss in losses:
+        torch.testing.assert_close(loss, losses[0])
+        model.zero_grad()
+        loss.backward()
+        for parameter in padded.values():
+            assert not parameter[17:].any()
+            assert not parameter.grad[17:].any()
+            assert parameter.grad[:17].any()
+
+
+def test_the_rows_of_the_vocabulary_are_drawn_as_without_padding():
+    for make in (lambda rows: Embedding(17, 16, rows), lambda rows: Head(16, 17, rows)):
+        weights = []
+        for rows in (17, 128):
+            torch.manual_seed(0)
+            weights.append(make(rows).weight.detach())
+        assert torch.equal(weights[1][:17], weights[0])
+    torch.manual_seed(0)
+    assert torch.equal(Linear(16, 17).weight, weights[0])
+
+
+def test_autocast_goes_on_working(model):
+    tokens, targets = tokens_and_targets()
+    exact = model.loss(tokens, targets).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, gradients = loss_and_gradients(model, model.loss(tokens, targets))
+        assert model(tokens).dtype == torch.bfloat16
+    assert 0 < abs(float(rounded) - float(exact)) < 2e-2 * float(exact)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+
+
 def test_tied_embeddings_share_one_weight():
     model = TransformerLM(dataclasses.replace(TINY, tie_embeddings=True))
     assert "lm_head.weight" not in model.state_dict()
     model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
-    assert model.head_weight is model.token_embeddings.weight
+    assert model.head_weight.data_ptr() == model.token_embeddings.weight.data_ptr()
 
 
 def test_too_many_tokens_are_refused(model):

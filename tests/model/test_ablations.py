@@ -1,0 +1,164 @@
+"""The forms of the model that `ModelConfig` offers: each against one written out, saved, cached, checkpointed, compiled."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from handout import HandoutLM, handout_weights
+from tilewright.kernels import use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.model import KVCache, ModelConfig, TransformerLM
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+# NumPy, with which Triton interprets, remarks on log(0) of rows that are not read.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+
+TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, num_heads=4, d_ff=24)
+
+ABLATIONS = {
+    "course": {},
+    "post-norm": {"norm": "post"},
+    "no norm": {"norm": "none"},
+    "no rope": {"rope": False},
+    "silu": {"ffn": "silu"},
+    "tied": {"tie_embeddings": True},
+    "qk-norm": {"qk_norm": True},
+    "qk-norm without rope": {"qk_norm": True, "rope": False, "num_kv_heads": 2},
+    "all at once": {"norm": "post", "rope": False, "ffn": "silu", "tie_embeddings": True, "num_kv_heads": 2},
+}
+ablations = pytest.mark.parametrize("change", ABLATIONS.values(), ids=list(ABLATIONS))
+
+
+def ablated(change):
+    torch.manual_seed(0)
+    model = TransformerLM(dataclasses.replace(TINY, **change))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln" in name:  # ones would hide a norm that is left out
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def tokens_and_targets(size=3, length=8):
+    return (torch.randint(0, 17, (size, length)) for _ in range(2))
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@ablations
+def test_each_form_is_the_model_written_out(change, backend, device):
+    model = ablated(change).to(device)
+    plain = HandoutLM(model.config).to(device)
+    plain.load_state_dict(handout_weights(model))
+    tokens, targets = (t.to(device) for t in tokens_and_targets())
+    with use_backend(backend):
+        torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-5)
+        loss, gradients = loss_and_gradients(model, model.loss(tokens, targets) / targets.numel())
+    expected, _ = loss_and_gradients(plain, plain.loss(tokens, targets))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    # The gradients in place of the weights, so that they are parted as the weights are.
+    ours = TransformerLM(model.config).to(device)
+    ours.load_state_dict({name: gradients[name] for name in ours.state_dict()})
+    parted = handout_weights(ours)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(parted[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+@ablations
+def test_each_form_is_the_same_after_saving_and_loading(change, tmp_path):
+    model = ablated(change)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = TransformerLM(model.config)
+    tokens, _ = tokens_and_targets()
+    assert not torch.equal(again(tokens), model(tokens))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(again(tokens), model(tokens))
+
+
+@ablations
+@torch.no_grad()
+def test_each_form_decodes_with_a_cache(change):
+    model = ablated(change)
+    tokens, _ = tokens_and_targets()
+    cache = KVCache(model, 3, 8)
+    pieces = [model(piece, cache) for piece in tokens.split([3, 1, 4], dim=1)]
+    # Several queries after others have seen theirs run the written-out attention.
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@ablations
+def test_checkpointed_blocks_give_equal_gradients(change):
+    model = ablated(change)
+    batch = tuple(tokens_and_targets())
+    loss, gradients = loss_and_gradients(model, model.loss(*batch))
+    calls = []
+    for layer in model.layers:
+        layer.attn.register_forward_hook(lambda *_: calls.append(1))
+    model.activation_checkpointing = "block"
+    again, checkpointed = loss_and_gradients(model, model.loss(*batch))
+    assert len(calls) == 2 * len(model.layers)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradients[name], checkpointed[name]) for name in gradients)
+    with torch.no_grad():
+        assert torch.equal(model.loss(*batch), loss)
+    model.eval()
+    assert model(batch[0]).requires_grad
+    assert len(calls) == 4 * len(model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype", "backend"),
+    [("none", torch.bfloat16, "reference"), pytest.param("block", None, "triton", marks=needs_triton)],
+)
+@ablations
+def test_each_form_is_captured_as_one_graph(change, checkpointing, dtype, backend, device):
+    model = ablated(change).to(device)
+    model.activation_checkpointing, model.compute_dtype = checkpointing, dtype
+    tokens, targets = (t.to(device) for t in tokens_and_targets(2, 4))
+    documents = (tokens == 3).cumsum(dim=1)
+    torch._dynamo.reset()
+    # Forward and backward graphs without code generation, which would take a minute each.
+    step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    with use_backend(backend):
+        compiled = loss_and_gradients(model, step(model, tokens, targets, documents, z_loss=1e-4))
+        eager = loss_and_gradients(model, model.loss(tokens, targets, documents, z_loss=1e-4))
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.slow
+def test_generated_code_computes_the_same():
+    model = ablated({})
+    tokens, targets = tokens_and_targets()
+    torch._dynamo.reset()
+    step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False)
+    compiled = loss_and_gradients(model, step(model, tokens, targets, z_loss=1e-4))
+    eager = loss_and_gradients(model, model.loss(tokens, targets, z_loss=1e-4))
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@ablations
+def test_casting_the_weights_as_they_are_used_equals_weights_in_that_dtype(change):
+    model = ablated(change)
+    tokens, targets = tokens_and_targets()
+    model.compute_dtype = torch.bfloat16
+    loss, gradients = loss_and_gradients(model, model.loss(tokens, targets))
+    cast = ablated(change)
+    for parameter in cast.parameters():
+        if parameter.dim() > 1:  # norms compute in float32 from float32 weights
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert model(tokens).dtype == cast(tokens).dtype == torch.bfloat16
+    assert torch.equal(model(tokens), cast(tokens))
+    expected, theirs = loss_and_gradients(cast, cast.loss(tokens, targets))
+    assert torch.equal(loss, expected)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        # The embedding's rows are summed in float32 here, there in bfloat16; a tied one adds two gradients.
+        torch.testing.assert_close(gradient, theirs[name].float(), rtol=2e-2, atol=2e-2)
