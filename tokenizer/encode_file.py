@@ -27,17 +27,20 @@ def iter_encoded(
     size = text_bytes(inputs)
     num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
     blocks = iter_blocks(inputs, tuple(tokenizer.special_tokens), pattern=tokenizer.pattern, block_bytes=chunk_bytes)
-    return _encoded_blocks(blocks, size, tokenizer, num_workers)
+    return (ids for _, ids in encode_blocks(blocks, size, tokenizer, num_workers))
 
 
-def _encoded_blocks(blocks: Iterator[Block], size: int | None, tokenizer: Tokenizer, num_workers: int) -> Iterator[np.ndarray]:
+def encode_blocks(
+    blocks: Iterator[Block], size: int | None, tokenizer: Tokenizer, num_workers: int, done: int = 0
+) -> Iterator[tuple[Block, np.ndarray]]:
+    """Yield each block of a text with its ids, in order, under a progress bar of `size` bytes of which `done` are done."""
     if tokenizer.pattern in PATTERNS:
         results = map_in_threads(partial(_encode_block, tokenizer), blocks, num_workers)
     else:
         results = ordered_map(_encode_block, tokenizer, blocks, num_workers)
-    with tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=size, initial=done, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
         for block, ids in results:
-            yield ids
+            yield block, ids
             bar.update(len(block.data))
 
 

@@ -104,7 +104,7 @@ def _beat(start: str, ways: list[str]) -> _Beat:
 
 @cache
 def _sections() -> dict[str, str]:
-    text = files("tilewright.train").joinpath("stories.txt").read_text(encoding="utf-8")
+    text = files("tilewright.train.data").joinpath("stories.txt").read_text(encoding="utf-8")
     for macro, meaning in _MACROS.items():
         text = text.replace(macro, meaning)
     _, *parts = re.split(r"^# (\w+)\n", text, flags=re.MULTILINE)

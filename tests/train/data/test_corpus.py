@@ -20,9 +20,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 
 from tilewright.errors import UserError
-from tilewright.train import corpus
-from tilewright.train.corpus import END_OF_TEXT, SOURCES, Source, fetch, write_stories
-from tilewright.train.stories import generate_stories
+from tilewright.train.data import corpus
+from tilewright.train.data.corpus import END_OF_TEXT, SOURCES, Source, fetch, write_stories
+from tilewright.train.data.stories import generate_stories
 
 SEPARATOR = f"\n{END_OF_TEXT}\n"
 

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..files import atomic_file, require_absent, write_text
-from ..tokenizer import END_OF_TEXT
+from ...errors import UserError
+from ...files import atomic_file, require_absent, write_text
+from ...tokenizer import END_OF_TEXT
 from .stories import generate_stories
 
 

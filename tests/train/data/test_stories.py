@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 
-from tilewright.train import stories
-from tilewright.train.stories import generate_stories
+from tilewright.train.data import stories
+from tilewright.train.data.stories import generate_stories
 
 COUNT = 10_000
 

@@ -1,0 +1,156 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from tilewright.errors import UserError
+from tilewright.tokenizer import Tokenizer
+from tilewright.train.config import DataConfig
+from tilewright.train.data.datasets import check_fits, open_data, open_dataset, validation_batches
+from tilewright.train.data.token_file import FileStamp, TokenDataset, write_tokens
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """The numbers 0 .. 999 as tokens."""
+    write_tokens(tmp_path / "count.tokens", [np.arange(1000)], 1000)
+    return TokenDataset(tmp_path / "count.tokens")
+
+
+@pytest.fixture
+def tokenizer(corpus):
+    return Tokenizer.load(corpus / "tokenizer.json")
+
+
+@pytest.fixture
+def text(tmp_path):
+    text = tmp_path / "story.txt"
+    text.write_text("the cat sat on a mat")
+    return text
+
+
+def rewrite(text, content):
+    """Write as an editor does, later than all that was."""
+    text.write_text(content)
+    os.utime(text, ns=(0, FileStamp.of(text).mtime_ns + 10**9))
+
+
+def test_a_text_is_encoded_once_beside_itself(text, tokenizer, monkeypatch):
+    first = open_dataset(text, tokenizer)
+    assert first.path == text.with_suffix(".tokens")
+    written = first.path.stat().st_mtime_ns
+    # Nor is the text read again.
+    monkeypatch.setattr("tilewright.train.data.datasets.text_sha256", None)
+    assert open_dataset(text, tokenizer).path.stat().st_mtime_ns == written
+    assert open_dataset(first.path, tokenizer).header == first.header
+
+
+def test_training_files_and_a_validation_file_are_opened(text, corpus, tokenizer, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("a red bird")
+    tokens = open_dataset(other, tokenizer).path
+    config = DataConfig(train=(text, tokens), valid=corpus / "valid.txt", tokenizer=corpus / "tokenizer.json")
+    train, valid = open_data(config, tokenizer)
+    assert [dataset.path for dataset in train] == [text.with_suffix(".tokens"), tokens]
+    assert valid.path == corpus / "valid.tokens"
+    assert len(valid) == len(tokenizer.encode((corpus / "valid.txt").read_text()))
+
+
+def test_another_tokenizer_is_refused(text, tokenizer):
+    tokens = open_dataset(text, tokenizer).path
+    before = tokens.read_bytes()
+    other = Tokenizer(tokenizer.vocab, tokenizer.merges[:0], ["<|endoftext|>"])
+    for path in (text, tokens):
+        with pytest.raises(UserError, match=r"story.tokens was made by another tokenizer"):
+            open_dataset(path, other)
+    assert tokens.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["the cat sat on a longer mat", "the bat sat on a mat"])
+def test_another_text_is_refused_even_of_the_same_size(text, tokenizer, content):
+    tokens = open_dataset(text, tokenizer).path
+    before = tokens.read_bytes()
+    rewrite(text, content)
+    with pytest.raises(UserError, match=r"story.tokens was made from another story.txt: remove it"):
+        open_dataset(text, tokenizer)
+    assert tokens.read_bytes() == before
+
+
+def test_an_older_text_is_read_too(text, tokenizer):
+    open_dataset(text, tokenizer)
+    text.write_text("the bat sat on a mat")
+    os.utime(text, ns=(0, 0))
+    with pytest.raises(UserError, match=r"story.tokens was made from another story.txt"):
+        open_dataset(text, tokenizer)
+
+
+@pytest.mark.parametrize("content", ["the bat sat on a mat", "the cat", ""])
+def test_two_texts_of_one_stem_are_told_apart(text, tokenizer, content):
+    other = text.with_suffix(".md")
+    other.write_text(content)
+    os.utime(other, ns=(text.stat().st_atime_ns, text.stat().st_mtime_ns))
+    open_dataset(text, tokenizer)
+    message = "was made from story.txt, not from story.md" if content else "story.md is empty"
+    with pytest.raises(UserError, match=message):
+        open_dataset(other, tokenizer)
+
+
+def test_a_text_that_is_only_touched_copied_or_renamed_passes(text, tokenizer):
+    first = open_dataset(text, tokenizer)
+    os.utime(text, ns=(0, 0))
+    assert open_dataset(text, tokenizer).header == first.header
+    renamed = text.rename(text.with_suffix(".md"))
+    assert open_dataset(renamed, tokenizer).header == first.header
+
+
+def test_a_text_may_be_gone_but_not_one_of_another_name(text, tokenizer):
+    first = open_dataset(text, tokenizer)
+    text.unlink()
+    assert open_dataset(text, tokenizer).header == first.header
+    with pytest.raises(UserError, match=r"story.md does not exist"):
+        open_dataset(text.with_suffix(".md"), tokenizer)
+
+
+def test_tokens_of_no_text_do_not_stand_for_one(tmp_path, tokenizer):
+    text = tmp_path / "a.txt"
+    text.write_text("the cat")
+    write_tokens(tmp_path / "a.tokens", [np.arange(9)], tokenizer.vocab_size, tokenizer.fingerprint)
+    assert len(open_dataset(tmp_path / "a.tokens", tokenizer)) == 9
+    with pytest.raises(UserError, match=r"a.tokens was made from another a.txt"):
+        open_dataset(text, tokenizer)
+
+
+def test_missing_and_empty_texts_are_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"no.txt does not exist: make a corpus"):
+        open_dataset(tmp_path / "no.txt", tokenizer)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty.txt is empty"):
+        open_dataset(tmp_path / "empty.txt", tokenizer)
+    with pytest.raises(UserError, match=r"token file .*no.tokens does not exist"):
+        open_dataset(tmp_path / "no.tokens", tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_validation_covers_the_file_evenly_and_always_alike(dataset):
+    batches = list(validation_batches(dataset, num_sequences=10, batch_size=4, context_length=16))
+    assert [len(inputs) for inputs, _ in batches] == [4, 4, 2]
+    assert all(torch.equal(targets, inputs + 1) for inputs, targets in batches)
+    starts = torch.cat([inputs[:, 0] for inputs, _ in batches])
+    assert starts.tolist() == [0, 109, 218, 327, 436, 546, 655, 764, 873, 983]
+    assert (starts.diff() >= 16).all()
+    again = validation_batches(dataset, 10, 4, 16)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
+
+
+def test_a_short_validation_file_is_read_once(dataset):
+    batches = validation_batches(dataset, num_sequences=400, batch_size=4, context_length=100)
+    assert sum(len(inputs) for inputs, _ in batches) == 9
+
+
+def test_a_model_must_fit_the_data(dataset):
+    check_fits(dataset, vocab_size=1000, context_length=999)
+    with pytest.raises(UserError, match=r"vocabulary of 1000 tokens, the model one of 999: set --model.vocab-size 1000"):
+        check_fits(dataset, 999, 16)
+    with pytest.raises(UserError, match=r"has 1000 tokens, fewer than one sequence of 1000 \+ 1"):
+        check_fits(dataset, 1000, 1000)

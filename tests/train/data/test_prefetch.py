@@ -1,0 +1,178 @@
+import gc
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from tilewright.errors import UserError
+from tilewright.train.data.prefetch import Prefetcher
+
+
+def tensors(step):
+    return torch.full((2, 3), step), torch.full((2,), -step)
+
+
+def num_threads():
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays():
+    before = num_threads()
+    yield
+    assert num_threads() == before
+
+
+def wait_until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came to be")
+
+
+def test_each_step_comes_once_and_in_order():
+    batches = Prefetcher(tensors, 3, 40, "cpu")
+    for step, (first, second) in zip(range(3, 40), batches, strict=True):
+        assert torch.equal(first, torch.full((2, 3), step))
+        assert torch.equal(second, torch.full((2,), -step))
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_no_steps_are_none():
+    assert list(Prefetcher(tensors, 5, 5, "cpu")) == []
+    assert list(Prefetcher(tensors, 6, 5, "cpu")) == []
+
+
+def test_it_works_a_little_ahead():
+    made = []
+    batches = Prefetcher(lambda step: (made.append(step), tensors(step))[1], 0, 100, "cpu")
+    # Two that are ready, and one in hand that finds no room.
+    wait_until(lambda: len(made) == 3)
+    time.sleep(0.05)
+    assert len(made) == 3
+    next(batches)
+    wait_until(lambda: len(made) == 4)
+    batches.close()
+    assert made == [0, 1, 2, 3]
+
+
+def test_an_error_comes_at_its_step_and_ends_it():
+    def make(step):
+        if step == 2:
+            raise UserError("train.tokens was cut off")
+        return tensors(step)
+
+    batches = Prefetcher(make, 0, 10, "cpu")
+    assert [int(next(batches)[0][0, 0]) for _ in range(2)] == [0, 1]
+    with pytest.raises(UserError, match=r"train.tokens was cut off") as caught:
+        next(batches)
+    assert any(entry.name == "make" for entry in caught.traceback)
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_closing_is_prompt_and_may_be_repeated(taken):
+    batches = Prefetcher(tensors, 0, 1000, "cpu")
+    for _ in range(taken):
+        next(batches)
+    for _ in range(3):
+        batches.close()
+    assert num_threads() == 0
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_closing_waits_for_what_is_in_the_making():
+    begun, end = threading.Event(), threading.Event()
+
+    def make(step):
+        begun.set()
+        assert end.wait(10)
+        return tensors(step)
+
+    batches = Prefetcher(make, 0, 10, "cpu")
+    begun.wait(10)
+    closer = threading.Thread(target=batches.close)
+    closer.start()
+    closer.join(0.1)
+    assert closer.is_alive()
+    end.set()
+    closer.join(10)
+    assert not closer.is_alive()
+
+
+def test_what_nobody_uses_is_closed():
+    batches = Prefetcher(tensors, 0, 1000, "cpu")
+    next(batches)
+    del batches
+    gc.collect()
+    wait_until(lambda: num_threads() == 0)
+
+
+def test_waiting_is_measured():
+    pauses = iter([0.2, 0.0, 0.0, 0.0])
+
+    def make(step):
+        time.sleep(next(pauses))
+        return tensors(step)
+
+    batches = Prefetcher(make, 0, 4, "cpu")
+    next(batches)
+    first = batches.waited
+    assert first >= 0.1
+    time.sleep(0.3)
+    list(batches)
+    assert batches.waited < first + 0.1
+
+
+@pytest.mark.parametrize(("end", "status"), [("", 0), ("next(batches); raise ValueError", 1)])
+def test_the_interpreter_ends_with_one_open(end, status, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\nfrom tilewright.train.data.prefetch import Prefetcher\n"
+        "batches = Prefetcher(lambda step: (torch.zeros(1000, 1000),), 0, 1000, 'cpu')\n" + end
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert "Fatal" not in done.stderr
+    assert "terminate" not in done.stderr
+
+
+@pytest.mark.gpu
+def test_batches_come_to_the_gpu_unharmed():
+    def make(step):
+        generator = torch.Generator().manual_seed(step)
+        return torch.randint(50_000, (64, 1025), generator=generator), torch.randint(50_000, (64,), generator=generator)
+
+    batches = Prefetcher(make, 0, 50, "cuda")
+    for step, batch in enumerate(batches):
+        assert all(tensor.is_cuda for tensor in batch)
+        # Work that the copies of later steps run beside.
+        busy = torch.randn(2048, 2048, device="cuda")
+        for _ in range(5):
+            busy = busy @ busy.T / 2048
+        for tensor, expected in zip(batch, make(step), strict=True):
+            assert torch.equal(tensor.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_taking_a_batch_does_not_wait_for_the_gpu():
+    made = [(torch.zeros(8, 8, dtype=torch.int64),)] * 20
+    batches = Prefetcher(lambda step: made[step], 0, 20, "cuda")
+    next(batches)
+    wait_until(lambda: batches._ready.full())
+    torch.cuda.synchronize()
+    begun, ended = torch.cuda.Event(), torch.cuda.Event()
+    begun.record()
+    torch.cuda._sleep(2_000_000_000)
+    ended.record()
+    next(batches)
+    # It came back while the GPU was still at work on what was asked for earlier.
+    assert not ended.query()
+    torch.cuda.synchronize()

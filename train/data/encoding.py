@@ -1,0 +1,168 @@
+"""Text to token files and back. Encoding runs in parallel, and goes on after whatever interrupted it."""
+
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from ...errors import UserError
+from ...files import require_absent, require_file
+from ...tokenizer import Tokenizer
+from ...tokenizer.encode_file import encode_blocks
+from ...tokenizer.sources import Block, iter_blocks, text_bytes
+from ...tokenizer.workers import POOL_BYTES, choose_workers
+from .token_file import FileStamp, TokenDataset, TokenHeader, TokenWriter, read_header
+
+# Bytes of text between two saves: a second or a few of work.
+SAVE_EVERY = 1 << 26
+
+
+def encode_text(
+    text: Path, tokenizer: Tokenizer, out: Path, num_workers: int | None = None, *, save_every: int = SAVE_EVERY
+) -> TokenHeader:
+    """Encode a text file to the token file `out`, in parallel, with a progress bar; `out` appears only when it is whole.
+
+    The ids so far are kept beside it, in a file with the ending .part that is saved every `save_every` bytes of text. Called
+    again after an interruption, this goes on from there and ends with the same bytes; where the text, the tokenizer or the
+    ids are no longer the same, it begins again. Of several processes that want the same file, one encodes and the others wait.
+
+    Raises a `UserError` where `out` exists, the text is missing or cannot be read, or changes meanwhile.
+    """
+    require_file(text, "text file", "make a corpus with `tilewright corpus`")
+    require_absent(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    with _locked(part, text) as file:
+        if out.exists():
+            # Another process has made it while this one waited.
+            part.unlink()
+            return TokenDataset(out).header
+        try:
+            header = _encode(text, tokenizer, file, part, num_workers, save_every)
+            require_absent(out)
+            # A crash may undo the renaming; then the part is there again, and whole.
+            part.replace(out)
+        except BaseException:
+            if not _is_saved(part):
+                part.unlink(missing_ok=True)
+            raise
+    return header
+
+
+def _encode(
+    text: Path, tokenizer: Tokenizer, file: BinaryIO, part: Path, num_workers: int | None, save_every: int
+) -> TokenHeader:
+    stamp, size = FileStamp.of(text), text_bytes(text)
+    num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
+    writer, blocks, digest = _begin(text, tokenizer, file, part, stamp)
+    done = saved = writer.header.text_bytes
+    for block, ids in encode_blocks(blocks, size, tokenizer, num_workers, done):
+        writer.append(ids)
+        digest.update(block.data.data)
+        done += len(block.data)
+        if done - saved >= save_every:
+            writer.save(done, digest.hexdigest(), stamp)
+            saved = done
+    if FileStamp.of(text) != stamp:
+        raise UserError(f"{text} changed while it was encoded: encode it again")
+    return writer.save(done, digest.hexdigest(), stamp)
+
+
+def _begin(
+    text: Path, tokenizer: Tokenizer, file: BinaryIO, part: Path, stamp: FileStamp
+) -> "tuple[TokenWriter, Iterator[Block], hashlib._Hash]":
+    """Return a writer, the blocks of text that it still lacks, and the hash of those before."""
+
+    def blocks() -> Iterator[Block]:
+        return iter_blocks(text, tuple(tokenizer.special_tokens), pattern=tokenizer.pattern)
+
+    if (writer := _writer_of(file, part, tokenizer, stamp)) is not None:
+        rest, digest = blocks(), hashlib.sha256()
+        _skip(rest, writer.header.text_bytes, digest)
+        if digest.hexdigest() == writer.header.text_sha256:
+            return writer, rest, digest
+    return TokenWriter(file, tokenizer.vocab_size, tokenizer.fingerprint), blocks(), hashlib.sha256()
+
+
+def _writer_of(file: BinaryIO, part: Path, tokenizer: Tokenizer, stamp: FileStamp) -> TokenWriter | None:
+    """Return a writer that goes on with the file, or None where that is no beginning of this text by this tokenizer."""
+    try:
+        header = read_header(file, part)
+        if (header.text_file, header.tokenizer, header.vocab_size) == (stamp, tokenizer.fingerprint, tokenizer.vocab_size):
+            return TokenWriter(file, tokenizer.vocab_size, tokenizer.fingerprint, header)
+    except (UserError, ValueError):
+        pass
+    return None
+
+
+def _skip(blocks: Iterator[Block], size: int, digest: "hashlib._Hash") -> None:
+    # Reading anew costs little beside encoding, gives the hash, and leads to the same place in compressed text too.
+    with tqdm(total=size, desc="reading what is encoded", unit="B", unit_scale=True, disable=None) as bar:
+        while size > 0:
+            block = next(blocks, None)
+            if block is None:
+                return
+            digest.update(block.data.data)
+            bar.update(len(block.data))
+            size -= len(block.data)
+
+
+def _is_saved(part: Path) -> bool:
+    # Read anew: what the failed file still holds back would fail again.
+    try:
+        with part.open("rb") as file:
+            read_header(file, part)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def _locked(path: Path, text: Path) -> Iterator[BinaryIO]:
+    """Yield the file at `path`, made where it is missing, that no other process yields meanwhile."""
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tqdm.write(f"waiting for another process that encodes {text}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if not os.fstat(file.fileno()).st_size:
+                    path.unlink(missing_ok=True)
+                raise UserError(f"{path} cannot be locked ({error.strerror}): encode {text} on another disk") from error
+            if _stands_at(path, file):
+                yield file
+                return
+
+
+def _stands_at(path: Path, file: BinaryIO) -> bool:
+    # Whoever held the lock before may have renamed or removed the file.
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def text_sha256(text: Path) -> str:
+    """Return the hash of a text as `TokenHeader.text_sha256` has it, with a progress bar."""
+    digest = hashlib.sha256()
+    with tqdm(total=text_bytes(text), desc=f"checking {text.name}", unit="B", unit_scale=True, disable=None) as bar:
+        for block in iter_blocks(text):
+            digest.update(block.data.data)
+            bar.update(len(block.data))
+    return digest.hexdigest()
+
+
+def decode_text(dataset: TokenDataset, tokenizer: Tokenizer, piece_tokens: int = 2**16) -> Iterator[bytes]:
+    """Yield the text of a token file piece by piece, as bytes, because a piece may end inside a character."""
+    for start in range(0, len(dataset), piece_tokens):
+        length = min(piece_tokens, len(dataset) - start)
+        yield tokenizer.decode_bytes(dataset.windows(np.array([start]), length)[0].tolist())

@@ -1,0 +1,230 @@
+"""Token files: the ids of a text on disk.
+
+A token file is one JSON line padded with spaces to 4,096 bytes, then the ids as little-endian uint16, or uint32 where the
+vocabulary is larger than 65,536. The line is the `TokenHeader`: it says what is in the file and from which text it was made.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from io import FileIO
+from pathlib import Path
+from typing import BinaryIO
+
+import dacite
+import numpy as np
+from tqdm import tqdm
+
+from ...errors import UserError
+from ...files import atomic_file, require_file
+from ...tokenizer import token_dtype
+
+FORMAT = "tilewright-tokens-2"
+HEADER_BYTES = 4096
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What says cheaply that a file is still the one it was; a copy has another, so that only its bytes can tell."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileStamp":
+        """Return the stamp of the file at `path`."""
+        stat = path.stat()
+        return cls(path.name, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class TokenHeader:
+    """What a token file says of itself."""
+
+    dtype: str
+    num_tokens: int
+    sha256: str
+    """Of the ids, as they lie in the file."""
+    vocab_size: int
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    text_bytes: int = 0
+    text_sha256: str = ""
+    """Of the text: for a plain file, of its bytes."""
+    text_file: FileStamp | None = None
+    """The text's file when it was encoded; None where the ids come from no file."""
+    format: str = FORMAT
+
+
+class TokenWriter:
+    """Ids on their way into a token file; `header` says what it holds so far.
+
+    `file` is open for reading and writing. Ids that `resumed`, an earlier header of the file, speaks of stay; whatever else is
+    there gives way.
+    """
+
+    def __init__(self, file: BinaryIO, vocab_size: int, tokenizer: str, resumed: TokenHeader | None = None) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+        self._dtype = DTYPES[token_dtype(vocab_size).name]
+        self.header = resumed or TokenHeader(self._dtype.name, 0, self._digest.hexdigest(), vocab_size, tokenizer)
+        kept = self.header.num_tokens * self._dtype.itemsize
+        if resumed is None:
+            file.truncate(0)
+        file.seek(HEADER_BYTES)
+        _hash_file(file, kept, self._digest)
+        if self._digest.hexdigest() != self.header.sha256:
+            raise ValueError("the ids in the file are not those that its header speaks of")
+        self._num_tokens = self.header.num_tokens
+        file.truncate(HEADER_BYTES + kept)
+        file.seek(HEADER_BYTES + kept)
+
+    def append(self, ids: np.ndarray) -> None:
+        """Write ids, an array (n,); one outside the vocabulary is a `UserError`."""
+        # Before the cast, which would make a valid id of an invalid one.
+        if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < self.header.vocab_size:
+            raise UserError(f"token {low if low < 0 else high} is outside the vocabulary of {self.header.vocab_size}")
+        data = np.ascontiguousarray(ids, self._dtype).data
+        self._file.write(data)
+        self._digest.update(data)
+        self._num_tokens += len(ids)
+
+    def save(self, text_bytes: int = 0, text_sha256: str = "", text_file: FileStamp | None = None) -> TokenHeader:
+        """Bring the ids to the disk, then the header that speaks of them; return it."""
+        old = self.header
+        num_tokens, sha256 = self._num_tokens, self._digest.hexdigest()
+        self.header = TokenHeader(
+            old.dtype, num_tokens, sha256, old.vocab_size, old.tokenizer, text_bytes, text_sha256, text_file
+        )
+        line = json.dumps(asdict(self.header)).encode()
+        if len(line) >= HEADER_BYTES:
+            raise UserError(f"the header of a token file has {len(line)} bytes, allowed are {HEADER_BYTES - 1}")
+        # In this order, so that a header never speaks of ids that a crash could lose.
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        end = self._file.tell()
+        self._file.seek(0)
+        self._file.write(line.ljust(HEADER_BYTES - 1) + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.seek(end)
+        return self.header
+
+
+def write_tokens(path: Path, arrays: Iterable[np.ndarray], vocab_size: int, tokenizer: str = "") -> TokenHeader:
+    """Write the ids of `arrays`, in order, to a token file; `path` appears only when it is whole.
+
+    `tokenizer` is the fingerprint of the tokenizer whose ids they are.
+    """
+    with atomic_file(path) as file:
+        writer = TokenWriter(file, vocab_size, tokenizer)
+        for array in arrays:
+            writer.append(array)
+        return writer.save()
+
+
+def read_header(file: BinaryIO | FileIO, path: Path) -> TokenHeader:
+    """Return the header of an open token file; `path` is for the `UserError` where it has none."""
+    try:
+        values = json.loads(file.read(HEADER_BYTES))
+        format = values.get("format") if isinstance(values, dict) else None
+        if format != FORMAT and str(format).startswith("tilewright-tokens-"):
+            raise UserError(f"{path} is a token file of another version, {format}: remove it to have it made again")
+        header = dacite.from_dict(TokenHeader, values, dacite.Config(strict=True))
+        if header.format != FORMAT or header.num_tokens < 0 or header.dtype != token_dtype(header.vocab_size).name:
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, dacite.DaciteError) as error:
+        raise UserError(f"{path} is not a token file: make one with `tilewright tokenizer encode`") from error
+    return header
+
+
+class TokenDataset:
+    """The ids of a token file.
+
+    They are read, not mapped: a file that is cut off under a map ends the process with SIGBUS. Each read makes sure first that
+    the file is the one that was opened, by its size and time, and by its hash where those differ.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Open `path`; a file that is not a whole token file is a `UserError`."""
+        self.path = require_file(path, "token file")
+        with self._open() as file:
+            self.header = read_header(file, self.path)
+            self.stamp = self._stamp_of(file)
+        self._dtype = DTYPES[self.header.dtype]
+        self._check_size(self.stamp)
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return self.header.num_tokens
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return the `length` ids from each of `starts`, as int64 (len(starts), length).
+
+        A file that was removed, cut off or changed since it was opened, or that holds an id outside its vocabulary, is a
+        `UserError`.
+        """
+        if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
+            raise ValueError(f"starts from {starts.min()} to {starts.max()}: {length} of {len(self)} tokens do not fit")
+        ids = np.empty((len(starts), length), self._dtype)
+        with self._open() as file:
+            self._check_unchanged(file)
+            for row, start in zip(ids, starts.tolist(), strict=True):
+                file.seek(HEADER_BYTES + start * self._dtype.itemsize)
+                rest = row.data.cast("B")
+                while rest:
+                    if not (size := file.readinto(rest)):
+                        raise UserError(f"{self.path} was cut off while it was read: make it again")
+                    rest = rest[size:]
+        if (high := ids.max(initial=0)) >= self.header.vocab_size:
+            raise UserError(
+                f"{self.path} holds token {high}, outside its vocabulary of {self.header.vocab_size}: make it again"
+            )
+        return ids.astype(np.int64)
+
+    def verify(self) -> None:
+        """Read all ids, with a progress bar; raise a `UserError` where they are not those that the header speaks of."""
+        with self._open() as file:
+            self._verify(file)
+
+    def _open(self) -> FileIO:
+        try:
+            return FileIO(self.path)
+        except OSError as error:
+            raise UserError(f"token file {self.path} cannot be read: {error.strerror}") from error
+
+    def _stamp_of(self, file: FileIO) -> FileStamp:
+        stat = os.fstat(file.fileno())
+        return FileStamp(self.path.name, stat.st_size, stat.st_mtime_ns)
+
+    def _check_size(self, stamp: FileStamp) -> None:
+        expected = HEADER_BYTES + self.header.num_tokens * self._dtype.itemsize
+        if stamp.size != expected:
+            raise UserError(f"{self.path} has {stamp.size} bytes, its header says {expected}: make it again")
+
+    def _check_unchanged(self, file: FileIO) -> None:
+        stamp = self._stamp_of(file)
+        if stamp != self.stamp:
+            self._check_size(stamp)
+            self._verify(file)
+            self.stamp = stamp
+
+    def _verify(self, file: FileIO) -> None:
+        digest = hashlib.sha256()
+        file.seek(HEADER_BYTES)
+        with tqdm(total=self.stamp.size, desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=None) as bar:
+            _hash_file(file, self.stamp.size - HEADER_BYTES, digest, bar)
+        if digest.hexdigest() != self.header.sha256:
+            raise UserError(f"{self.path} has changed: its ids are not those that its header speaks of; make it again")
+
+
+def _hash_file(file: BinaryIO | FileIO, size: int, digest: "hashlib._Hash", bar: "tqdm | None" = None) -> None:
+    while size and (data := file.read(min(size, _HASH_BYTES))):
+        digest.update(data)
+        size -= len(data)
+        if bar is not None:
+            bar.update(len(data))
