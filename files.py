@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written under a temporary name, synced, then renamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,19 +10,64 @@ from typing import BinaryIO
 
 from .errors import UserError
 
+# What a write meets: a full disk, a quota, a limit of the process, a broken disk.
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
-def _temporary_name(path: Path) -> Path:
-    # In the same folder, because a rename is atomic only within one file system.
+
+def temporary_name(path: Path) -> Path:
+    """Return the name under which this process makes what becomes `path`: `.NAME.PID.tmp` in the same folder."""
+    # A rename is atomic only within one file system.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without this a crash of the machine can forget the rename itself.
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, would outlive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, so that a crash of the machine does not forget them."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Sync everything in the folder `temporary`, then give it the name `path`, which must be free."""
+    for folder, _, files in os.walk(temporary, topdown=False):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    temporary.rename(path)
+    # Without this a crash of the machine can forget the rename itself.
+    sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill in the middle leaves nothing under its name, only a `.*.tmp` beside it.
+
+    So does a file that cannot be removed yet, such as one that another process reads over NFS.
+    """
+    temporary = temporary_name(path)
+    path.rename(temporary)
+    sync(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Let an `OSError` of writing, which names no file, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -31,15 +77,15 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     An existing file at `path` is replaced only then; missing parent folders are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    make_folder(path.parent)
+    temporary = temporary_name(path)
     try:
-        with temporary.open("w+b") as file:
+        with named_errors(path), temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,18 +99,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    make_folder(path.parent)
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        _sync_folder(temporary)
-        temporary.rename(path)
-        _sync_folder(path.parent)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,7 +1,10 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from tilewright.errors import UserError
-from tilewright.files import atomic_file, atomic_folder, require_absent, require_file, write_text
+from tilewright.files import atomic_file, atomic_folder, make_folder, remove_folder, require_absent, require_file, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -42,6 +45,51 @@ def test_a_failure_leaves_no_folder(tmp_path):
 def test_a_folder_is_never_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"), atomic_folder(tmp_path):
         pass
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """What was synced or renamed, in order; what is renamed by its new name."""
+    done = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(Path(os.readlink(f"/proc/self/fd/{file}"))), fsync(file)))
+    monkeypatch.setattr(Path, "rename", lambda old, new: (done.append(f"renamed {new}"), rename(old, new)))
+    return done
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the names of open files are read from /proc")
+def test_a_folder_is_synced_before_it_appears_and_its_name_after(tmp_path, synced):
+    path = tmp_path / "new" / "one"
+    with atomic_folder(path) as temporary:
+        (temporary / "a").write_text("1")
+        make_folder(temporary / "deep" / "er")
+        (temporary / "deep" / "er" / "b").write_text("2")
+        del synced[:]
+    appeared = synced.index(f"renamed {path}")
+    for inside in ("a", "deep/er/b", "deep/er", "deep", ""):
+        assert synced.index(temporary / inside) < appeared
+    assert path.parent in synced[appeared:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the names of open files are read from /proc")
+def test_every_parent_that_is_made_is_synced(tmp_path, synced):
+    write_text(tmp_path / "a" / "b" / "c", "1")
+    assert [tmp_path, tmp_path / "a"] == synced[:2]
+    assert synced[-1] == tmp_path / "a" / "b"
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_under_the_name(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a").write_text("1")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(tmp_path / "one")
+    (left,) = tmp_path.iterdir()
+    assert left.name == f".one.{os.getpid()}.tmp"
+    (tmp_path / "two").mkdir()
+    remove_folder(tmp_path / "two")
+    assert list(tmp_path.iterdir()) == [left]
 
 
 def test_missing_empty_and_existing_files(tmp_path):

@@ -1,0 +1,189 @@
+"""The files of a checkpoint: safetensors hashed while they are written, and read back whole or by region."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import UserError
+
+# Where a shard's tensors begin in the whole ones, by their names: the key and the form of torch.distributed.checkpoint.
+SHARDING_KEY = "DCP_SHARDING_INFO"
+OFFSETS_KEY = "saved_offsets"
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPE_OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+# Small enough that what was hashed is still in the cache when it is written.
+_CHUNK = 1 << 20
+
+
+class FileRecord(TypedDict):
+    """What a manifest knows of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class _HashedFile:
+    """A new file that is hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), _CHUNK):
+            chunk = data[start : start + _CHUNK]
+            self._hash.update(chunk)
+            self._file.write(chunk)
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def finish(self) -> FileRecord:
+        self._file.flush()
+        return {"bytes": self._file.tell(), "sha256": self._hash.hexdigest()}
+
+
+def write_bytes(path: Path, content: bytes) -> FileRecord:
+    """Write a new file."""
+    with _HashedFile(path) as file:
+        file.write(content)
+        return file.finish()
+
+
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """Return safetensors' name of a dtype; a `ValueError` names the tensor where it has none."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} is of {dtype}, which safetensors cannot hold")
+    return _DTYPES[dtype]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None = None) -> FileRecord:
+    """Write contiguous CPU tensors as a new safetensors file without a second copy in memory.
+
+    `offsets`, where given, say at which index of the whole tensor each of these pieces begins.
+    """
+    # The format has no padding between tensors; wider elements first keeps each aligned to its own size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if offsets is not None:
+        header["__metadata__"][SHARDING_KEY] = json.dumps({name: {OFFSETS_KEY: list(offsets[name])} for name in order})
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        dtype = dtype_name(name, tensor.dtype)
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with _HashedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].view(-1).view(torch.uint8).numpy().data)
+        return file.finish()
+
+
+class TensorReader:
+    """The tensors of one name in a checkpoint, be they in one file or in shards.
+
+    `shapes` and `dtypes` say what there is. What cannot be read is a `UserError`.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        single = folder / f"{name}.safetensors"
+        paths = [single] if single.exists() else sorted((folder / name).glob("*.safetensors"))
+        if not paths:
+            raise UserError(f"{folder} holds no tensors named {name}")
+        self._folder = folder
+        # Of each tensor the pieces: where each begins, its shape, and its slice of an open file.
+        self._pieces: dict[str, list[tuple[list[int], list[int], Any]]] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for path in paths:
+            try:
+                self._open(path)
+            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                raise _unreadable(path, error) from error
+
+    def _open(self, path: Path) -> None:
+        file = safe_open(path, framework="pt")
+        sharding = json.loads((file.metadata() or {}).get(SHARDING_KEY, "{}"))
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            piece = file.get_slice(key)
+            shape = piece.get_shape()
+            at = sharding[key][OFFSETS_KEY] if sharding else [0] * len(shape)
+            self._pieces.setdefault(key, []).append((at, shape, piece))
+            ends = self.shapes.get(key, [0] * len(shape))
+            self.shapes[key] = torch.Size(max(end, i + n) for end, i, n in zip(ends, at, shape, strict=True))
+            self.dtypes[key] = _DTYPE_OF_NAME[piece.get_dtype()]
+
+    def read_into(self, key: str, target: Tensor, offsets: Sequence[int] | None = None) -> None:
+        """Copy into `target` the region of a tensor that begins at `offsets` and has the target's shape."""
+        at = offsets or [0] * target.dim()
+        num_read = 0
+        for piece_at, piece_shape, piece in self._pieces[key]:
+            low = [max(a, b) for a, b in zip(at, piece_at, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(at, target.shape, piece_at, piece_shape, strict=True)]
+            if any(i >= j for i, j in zip(low, high, strict=True)):
+                continue
+            source = tuple(slice(i - b, j - b) for i, j, b in zip(low, high, piece_at, strict=True))
+            place = tuple(slice(i - a, j - a) for i, j, a in zip(low, high, at, strict=True))
+            try:
+                values = piece[source]
+            except (OSError, SafetensorError) as error:
+                raise _unreadable(self._folder, error) from error
+            target[place].copy_(values)
+            num_read += values.numel()
+        if num_read != target.numel():
+            raise UserError(f"{self._folder} holds {num_read} of {target.numel()} elements of {key}: a shard of it is missing")
+
+    def read(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Return all tensors whole, in memory of their own."""
+        whole = {key: torch.empty(shape, dtype=self.dtypes[key], device=device) for key, shape in self.shapes.items()}
+        for key, tensor in whole.items():
+            self.read_into(key, tensor)
+        return whole
+
+    def read_shard(self, index: int, count: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """Return part `index` of `count` along dimension 0, as `torch.chunk` cuts, and where in the whole each tensor begins.
+
+        What is not there to be cut is in part 0.
+        """
+        tensors, offsets = {}, {}
+        for key, shape in self.shapes.items():
+            length = shape[0] if shape else 1
+            first, last = (min(i * -(-length // count), length) for i in (index, index + 1))
+            if first < last or index == 0:
+                offsets[key] = [first, *[0] * len(shape)][: len(shape)]
+                tensors[key] = torch.empty([last - first, *shape[1:]] if shape else [], dtype=self.dtypes[key])
+                self.read_into(key, tensors[key], offsets[key])
+        return tensors, offsets
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error}): go on from another checkpoint")

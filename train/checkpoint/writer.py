@@ -1,0 +1,202 @@
+"""Checkpoints written while training goes on: copied to the CPU at once, hashed and written by a thread."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...files import atomic_folder, make_folder, remove_folder
+from .layout import (
+    FOLDER_NAME,
+    FORMAT,
+    MANIFEST_FILE,
+    STATE_FILE,
+    Tensors,
+    checkpoint_step,
+    free_folder,
+    list_checkpoints,
+    read_state,
+)
+from .tensor_files import FileRecord, dtype_name, write_bytes, write_tensors
+
+Copies = dict[str, dict[str, Tensor]]
+
+
+class Snapshots:
+    """Copies of tensors on the CPU, in memory that the next copies use again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def take(self, tensors: Tensors) -> tuple[Copies, Callable[[], None]]:
+        """Return contiguous copies, valid until the next call, and what to call before they are read.
+
+        Tensors on a GPU are copied in the order of the current stream: whatever it does next cannot change the copies, and
+        nothing waits for them here.
+        """
+        buffers: dict[tuple[str, str], Tensor] = {}
+        devices = set()
+        for group, named in tensors.items():
+            for name, tensor in named.items():
+                dtype_name(f"{group} {name}", tensor.dtype)
+                buffer = self._buffers.get((group, name))
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffers[group, name] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+                if tensor.is_cuda:
+                    devices.add(tensor.device)
+        self._buffers = buffers
+        events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+        def finish() -> None:
+            for event in events:
+                event.synchronize()
+
+        return {group: {name: buffers[group, name] for name in named} for group, named in tensors.items()}, finish
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, and removes those that are no longer wanted; a context manager.
+
+    The newest `keep` stay, and the one with the lowest validation loss, of equals the newest. Damaged ones of earlier steps and
+    whatever is of later steps are left alone. While it is open, another process that would save checkpoints of the run is
+    refused.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run = run
+        self._keep = keep
+        self._snapshots = Snapshots()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._lock = self._open()
+
+    def _open(self) -> int | None:
+        return _lock(self._run / FOLDER_NAME)
+
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any], valid_loss: float | None = None) -> None:
+        """Copy the tensors to the CPU and return; a thread writes them, and the state, of JSON's types, with its step and loss.
+
+        Waits first for the save before this one, and raises its failure as `wait` does; then nothing is saved. The memory of
+        the copies, pinned for tensors on a GPU, is kept for the next save.
+        """
+        self.wait()
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            valid_loss = None
+        content = json.dumps({**state, "step": step, "valid_loss": valid_loss}, separators=(",", ":")).encode()
+        self._save(step, tensors, content)
+
+    def _save(self, step: int, tensors: Tensors, state: bytes) -> None:
+        copies, finish_copies = self._snapshots.take(tensors)
+
+        def write() -> None:
+            finish_copies()
+            self._write(step, copies, state)
+
+        self._start(step, write)
+
+    def _start(self, step: int, write: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                write()
+            except OSError as error:
+                self._failure = UserError(
+                    f"saving the checkpoint of step {step} in {self._run / FOLDER_NAME} failed ({error}): those before it are "
+                    "as they were"
+                )
+                self._failure.__cause__ = error
+            except Exception as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; where it failed raise why, once: a `UserError` for what the disk refused."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _write(self, step: int, copies: Copies, state: bytes) -> None:
+        remove_leftovers(self._run)
+        folder = free_folder(self._run, step)
+        with atomic_folder(folder) as temporary:
+            files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", t) for name, t in copies.items()}
+            write_manifest(temporary, files, state)
+        remove_unwanted(self._run, folder, self._keep)
+
+
+def write_manifest(folder: Path, files: dict[str, FileRecord], state: bytes) -> None:
+    """Write what completes a checkpoint: its state, then the manifest of it and of `files`."""
+    files = {**files, STATE_FILE: write_bytes(folder / STATE_FILE, state)}
+    write_bytes(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, separators=(",", ":")).encode())
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what killed saves and removals have left; raise an `OSError` where the folder of the checkpoints is gone."""
+    for path in (run / FOLDER_NAME).iterdir():
+        if path.name.startswith(".step-") and path.name.endswith(".tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_unwanted(run: Path, newest: Path, keep: int) -> None:
+    """Remove what `CheckpointWriter` does not keep once `newest` is written."""
+    step = checkpoint_step(newest)
+    losses: dict[Path, float | None] = {}
+    for folder in list_checkpoints(run):
+        if folder != newest and checkpoint_step(folder) == step:
+            remove_folder(folder)
+        elif checkpoint_step(folder) <= step:
+            with contextlib.suppress(UserError):
+                losses[folder] = read_state(folder)["valid_loss"]
+    validated = {folder: loss for folder, loss in losses.items() if loss is not None}
+    kept = {newest, *list(losses)[-keep:]}
+    if validated:
+        kept.add(min(reversed(validated), key=validated.__getitem__))
+    for folder in losses.keys() - kept:
+        remove_folder(folder)
+
+
+def _lock(folder: Path) -> int:
+    try:
+        make_folder(folder)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): no checkpoint could be saved") from error
+    try:
+        # Of this process alone: a child that outlives it does not hold the lock.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise UserError(f"another process saves checkpoints in {folder}: stop it, or train in another folder") from None
+    except OSError:
+        pass  # A file system without locks.
+    return descriptor
