@@ -41,7 +41,7 @@ def corpus_stories(
         seed: The same seed gives the same bytes.
     """
     from .files import require_absent
-    from .train.corpus import check_stories, write_stories
+    from .train.data.corpus import check_stories, write_stories
 
     train, valid = (require_absent(out / name) for name in ("train.txt", "valid.txt"))
     for size in (megabytes, valid_megabytes):
@@ -58,11 +58,28 @@ def corpus_fetch(name: Positional[Literal["tinystories", "openwebtext"]], out: P
         name: Which corpus.
         out: Folder of the two files; by default data/NAME.
     """
-    from .train.corpus import fetch
+    from .train.data.corpus import fetch
 
     folder = out or Path("data") / name
     fetch(name, folder)
     print(f"next: tilewright tokenizer train {folder / 'train.txt'}")
+
+
+def corpus_split(texts: Positional[tuple[Path, ...]], out: Path, valid_share: float = 0.01) -> None:
+    """Split texts into train.txt and valid.txt, each document by the hash of its own bytes.
+
+    Args:
+        texts: Files, folders or globs of UTF-8 text, plain, .gz or .zst, with <|endoftext|> after each document.
+        out: Folder of the two files.
+        valid_share: Share of the documents that become validation text.
+    """
+    from .train.data.corpus_split import split_corpus
+
+    split = split_corpus(texts, out, valid_share)
+    sides = {"train.txt": (split.train_documents, split.train_bytes), "valid.txt": (split.valid_documents, split.valid_bytes)}
+    for name, (documents, size) in sides.items():
+        print(f"wrote {out / name}: {documents:,} documents, {size / 1e6:,.1f} MB")
+    print(f"next: tilewright tokenizer train {out / 'train.txt'}")
 
 
 def tokenizer_train(
@@ -165,7 +182,7 @@ def _parse_bytes(size: str | None) -> int | None:
 def tokenizer_encode(
     text: Positional[Path], tokenizer: Path | None = None, out: Path | None = None, num_workers: int | None = None
 ) -> None:
-    """Encode a text file to a token file, in parallel.
+    """Encode a text file to a token file, in parallel; an interrupted encoding goes on.
 
     Args:
         text: UTF-8 text.
@@ -175,7 +192,7 @@ def tokenizer_encode(
     """
     from .files import require_absent, require_file
     from .tokenizer import Tokenizer
-    from .train.data import encode_text
+    from .train.data.encoding import encode_text
 
     require_file(text, "text file", "make a corpus with `tilewright corpus`")
     path = require_absent(out or text.with_suffix(".tokens"))
@@ -195,7 +212,9 @@ def tokenizer_decode(tokens: Positional[Path], tokenizer: Path | None = None) ->
     """
     from .files import require_file
     from .tokenizer import Tokenizer
-    from .train.data import TokenDataset, decode_text, open_dataset
+    from .train.data.datasets import open_dataset
+    from .train.data.encoding import decode_text
+    from .train.data.token_file import TokenDataset
 
     TokenDataset(tokens)
     file = tokenizer or tokens.with_name("tokenizer.json")
@@ -266,50 +285,57 @@ def _tokenizer_file(source: Path) -> Path:
 
 def train(arguments: Sequence[str]) -> None:
     """Train a model by a preset, any setting of which can be given anew; see `tilewright train PRESET --help`."""
-    from .train import PRESETS, TrainConfig, load_config, preset
-    from .train import train as run_training
+    from .train.command import run_train_command
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: tilewright train PRESET [OPTIONS]\n\n{train.__doc__}\n\npresets:")
-        for name, config in PRESETS.items():
-            shape = config.model
-            size = f"{shape.num_layers} layers of {shape.d_model}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"
-            print(f"  {name:16} {size}; {config.steps:,} steps of {config.tokens_per_step:,} tokens")
-        return
-    name, *options = arguments
-    base = preset(name)
+    run_train_command(arguments, "tilewright train")
 
-    def parse(default: TrainConfig) -> tuple[TrainConfig, bool]:
-        def command(
-            config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default, resume: bool = False
-        ) -> tuple[TrainConfig, bool]:
-            """Train a model.
 
-            Args:
-                config: The run.
-                resume: Go on with the run in --out from its newest checkpoint, by its own settings.
-            """
-            return config, resume
+def sweep(arguments: Sequence[str]) -> None:
+    """Train a preset at every point of a grid of options; see `tilewright sweep --help`."""
+    from .train.command import run_sweep_command
 
-        return _parse(command, f"train {name}", options, f"Train {name}; every setting of the preset can be given anew.")
+    run_sweep_command(arguments, "tilewright sweep")
 
-    config, resume = parse(base)
-    if resume:
-        config, _ = parse(load_config(config.out / "config.json"))
-    try:
-        result = run_training(config, resume=resume)
-    except KeyboardInterrupt:
-        print(f"\nthe run in {config.out} goes on from its newest checkpoint with --resume", file=sys.stderr)
-        raise
-    print(
-        f"{result.run}: validation loss {result.valid_loss:.4f} after {result.steps:,} steps at "
-        f"{result.tokens_per_second:,.0f} tokens/s; next: tilewright generate {result.run}"
-    )
+
+def export(
+    run: Positional[Path],
+    to: Literal["hf"] = "hf",
+    out: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Write a run's model and tokenizer as a folder in Llama's format, which transformers loads.
+
+    Args:
+        run: Folder of the run.
+        to: The format; hf is Llama's in Hugging Face's manner.
+        out: The new folder; by default hf in the run's.
+        dtype: Of the weights.
+    """
+    from .train.export import export_run
+
+    print(f"wrote {export_run(run, to, out, dtype)}")
+
+
+def checkpoint_convert(folder: Positional[Path], out: Positional[Path], num_shards: int | None = None) -> None:
+    """Write a checkpoint again, as single files or in shards.
+
+    Args:
+        folder: A checkpoint, such as RUN/checkpoints/step-00000200.
+        out: The new folder.
+        num_shards: Shards of each file; by default single files.
+    """
+    from .train.checkpoint.sharded import convert_checkpoint
+
+    if num_shards is not None and num_shards < 1:
+        raise UserError(f"num_shards is {num_shards}: it must be at least 1")
+    convert_checkpoint(folder, out, num_shards)
+    print(f"wrote {out}")
 
 
 def generate(arguments: Sequence[str]) -> None:
     """Let a trained model go on with a text."""
-    from .train import SampleConfig, load_run, write_texts
+    from .train import SampleConfig, write_texts
+    from .train.export import load_model
 
     def command(
         run: Positional[Path],
@@ -319,11 +345,11 @@ def generate(arguments: Sequence[str]) -> None:
         """Let a trained model go on with a text.
 
         Args:
-            run: Folder of the run.
+            run: Folder of a run, or of a model in Llama's format.
             config: How.
             device: cuda, cpu, or auto.
         """
-        print("\n\n---\n\n".join(write_texts(*load_run(run, device), config)))
+        print("\n\n---\n\n".join(write_texts(*load_model(run, device), config)))
 
     _parse(command, "generate", arguments)
 
@@ -370,23 +396,44 @@ def bench_tune(arguments: Sequence[str]) -> None:
     run_tune(_parse(TuneConfig, "bench tune", arguments, bench_tune.__doc__))
 
 
+def bench_report(arguments: Sequence[str]) -> None:
+    """Write all results of the bench as a page of tables and pictures, and refresh the README's table."""
+    from .bench import ReportConfig, run_report
+
+    run_report(_parse(ReportConfig, "bench report", arguments, bench_report.__doc__))
+
+
+def bench_compare(arguments: Sequence[str]) -> None:
+    """Compare the times of two runs of the bench; the exit status is 1 where a case has become slower."""
+    from .bench import CompareConfig, run_compare
+
+    if run_compare(_parse(CompareConfig, "bench compare", arguments, bench_compare.__doc__)):
+        sys.exit(1)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "corpus stories": corpus_stories,
     "corpus fetch": corpus_fetch,
+    "corpus split": corpus_split,
     "tokenizer train": tokenizer_train,
     "tokenizer encode": tokenizer_encode,
     "tokenizer decode": tokenizer_decode,
     "tokenizer export": tokenizer_export,
     "tokenizer inspect": tokenizer_inspect,
     "train": train,
+    "sweep": sweep,
+    "export": export,
+    "checkpoint convert": checkpoint_convert,
     "generate": generate,
     "account": account,
     "bench": bench,
     "bench tune": bench_tune,
+    "bench report": bench_report,
+    "bench compare": bench_compare,
 }
 # Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves.
-_PARSE_THEMSELVES = (demo, train, generate, account, bench, bench_tune)
+_PARSE_THEMSELVES = (demo, train, sweep, generate, account, bench, bench_tune, bench_report, bench_compare)
 
 
 def _parse(target: Callable[..., Any], name: str, arguments: Sequence[str], description: str | None = None) -> Any:

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line, names the value and says what is allowed. The command prints it without a traceback and
     exits with status 2. Wrong arguments between functions stay plain `ValueError` and `TypeError`.
     """
+
+
+class DivergedError(UserError):
+    """A training run whose loss is not finite, or spikes for too many steps in a row: other settings are needed."""

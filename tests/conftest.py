@@ -1,9 +1,14 @@
 """Set-up for the whole suite: without a GPU, kernels run in Triton's interpreter on CPU tensors."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# `python -m pytest` adds the root, whose folders would hide the packages of others that have their names, such as kernels.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1]]
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

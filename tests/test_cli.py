@@ -29,7 +29,7 @@ def folder(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    from tilewright.train.corpus import write_stories
+    from tilewright.train.data.corpus import write_stories
 
     folder = tmp_path_factory.mktemp("cli")
     write_stories(folder / "train.txt", 0.1, seed=0)
@@ -61,7 +61,7 @@ def test_the_whole_way_from_text_to_text(capsys, folder):
     assert status == 0
     assert out.startswith("One day")
     # The run's own settings need not be given again.
-    status, out, err = run(capsys, "train", "stories-cpu", "--out", "runs/one", "--resume")
+    status, out, err = run(capsys, "train", "stories-cpu", "--out", "runs/one", "--resume", "auto")
     assert status == 0, err
 
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\0")
     if files == [""]:
         pytest.skip("needs a git checkout, to tell the project's files from others")
     for name in filter(None, files):
@@ -41,7 +43,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_rooms_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"tilewright/py.typed", "tilewright/train/stories.txt"} <= set(names)
+    assert {"tilewright/py.typed", "tilewright/train/data/stories.txt"} <= set(names)
     for room in ("kernels", "model", "tokenizer", "train", "bench"):
         assert f"tilewright/{room}/__init__.py" in names
     assert not [name for name in names if "test" in name.lower()]

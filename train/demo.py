@@ -14,9 +14,10 @@ from ..errors import UserError
 from ..files import write_text
 from ..tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from .config import TrainConfig
-from .corpus import write_stories
-from .data import encode_text
-from .loop import TrainResult, require_no_run, train
+from .data.corpus import write_stories
+from .data.encoding import encode_text
+from .folder import require_no_run
+from .loop import TrainResult, train
 from .plot import FILE_NAME as PLOT_FILE
 from .presets import corpus_files, preset
 from .run import SampleConfig, load_run, write_texts
@@ -75,7 +76,10 @@ def train_config(demo: DemoConfig, out: Path) -> TrainConfig:
 
 
 def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
-    """Make a corpus, a tokenizer, a model and a story; show a table of what was measured and return it."""
+    """Make a corpus, a tokenizer, a model and a story; show a table of what was measured and return it.
+
+    A signal that stops the training ends it with a `KeyboardInterrupt`, once that has saved.
+    """
     console = console or Console()
     start = time.perf_counter()
     out = _free_folder() if demo.out is None else demo.out
@@ -85,16 +89,16 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     if demo.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {demo.vocab_size}: it must be at least {MIN_VOCAB_SIZE}, 256 bytes and {END_OF_TEXT}")
     config = train_config(demo, out)
-    files = config.data
+    files, (train_text,) = config.data, config.data.train
 
-    console.print(f"[bold]1/4[/] corpus: {demo.megabytes:g} MB of stories to {escape(str(files.train))}")
-    corpus_bytes = write_stories(files.train, demo.megabytes, seed=2 * demo.seed)
+    console.print(f"[bold]1/4[/] corpus: {demo.megabytes:g} MB of stories to {escape(str(train_text))}")
+    corpus_bytes = write_stories(train_text, demo.megabytes, seed=2 * demo.seed)
     # Another seed writes other stories: validation text that is not in the training text.
     write_stories(files.valid, max(0.5, demo.megabytes / 50), seed=2 * demo.seed + 1)
 
     console.print(f"[bold]2/4[/] tokenizer: {demo.vocab_size:,} tokens to {escape(str(files.tokenizer))}")
     tokenizer_start = time.perf_counter()
-    tokenizer = Tokenizer(*train_bpe(files.train, demo.vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
+    tokenizer = Tokenizer(*train_bpe(train_text, demo.vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
     tokenizer_seconds = time.perf_counter() - tokenizer_start
     tokenizer.save(files.tokenizer)
     num_prompt_tokens = len(tokenizer.encode(demo.prompt))
@@ -102,10 +106,19 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
         raise UserError(f"the prompt has {num_prompt_tokens} tokens: allowed are fewer than {config.model.context_length}")
     # A small corpus can hold fewer merges than were asked for.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
-    header = encode_text(files.train, tokenizer, files.train.with_suffix(".tokens"))
+    header = encode_text(train_text, tokenizer, train_text.with_suffix(".tokens"))
 
     console.print(f"[bold]3/4[/] model: {config.steps:,} steps to {escape(str(out))}")
     result = train(config)
+    if result.stopped_by:
+        console.print(
+            f"stopped by {result.stopped_by} after step {result.steps:,}; it goes on with\n"
+            f"tilewright train stories-cpu --out {out} --resume auto",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        raise KeyboardInterrupt
 
     sampling = SampleConfig(demo.prompt, seed=demo.seed)
     console.print(f"[bold]4/4[/] sample: temperature {sampling.temperature}, top-p {sampling.top_p}\n")

@@ -1,44 +1,59 @@
 """The training loop: batches in, metrics and checkpoints out."""
 
+import contextlib
 import dataclasses
-import json
+import functools
+import gc
 import math
-import re
-import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..files import require_file, write_text
-from ..kernels import linear_cross_entropy
+from ..errors import DivergedError, UserError
+from ..files import require_file
 from ..kernels.device import device_name, gpu_of
-from ..model import TransformerLM
-from ..model.accounting import model_flops_utilisation, num_parameters
-from ..tokenizer import Tokenizer
-from .checkpoint import FOLDER_NAME as CHECKPOINTS
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from .config import TrainConfig, check_same_run, load_config, save_config
-from .data import TokenDataset, check_fits, open_dataset, training_batch, validation_batches
-from .metrics import FILE_NAME as METRICS_FILE
+from ..model.accounting import Policy, hardware_flops, model_flops_utilisation, num_parameters, operations
+from ..tokenizer import END_OF_TEXT, Tokenizer
+from .batch_size import device_memory, fit_memory
+from .capture import StepCapture
+from .checkpoint.layout import read_state
+from .checkpoint.writer import CheckpointWriter
+from .config import TrainConfig, check_same_run, load_config
+from .data.datasets import check_fits, open_data
+from .data.sampling import TrainingData, check_record
+from .device import collected_by_hand
+from .diagnosis import diagnose, summary, write_diagnosis
+from .distributed import AgreedStop, World, check_parallel
+from .export import initialise
+from .folder import (
+    CONFIG_FILE,
+    Resume,
+    begin_run,
+    checkpoint_to_resume,
+    holds_run,
+    make_folder,
+    mark_beginning,
+    read_data_record,
+    require_no_run,
+)
 from .metrics import MetricLog, check_tracker
-from .optimizer import make_optimizer, set_learning_rate
-from .plot import FILE_NAME as PLOT_FILE
+from .parallel import open_writer
 from .plot import plot_losses
-from .schedule import cosine_with_warmup
+from .signals import StopRequest
+from .trainer import Trainer
 
-CONFIG_FILE, TOKENIZER_FILE, DATA_FILE = "config.json", "tokenizer.json", "data.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reached."""
+    """What a run reached."""
 
     run: Path
     steps: int
@@ -46,96 +61,18 @@ class TrainResult:
     train_loss: float
     """Nats per token, mean of the last tenth of the logged steps."""
     valid_loss: float
-    """Nats per token, after the last step."""
+    """Nats per token, after the last step; NaN where a signal stopped the run before."""
     tokens_per_second: float
     """Without validation, checkpoints and the first logged steps, which compile."""
     mfu: float | None
     """Share of the device's dense peak, by 3x the forward FLOPs with full attention; None where no peak is known."""
     device: str
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `auto`, `cuda`, `cuda:1` or `cpu` means here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"device {name!r} is unknown: choose auto, cuda, cuda:N or cpu")
-    device = torch.device(name)
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= num_gpus:
-        raise UserError(f"device {name!r} is not there: torch.cuda finds {num_gpus} GPUs; choose auto or cpu")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: `auto` is bfloat16 on a GPU that has it, else float32."""
-    if name == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    return getattr(torch, name)
-
-
-def loss_sum(model: TransformerLM, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed loss of a batch in nats; inputs, targets (B, T)."""
-    return linear_cross_entropy(model.hidden_states(inputs), model.head_weight, targets, reduction="sum")
-
-
-class Trainer:
-    """A model, its optimizer and its data, able to take a step and to validate itself."""
-
-    def __init__(self, config: TrainConfig, train_data: TokenDataset, valid_data: TokenDataset) -> None:
-        self.config = config
-        self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, self.device)
-        self.train_data = train_data
-        self.valid_data = valid_data
-        # Drawn on the CPU, so that every device begins with the same weights.
-        torch.manual_seed(config.seed)
-        self.model = TransformerLM(config.model).to(self.device)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.step = 0
-        compiled = self.device.type == "cuda" if config.compile is None else config.compile
-        # The function is compiled, not the module, whose parameters keep their names.
-        self._loss_sum: Callable[[TransformerLM, Tensor, Tensor], Tensor] = (
-            torch.compile(loss_sum, dynamic=False) if compiled else loss_sum
-        )
-
-    def _to_device(self, batch: Tensor) -> Tensor:
-        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
-
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self._loss_sum(self.model, self._to_device(inputs), self._to_device(targets))
-
-    def train_step(self) -> dict[str, Tensor | float]:
-        """Take one optimizer step; return its loss (nats per token), gradient norm and learning rate, unread."""
-        config, optimizer = self.config, self.config.optimizer
-        lr = cosine_with_warmup(self.step, optimizer.lr, optimizer.final_lr, optimizer.warmup_steps, config.steps)
-        set_learning_rate(self.optimizer, lr)
-        batch = training_batch(self.train_data, config.seed, self.step, config.batch_size, config.model.context_length)
-        micro = config.micro_batch_size or config.batch_size
-        loss = torch.zeros((), device=self.device)
-        for inputs, targets in zip(*(part.split(micro) for part in batch), strict=True):
-            # Divided by the tokens of the whole step, so that the size of a micro-batch changes nothing.
-            micro_loss = self._loss(inputs, targets) / config.tokens_per_step
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Return the validation loss in nats per token."""
-        config = self.config
-        micro = config.micro_batch_size or config.batch_size
-        total, num_tokens = torch.zeros((), device=self.device), 0
-        for inputs, targets in validation_batches(self.valid_data, config.eval_sequences, micro, config.model.context_length):
-            total += self._loss(inputs, targets)
-            num_tokens += inputs.numel()
-        return float(total) / num_tokens
+    first_step_seconds: float = math.nan
+    """From the call to the end of the first step: the data, the model, the compilation; NaN where no step was taken."""
+    skipped_steps: int = 0
+    """Steps whose loss was not finite or a spike."""
+    stopped_by: str | None = None
+    """The signal that stopped the run before its last step."""
 
 
 class Clock:
@@ -158,145 +95,308 @@ class Clock:
         self._mark = time.perf_counter()
 
 
-def require_no_run(out: Path) -> None:
-    """Raise a `UserError` where `out` is a file, or a folder with anything in it that a run would overwrite."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder with --out")
-    if (out / CONFIG_FILE).exists():
-        raise UserError(f"{out} holds a run already: go on with --resume, or name another folder with --out")
-    for name in (TOKENIZER_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, CHECKPOINTS):
-        if (out / name).exists():
-            raise UserError(f"{out} holds a {name} that a run would overwrite: name another folder with --out")
-
-
-def _open_run(config: TrainConfig, resume: bool) -> tuple[TokenDataset, TokenDataset]:
-    """Check everything that can be wrong before a folder is made or a model is built."""
-    run = config.out
-    if resume:
-        check_same_run(load_config(run / CONFIG_FILE), config)
-    else:
-        require_no_run(run)
-    resolve_device(config.device)
-    check_tracker(config.tracker)
-    tokenizer = Tokenizer.load(require_file(config.data.tokenizer, "tokenizer", "make one with `tilewright tokenizer train`"))
-    train_data, valid_data = (open_dataset(path, tokenizer) for path in (config.data.train, config.data.valid))
-    for dataset in (train_data, valid_data):
-        check_fits(dataset, config.model.vocab_size, config.model.context_length)
-    if resume:
-        record = require_file(run / DATA_FILE, "the run's record of its data", "it cannot be resumed without")
-        if record.read_bytes() != _data_record(train_data).encode():
-            raise UserError(f"{train_data.path} is not the data that the run in {run} began with: see {record}")
-    return train_data, valid_data
-
-
-def _data_record(data: TokenDataset) -> str:
-    return json.dumps(dataclasses.asdict(data.header)) + "\n"
-
-
-def _make_run(trainer: Trainer) -> None:
-    config, train_data = trainer.config, trainer.train_data
-    config.out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(config.data.tokenizer, config.out / TOKENIZER_FILE)
-    write_text(config.out / DATA_FILE, _data_record(train_data))
-    # So that a run can go on from wherever it is interrupted.
-    save_checkpoint(config.out, 0, trainer.model, trainer.optimizer, config.keep_checkpoints)
-    # Last, because it is what makes the folder a run.
-    save_config(config, config.out / CONFIG_FILE)
-
-
-def _resume(trainer: Trainer) -> None:
-    checkpoints = list_checkpoints(trainer.config.out)
-    if not checkpoints:
-        raise UserError(f"{trainer.config.out} has no checkpoint: remove the folder and start again without --resume")
-    trainer.step = load_checkpoint(checkpoints[-1], trainer.model, trainer.optimizer)
-
-
-def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
+def train(config: TrainConfig, *, resume: Resume | None = None, profile: bool = False) -> TrainResult:
     """Train by `config` into its folder, or go on with the run in it; return what it reached.
 
-    The folder then holds the configuration, the tokenizer, `metrics.jsonl`, `loss.png` and the newest checkpoints. A resumed
-    run repeats bit for bit what it would have done, given the same device and versions.
+    `resume` is the path of one of the run's checkpoints, or "auto": the newest valid one, or a new run where the folder holds
+    none. The folder then holds the configuration, the tokenizer, `metrics.jsonl`, `loss.png` and checkpoints. A resumed run
+    repeats bit for bit what it would have done, given the same device and versions. SIGTERM, SIGINT and SIGUSR1 end it after
+    its step with a checkpoint. `profile` records a few steps. Under torchrun all its processes train the one run.
     """
-    train_data, valid_data = _open_run(config, resume)
-    trainer = Trainer(config, train_data, valid_data)
+    start = time.perf_counter()
+    with World.join(config.device) as world:
+        if resume == "auto" and not world.on_first(lambda: holds_run(config.out)):
+            if world.is_first:
+                print(f"{config.out} holds no run to go on with: a new one begins", file=sys.stderr)
+            resume = None
+        return _train(config, resume, profile, world, start)
+
+
+def _train(config: TrainConfig, resume: Resume | None, profile: bool, world: World, start: float) -> TrainResult:
+    config, trainer = _open(config, resume, world)
+    if not resume:
+        world.on_first(lambda: mark_beginning(config.out))
+    try:
+        with StopRequest() as stop, open_writer(config, world) as writer:
+            unfinished = _resume(trainer, resume) if resume else _begin(trainer, writer)
+            capture = StepCapture(config.out, trainer.device) if profile and world.is_first else None
+            # The row of an unfinished step comes again, even where it was finished once before.
+            first_row = trainer.step - bool(unfinished)
+            with (
+                MetricLog(config.out, config.tracker, dataclasses.asdict(config), first_row)
+                if world.is_first
+                else contextlib.nullcontext() as log,
+                collected_by_hand(),
+                contextlib.closing(capture) if capture else contextlib.nullcontext(),
+            ):
+                result = _Loop(trainer, writer, log, world.agreed(stop), capture, start).run(unfinished)
+            if world.is_first:
+                plot_losses(config.out)
+            return result
+    finally:
+        trainer.close()
+
+
+def _open(config: TrainConfig, resume: Resume | None, world: World) -> tuple[TrainConfig, Trainer]:
+    """Check everything that can be wrong before a folder is made, then build the model."""
+    run = config.out
     if resume:
-        _resume(trainer)
+        stored = load_config(run / CONFIG_FILE)
+        if config.batch_size == "auto":
+            config = dataclasses.replace(config, batch_size=stored.batch_size)
+        check_same_run(stored, config)
     else:
-        _make_run(trainer)
-    with MetricLog(config.out, config.tracker, dataclasses.asdict(config), trainer.step) as log:
-        result = _run(trainer, log)
-    plot_losses(config.out)
-    return result
+        world.on_first(lambda: require_no_run(run))
+    check_parallel(config, world)
+    config = fit_memory(config, world.on_first(lambda: device_memory(world.device)), world.size)
+    check_tracker(config.tracker)
+    tokenizer = Tokenizer.load(require_file(config.data.tokenizer, "tokenizer", "make one with `tilewright tokenizer train`"))
+    if config.data.documents and tokenizer.end_of_text_id is None:
+        raise UserError(f"data.documents is set, but {config.data.tokenizer} has no {END_OF_TEXT} that bounds documents")
+    datasets, valid_data = world.first_before_others(lambda: open_data(config.data, tokenizer))
+    for dataset in (*datasets, valid_data):
+        check_fits(dataset, config.model.vocab_size, config.model.context_length)
+    train_data = TrainingData(datasets, config.model.context_length, config.seed, config.data.weights)
+    if resume:
+        check_record(read_data_record(run), train_data)
+        # So few that reading them all is nothing.
+        valid_data.verify()
+    first = None if resume or config.init is None else functools.partial(initialise, folder=config.init, tokenizer=tokenizer)
+    return config, Trainer(config, train_data, valid_data, tokenizer.end_of_text_id, first, world)
 
 
-def _run(trainer: Trainer, log: MetricLog) -> TrainResult:
-    config, device = trainer.config, trainer.device
-    gpu = gpu_of(device)
-    peak = gpu and gpu.peak_flops("bf16" if trainer.dtype == torch.bfloat16 else "fp32")
-    on_terminal = sys.stderr.isatty()
-    losses: list[float] = []
-    speeds: list[tuple[int, float]] = []  # tokens, seconds of each lap
-    valid_loss = math.nan
-    lap_start = trainer.step
-    clock = Clock(device)
-    with tqdm(total=config.steps, initial=trainer.step, desc=f"train {config.out.name}", unit="step", disable=None) as bar:
-        if trainer.step == config.steps:
-            valid_loss = trainer.validate()
-        while trainer.step < config.steps:
-            metrics = trainer.train_step()
-            bar.update()
-            step, last = trainer.step, trainer.step == config.steps
-            evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last
-            if not (step % config.log_every == 0 or evaluating or saving):
-                continue
-            row = {name: float(value) for name, value in metrics.items()}
-            _require_finite(row, config)
-            tokens, seconds = (step - lap_start) * config.tokens_per_step, clock.lap()
-            lap_start = step
-            speeds.append((tokens, seconds))
-            losses.append(row["loss"])
-            row["tokens_per_second"] = tokens / seconds
-            mfu = model_flops_utilisation(config.model, row["tokens_per_second"], peak)
-            if evaluating:
-                row["valid_loss"] = valid_loss = trainer.validate()
-                # A step's loss is from before its update; this one is from after.
-                _require_finite(row, config)
-            log.log(step, **row, mfu=mfu)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
-            if evaluating or not on_terminal:
-                tqdm.write(_line(step, config.steps, row, mfu), file=sys.stderr)
-            if saving:
-                save_checkpoint(config.out, step, trainer.model, trainer.optimizer, config.keep_checkpoints)
-            clock.restart()
-    # The first lap compiles and warms caches; it counts only where there is no other.
-    tokens, seconds = (sum(column) for column in zip(*(speeds[1:] or speeds or [(0, 1.0)]), strict=True))
-    tail = losses[-max(1, len(losses) // 10) :]
-    return TrainResult(
-        run=config.out,
-        steps=trainer.step,
-        num_parameters=num_parameters(config.model),
-        train_loss=sum(tail) / len(tail) if tail else math.nan,
-        valid_loss=valid_loss,
-        tokens_per_second=tokens / seconds,
-        mfu=model_flops_utilisation(config.model, tokens / seconds, peak),
-        device=device_name(device),
-    )
+def _begin(trainer: Trainer, writer: CheckpointWriter) -> None:
+    on_first = trainer.world.on_first
+    on_first(lambda: make_folder(trainer.config, trainer.train_data.record()))
+    # So that a run can go on from wherever it is interrupted.
+    writer.save(0, trainer.tensors(), {"unfinished_row": None})
+    writer.wait()
+    on_first(lambda: begin_run(trainer.config))
 
 
-def _require_finite(row: dict[str, float], config: TrainConfig) -> None:
-    for name, value in row.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value}: start a new run with a lower --optimizer.lr, below {config.optimizer.lr:g}, or a longer "
-                f"--optimizer.warmup-steps; the checkpoints in {config.out} are from before"
+def _resume(trainer: Trainer, resume: Resume) -> dict[str, Any] | None:
+    """Load the checkpoint; return the row of its step if the run was stopped while it was being validated."""
+    folder = trainer.world.on_first(lambda: checkpoint_to_resume(trainer.config.out, resume))
+    trainer.load(folder)
+    return read_state(folder)["unfinished_row"]
+
+
+class _Loop:
+    """The steps of a run between two processes' ends."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        writer: CheckpointWriter,
+        log: MetricLog | None,
+        stop: StopRequest | AgreedStop,
+        capture: StepCapture | None,
+        start: float,
+    ) -> None:
+        self.trainer, self.writer, self.log, self.stop, self.capture = trainer, writer, log, stop, capture
+        self.config, self.device = trainer.config, trainer.device
+        self._start, self._first_step_seconds = start, math.nan
+        gpu = gpu_of(self.device)
+        peak = gpu and gpu.peak_flops("bf16" if trainer.dtype == torch.bfloat16 else "fp32")
+        self._peak = peak and peak * trainer.world.size
+        self._hardware_flops_per_token = self._count_hardware_flops()
+        self._losses: list[float] = []
+        self._laps: list[tuple[int, float]] = []  # tokens, seconds
+        self._valid_loss = math.nan
+        self._unfinished_row: dict[str, Any] | None = None
+        self._saved_step = trainer.step
+        self._lap_step, self._lap_waited = trainer.step, 0.0
+        self._clock = Clock(self.device)
+
+    def _count_hardware_flops(self) -> float:
+        block = self.config.activation_checkpointing == "block"
+        policy = Policy(checkpointing="block" if block else "none", vocabulary="padded")
+        return hardware_flops(operations(self.config.model, 1, None, policy), policy) / self.config.model.context_length
+
+    def run(self, unfinished_row: dict[str, Any] | None) -> TrainResult:
+        """Take the steps that are left, or those until a signal; `unfinished_row` is still to be validated and logged."""
+        trainer, config = self.trainer, self.config
+        if self._peak is not None and trainer.world.is_first:
+            print(
+                f"MFU: the model's FLOPs, attention in full, backward twice the forward pass, of {self._peak / 1e12:,.0f} "
+                "TFLOP/s; HFU: with what is computed again",
+                file=sys.stderr,
             )
+        silent = None if trainer.world.is_first else True
+        with tqdm(
+            total=config.steps, initial=trainer.step, desc=f"train {config.out.name}", unit="step", disable=silent
+        ) as bar:
+            if unfinished_row is not None:
+                self._finish(unfinished_row, bar)
+            elif trainer.step == config.steps:
+                self._valid_loss = self._validate() or math.nan
+            self._clock.restart()
+            while trainer.step < config.steps and not self.stop:
+                compiles = math.isnan(self._first_step_seconds)
+                metrics = self._unless_stopped(trainer.train_step) if compiles else trainer.train_step()
+                if metrics is None:
+                    break
+                bar.update()
+                if self.capture is not None:
+                    self.capture.after_step()
+                self._after_step(metrics, bar)
+        if trainer.step != self._saved_step:
+            self._require_good_steps()
+            self._save()
+        # Whatever is still being written has to be whole before the run says that it is.
+        self.writer.wait()
+        return self._result()
+
+    def _after_step(self, metrics: Mapping[str, Any], bar: tqdm) -> None:
+        trainer, config, step = self.trainer, self.config, self.trainer.step
+        if math.isnan(self._first_step_seconds):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._first_step_seconds = time.perf_counter() - self._start
+            if trainer.world.is_first:
+                tqdm.write(f"first step after {self._first_step_seconds:.1f} s", file=sys.stderr)
+            gc.collect()
+            gc.freeze()
+        last = step == config.steps
+        evaluating, saving = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last
+        if not (step % config.log_every == 0 or evaluating or saving):
+            return
+        row = self._row(metrics)
+        self._require_good_steps()
+        if evaluating:
+            self._finish(row, bar)
+        else:
+            self._log(row, bar)
+        if saving:
+            self._save()
+        if self.capture is not None and (evaluating or saving):
+            self.capture.after_pause()
+        gc.collect()
+        self._clock.restart()
+
+    def _row(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a step's metrics and add what the lap since the last row took."""
+        trainer, config = self.trainer, self.config
+        row = {name: _finite(float(value)) for name, value in metrics.items()}
+        tokens, seconds = (trainer.step - self._lap_step) * config.tokens_per_step, self._clock.lap()
+        waited = trainer.batches.waited
+        row["tokens_per_second"] = tokens / seconds
+        row["mfu"] = model_flops_utilisation(config.model, tokens / seconds, self._peak)
+        row["hfu"] = None if self._peak is None else self._hardware_flops_per_token * tokens / seconds / self._peak
+        row["data_wait"] = (waited - self._lap_waited) / seconds
+        row["skipped_steps"] = int(trainer.guard.skipped)
+        if self.device.type == "cuda":
+            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self._lap_step, self._lap_waited = trainer.step, waited
+        self._laps.append((tokens, seconds))
+        if row["loss"] is not None:
+            self._losses.append(row["loss"])
+        return row
+
+    def _unless_stopped(self, compiling: Callable[[], T]) -> T | None:
+        """Return what `compiling` gives; None where it fails after a signal, which whoever sends it sends to the compiler too.
+
+        That is before anything has changed. Of several processes the others would wait for this one: there, the error stays.
+        """
+        try:
+            return compiling()
+        except Exception:
+            if self.trainer.world.size == 1 and self.stop:
+                return None
+            raise
+
+    def _validate(self) -> float | None:
+        return self._unless_stopped(lambda: self.trainer.validate(lambda: bool(self.stop)))
+
+    def _finish(self, row: dict[str, Any], bar: tqdm) -> None:
+        """Validate, and log the row with it; where a signal comes between, the row stays unfinished."""
+        valid_loss = self._validate()
+        if valid_loss is None:
+            self._unfinished_row, self._valid_loss = row, math.nan
+            return
+        if not math.isfinite(valid_loss):
+            # A step's loss is from before its update; this one is from after.
+            raise self._diverged(f"valid_loss is {valid_loss}")
+        row["valid_loss"] = self._valid_loss = valid_loss
+        self._log(row, bar)
+
+    def _log(self, row: dict[str, Any], bar: tqdm) -> None:
+        if self.log is None:
+            return
+        step = self.trainer.step
+        self.log.log(step, **row)
+        bar.set_postfix(loss=_number(row["loss"], ".3f"), tokens_per_s=f"{row['tokens_per_second']:,.0f}")
+        if "valid_loss" in row or not sys.stderr.isatty():
+            tqdm.write(_line(step, self.config.steps, row), file=sys.stderr)
+
+    def _save(self) -> None:
+        step, config = self.trainer.step, self.config
+        validated = (step % config.eval_every == 0 or step == config.steps) and self._unfinished_row is None
+        state = {"unfinished_row": self._unfinished_row}
+        self.writer.save(step, self.trainer.tensors(), state, self._valid_loss if validated else None)
+        self._saved_step = step
+
+    def _require_good_steps(self) -> None:
+        guard = self.trainer.guard
+        if int(guard.most_in_a_row) < self.config.max_skipped_steps:
+            # What was within the limit stays so, even where the run goes on with a lower one.
+            guard.most_in_a_row.copy_(guard.in_a_row)
+            return
+        diagnosis = diagnose(self.trainer)
+        path = self.trainer.world.on_first(lambda: write_diagnosis(self.config.out, diagnosis))
+        raise self._diverged(
+            f"{diagnosis['guard']['most_in_a_row']} steps in a row had a loss that is not finite or a spike: "
+            f"{summary(diagnosis)}; see {path}"
+        )
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what}: start a new run with a lower --optimizer.lr, below {self.config.optimizer.lr:g}, or a longer "
+            f"--optimizer.warmup-steps; the checkpoints in {self.config.out} are from before"
+        )
+
+    def _result(self) -> TrainResult:
+        trainer, config = self.trainer, self.config
+        # The first lap compiles and warms caches; it counts only where there is no other.
+        tokens, seconds = (sum(column) for column in zip(*(self._laps[1:] or self._laps or [(0, 1.0)]), strict=True))
+        tail = self._losses[-max(1, len(self._losses) // 10) :]
+        stopped = trainer.step < config.steps or math.isnan(self._valid_loss)
+        return TrainResult(
+            run=config.out,
+            steps=trainer.step,
+            num_parameters=num_parameters(config.model),
+            train_loss=sum(tail) / len(tail) if tail else math.nan,
+            valid_loss=math.nan if stopped else self._valid_loss,
+            tokens_per_second=tokens / seconds,
+            mfu=model_flops_utilisation(config.model, tokens / seconds, self._peak),
+            device=device_name(self.device),
+            first_step_seconds=self._first_step_seconds,
+            skipped_steps=int(trainer.guard.skipped),
+            stopped_by=self.stop.signal.name if self.stop.signal and stopped else None,
+        )
 
 
-def _line(step: int, steps: int, row: dict[str, float], mfu: float | None) -> str:
-    parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {row['loss']:.4f}"]
+def _finite(value: float) -> float | None:
+    # JSON knows no NaN.
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _line(step: int, steps: int, row: dict[str, Any]) -> str:
+    parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {_number(row['loss'], '.4f')}"]
     if "valid_loss" in row:
         parts.append(f"valid {row['valid_loss']:.4f}")
-    parts += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}", f"{row['tokens_per_second']:,.0f} tokens/s"]
-    if mfu is not None:
-        parts.append(f"MFU {mfu:.1%}")
+    parts += [f"grad norm {_number(row['grad_norm'], '.3f')}", f"lr {row['lr']:.2e}"]
+    parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if row["mfu"] is not None:
+        parts.append(f"MFU {row['mfu']:.1%}  HFU {row['hfu']:.1%}")
+    if "peak_memory_bytes" in row:
+        parts.append(f"peak {row['peak_memory_bytes'] / 1e9:.1f} GB")
+    if row["data_wait"] >= 0.005:
+        parts.append(f"waited for data {row['data_wait']:.1%}")
+    if row["skipped_steps"]:
+        parts.append(f"skipped {row['skipped_steps']}")
     return "  ".join(parts)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import named_errors, write_text
 
 FILE_NAME = "metrics.jsonl"
 
@@ -60,17 +60,22 @@ class MetricLog:
         """Open the log; rows after `resume_step` are dropped, because a resumed run writes them again."""
         self._send, self._close = _tracker(tracker, run, config or {}, resume_step)
         kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
-        write_text(run / FILE_NAME, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = (run / FILE_NAME).open("a", buffering=1)
+        self._path = run / FILE_NAME
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", buffering=1)
 
     def log(self, step: int, **metrics: float | None) -> None:
         """Write one row."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        with named_errors(self._path):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._send(metrics, step)
 
     def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._close()
+        try:
+            with named_errors(self._path):
+                self._file.close()
+        finally:
+            self._close()

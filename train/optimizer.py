@@ -1,22 +1,83 @@
-"""AdamW over a model's parameters, and the clipping of their gradients."""
+"""The optimizer of a run: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import OptimizerConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and leaves norms alone."""
-    parameters = list(model.parameters())
+def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    # A tensor, so that a graph that holds the step, compiled or captured, reads each step's value.
+    lr = torch.tensor(config.lr, device=parameters[0].device)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for the next step of every parameter."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def _muon(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Muon:
+    # Updates as large as AdamW's usually are (Liu et al. 2025, equation 4), so that both share a learning rate and a decay.
+    return torch.optim.Muon(parameters, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    if isinstance(part, torch.optim.Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+class Optimizer:
+    """The optimizers of a model's parameters, as one: decays matrices and leaves norms alone."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        named = dict(model.named_parameters())
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
+        inner = [p for name, p in named.items() if config.name == "muon" and p.dim() == 2 and name.startswith("layers.")]
+        chosen = {id(p) for p in inner}
+        self._adamw = _adamw((p for p in named.values() if id(p) not in chosen), config)
+        self._muon = _muon(inner, config) if inner else None
+        self.parts: list[torch.optim.Optimizer] = [self._adamw, *([self._muon] if self._muon else [])]
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Use `lr` for the next step of every parameter."""
+        for group in self._adamw.param_groups:
+            group["lr"].fill_(lr)
+        for group in self._muon.param_groups if self._muon else ():
+            group["lr"] = lr
+
+    def step(self, skip: Tensor) -> None:
+        """Take a step, or leave weights and state as they are where the device finds `skip` true."""
+        if not self._adamw.state:
+            self.allocate()
+        # What a loss scaler sets: the fused kernel reads it on the device.
+        self._adamw.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
+        self._adamw.step()
+        # Muon has no such flag, and waits for the device to know it.
+        if self._muon is not None and not bool(skip):
+            self._muon.step()
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the whole state as tensors by kind and parameter, such as `exp_avg.ln_final.weight`."""
+        return {
+            f"{kind}.{self._names[parameter]}": value
+            for part in self.parts
+            for parameter, state in part.state.items()
+            for kind, value in state.items()
+        }
+
+    def allocate(self) -> None:
+        """Make the whole state, as it is before the first step; a checkpoint of any later one can be read into it."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    part.state[parameter] = _initial_state(part, parameter)

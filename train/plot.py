@@ -1,5 +1,6 @@
 """The loss curve of a run."""
 
+import math
 from pathlib import Path
 
 from ..files import atomic_file
@@ -16,7 +17,9 @@ def plot_losses(run: Path) -> Path:
     rows = read_metrics(run)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="tab:blue", alpha=0.5, lw=1, label="training")
+    # A loss that was not finite is a gap.
+    training = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    axes.plot([row["step"] for row in rows], training, color="tab:blue", alpha=0.5, lw=1, label="training")
     valid = [row for row in rows if "valid_loss" in row]
     steps, losses = [row["step"] for row in valid], [row["valid_loss"] for row in valid]
     axes.plot(steps, losses, color="tab:red", marker="o", ms=3, label="validation")

@@ -9,7 +9,7 @@ from .config import DataConfig, OptimizerConfig, TrainConfig
 
 def corpus_files(folder: Path) -> DataConfig:
     """Return the files that `tilewright corpus` and `tilewright tokenizer train` leave in a corpus's folder."""
-    return DataConfig(folder / "train.txt", folder / "valid.txt", folder / "tokenizer.json")
+    return DataConfig((folder / "train.txt",), folder / "valid.txt", folder / "tokenizer.json")
 
 
 def _gpt2(name: str, lr: float, micro_batch_size: int) -> TrainConfig:

@@ -1,26 +1,29 @@
 """A finished run, opened again: its model and tokenizer, ready to generate."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ..errors import UserError
 from ..model import TransformerLM, generate
 from ..tokenizer import END_OF_TEXT, Tokenizer
-from .checkpoint import list_checkpoints, load_weights
+from .checkpoint.layout import load_weights, newest_valid
 from .config import load_config
-from .loop import CONFIG_FILE, TOKENIZER_FILE, resolve_device, resolve_dtype
+from .device import resolve_device, resolve_dtype
+from .folder import CONFIG_FILE, TOKENIZER_FILE
 
 
 def load_run(run: Path, device: str = "auto") -> tuple[TransformerLM, Tokenizer]:
-    """Return the model of the run's newest checkpoint, and its tokenizer."""
+    """Return the model of the run's newest valid checkpoint, with the mean of its weights where it keeps one, and tokenizer."""
     config = load_config(run / CONFIG_FILE)
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise UserError(f"{run} has no checkpoint yet: train it to its first one")
+    part = "model" if config.ema_decay is None else "ema"
+    checkpoint, skipped = newest_valid(run, [part])
+    for folder, reason in skipped:
+        print(f"skipped {folder.name}: {reason}", file=sys.stderr)
+    if checkpoint is None:
+        raise UserError(f"{run} has no {'valid ' if skipped else ''}checkpoint yet: train it to its first one")
     model = TransformerLM(config.model).to(resolve_device(device))
-    load_weights(checkpoints[-1], model)
+    load_weights(checkpoint, model, part)
     return model.eval(), Tokenizer.load(run / TOKENIZER_FILE)
 
 
@@ -56,18 +59,16 @@ def write_texts(model: TransformerLM, tokenizer: Tokenizer, config: SampleConfig
         if stop is None:
             raise UserError(f"the prompt is empty and the tokenizer has no {END_OF_TEXT} to begin with: give a prompt")
         ids = [stop]
-    device = model.rope_cos.device
-    dtype = resolve_dtype("auto", device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        continuations = generate(
-            model,
-            [ids] * config.num_samples,
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop_token=stop,
-            vocab_size=tokenizer.vocab_size,
-            seed=config.seed,
-        )
+    continuations = generate(
+        model,
+        [ids] * config.num_samples,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_token=stop,
+        vocab_size=tokenizer.vocab_size,
+        seed=config.seed,
+        dtype=resolve_dtype("auto", model.rope_cos.device),
+    )
     return [config.prompt + tokenizer.decode(new) for new in continuations]

@@ -2,15 +2,21 @@
 
 import math
 
+from .config import OptimizerConfig
 
-def cosine_with_warmup(step: int, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of `step` (0-based): a line from 0 up to `peak`, then half a cosine down to `final`.
 
-    As in Touvron et al. 2023, section 2.2; the last step, total_steps - 1, has the final rate exactly.
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of `step` (0-based): a line from 0 up to `lr`, then down to `final_lr`, that of the last step.
+
+    cosine: half a cosine (Touvron et al. 2023, section 2.2). wsd: constant, then a line over the last `decay_share` of all
+    steps (Hu et al. 2024, section 4; Hägele et al. 2024). linear: a line all the way (Bergsma et al. 2025, whose end is zero).
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if step >= total_steps - 1:
-        return final
-    progress = (step - warmup_steps) / (total_steps - 1 - warmup_steps)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    last, warmup = total_steps - 1, config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if step >= last:
+        return config.final_lr
+    start = warmup if config.schedule != "wsd" else max(warmup, round(last - config.decay_share * total_steps))
+    progress = max(0.0, (step - start) / max(1, last - start))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.final_lr + (config.lr - config.final_lr) * left

@@ -19,6 +19,11 @@ def test_the_course_run_sees_the_courses_tokens():
     assert config.steps * config.tokens_per_step == 327_680_000
 
 
+def test_cuda_graphs_take_a_whole_batch(changed):
+    for sizes in ((4, None), (4, 4), (4, "auto"), ("auto", 2), ("auto", "auto")):
+        assert changed(cuda_graphs=True, batch_size=sizes[0], micro_batch_size=sizes[1]).cuda_graphs
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(UserError, match=r"'gpt3' is unknown: choose one of stories-cpu, tinystories-17m"):
         preset("gpt3")
@@ -32,6 +37,10 @@ def test_an_unknown_preset_lists_the_known_ones():
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"steps": 3}, "warmup_steps is 3: it must be below steps, 3"),
         ({"seed": -1}, "seed is -1"),
+        ({"dtype": "float16"}, "dtype is float16: it must be one of auto, float32, bfloat16"),
+        ({"parallel": "tp"}, "parallel is tp: it must be one of ddp, fsdp"),
+        ({"cuda_graphs": True, "compile": False}, "compile is False: it must be left out, or true, where cuda_graphs is set"),
+        ({"cuda_graphs": True, "micro_batch_size": 2}, "micro_batch_size is 2: it must be left out, or 4, where cuda_graphs"),
     ],
 )
 def test_impossible_runs_are_refused(changed, changes, message):
@@ -47,6 +56,8 @@ def test_impossible_runs_are_refused(changed, changes, message):
         ({"final_lr": 1.0}, r"optimizer.final_lr is 1.0: it must be between 0 and lr"),
         ({"betas": (0.9, 1.0)}, r"optimizer.betas is \(0.9, 1.0\)"),
         ({"weight_decay": -0.1}, r"optimizer.weight_decay is -0.1"),
+        ({"name": "lion"}, "optimizer.name is lion: it must be one of adamw, muon"),
+        ({"schedule": "sine"}, "optimizer.schedule is sine: it must be one of cosine, wsd, linear"),
         ({"max_grad_norm": 0.0}, r"optimizer.max_grad_norm is 0.0"),
     ],
 )

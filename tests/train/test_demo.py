@@ -1,5 +1,6 @@
 import io
 import json
+import signal
 
 import pytest
 from rich.console import Console
@@ -7,6 +8,7 @@ from rich.console import Console
 from tilewright.errors import UserError
 from tilewright.train import SampleConfig, load_run, write_texts
 from tilewright.train.demo import DemoConfig, run_demo
+from tilewright.train.trainer import Trainer
 
 TINY = {"megabytes": 0.2, "vocab_size": 400, "steps": 3}
 
@@ -52,6 +54,17 @@ def test_the_demo_repeats_itself(demo, tmp_path):
     again = run_demo(DemoConfig(out=tmp_path / "again", **TINY), Console(file=io.StringIO()))
     assert again.sample == demo[0].sample
     assert again.result.valid_loss == demo[0].result.valid_loss
+
+
+def test_a_demo_that_a_signal_stops_says_how_it_goes_on(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=120)
+    train_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (signal.raise_signal(signal.SIGINT), train_step(self))[1])
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(DemoConfig(out=tmp_path / "run", **TINY), console)
+    shown = console.file.getvalue()  # pyright: ignore
+    assert f"stopped by SIGINT after step 1; it goes on with\ntilewright train stories-cpu --out {tmp_path}/run" in shown
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_folder_in_use_is_refused(demo):

@@ -1,0 +1,60 @@
+import gc
+
+import pytest
+import torch
+
+from tilewright.errors import UserError
+from tilewright.train.device import collected_by_hand, prepare_allocator, resolve_device, resolve_dtype
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(UserError, match="'cuda' is not there"):
+        resolve_device("cuda")
+    for name in ("tpu9000", "meta", "mps"):
+        with pytest.raises(UserError, match=f"'{name}' is unknown"):
+            resolve_device(name)
+
+
+def test_the_allocator_is_set_up_unless_the_environment_does(monkeypatch):
+    settings = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    # Asking for the memory or the dtypes of a GPU starts CUDA.
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    prepare_allocator(torch.device("cpu"))
+    assert settings == []
+    prepare_allocator(torch.device("cuda", 0))
+    assert settings == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    prepare_allocator(torch.device("cuda", 0))
+    assert settings == ["expandable_segments:True"]
+
+
+@pytest.mark.gpu
+def test_what_the_allocator_was_told_holds(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    torch.cuda.empty_cache()
+    prepare_allocator(torch.device("cuda", 0))
+    kept = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    segments = torch.cuda.memory_snapshot()
+    assert any(segment["is_expandable"] and segment["total_size"] >= kept.nbytes for segment in segments)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with collected_by_hand():
+            assert not gc.isenabled()
+            assert gc.get_freeze_count() > 0
+        assert gc.isenabled() == enabled
+        assert gc.get_freeze_count() == 0
+    finally:
+        (gc.enable if before else gc.disable)()

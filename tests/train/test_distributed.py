@@ -1,0 +1,342 @@
+"""Runs of two processes on the CPU, against the same runs of one. As a program this file is what torchrun starts."""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tilewright.errors import UserError
+from tilewright.model import ModelConfig, TransformerLM
+from tilewright.train import OptimizerConfig, TrainConfig, load_run, train
+from tilewright.train.checkpoint.layout import list_checkpoints, read_tensors, tensor_names
+from tilewright.train.config import load_config, save_config
+from tilewright.train.distributed import IGNORED_TARGET, World, check_parallel
+from tilewright.train.metrics import read_metrics
+from tilewright.train.parallel import compile_blocks, exchanging_gradients, spread, whole
+from tilewright.train.presets import corpus_files
+from tilewright.train.trainer import Trainer, TrainingLoss
+
+# The rest of a row is time.
+LEARNT = ("step", "loss", "grad_norm", "lr", "valid_loss")
+FAULT_STEP = 6
+FILES = {"train": "train.txt", "valid": "valid.txt", "tokenizer": "tokenizer.json"}
+
+
+def go_back(source, run, step):
+    """Copy a run as if it had ended after the checkpoint of a step."""
+    shutil.copytree(source, run)
+    for folder in list_checkpoints(run):
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
+    return run
+
+
+def at_fault_step(rank, action):
+    """Let a process do something to its trainer in the middle of a step."""
+    backward = Trainer.backward
+
+    def patched(self, *batch):
+        if self.step == FAULT_STEP and self.world.rank == rank:
+            action(self)
+        return backward(self, *batch)
+
+    Trainer.backward = patched
+    return lambda: setattr(Trainer, "backward", backward)
+
+
+def train_all(folder):
+    """Train what `runs` compares."""
+    base = load_config(folder / "base.json")
+    results = {}
+
+    def run(name, source=None, step=0, **changes):
+        if source and os.environ["RANK"] == "0":
+            go_back(folder / source, folder / name, step)
+        result = train(dataclasses.replace(base, out=folder / name, **changes), resume="auto" if source else None)
+        results[name] = {"steps": result.steps, "stopped_by": result.stopped_by, "valid_loss": result.valid_loss}
+
+    run("ddp", parallel="ddp")
+    run("fsdp", parallel="fsdp")
+    run("bfloat16-fsdp", parallel="fsdp", dtype="bfloat16", activation_checkpointing="block")
+    run("one-then-fsdp", "one", 4, parallel="fsdp")
+    run("fsdp-then-ddp", "fsdp", 8, parallel="ddp")
+    restore = at_fault_step(1, lambda _: signal.raise_signal(signal.SIGUSR1))
+    run("stopped", parallel="fsdp")
+    restore()
+    run("stopped-then-on", "stopped", 100, parallel="fsdp")
+    (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+def train_compiled(folder):
+    base = load_config(folder / "base.json")
+    for parallel in ("ddp", "fsdp"):
+        train(dataclasses.replace(base, out=folder / f"compiled-{parallel}", parallel=parallel, compile=True))
+
+
+def fail(_):
+    raise UserError("the third disk is missing")
+
+
+def die(_):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@torch.no_grad()
+def damage(trainer):
+    # A weight of this process alone.
+    trainer.model.layers[1].ffn.down_proj.weight.to_local().fill_(math.nan)
+
+
+PROGRAMS = {"all": train_all, "compiled": train_compiled}
+FAULTS = {"failing": (1, fail), "dying": (0, die), "damaged": (1, damage)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] in PROGRAMS:
+        PROGRAMS[sys.argv[1]](Path(sys.argv[2]))
+    else:
+        at_fault_step(*FAULTS[sys.argv[1]])
+        sys.argv[1:] = ["stories-cpu", *sys.argv[2:]]
+        runpy.run_module("tilewright.train", run_name="__main__")
+
+
+def torchrun(*arguments, restarts=0):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, __file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def rows(run):
+    return [{name: row[name] for name in LEARNT if name in row} for row in read_metrics(run)]
+
+
+def tensors(checkpoint):
+    return {name: read_tensors(checkpoint, name) for name in tensor_names(checkpoint)}
+
+
+def is_sharded(checkpoint):
+    return (checkpoint / "model").is_dir()
+
+
+def assert_same(run, expected, exactly=False):
+    ours, theirs = rows(run), rows(expected)
+    assert [row["step"] for row in ours] == list(range(1, 13))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == (b if exactly else pytest.approx(b, rel=1e-6))
+    ours, theirs = (tensors(list_checkpoints(folder)[-1]) for folder in (run, expected))
+    assert ours.keys() == theirs.keys() == {"model", "optimizer", "guard", "rng", "ema"}
+    for name in ours:
+        tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(ours[name], theirs[name], **tolerance)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """A folder with the run of one process, `one`, and all those of `train_all`."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = TrainConfig(
+        out=folder / "one",
+        model=ModelConfig(vocab_size=300, context_length=16, d_model=16, num_layers=2, num_heads=2, d_ff=24),
+        data=dataclasses.replace(corpus_files(corpus), documents=True),
+        steps=12,
+        batch_size=4,
+        micro_batch_size=1,
+        optimizer=OptimizerConfig(lr=1e-2, final_lr=1e-3, warmup_steps=3),
+        ema_decay=0.9,
+        log_every=1,
+        eval_every=4,
+        eval_sequences=11,
+        checkpoint_every=4,
+        keep_checkpoints=10,
+        device="cpu",
+    )
+    save_config(config, folder / "base.json")
+    train(config)
+    done = torchrun("all", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def results(runs, rank=0):
+    return json.loads((runs / f"results-{rank}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(runs, parallel):
+    assert_same(runs / parallel, runs / "one")
+    assert [is_sharded(folder) for folder in list_checkpoints(runs / parallel)] == [parallel == "fsdp"] * 4
+    assert results(runs, 0) == results(runs, 1)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_and_with_fewer_processes(runs, tmp_path):
+    assert_same(runs / "one-then-fsdp", runs / "one")
+    assert_same(runs / "fsdp-then-ddp", runs / "one")
+    again = go_back(runs / "one-then-fsdp", tmp_path / "again", 8)
+    assert [is_sharded(folder) for folder in list_checkpoints(again)] == [False, False, True]
+    train(dataclasses.replace(load_config(runs / "base.json"), out=again), resume="auto")
+    assert_same(again, runs / "one")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(runs):
+    for rank in (0, 1):
+        stopped = results(runs, rank)["stopped"]
+        assert stopped["stopped_by"] == "SIGUSR1"
+        assert FAULT_STEP < stopped["steps"] <= FAULT_STEP + 2
+        assert list_checkpoints(runs / "stopped")[-1].name == f"step-{stopped['steps']:08d}"
+    assert_same(runs / "stopped-then-on", runs / "fsdp", exactly=True)
+
+
+@pytest.mark.slow
+def test_shards_are_gathered_in_half_precision(runs, tmp_path):
+    config = dataclasses.replace(load_config(runs / "base.json"), out=tmp_path / "one", dtype="bfloat16")
+    train(config)
+    ours, theirs = rows(runs / "bfloat16-fsdp"), rows(config.out)
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=5e-3)
+    weights = read_tensors(list_checkpoints(runs / "bfloat16-fsdp")[-1], "model")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_opened_as_any_other(runs):
+    model, _ = load_run(runs / "fsdp", "cpu")
+    expected = read_tensors(list_checkpoints(runs / "one")[-1], "ema")
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_nothing_is_lost(runs, tmp_path):
+    run = go_back(runs / "ddp", tmp_path / "run", 0)
+    done = torchrun("dying", "--out", run, "--resume", "auto", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tilewright: error: a process of the job has ended") == 1
+    assert_same(run, runs / "ddp", exactly=True)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_and_is_said_once(runs, tmp_path):
+    run = go_back(runs / "fsdp", tmp_path / "run", 4)
+    before = list_checkpoints(run)
+    done = torchrun("failing", "--out", run, "--resume", "auto", "--parallel", "fsdp")
+    assert done.returncode != 0
+    assert done.stderr.count("tilewright: error: the third disk is missing") == 1
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert list_checkpoints(run) == before
+
+
+@pytest.mark.slow
+def test_processes_diverge_together(runs, corpus, tmp_path):
+    # New, with texts that are still to be encoded.
+    shutil.copytree(corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns("*.tokens"))
+    shape = ["--model.vocab-size=300", "--model.context-length=16", "--model.d-model=16", "--model.num-heads=2"]
+    shape += ["--model.num-kv-heads=None", "--model.d-ff=24"]
+    data = [f"--data.{name}={tmp_path / 'corpus' / file}" for name, file in FILES.items()]
+    options = ["--batch-size=4", "--log-every=1", "--max-skipped-steps=2", "--parallel=fsdp", "--device=cpu"]
+    run = tmp_path / "run"
+    done = torchrun("damaged", "--out", run, *shape, *data, *options)
+    assert done.returncode != 0
+    assert done.stderr.count("2 steps in a row had a loss that is not finite") == 1
+    found = json.loads((run / "diagnosis.json").read_text())["first_not_finite"]
+    assert found["weights"] == "layers.1.ffn.down_proj.weight"
+    assert found["outputs"] == "layers.1.ffn.down_proj"
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000000"]
+    assert [row["skipped_steps"] for row in read_metrics(run)][-1] == 1
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(runs):
+    done = torchrun("compiled", runs)
+    assert done.returncode == 0, done.stderr
+    for parallel in ("ddp", "fsdp"):
+        losses = [[row["loss"] for row in rows(runs / name)] for name in (f"compiled-{parallel}", "one")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_half_of_torchruns_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK is not set"), World.join("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_shards_of_one_process_have_the_gradients_of_the_whole(changed, device):
+    config = changed(parallel="fsdp", model=ModelConfig(300, 64, d_model=64, num_layers=3, num_heads=2, d_ff=96, qk_norm=True))
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randint(300, (2, 4, 64), generator=generator).to(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    losses, gradients = [], []
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            model = TransformerLM(config.model)
+            model.compute_dtype = dtype
+            loss = TrainingLoss(model)
+            if sharded:
+                # As on a GPU, where blocks are compiled; the compiler of a CPU would take long.
+                compile_blocks(model.layers) if device == "cuda" else None
+                loss = spread(loss, model.layers, World(torch.device(device)), config, dtype)
+            else:
+                loss.to(device)
+            for last in (False, True):
+                with exchanging_gradients(loss, last):
+                    losses.append(loss(inputs, targets))
+                    losses[-1].backward()
+            gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+    finally:
+        dist.destroy_process_group()
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[1].values())
+    tolerance = 2e-2 if device == "cuda" else 1e-6
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= tolerance * expected.norm(), name
+    torch.testing.assert_close(losses[2:], losses[:2], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [1, 4, 7])
+def test_each_row_of_a_batch_is_seen_by_one_process(size, num_rows):
+    inputs = torch.arange(num_rows * 3).view(num_rows, 3)
+    parts = [World(torch.device("cpu"), rank, size).own_rows(inputs, inputs + 1) for rank in range(size)]
+    assert len({part.shape for pair in parts for part in pair}) == 1
+    rows = torch.cat([part for part, _ in parts])
+    targets = torch.cat([part for _, part in parts])
+    assert torch.equal(rows[:num_rows], inputs)
+    assert torch.equal(targets[:num_rows], inputs + 1)
+    assert (targets[num_rows:] == IGNORED_TARGET).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5}, "multiple of the number of processes, 2"),
+        ({"cuda_graphs": True}, "needs one process, on a GPU, not 2 on cpu; choose --no-cuda-graphs"),
+        ({"parallel": "fsdp", "optimizer": OptimizerConfig(name="muon", warmup_steps=3)}, "whole matrices"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(changed, changes, message):
+    config = changed(**changes)
+    with pytest.raises(UserError, match=message):
+        check_parallel(config, World(torch.device("cpu"), 0, 2))
+    check_parallel(config, World(torch.device("cuda")))
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(changed):
+    with pytest.raises(UserError, match="needs one process, on a GPU, not 1 on cpu"):
+        train(changed(cuda_graphs=True))
+    assert not changed().out.exists()

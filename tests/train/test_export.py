@@ -1,0 +1,144 @@
+"""Runs written for transformers, and models read back from such folders."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tilewright.errors import UserError
+from tilewright.model import ModelConfig, TransformerLM, generate
+from tilewright.tokenizer import Tokenizer
+from tilewright.train import load_run, train
+from tilewright.train.export import export_run, initialise, load_model
+
+PROMPT = "the cat sat on"
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A run of a few steps, its vocabulary larger than the tokenizer's, with a mean of its weights."""
+    from tilewright.train import OptimizerConfig, TrainConfig
+    from tilewright.train.presets import corpus_files
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(
+        TrainConfig(
+            out=out,
+            model=ModelConfig(vocab_size=310, context_length=16, d_model=16, num_layers=2, num_heads=2, d_ff=24),
+            data=corpus_files(corpus),
+            steps=4,
+            batch_size=4,
+            optimizer=OptimizerConfig(lr=1e-2, final_lr=1e-3, warmup_steps=0),
+            ema_decay=0.9,
+            eval_sequences=4,
+            device="cpu",
+        )
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    return export_run(run, "hf", tmp_path_factory.mktemp("exported") / "hf")
+
+
+def test_transformers_reads_and_generates_the_same(run, exported):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = load_run(run, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    text = "The café said:\n\n  123 birds<|endoftext|>the mat 🐦 "
+    assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+    assert their_tokenizer.decode(tokenizer.encode(text)) == text
+    assert their_tokenizer.eos_token_id == their_tokenizer.bos_token_id == tokenizer.end_of_text_id
+    assert their_tokenizer.model_max_length == 16
+
+    ids = torch.tensor([tokenizer.encode(PROMPT)])
+    with torch.no_grad():
+        logits, expected = theirs(ids).logits, model(ids)[..., : tokenizer.vocab_size]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    options = {"temperature": 0, "stop_token": tokenizer.end_of_text_id, "vocab_size": tokenizer.vocab_size}
+    ours = generate(model, ids.tolist(), 8, **options)[0]
+    found = theirs.generate(**their_tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert their_tokenizer.decode(found[0], skip_special_tokens=True) == PROMPT + tokenizer.decode(ours)
+
+
+def test_the_mean_of_the_weights_is_what_is_exported(run, exported):
+    checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
+    mean, weights = (load_file(checkpoint / f"{name}.safetensors")["layers.0.ln1.weight"] for name in ("ema", "model"))
+    written = load_file(exported / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    assert torch.equal(written, mean)
+    assert not torch.equal(written, weights)
+
+
+def test_ids_that_the_tokenizer_lacks_are_left_out(run, exported):
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    assert tokenizer.vocab_size == 300
+    tensors = load_file(exported / "model.safetensors")
+    assert {len(tensors[name]) for name in ("model.embed_tokens.weight", "lm_head.weight")} == {300}
+    assert json.loads((exported / "config.json").read_text())["vocab_size"] == 300
+
+
+def test_an_exported_folder_loads_like_a_run(run, exported):
+    (model, tokenizer), (again, their_tokenizer) = load_model(run, "cpu"), load_model(exported, "cpu")
+    assert their_tokenizer.fingerprint == tokenizer.fingerprint
+    assert not again.training
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens), model(tokens)[..., :300])
+
+
+def test_what_cannot_be_exported_leaves_nothing_behind(run, tmp_path, exported):
+    with pytest.raises(UserError, match="exists already"):
+        export_run(run, "hf", exported)
+    with pytest.raises(UserError, match="'gguf' is unknown"):
+        export_run(run, "gguf", tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere"):
+        export_run(tmp_path / "nowhere", "hf", tmp_path / "out")
+    path = tmp_path / "run" / "config.json"
+    path.parent.mkdir()
+    values = json.loads((run / "config.json").read_text())
+    path.write_text(json.dumps(values | {"model": values["model"] | {"qk_norm": True}}))
+    with pytest.raises(UserError, match="qk_norm True"):
+        export_run(path.parent, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_begins_from_a_run_or_a_folder(run, exported):
+    source, tokenizer = load_run(run, "cpu")
+    tokens = torch.arange(16)[None]
+    for folder, size in ((run, 310), (exported, 300)):
+        model = TransformerLM(dataclasses.replace(source.config, vocab_size=size, context_length=64))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            initialise(model, folder, tokenizer)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens)[..., :300], source(tokens)[..., :300])
+
+
+def test_a_model_begins_from_nothing_that_does_not_fit(run, exported, corpus, tmp_path):
+    source, tokenizer = load_run(run, "cpu")
+    model = TransformerLM(dataclasses.replace(source.config, d_ff=40))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"has d_ff 24, not 40: set --model\.d-ff 24"):
+        initialise(model, run, tokenizer)
+    with pytest.raises(UserError, match="has vocab_size 300, not 310"):
+        initialise(TransformerLM(source.config), exported, tokenizer)
+    other = Tokenizer(tokenizer.vocab, tokenizer.merges[:-1], ["<|endoftext|>"])
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        initialise(TransformerLM(source.config), run, other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tokenizer_that_cannot_be_compared_is_a_warning(run, tmp_path):
+    folder = export_run(run, "hf", tmp_path / "hf")
+    (folder / "tokenizer.json").unlink()
+    source, tokenizer = load_run(run, "cpu")
+    model = TransformerLM(dataclasses.replace(source.config, vocab_size=300))
+    with pytest.warns(UserWarning, match="cannot be told"):
+        initialise(model, folder, tokenizer)
+    with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
+        load_model(folder)

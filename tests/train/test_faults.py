@@ -1,0 +1,360 @@
+"""Damaged checkpoints, full and read-only disks, data and settings that change under a run: named, and nothing is lost."""
+
+import dataclasses
+import math
+import os
+import shutil
+import signal
+
+import pytest
+
+from faults import (
+    FULL,
+    command,
+    command_in_a_folder_that_gets_read_only,
+    command_on_a_full_disk,
+    command_without_privileges,
+    outcome,
+    rows,
+    run_in_child,
+)
+from tilewright.errors import UserError
+from tilewright.tokenizer import Tokenizer
+from tilewright.train import OptimizerConfig, loop, train
+from tilewright.train.checkpoint.layout import list_checkpoints
+from tilewright.train.data.datasets import open_data
+from tilewright.train.guard import Guard
+
+
+@pytest.fixture
+def own_data(config, corpus, tmp_path):
+    """The run on data of its own, which it may lose; encoded."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train.txt", "valid.txt", "tokenizer.json"):
+        shutil.copyfile(corpus / name, folder / name)
+    data = dataclasses.replace(
+        config.data, train=(folder / "train.txt",), valid=folder / "valid.txt", tokenizer=folder / "tokenizer.json"
+    )
+    open_data(data, Tokenizer.load(data.tokenizer))
+    return dataclasses.replace(config, data=data)
+
+
+def whole(config):
+    config = dataclasses.replace(config, out=config.out.with_name("whole"))
+    train(config)
+    return outcome(config.out)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "guard.safetensors", "state.json", "manifest.json")
+DAMAGES = {
+    "truncated": (truncate, r"was truncated or changed|is damaged|cannot be read"),
+    "flipped": (lambda path: flip_a_byte(path) if path.stat().st_size > 100 else path.write_bytes(b"?" * path.stat().st_size),
+                r"is damaged|cannot be read|not a manifest|of format|was truncated"),
+    "missing": (lambda path: path.unlink(), r"is missing|has no manifest.json"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return {}
+
+
+@pytest.fixture
+def run(config, finished, tmp_path_factory):
+    """A copy of a run that has ended, with three checkpoints; and what it came to."""
+    if not finished:
+        made = dataclasses.replace(config, out=tmp_path_factory.mktemp("finished") / "run", keep_checkpoints=3)
+        train(made)
+        finished.update(folder=made.out, outcome=outcome(made.out))
+    shutil.copytree(finished["folder"], config.out)
+    return dataclasses.replace(config, keep_checkpoints=3), finished["outcome"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_named(run, file, damage, capsys):
+    config, expected = run
+    harm, reason = DAMAGES[damage]
+    first, middle, last = list_checkpoints(config.out)[-3:]
+    for folder in (middle, last):
+        harm(folder / file)
+    with pytest.raises(UserError, match=reason) as error:
+        train(config, resume=last)
+    assert str(last / file) in str(error.value) or str(last) in str(error.value)
+    assert list_checkpoints(config.out)[-3:] == [first, middle, last]
+    train(config, resume="auto")
+    printed = capsys.readouterr().err
+    for folder in (middle, last):
+        assert f"skipped {folder.name}: {folder}" in printed
+        assert f"set {folder.name} aside as set-aside-{folder.name}: the run goes on from {first.name}" in printed
+    assert outcome(config.out) == expected
+
+
+def test_without_a_valid_checkpoint_a_run_neither_goes_on_nor_begins_anew(run):
+    config, _ = run
+    for folder in list_checkpoints(config.out):
+        truncate(folder / "model.safetensors")
+    before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"has no valid checkpoint among 3: a run cannot go on from nothing"):
+        train(config, resume="auto")
+    assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+
+
+def test_a_lost_configuration_does_not_begin_a_run_anew(run):
+    config, _ = run
+    (config.out / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds a tokenizer.json that a run would overwrite"):
+        train(config, resume="auto")
+    assert len(list_checkpoints(config.out)) == 3
+
+
+def test_a_damaged_configuration_is_named(run):
+    config, _ = run
+    truncate(config.out / "config.json")
+    (config.out / "config.json").write_text((config.out / "config.json").read_text()[:-5])
+    with pytest.raises(UserError, match=r"config.json is not a run's configuration"):
+        train(config, resume="auto")
+
+
+def test_a_torn_line_of_metrics_is_written_again(run):
+    config, expected = run
+    path = config.out / "metrics.jsonl"
+    for folder in list_checkpoints(config.out)[-1:]:
+        shutil.rmtree(folder)
+    path.write_text(path.read_text()[:-20])
+    train(config, resume="auto")
+    assert outcome(config.out) == expected
+
+
+@pytest.mark.parametrize("when", FULL)
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(config, run, when):
+    _, expected = run
+    config = dataclasses.replace(config, out=config.out.with_name("full"))
+    status, printed = run_in_child(command_on_a_full_disk, config, when, "--resume", "auto")
+    assert status in (1, 2), printed
+    assert "Traceback" not in printed
+    message = printed.splitlines()[-1]
+    assert message.startswith("tilewright: error:")
+    assert "File too large" in message
+    assert str(config.out) in message
+    status, printed = run_in_child(command, config, "--resume", "auto")
+    assert status == 0, printed
+    assert outcome(config.out) == expected
+
+
+@pytest.fixture
+def read_only():
+    """Return what makes a folder and those in it read-only until the end of the test."""
+    locked = []
+
+    def lock(folder):
+        locked.extend([folder, *(path for path in folder.rglob("*") if path.is_dir())])
+        for path in locked:
+            path.chmod(0o555)
+
+    def unlock():
+        for path in locked:
+            path.chmod(0o755)
+        locked.clear()
+
+    lock.undo = unlock
+    yield lock
+    unlock()
+
+
+def test_a_read_only_folder_is_named_and_the_run_goes_on_when_it_is_not(run, read_only):
+    config, expected = run
+    shutil.rmtree(list_checkpoints(config.out)[-1])
+    before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+    read_only(config.out)
+    status, printed = run_in_child(command_without_privileges, config, "--resume", "auto")
+    assert status in (1, 2), printed
+    message = printed.splitlines()[-1]
+    assert message.startswith("tilewright: error:")
+    assert "Permission denied" in message
+    assert str(config.out) in message
+    assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+    read_only.undo()
+    status, printed = run_in_child(command, config, "--resume", "auto")
+    assert status == 0, printed
+    assert outcome(config.out) == expected
+
+
+def test_a_folder_that_gets_read_only_ends_a_run_at_its_next_checkpoint(config, run):
+    _, expected = run
+    config = dataclasses.replace(config, out=config.out.with_name("locked"))
+    status, printed = run_in_child(command_in_a_folder_that_gets_read_only, config)
+    assert status in (1, 2), printed
+    message = printed.splitlines()[-1]
+    assert f"saving the checkpoint of step 8 in {config.out / 'checkpoints'} failed" in message
+    assert "Permission denied" in message
+    (config.out / "checkpoints").chmod(0o755)
+    assert [folder.name for folder in list_checkpoints(config.out)] == ["step-00000000", "step-00000004"]
+    train(config, resume="auto")
+    assert outcome(config.out) == expected
+
+
+def test_no_folder_can_be_made_in_a_read_only_one(changed, tmp_path, read_only):
+    (tmp_path / "locked").mkdir()
+    read_only(tmp_path / "locked")
+    status, printed = run_in_child(command_without_privileges, changed(out=tmp_path / "locked" / "run"))
+    assert status in (1, 2), printed
+    assert f"Permission denied: '{tmp_path / 'locked' / 'run'}'" in printed.splitlines()[-1]
+
+
+def at_step(monkeypatch, step, action):
+    """Do something once to the world as a run comes to a step."""
+    judge = Guard.judge
+
+    def wrapped(self, *arguments):
+        if self.taken == step:
+            action()
+        return judge(self, *arguments)
+
+    monkeypatch.setattr(Guard, "judge", wrapped)
+
+
+def restorable(path):
+    """Return what puts a file back as it was, its times with it."""
+    content, stat = path.read_bytes(), path.stat()
+
+    def restore():
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    return restore
+
+
+TOKENS = {"training": "train.tokens", "validation": "valid.tokens"}
+HARM = {
+    "removed": (lambda path: path.unlink(), "cannot be read: No such file or directory"),
+    "truncated": (truncate, r"has \d+ bytes, its header says \d+: make it again"),
+    "changed": (flip_a_byte, "has changed: its ids are not those that its header speaks of"),
+}
+
+
+@pytest.mark.parametrize("file", TOKENS)
+@pytest.mark.parametrize("harm", HARM)
+def test_data_that_is_harmed_during_a_run_is_named_and_the_run_goes_on_with_it(own_data, monkeypatch, file, harm):
+    expected = whole(own_data)
+    path = own_data.data.valid.with_name(TOKENS[file])
+    restore = restorable(path)
+    do, message = HARM[harm]
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: do(path))
+        with pytest.raises(UserError, match=rf"{path}.* {message}"):
+            train(own_data)
+    # Three batches may have been read before.
+    assert [row["step"] for row in rows(own_data.out)] == [*range(1, 10)][: len(rows(own_data.out))]
+    assert int(list_checkpoints(own_data.out)[-1].name.removeprefix("step-")) in (4, 8)
+    restore()
+    train(own_data, resume="auto")
+    assert outcome(own_data.out) == expected
+
+
+def stopped_after(config, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        at_step(patch, step - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = train(config)
+    assert result.steps == step
+    assert result.stopped_by == "SIGTERM"
+    assert math.isnan(result.valid_loss)
+
+
+@pytest.mark.parametrize("file", TOKENS)
+def test_data_that_was_changed_between_two_parts_of_a_run_is_named(own_data, monkeypatch, file):
+    expected = whole(own_data)
+    stopped_after(own_data, monkeypatch, 5)
+    path = own_data.data.valid.with_name(TOKENS[file])
+    restore = restorable(path)
+    flip_a_byte(path)
+    with pytest.raises(UserError, match=rf"{path} has changed: its ids are not those that its header speaks of"):
+        train(own_data, resume="auto")
+    restore()
+    train(own_data, resume="auto")
+    assert outcome(own_data.out) == expected
+
+
+def test_lost_tokens_are_made_again_from_their_text(own_data, monkeypatch):
+    expected = whole(own_data)
+    stopped_after(own_data, monkeypatch, 5)
+    own_data.data.train[0].with_suffix(".tokens").unlink()
+    train(own_data, resume="auto")
+    assert outcome(own_data.out) == expected
+
+
+def test_another_text_or_tokenizer_is_named(own_data, monkeypatch):
+    expected = whole(own_data)
+    stopped_after(own_data, monkeypatch, 5)
+    text, tokenizer = own_data.data.train[0], own_data.data.tokenizer
+    tokens = text.with_suffix(".tokens")
+    restores = [restorable(path) for path in (text, tokenizer, tokens)]
+    text.write_text(text.read_text() + "the cat sat.\n")
+    with pytest.raises(UserError, match=r"train.tokens was made from another train.txt"):
+        train(own_data, resume="auto")
+    tokens.unlink()
+    with pytest.raises(UserError, match=r"train.tokens is not the file that the run began with: it has another ids"):
+        train(own_data, resume="auto")
+    known = Tokenizer.load(tokenizer)
+    tokenizer.unlink()
+    with pytest.raises(UserError, match=r"tokenizer .*tokenizer.json does not exist"):
+        train(own_data, resume="auto")
+    Tokenizer(known.vocab, known.merges[:-1], list(known.special_tokens)).save(tokenizer)
+    with pytest.raises(UserError, match=r"was made by another tokenizer"):
+        train(own_data, resume="auto")
+    tokenizer.unlink()
+    tokens.unlink()
+    for restore in restores:
+        restore()
+    train(own_data, resume="auto")
+    assert outcome(own_data.out) == expected
+
+
+def test_other_settings_are_named_and_free_ones_are_not(run):
+    config, expected = run
+    shutil.rmtree(list_checkpoints(config.out)[-1])
+    for changes, message in {
+        "seed": ({"seed": 1}, "has seed 0, not 1: resume it with 0"),
+        "steps": ({"steps": 13}, "has steps 12, not 13"),
+        "batch_size": ({"batch_size": 8}, "has batch_size 4, not 8"),
+        "dtype": ({"dtype": "bfloat16"}, "has dtype auto, not bfloat16"),
+        "ema_decay": ({"ema_decay": 0.9}, "has ema_decay None, not 0.9"),
+        "model": ({"model": dataclasses.replace(config.model, d_ff=32)}, "has model.d_ff 24, not 32"),
+        "optimizer": ({"optimizer": OptimizerConfig(lr=2e-2, warmup_steps=3)}, "has optimizer.lr 0.01, not 0.02"),
+    }.values():
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(config, **changes), resume="auto")
+    train(dataclasses.replace(config, log_every=3, checkpoint_every=5, max_skipped_steps=3), resume="auto")
+    assert outcome(config.out)[1] == expected[1]
+
+
+@pytest.mark.parametrize("moment", ["beginning", "in a step"])
+def test_a_second_process_is_refused_and_does_no_harm(config, run, monkeypatch, moment):
+    _, expected = run
+    config = dataclasses.replace(config, out=config.out.with_name("twice"))
+    refused = []
+
+    def start_another():
+        refused.append(run_in_child(command, config, "--resume", "auto"))
+
+    if moment == "beginning":
+        begin = loop.begin_run
+        monkeypatch.setattr(loop, "begin_run", lambda config: (start_another(), begin(config)))
+    else:
+        at_step(monkeypatch, 5, start_another)
+    train(config)
+    ((status, printed),) = refused
+    assert status == 2
+    assert "another process saves checkpoints in" in printed
+    assert outcome(config.out) == expected

@@ -1,0 +1,71 @@
+"""Whole runs are killed, with kill -9, wherever it can hurt; what goes on from there ends as if nothing had happened."""
+
+import dataclasses
+import random
+import signal
+
+import pytest
+
+from faults import outcome, run_in_child, train_until_killed
+from tilewright.model import ModelConfig
+from tilewright.tokenizer import Tokenizer
+from tilewright.train.data.datasets import open_data
+from tilewright.train.folder import CONFIG_FILE
+
+KILLS = 100
+
+
+@pytest.fixture
+def saving(config):
+    """A run that saves as often as it can, and for about as long as it computes."""
+    open_data(config.data, Tokenizer.load(config.data.tokenizer))
+    model = ModelConfig(vocab_size=300, context_length=16, d_model=64, num_layers=2, num_heads=2, d_ff=128)
+    return dataclasses.replace(config, model=model, steps=4, checkpoint_every=2, keep_checkpoints=1)
+
+
+def uninterrupted(config):
+    whole = dataclasses.replace(config, out=config.out.with_name("whole"))
+    status, printed = run_in_child(train_until_killed, whole)
+    assert status == 0, printed
+    return outcome(whole.out), int(printed.split()[-1])
+
+
+def leftovers(run):
+    return [path.name for path in run.rglob(".*") if path.name != ".lock"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_any_operation_on_a_file_goes_on(saving):
+    expected, num_operations = uninterrupted(saving)
+    assert num_operations > 40
+    before_it_began = 0
+    for kill_at in range(num_operations):
+        config = dataclasses.replace(saving, out=saving.out.with_name(f"killed-{kill_at}"))
+        status, printed = run_in_child(train_until_killed, config, kill_at)
+        assert status == -signal.SIGKILL, printed
+        before_it_began += not (config.out / CONFIG_FILE).exists()
+        status, printed = run_in_child(train_until_killed, config)
+        assert status == 0, printed
+        assert outcome(config.out) == expected, kill_at
+        assert leftovers(config.out) == []
+    # While the folder was made, in the first save, and later.
+    assert 10 < before_it_began < num_operations - 20
+
+
+@pytest.mark.slow
+def test_a_run_killed_100_times_ends_as_if_it_had_not_been(saving):
+    config = dataclasses.replace(saving, steps=500)
+    expected, _ = uninterrupted(config)
+    rng = random.Random(0)
+    half_saved = 0
+    for _ in range(KILLS):
+        # A start takes 6 operations, a checkpoint with the two steps before it 17, and some milliseconds each.
+        moment = rng.randrange(50), rng.choice((0.0, rng.uniform(0, 5e-3)))
+        status, printed = run_in_child(train_until_killed, config, *moment)
+        assert status == -signal.SIGKILL, printed
+        half_saved += any((config.out / "checkpoints").glob(".step-*.tmp"))
+    assert half_saved >= KILLS // 5
+    status, printed = run_in_child(train_until_killed, config)
+    assert status == 0, printed
+    assert outcome(config.out) == expected
+    assert leftovers(config.out) == []

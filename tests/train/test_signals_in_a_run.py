@@ -1,0 +1,109 @@
+"""Signals reach a whole run in each of its phases: it saves, ends with status 0, and goes on as if it had never stopped."""
+
+import dataclasses
+import shutil
+import signal
+
+import pytest
+
+from faults import PHASES, command, command_while_it_compiles, command_with_signals, outcome, rows, run_in_child
+from tilewright.train.checkpoint.layout import list_checkpoints, read_state
+from tilewright.train.signals import STOP_SIGNALS
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return {}
+
+
+@pytest.fixture
+def expected(config, changed, uninterrupted, tmp_path):
+    """What a run that no signal meets comes to."""
+    if not uninterrupted:
+        status, printed = run_in_child(command, changed(out=tmp_path / "whole"))
+        assert status == 0, printed
+        uninterrupted["outcome"] = outcome(tmp_path / "whole")
+    return uninterrupted["outcome"]
+
+
+def assert_goes_on(config, expected):
+    status, printed = run_in_child(command, config, "--resume", "auto")
+    assert status == 0, printed
+    assert "validation loss" in printed
+    logged, files = outcome(config.out)
+    if read_state(list_checkpoints(config.out)[-1])["unfinished_row"] is not None:
+        # That of the last step, which the checkpoint that was saved when the signal came goes on to hold.
+        files["state.json"] = expected[1]["state.json"]
+    assert (logged, files) == expected
+
+
+# After which step the signal ends the run, and whether that step is validated then.
+ENDS = {
+    "beginning": (0, True),
+    "between steps": (6, True),
+    "in a step": (6, True),
+    "validating": (4, False),
+    "validating last": (12, False),
+}
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_a_run_with_a_checkpoint(config, expected, phase, number):
+    status, printed = run_in_child(command_with_signals, config, phase, [number])
+    assert status == 0, printed
+    assert f"stopped by {number.name} after step" in printed
+    state = read_state(list_checkpoints(config.out)[-1])
+    # While a checkpoint is saved training goes on; how far is a matter of time.
+    step, finished = ENDS.get(phase, (state["step"], True))
+    assert state["step"] == step
+    # The row of a step that was not validated waits in the checkpoint for the rest of it.
+    assert (state["unfinished_row"] is None) == finished
+    assert [row["step"] for row in rows(config.out)] == list(range(1, step + finished))
+    assert_goes_on(config, expected)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_second_interrupt_ends_a_run_at_once(config, expected, phase):
+    status, printed = run_in_child(command_with_signals, config, phase, [signal.SIGINT, signal.SIGINT])
+    assert status == 130, printed
+    assert "goes on from its newest checkpoint with --resume auto" in printed
+    assert "Traceback" not in printed
+    # Nothing is saved any more; a save that has begun is ended.
+    newest = {"beginning": 0, "validating": 0, "validating last": 8}.get(phase, 4)
+    assert read_state(list_checkpoints(config.out)[-1])["step"] == newest
+    assert_goes_on(config, expected)
+
+
+def test_a_run_killed_after_it_has_finished_an_unfinished_row_writes_it_once(config, expected):
+    for phase, number, status in (("validating", signal.SIGTERM, 0), ("in a step", signal.SIGKILL, -signal.SIGKILL)):
+        assert run_in_child(command_with_signals, config, phase, [number])[0] == status
+    assert rows(config.out)[-1]["step"] == 5
+    assert_goes_on(config, expected)
+
+
+def test_a_signal_stops_a_finished_run_that_is_resumed(config, expected):
+    assert run_in_child(command, config)[0] == 0
+    status, printed = run_in_child(command_with_signals, config, "validating", [signal.SIGTERM])
+    assert status == 0
+    assert "stopped by SIGTERM after step 12" in printed
+    assert_goes_on(config, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_signals_while_it_compiles_end_a_run(changed, tmp_path):
+    # Few kernels: a compiler of a CPU takes seconds for each.
+    model = dataclasses.replace(changed().model, num_layers=1, norm="none", rope=False, ffn="silu")
+    config = changed(model=model, steps=4, checkpoint_every=1)
+    # As a terminal sends it, to all of its processes: what was not compiled then never is. And to the run alone, which ends
+    # the compilation and its first step.
+    for step, whole_group in enumerate((True, False)):
+        status, printed = run_in_child(command_while_it_compiles, config, signal.SIGTERM, whole_group, tmp_path / "cache")
+        assert status == 0, printed
+        assert f"stopped by SIGTERM after step {step}" in printed
+        assert read_state(list_checkpoints(config.out)[-1])["step"] == step
+        assert [row["step"] for row in rows(config.out)] == list(range(1, step + 1))
+    status, printed = run_in_child(command, config, "--resume", "auto", "--compile", "False")
+    assert status == 0, printed
+    assert [row["step"] for row in rows(config.out)] == [1, 2, 3, 4]

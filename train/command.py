@@ -1,0 +1,103 @@
+"""The command that trains: a preset, any setting of which can be given anew, alone or under torchrun."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from .config import TrainConfig, load_config
+from .distributed import is_first_process
+from .folder import CONFIG_FILE, Resume, holds_run
+from .loop import train
+from .presets import PRESETS, preset
+from .sweep.grid import SweepConfig, sweep
+from .sweep.result import sweep_table
+
+
+def _usage(program: str, purpose: str) -> str:
+    lines = [f"usage: {program} PRESET [OPTIONS]", "", purpose, "", "presets:"]
+    for name, config in PRESETS.items():
+        shape = config.model
+        size = f"{shape.num_layers} layers of {shape.d_model}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"
+        lines.append(f"  {name:16} {size}; {config.steps:,} steps of {config.tokens_per_step:,} tokens")
+    return "\n".join([*lines, "", f"{program} PRESET --help shows the options; every setting of a preset can be given anew."])
+
+
+def _wants_usage(arguments: Sequence[str]) -> bool:
+    return not arguments or arguments[0] in ("-h", "--help")
+
+
+def run_train_command(arguments: Sequence[str], program: str) -> None:
+    """Parse `PRESET [OPTIONS]`, train, and say what came of it; `program` is what the user typed before."""
+    if _wants_usage(arguments):
+        print(_usage(program, "Train a model."))
+        return
+    name, *options = arguments
+    base = preset(name)
+
+    def parse(default: TrainConfig) -> tuple[TrainConfig, Resume | None, bool]:
+        def command(
+            config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+            resume: Resume | None = None,
+            profile: bool = False,
+        ) -> tuple[TrainConfig, Resume | None, bool]:
+            """Train a model.
+
+            Args:
+                config: The run.
+                resume: Go on with the run in --out by its own settings: from the checkpoint named, which must be valid, or
+                    auto: from the newest valid one, or from the beginning where the folder holds no run.
+                profile: Record a few steps once compiled, write their trace to the run's folder, and say where their time went.
+            """
+            return config, resume, profile
+
+        return tyro.cli(command, prog=f"{program} {name}", args=list(options), console_outputs=is_first_process())
+
+    config, resume, profile = parse(base)
+    if resume and holds_run(config.out):
+        # The folder may have moved since.
+        config, resume, profile = parse(dataclasses.replace(load_config(config.out / CONFIG_FILE), out=config.out))
+    try:
+        result = train(config, resume=resume, profile=profile)
+    except KeyboardInterrupt:
+        print(f"\nthe run in {config.out} goes on from its newest checkpoint with --resume auto", file=sys.stderr)
+        raise
+    if not is_first_process():
+        return
+    if result.stopped_by:
+        print(f"{result.run}: stopped by {result.stopped_by} after step {result.steps:,}; it goes on with --resume auto")
+        return
+    print(
+        f"{result.run}: validation loss {result.valid_loss:.4f} after {result.steps:,} steps at "
+        f"{result.tokens_per_second:,.0f} tokens/s; next: tilewright generate {result.run}"
+    )
+
+
+def run_sweep_command(arguments: Sequence[str], program: str) -> None:
+    """Parse `PRESET --grid ... [OPTIONS]`, train at every point of the grid, and show the best."""
+    if _wants_usage(arguments):
+        print(_usage(program, "Train a preset at every point of a grid of options."))
+        return
+    name, *options = arguments
+    base = preset(name)
+    base = dataclasses.replace(base, out=base.out.with_name(f"{base.out.name}-sweep"))
+
+    def command(
+        grid: Annotated[SweepConfig, tyro.conf.arg(name="")], config: Annotated[TrainConfig, tyro.conf.arg(name="")] = base
+    ) -> tuple[TrainConfig, SweepConfig]:
+        """Train a preset at every point of a grid of options.
+
+        Args:
+            grid: The grid.
+            config: What every run has in common.
+        """
+        return config, grid
+
+    config, grid = tyro.cli(command, prog=f"{program} {name}", args=list(options))
+    result = sweep(config, grid)
+    Console().print(sweep_table(result))
+    rest = "" if result.complete else "; the same command goes on with the rest"
+    print(f"{result.out}: {len(result.points)} points; curves in {result.out / 'sweep.png'}{rest}")

@@ -1,0 +1,119 @@
+"""The folder of a run: what lies in it, that nothing in it is overwritten, and where a run in it goes on."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..files import atomic_file, require_file, write_text
+from .checkpoint.layout import FOLDER_NAME as CHECKPOINTS
+from .checkpoint.layout import list_checkpoints, newest_valid, verify_checkpoint
+from .checkpoint.writer import remove_leftovers
+from .config import TrainConfig, save_config
+from .diagnosis import FILE_NAME as DIAGNOSIS_FILE
+from .metrics import FILE_NAME as METRICS_FILE
+from .plot import FILE_NAME as PLOT_FILE
+
+CONFIG_FILE, TOKENIZER_FILE, DATA_FILE = "config.json", "tokenizer.json", "data.json"
+
+# There while a run's folder is being made: what lies beside it then is the remains of a run that was killed before it began.
+_BEGINNING = ".beginning"
+_MADE = (TOKENIZER_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, DIAGNOSIS_FILE)
+
+Resume = Literal["auto"] | Path
+
+
+def holds_run(out: Path) -> bool:
+    """Return whether a run has begun in the folder."""
+    return (out / CONFIG_FILE).exists()
+
+
+def require_no_run(out: Path) -> None:
+    """Raise a `UserError` where `out` is a file, or a folder with anything in it that a run would overwrite."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder with --out")
+    if holds_run(out):
+        raise UserError(f"{out} holds a run already: go on with --resume auto, or name another folder with --out")
+    if (out / _BEGINNING).exists():
+        return
+    for name in (*_MADE, CHECKPOINTS):
+        if (out / name).exists():
+            raise UserError(f"{out} holds a {name} that a run would overwrite: name another folder with --out")
+
+
+def mark_beginning(out: Path) -> None:
+    """Make a run's folder and note that all in it, until `begin_run`, is the remains of a beginning."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / _BEGINNING, "")
+
+
+def make_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
+    """Put the tokenizer and the record of the data into a marked folder, in place of the remains of an earlier beginning.
+
+    The caller holds the lock of the folder's checkpoints.
+    """
+    out = config.out
+    _remove_half_written(out)
+    for name in _MADE:
+        (out / name).unlink(missing_ok=True)
+    for folder in list_checkpoints(out):
+        shutil.rmtree(folder)
+    with atomic_file(out / TOKENIZER_FILE) as file:
+        file.write(config.data.tokenizer.read_bytes())
+    write_text(out / DATA_FILE, json.dumps(data_record, indent=2) + "\n")
+
+
+def _remove_half_written(out: Path) -> None:
+    """Remove what processes that were killed while they wrote a file or a checkpoint have left beside it."""
+    remove_leftovers(out)
+    for name in (_BEGINNING, CONFIG_FILE, *_MADE):
+        for path in out.glob(f".{name}.*.tmp"):
+            path.unlink()
+
+
+def begin_run(config: TrainConfig) -> None:
+    """Write the configuration, once a first checkpoint is there to go on from: it is what makes the folder a run."""
+    save_config(config, config.out / CONFIG_FILE)
+    (config.out / _BEGINNING).unlink(missing_ok=True)
+
+
+def read_data_record(run: Path) -> dict[str, Any]:
+    """Return what the run has noted of its data."""
+    path = require_file(run / DATA_FILE, "the run's record of its data", "it cannot be resumed without")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not a record of data ({error}): the run cannot be resumed without") from error
+
+
+def checkpoint_to_resume(run: Path, resume: Resume) -> Path:
+    """Return the checkpoint that a run goes on from: the newest valid one, or the one named, which has to be valid.
+
+    What `auto` passes over is said on stderr, with the reason. Later checkpoints are set aside, under names that begin with
+    `set-aside-`, because the run comes past their steps again.
+    """
+    if resume == "auto":
+        found, skipped = newest_valid(run)
+        for folder, reason in skipped:
+            print(f"skipped {folder.name}: {reason}", file=sys.stderr)
+        if found is None:
+            what = f"no valid checkpoint among {len(skipped)}" if skipped else "no checkpoint"
+            raise UserError(f"{run} has {what}: a run cannot go on from nothing; begin anew in another folder with --out")
+    else:
+        found = resume
+        if found.resolve() not in {folder.resolve() for folder in list_checkpoints(run)}:
+            names = ", ".join(folder.name for folder in list_checkpoints(run)) or "none"
+            raise UserError(f"{found} is not a checkpoint of the run in {run}: it has {names} in {run / CHECKPOINTS}")
+        verify_checkpoint(found)
+    checkpoints = list_checkpoints(run)
+    for folder in checkpoints[[path.resolve() for path in checkpoints].index(found.resolve()) + 1 :]:
+        aside = folder.with_name(f"set-aside-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        print(f"set {folder.name} aside as {aside.name}: the run goes on from {found.name}", file=sys.stderr)
+    _remove_half_written(run)
+    # A kill just after the configuration was written has left it.
+    (run / _BEGINNING).unlink(missing_ok=True)
+    return found

@@ -1,0 +1,161 @@
+"""A sweep: one run for each point of a grid of options."""
+
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import DivergedError, UserError
+from ...files import write_text
+from ..config import TrainConfig, check_same_run, load_config, save_config, with_options
+from ..folder import holds_run
+from ..loop import train
+from .plot import plot_sweep
+from .result import SweepPoint, SweepResult, name_of
+
+BASE_FILE, RESULT_FILE = "base.json", "sweep.json"
+FORMAT = "tilewright-sweep-1"
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The grid of a sweep."""
+
+    grid: tuple[str, ...]
+    """Options and their values, as in optimizer.lr=1e-4,3e-4 batch_size=8,16; seed=0,1 runs each point twice. The final
+    learning rate follows optimizer.lr in proportion, unless it is in the grid."""
+
+
+def parse_grid(grid: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the values of each option in `grid`: JSON where they are JSON, else words; malformed ones are a `UserError`."""
+    axes: dict[str, list[Any]] = {}
+    for entry in grid:
+        name, equals, text = entry.partition("=")
+        if not (name and equals and text):
+            raise UserError(f"grid has {entry!r}: it must be an option and its values, as in optimizer.lr=1e-4,3e-4")
+        name = name.replace("-", "_")
+        if name == "out":
+            raise UserError("grid has out: every point has a folder of its own in the sweep's --out")
+        if name in axes:
+            raise UserError(f"grid has {name} twice: give all its values in one")
+        axes[name] = _values(text)
+    if not axes:
+        raise UserError("grid is empty: it must have an option and its values, as in optimizer.lr=1e-4,3e-4")
+    return axes
+
+
+def _values(text: str) -> list[Any]:
+    try:
+        return json.loads(f"[{text}]")
+    except ValueError:
+        words = text.split(",")
+    return [_value(word) for word in words]
+
+
+def _value(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return {"None": None, "True": True, "False": False}.get(word, word)
+
+
+def _configs(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], TrainConfig]]:
+    """Return the settings and the configuration of every point; a bad one is a `UserError` before anything runs."""
+    points, names = [], set()
+    for values in itertools.product(*axes.values()):
+        settings = dict(zip(axes, values, strict=True))
+        name = re.sub(r"[^\w.=,+-]", "_", name_of(settings))
+        if name in names:
+            raise UserError(f"grid has the point {name} twice: its values must differ")
+        names.add(name)
+        options = {"out": str(base.out / name), **settings}
+        lr = settings.get("optimizer.lr")
+        if isinstance(lr, int | float):
+            final_lr = min(base.optimizer.final_lr / base.optimizer.lr * lr, lr)
+            options.setdefault("optimizer.final_lr", final_lr)
+        points.append((settings, with_options(base, options)))
+    return points
+
+
+def _open_sweep(base: TrainConfig) -> dict[str, SweepPoint]:
+    """Make the sweep's folder, or check that the one there is of the same sweep; return the points that it has, by run."""
+    out = base.out
+    stored = out / BASE_FILE
+    if not stored.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already and is no sweep: name another folder with --out")
+    if not any(holds_run(run) for run in out.glob("*/")):
+        save_config(base, stored)
+        return {}
+    check_same_run(load_config(stored), base)
+    path = out / RESULT_FILE
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']!r}")
+        points = [SweepPoint(**point) for point in document["points"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the result of a sweep ({error}): remove it to run its points again") from error
+    return {point.run: point for point in points}
+
+
+def _run_point(settings: dict[str, Any], config: TrainConfig) -> SweepPoint | None:
+    """Train one point, or go on with it; None where a signal has stopped it."""
+    run = config.out
+    begun = holds_run(run)
+    if not begun:
+        # What a run that was killed before its first checkpoint has left.
+        shutil.rmtree(run, ignore_errors=True)
+    try:
+        result = train(config, resume="auto" if begun else None)
+    except DivergedError as error:
+        return SweepPoint(settings, run.name, "diverged", reason=str(error))
+    except torch.OutOfMemoryError as error:
+        return SweepPoint(settings, run.name, "out of memory", reason=str(error).split("\n")[0])
+    finally:
+        # Each point may compile for shapes of its own: of one function, torch.compile allows eight.
+        torch.compiler.reset()
+        gc.collect()
+    if not math.isfinite(result.valid_loss):
+        # Of a run that diverges, `train` says so.
+        return None
+    train_loss = result.train_loss if math.isfinite(result.train_loss) else None
+    return SweepPoint(settings, run.name, "finished", result.valid_loss, train_loss, result.tokens_per_second)
+
+
+def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
+    """Train `base` at every point of the grid, each into a folder of its own inside `base.out`; return what they reached.
+
+    A run that diverges, or for which there is no memory, does not end the sweep; a signal does. Started again, it skips the
+    points that it has, goes on with the run that was interrupted, and tries those again that ran out of memory. The folder
+    then holds `sweep.json`, written after every point, and `sweep.png`.
+    """
+    axes = parse_grid(config.grid)
+    configs = _configs(base, axes)
+    known = _open_sweep(base)
+    points: list[SweepPoint] = []
+    for number, (settings, point_config) in enumerate(configs, 1):
+        point = known.get(point_config.out.name)
+        if point is None or point.status == "out of memory":
+            print(f"point {number} of {len(configs)}: {name_of(settings)}", file=sys.stderr)
+            point = _run_point(settings, point_config)
+            if point is None:
+                break
+            known[point.run] = point
+            document = {"format": FORMAT, "points": [dataclasses.asdict(each) for each in known.values()]}
+            write_text(base.out / RESULT_FILE, json.dumps(document, indent=1) + "\n")
+        points.append(point)
+    result = SweepResult(base.out, axes, tuple(points))
+    if points:
+        plot_sweep(result)
+    return result

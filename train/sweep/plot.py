@@ -1,0 +1,93 @@
+"""The curves of a sweep: losses over the steps, and over each axis of the grid."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...files import atomic_file
+from ..metrics import read_metrics
+from .result import SEED, SetPoint, SweepResult, name_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILE_NAME = "sweep.png"
+_MOST_LABELS = 12
+
+
+def _label(settings: dict[str, Any]) -> str:
+    words = {name.rpartition(".")[2]: f"{value:g}" if isinstance(value, float) else value for name, value in settings.items()}
+    return ", ".join(f"{name} {value}" for name, value in words.items())
+
+
+def _draw_curves(axes: "Axes", result: SweepResult, ranking: list[SetPoint], colours: dict[str, Any]) -> None:
+    starts = []
+    for i, group in enumerate(ranking):
+        for j, point in enumerate(group.points):
+            rows = read_metrics(result.out / point.run)
+            colour = colours[name_of(group.settings)]
+            axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colour, alpha=0.35, lw=0.8)
+            valid = [row for row in rows if row.get("valid_loss") is not None]
+            label = _label(group.settings) if j == 0 and i < _MOST_LABELS else ""
+            steps, losses = [row["step"] for row in valid], [row["valid_loss"] for row in valid]
+            axes.plot(steps, losses, color=colour, marker="o", ms=3, lw=1.2, label=label)
+            starts += [row["loss"] for row in rows[:1] if row["loss"] is not None]
+    if starts:
+        # What diverges leaves the picture instead of flattening the rest.
+        axes.set_ylim(top=1.05 * max(starts))
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="validation (dots) and training")
+    if any(group.settings for group in ranking):
+        axes.legend(fontsize="x-small")
+
+
+def _draw_axis(axes: "Axes", name: str, values: list[Any], ranking: list[SetPoint]) -> None:
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    places = values if numeric else list(range(len(values)))
+    lines: dict[str, tuple[dict[str, Any], dict[int, SetPoint]]] = {}
+    for group in ranking:
+        others = {other: value for other, value in group.settings.items() if other != name}
+        lines.setdefault(name_of(others), (others, {}))[1][values.index(group.settings[name])] = group
+    for others, groups in lines.values():
+        found = [(places[i], groups[i]) for i in sorted(groups, key=places.__getitem__) if groups[i].losses]
+        xs, means = [x for x, _ in found], [group.valid_loss for _, group in found]
+        # Not below zero, as the rounding of a mean of equals can be.
+        below = [max(0.0, group.valid_loss - min(group.losses)) for _, group in found]
+        above = [max(0.0, max(group.losses) - group.valid_loss) for _, group in found]
+        drawn = axes.errorbar(xs, means, yerr=(below, above), marker="o", ms=4, capsize=3, label=_label(others) or None)
+        failed = [places[i] for i, group in groups.items() if not group.all_finished]
+        # At the top edge: (x in data, y in axes).
+        axes.plot(failed, [0.98] * len(failed), "x", color=drawn.lines[0].get_color(), transform=axes.get_xaxis_transform())
+    if numeric and min(values) > 0 and max(values) >= 4 * min(values):
+        axes.set_xscale("log")
+    axes.set_xticks(places, labels=[f"{value:g}" if numeric else str(value) for value in values])
+    axes.minorticks_off()
+    axes.set(xlabel=name, ylabel="validation loss (nats per token)")
+    if not all(group.all_finished for group in ranking):
+        axes.set_title("x: did not finish")
+    if len(lines) <= _MOST_LABELS and any(others for others, _ in lines.values()):
+        axes.legend(fontsize="x-small")
+
+
+def plot_sweep(result: SweepResult) -> Path:
+    """Draw every run's losses over its steps, and the last validation loss over each axis, to `sweep.png`; return its path.
+
+    Runs that differ in their seed share a colour, and are joined to a mean with its range.
+    """
+    # Imported here, because nothing else needs the half second that it takes; without pyplot, no state outlives the call.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    ranking = result.ranking()
+    shades = colormaps["viridis"]
+    # The best is the darkest.
+    colours = {name_of(group.settings): shades(0.9 * i / max(1, len(ranking) - 1)) for i, group in enumerate(ranking)}
+    names = [name for name, values in result.axes.items() if name != SEED and len(values) > 1]
+    figure = Figure(figsize=(6.5 + 4.5 * len(names), 4.5), layout="constrained")
+    panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+    _draw_curves(panels[0], result, ranking, colours)
+    for axes, name in zip(panels[1:], names, strict=True):
+        _draw_axis(axes, name, result.axes[name], ranking)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    with atomic_file(result.out / FILE_NAME) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return result.out / FILE_NAME
