@@ -18,6 +18,7 @@ lint: .venv/dev  ## formatting, lint and types
 
 bench: .venv/bench  ## measure everything that this machine can, beside its peers
 	$(BIN)/tilewright bench all
+	$(BIN)/tilewright bench report
 
 readme: .venv/base  ## run the demo and put what it measured into README.md
 	$(BIN)/python -m tilewright.bench.readme

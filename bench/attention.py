@@ -3,16 +3,17 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .attention_cases import TOLERANCE, AttentionCase, attention_cases, error_of, exact
 from .attention_peers import Attention, Peer, Unsupported, installed_peers
-from .kernels import Ceilings, timed_rows
+from .ceilings import Ceilings
+from .jobs import Job, Rows
+from .kernels import timed_rows
 
-Row = dict[str, Any]
 # A call that takes so long at the ceiling is steady, and repeating it takes the time of other shapes.
 LONG_SECONDS = 2e-2
 
@@ -25,7 +26,7 @@ def _check(own: tuple[Tensor, ...], right: Mapping[str, Tensor], names: tuple[st
             raise Unsupported(f"wrong: {name} of a token is off by {error:.1%}, allowed is {TOLERANCE:.1%}")
 
 
-def _call(
+def prepare(
     attention: Attention, direction: str, inputs: tuple[Tensor, ...], do: Tensor, right: Mapping[str, Tensor]
 ) -> Callable[[], object]:
     """Return what is to be timed, called once; its results are right."""
@@ -47,24 +48,25 @@ def _call(
     return both
 
 
-def bench_attention_case(
-    case: AttentionCase, peers: Mapping[str, Peer], device: torch.device, ceilings: Ceilings
-) -> Iterator[Row]:
+def bench_attention_case(case: AttentionCase, peers: Mapping[str, Peer], device: torch.device, ceilings: Ceilings) -> Rows:
     """Yield the times of one shape in each direction; a peer that fails or errs is named, with the reason, instead of timed."""
     q, k, v, do = case.make(device)
     right = exact(case, q, k, v, do)
     ready: dict[str, Attention] = {}
     failed: dict[str, str] = {}
+    ready_s: dict[str, float] = {}
     for direction, cost in case.costs.items():
         name = f"{case.name} {direction}"
         calls: dict[str, Callable[[], object]] = {}
         for peer in [each for each in peers if each not in failed]:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
+                start = time.perf_counter()
                 try:
                     if peer not in ready:
                         ready[peer] = peers[peer](case, device)
-                    calls[peer] = _call(ready[peer], direction, (q, k, v), do, right)
+                    calls[peer] = prepare(ready[peer], direction, (q, k, v), do, right)
+                    ready_s[peer] = time.perf_counter() - start
                 except Unsupported as reason:
                     failed[peer] = str(reason)
                 except Exception as error:  # a peer's failure, or a lack of memory, is a result and not the end of the bench
@@ -74,25 +76,18 @@ def bench_attention_case(
             if peer in failed:
                 yield {"case": name, "variant": peer, "not_measured": failed[peer]}
         rounds = 2 if cost.flops / ceilings.matmul > LONG_SECONDS else 3
+        # Shapes that compare along the length of the sequence.
+        series = {"op": f"attention K{case.head_dim} {direction}", "size": case.num_queries} if case.is_plain else {}
         for row in timed_rows(name, calls, cost, device, ceilings, memory=True, rounds=rounds):
             seconds = row["p50_ms"] * 1e-3
-            yield row | {"share_of_matmul": cost.flops / ceilings.matmul / seconds}
+            shares = {"share_of_matmul": cost.flops / ceilings.matmul / seconds}
+            yield row | shares | {"ready_s": ready_s[row["variant"]], **series}
 
 
-def bench_attention(device: torch.device, ceilings: Ceilings, seconds: float = 150.0) -> Iterator[Row]:
-    """Yield the times of every shape; shapes that would begin later than after `seconds` are named instead."""
-    start = time.monotonic()
+def attention_jobs(device: torch.device, ceilings: Ceilings) -> Iterator[Job]:
+    """Yield the naming of peers that are missing, and the measuring of every shape."""
     peers, missing = installed_peers()
-    for peer, reason in missing.items():
-        yield {"case": "attention", "variant": peer, "not_measured": reason}
+    rows = [{"case": "attention", "variant": peer, "not_measured": reason} for peer, reason in missing.items()]
+    yield Job("attention", lambda: iter(rows))
     for case in attention_cases():
-        if time.monotonic() - start > seconds:
-            yield {"case": case.name, "not_measured": f"the stage's {seconds:.0f} s were over"}
-            continue
-        try:
-            yield from bench_attention_case(case, peers, device, ceilings)
-        except torch.cuda.OutOfMemoryError:
-            yield {"case": case.name, "not_measured": "more memory than there is"}
-        torch.compiler.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        yield Job(case.name, partial(bench_attention_case, case, peers, device, ceilings))

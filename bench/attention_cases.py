@@ -41,6 +41,12 @@ class AttentionCase:
         return f"attention B{self.batch} {heads} {tokens} K{self.head_dim}{window}{documents}"
 
     @property
+    def is_plain(self) -> bool:
+        """Causal self-attention of as many queries as keys and values, without more to it."""
+        special = self.window is not None or self.document_lengths is not None
+        return not special and self.num_queries == self.num_keys and self.num_heads == self.num_kv_heads
+
+    @property
     def costs(self) -> dict[str, Cost]:
         """What each direction costs; a decoding step has no backward pass."""
         pairs = costs.attention_pairs(self.num_queries, self.num_keys, True, self.window, self.document_lengths)

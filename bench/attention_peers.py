@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import kernels
 from .attention_cases import AttentionCase
+from .peers import Missing, find
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B, H, T, K), k, v (B, Hkv, S, K) -> o (B, H, T, K)."""
@@ -137,11 +138,6 @@ MODULES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}
 
 def installed_peers() -> tuple[dict[str, Peer], dict[str, str]]:
     """Return the peers that can be imported, and of the others the reason."""
-    peers, missing = dict(PEERS), {}
-    for name, module in MODULES.items():
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # compiled for another PyTorch, it fails in ways of its own
-            missing[name] = f"{type(error).__name__}: {error}"[:200]
-            del peers[name]
-    return peers, missing
+    found = {name: find(module) for name, module in MODULES.items()}
+    missing = {name: module.reason for name, module in found.items() if isinstance(module, Missing)}
+    return {name: peer for name, peer in PEERS.items() if name not in missing}, missing

@@ -2,26 +2,21 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.costs import Cost
+from .ceilings import Ceilings
+from .jobs import Job, Row, Rows
 from .ops import OpCase, Variant, op_cases
 from .timing import time_variants
 
 # No CPU takes so long to launch a call.
 LONG_MS = 10.0
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the GPU reached in this run: a copy's bandwidth in bytes/s, a bfloat16 product's speed in FLOP/s."""
-
-    copy: float
-    matmul: float
 
 
 def _tensors(outputs: Any) -> tuple[Tensor, ...]:
@@ -34,15 +29,41 @@ def _train(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t.clone().requires_grad_(t.dtype == torch.bfloat16) for t in inputs)
 
 
-def _agrees(variant: Variant, yardstick: Variant, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether the error against float32 is at most twice PyTorch's, plus one rounding of the largest value."""
-    with torch.no_grad():
-        exact = _tensors(yardstick(*(t.float() if t.dtype == torch.bfloat16 else t for t in inputs)))
-        for own, torchs, right in zip(_tensors(variant(*inputs)), _tensors(yardstick(*inputs)), exact, strict=True):
-            rounding = torch.finfo(torch.bfloat16).eps * right.abs().max()
-            if (own.float() - right).abs().max() > 2 * (torchs.float() - right).abs().max() + rounding:
-                return False
-    return True
+class WrongError(Exception):
+    """A variant whose results are further off than rounding explains."""
+
+
+def _compute(variant: Variant, inputs: tuple[Tensor, ...], exactly: bool, backward: bool) -> dict[str, Tensor]:
+    """Return a variant's outputs, and its gradients for gradients of the outputs that are the same for all variants."""
+    is_half = [t.dtype == torch.bfloat16 for t in inputs]
+    copies = [t.float() if exactly and half else t.clone() for t, half in zip(inputs, is_half, strict=True)]
+    leaves = [t.requires_grad_(backward and half) for t, half in zip(copies, is_half, strict=True)]
+    outputs = _tensors(variant(*leaves))
+    results = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
+    if not backward:
+        return results
+    generator = torch.Generator(inputs[0].device).manual_seed(1)
+
+    def draw(y: Tensor) -> Tensor:
+        drawn = torch.randn(y.shape, generator=generator, device=y.device).bfloat16()
+        return drawn.to(y.dtype) if y.dim() else torch.ones_like(y)
+
+    wanted = [t for t, half in zip(leaves, is_half, strict=True) if half]
+    # A compiled variant keeps its buffers from its first backward pass on only where that retains them.
+    gradients = torch.autograd.grad(outputs, wanted, tuple(map(draw, outputs)), retain_graph=True)
+    return results | {f"gradient {i}": dx for i, dx in enumerate(gradients)}
+
+
+def _check(variant: Variant, yardstick: Variant, inputs: tuple[Tensor, ...], backward: bool) -> None:
+    """Raise where an error against float32 is above twice PyTorch's, plus one rounding of the largest value."""
+    exact = _compute(yardstick, inputs, True, backward)
+    torchs = _compute(yardstick, inputs, False, backward)
+    for name, own in _compute(variant, inputs, False, backward).items():
+        right = exact[name]
+        rounding = torch.finfo(torch.bfloat16).eps * right.abs().max()
+        allowed = 2 * (torchs[name].float() - right).abs().max() + rounding
+        if not (own.float() - right).abs().max() <= allowed:  # NaN too
+            raise WrongError(f"{name} has more than twice PyTorch's error")
 
 
 def _gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -88,24 +109,46 @@ def _enqueue_ms(call: Callable[[], object]) -> float:
     return sorted(samples)[2]
 
 
-def _ready(
-    case: OpCase, direction: str, inputs: tuple[Tensor, ...], agreed: set[str], failed: dict[str, str]
-) -> dict[str, Callable[[], object]]:
-    """Return the call of each variant, tried once; one that fails or disagrees goes into `failed` with its reason."""
+@dataclass
+class _Progress:
+    """What is known of a case's variants so far."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+    ready_s: dict[str, float] = field(default_factory=dict)
+    """Seconds until a variant had been compiled, checked and called once."""
+
+
+def prepare(case: OpCase, direction: str, name: str, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Return the call to time for one variant, tried once; its results, or its gradients, are right, else `WrongError`."""
+    variant = case.variants[name]
+    _check(variant, case.variants["torch"], inputs, backward=direction != "forward")
+    call = getattr(_Calls(variant, inputs), direction)()
+    call()
+    return call
+
+
+def directions(case: OpCase) -> dict[str, Cost]:
+    """Return what is timed of a case, and its cost."""
+    costs = {"forward": case.forward, "backward": case.backward, "both": case.both}
+    return {direction: cost for direction, cost in costs.items() if cost is not None}
+
+
+def _ready(case: OpCase, direction: str, inputs: tuple[Tensor, ...], so_far: _Progress) -> dict[str, Callable[[], object]]:
+    """Return the call of each variant; one that fails or disagrees goes into `failed` with its reason."""
     ready = {}
-    for name, variant in case.variants.items():
-        if name in failed or (name in case.fused and direction != "both"):
+    for name in case.variants:
+        if name in so_far.failed or (name in case.fused and direction != "both"):
             continue
+        start = time.perf_counter()
         try:
-            if name not in agreed and not _agrees(variant, case.variants["torch"], tuple(t.clone() for t in inputs)):
-                failed[name] = "more than twice PyTorch's error"
-                continue
-            agreed.add(name)
-            call = getattr(_Calls(variant, inputs), direction)()
-            call()
-            ready[name] = call
+            ready[name] = prepare(case, direction, name, inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize(inputs[0].device)
+            so_far.ready_s[name] = time.perf_counter() - start
+        except WrongError as error:
+            so_far.failed[name] = f"wrong: {error}"
         except Exception as error:  # a peer's failure, or a lack of memory, is a result and not the end of the bench
-            failed[name] = f"{type(error).__name__}: {error}"[:200]
+            so_far.failed[name] = f"{type(error).__name__}: {error}"[:200]
     return ready
 
 
@@ -117,51 +160,45 @@ def timed_rows(
     ceilings: Ceilings,
     memory: bool = False,
     rounds: int = 5,
-) -> Iterator[dict[str, Any]]:
+) -> Rows:
     """Yield the row of each of `calls`, timed in turn; `memory` adds the peak of what a call holds beyond its inputs."""
     for name, times in time_variants(calls, device, rounds).items():
         seconds = times.p50_ms * 1e-3
-        share = cost.seconds(ceilings.copy, ceilings.matmul) / seconds
-        row: dict[str, Any] = {
+        row: Row = {
             "case": case,
             "variant": name,
             **asdict(times),
             "gb_per_s": cost.bytes / seconds / 1e9,
             "tflop_per_s": cost.flops / seconds / 1e12,
-            "share_of_roofline": share,
+            **ceilings.shares(cost, seconds),
         }
-        if share > 1:
-            row["suspicious"] = "above the ceiling"
         if device.type == "cuda" and times.p50_ms < LONG_MS:
             row["enqueue_ms"] = _enqueue_ms(calls[name])
             torch.cuda.synchronize(device)
             if row["enqueue_ms"] > times.p50_ms / 2:
-                row["suspicious"] = "the CPU's launches may be what was timed"
+                row.setdefault("suspicious", "the CPU's launches may be what was timed")
         if device.type == "cuda" and memory:
             row["peak_gb"] = _peak_gb(calls[name], device)
         yield row
 
 
-def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Rows:
     """Yield the times of one op's variants, forward, backward and both; a variant that errs is named instead of timed."""
     torch.manual_seed(0)
     inputs = case.make(device)
-    agreed: set[str] = set()
-    failed: dict[str, str] = {}
-    # In this order: a compiled variant keeps its buffers from its first backward pass on only where that retains them.
-    for direction, cost in (("forward", case.forward), ("backward", case.backward), ("both", case.both)):
-        if cost is None:
-            continue
-        reported = set(failed)
-        ready = _ready(case, direction, inputs, agreed, failed)
-        for name in failed.keys() - reported:
-            yield {"case": f"{case.name} {direction}", "variant": name, "not_measured": failed[name]}
-        yield from timed_rows(f"{case.name} {direction}", ready, cost, device, ceilings, memory=direction == "both")
+    so_far = _Progress()
+    for name, reason in case.missing.items():
+        yield {"case": case.name, "variant": name, "not_measured": reason}
+    for direction, cost in directions(case).items():
+        reported = set(so_far.failed)
+        ready = _ready(case, direction, inputs, so_far)
+        for name in so_far.failed.keys() - reported:
+            yield {"case": f"{case.name} {direction}", "variant": name, "not_measured": so_far.failed[name]}
+        for row in timed_rows(f"{case.name} {direction}", ready, cost, device, ceilings, memory=direction == "both"):
+            yield row | {"ready_s": so_far.ready_s[row["variant"]], "op": f"{case.op} {direction}", "size": case.size}
 
 
-def bench_kernels(device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """Yield the times of every op at every shape."""
+def kernel_jobs(device: torch.device, ceilings: Ceilings) -> Iterator[Job]:
+    """Yield the measuring of every op at every shape."""
     for case in op_cases():
-        yield from bench_case(case, device, ceilings)
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+        yield Job(case.name, partial(bench_case, case, device, ceilings))

@@ -1,16 +1,41 @@
-"""What a result was measured on, and the ceilings of that machine, measured in the same run."""
+"""What a result was measured on, and whether it was fit for that: clocks, throttling, other processes. All is only read."""
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernels.device import device_name
-from .timing import time_variants
+
+# nvidia-smi's names of what a GPU says of itself.
+_STATE = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "max_sm_mhz": "clocks.max.sm",
+    "memory_mhz": "clocks.mem",
+    "temperature_c": "temperature.gpu",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "used_mib": "memory.used",
+    "total_mib": "memory.total",
+}
+# NVML's bits for why clocks are lower than they might be (nvml.h, nvmlClocksEventReasons). Idling and the settings of a
+# display are not among them: they slow nothing down.
+_REASONS = {
+    0x2: "application clocks set",
+    0x4: "power limit",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
 
 
 def _output(*command: str) -> str | None:
@@ -34,33 +59,85 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _query(device: torch.device, *fields: str) -> list[str | None] | None:
+    # By its UUID: nvidia-smi numbers all GPUs, torch only the visible ones.
+    uuid = torch.cuda.get_device_properties(device).uuid
+    text = _output("nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits", f"--query-gpu={','.join(fields)}")
+    return None if text is None else parse_fields(text)
+
+
+def parse_fields(line: str) -> list[str | None]:
+    """Return the fields of a line of nvidia-smi; None for what the GPU does not tell."""
+    fields = (field.strip() for field in line.splitlines()[0].split(","))
+    # In brackets it says why: [N/A], [Not Supported], [Unknown Error], [Insufficient Permissions], ...
+    return [None if field.startswith("[") or field == "N/A" else field for field in fields]
+
+
+def parse_reasons(mask: str | None) -> str | None:
+    """Return in words why clocks are low, of NVML's bits as in `0x0000000000000004`; "none", or None where unknown."""
+    if mask is None:
+        return None
+    bits = int(mask, 16)
+    return ", ".join(name for bit, name in _REASONS.items() if bits & bit) or "none"
+
+
+def gpu_state(device: torch.device) -> dict[str, Any]:
+    """Return clocks, temperature, power, memory and why clocks are low; {} where nvidia-smi does not answer."""
+    values = _query(device, *_STATE.values())
+    if values is None:
+        return {}
+    state: dict[str, Any] = dict(zip(_STATE, values, strict=True))
+    numbers = {name: float(value) if value is not None else None for name, value in state.items() if name != "driver"}
+    # The name of before driver 535 too.
+    reasons = _query(device, "clocks_event_reasons.active") or _query(device, "clocks_throttle_reasons.active")
+    return {"driver": state["driver"], **numbers, "throttled_by": parse_reasons(reasons[0] if reasons else None)}
+
+
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return the machine, the versions and the commit; None for what cannot be found out."""
+    """Return the machine, the versions and the commit; None for what cannot be found out.
+
+    `cpu_load` is how many processes ran or waited to run, over the minute before.
+    """
     is_gpu = device.type == "cuda"
-    query = ("nvidia-smi", f"--id={device.index or 0}", "--format=csv,noheader")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "device": device_name(device) if is_gpu else _cpu_name(),
-        "driver": _output(*query, "--query-gpu=driver_version") if is_gpu else None,
-        "clocks": _output(*query, "--query-gpu=clocks.sm,clocks.mem,temperature.gpu") if is_gpu else None,
+        "driver": gpu_state(device).get("driver") if is_gpu else None,
+        "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_load": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "cuda": torch.version.cuda,
     }
 
 
-def copy_ceiling(device: torch.device) -> float:
-    """Return the bandwidth of a device-to-device copy of 1 GiB, in bytes/s, reads and writes both counted."""
-    source = torch.randn(2**28, device=device)
-    target = torch.empty_like(source)
-    times = time_variants({"copy": lambda: target.copy_(source)}, device)["copy"]
-    return 2 * source.nbytes / (times.p50_ms * 1e-3)
+def other_processes(text: str, own: int) -> list[tuple[str, str]]:
+    """Return (name, memory) of the processes of nvidia-smi's list `pid, name, memory`, but for our `own`."""
+    rows = [[field.strip() for field in line.split(",")] for line in text.splitlines() if line.strip()]
+    return [(row[1], row[2]) for row in rows if len(row) == 3 and row[0] != str(own)]
 
 
-def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
-    """Return the speed of a bfloat16 product of two random (size, size) matrices, in FLOP/s."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    times = time_variants({"matmul": lambda: a @ b}, device)["matmul"]
-    return 2 * size**3 / (times.p50_ms * 1e-3)
+def state_row(device: torch.device, when: str, slowdowns: Sequence[str] = ("slowdown", "brake")) -> dict[str, Any]:
+    """Return a GPU's state as a row; heat and power brakes are marked, for times measured meanwhile are not the GPU's own."""
+    state = gpu_state(device)
+    row = {"case": f"GPU {when}", **{name: value for name, value in state.items() if name != "driver"}}
+    if not state:
+        return row | {"not_measured": "nvidia-smi does not answer"}
+    reason = state["throttled_by"] or ""
+    return row | ({"suspicious": f"throttled: {reason}"} if any(word in reason for word in slowdowns) else {})
+
+
+def machine_rows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the GPU's state, and every other process that computes on it.
+
+    From inside a container the driver may give this process another number, and show it as another.
+    """
+    yield state_row(device, "before")
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = "--query-compute-apps=pid,process_name,used_memory"
+    text = _output("nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader", query)
+    for name, memory in other_processes(text or "", os.getpid()):
+        yield {"case": "another process", "variant": name, "memory": memory, "suspicious": "it shares the GPU"}

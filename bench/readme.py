@@ -36,11 +36,11 @@ def demo_block(summary: DemoSummary, machine: dict) -> str:
     )
 
 
-def replace_block(text: str, block: str) -> str:
-    """Return `text` with everything from BEGIN to END replaced by `block`."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"README.md has no block between {BEGIN!r} and {END!r}: put these two lines where the figures belong")
-    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+def replace_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return `text` with everything from the marker `begin` to the marker `end` replaced by `block`."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"README.md has no block between {begin!r} and {end!r}: put these two lines where the figures belong")
+    return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
 
 
 def main(readme: Path = Path("README.md")) -> None:

@@ -26,11 +26,12 @@ def quantiles(samples_ms: Sequence[float]) -> Times:
     return Times(cuts[1], cuts[4], cuts[7], len(samples_ms))
 
 
-def _samples(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+def sample(function: Callable[[], object], device: torch.device, calls: int = 1) -> list[float]:
+    """Return the times of some calls in ms: 20 ms of them on a GPU, with a cold L2 cache; `calls` of them on a CPU."""
     if device.type == "cuda":
         import triton.testing
 
-        # Clears the L2 cache before each call and times it by CUDA events; 20 ms of calls.
+        # Clears the L2 cache before each call and times it by CUDA events.
         return triton.testing.do_bench(function, warmup=5, rep=20, return_mode="all") or []
     samples = []
     for _ in range(calls):
@@ -52,5 +53,5 @@ def time_variants(
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, function in variants.items():
-            samples[name] += _samples(function, device, calls)
+            samples[name] += sample(function, device, calls)
     return {name: quantiles(values) for name, values in samples.items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..tokenizer import END_OF_TEXT
-from ..train.corpus import write_stories
+from ..train.data.corpus import write_stories
 
 LINES = ("dna", "aaaa", "cjk")
 _SUFFIXES = (".md", ".rst", ".txt", ".py")

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.bench import attention_cases, attention_peers
-from tilewright.bench.attention import bench_attention, bench_attention_case
+from tilewright.bench.attention import attention_jobs, bench_attention_case
 from tilewright.bench.attention_cases import TOLERANCE, AttentionCase, draw_lengths, error_of, exact
 from tilewright.bench.attention_peers import PEERS, Unsupported, installed_peers
-from tilewright.bench.kernels import Ceilings
+from tilewright.bench.ceilings import Ceilings
 from tilewright.kernels import reference
 
 CPU = torch.device("cpu")
@@ -116,12 +116,20 @@ def test_wrong_and_failing_peers_are_named_instead_of_timed():
     assert timed == {("right", "forward"), ("right", "backward"), ("right", "both"), ("no backward", "forward")}
 
 
-def test_shapes_beyond_the_time_are_named():
-    rows = [row for row in bench_attention(CPU, CEILINGS, seconds=-1.0) if "variant" not in row]
+def test_every_shape_is_a_job_after_the_missing_peers(monkeypatch):
+    monkeypatch.setattr(attention_peers, "MODULES", {"flash-attn 2": "no_such_module"})
+    first, *jobs = attention_jobs(CPU, CEILINGS)
+    assert [row["variant"] for row in first.rows()] == ["flash-attn 2"]
     cases = list(attention_cases.attention_cases())
-    assert [row["case"] for row in rows] == [case.name for case in cases]
+    assert [job.case for job in jobs] == [case.name for case in cases]
     assert len({case.name for case in cases}) == len(cases)
-    assert all("were over" in row["not_measured"] for row in rows)
+
+
+def test_plain_shapes_are_marked_as_a_series_over_the_length(case):
+    rows = list(bench_attention_case(case, {"tilewright": PEERS["tilewright"]}, CPU, CEILINGS))
+    plain = case == CASES["causal"]
+    assert [row.get("op") for row in rows] == [f"attention K16 {way}" if plain else None for way in case.costs]
+    assert all(row.get("size") == (40 if plain else None) for row in rows)
 
 
 def test_the_shape_that_the_course_ranks_comes_first():
@@ -193,7 +201,7 @@ def test_what_would_not_fit_is_left_out():
 def test_peers_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(attention_peers, "MODULES", {"flash-attn 2": "no_such_module"})
     peers, missing = installed_peers()
-    assert missing == {"flash-attn 2": "ModuleNotFoundError: No module named 'no_such_module'"}
+    assert missing == {"flash-attn 2": "not installed: pip install no_such_module"}
     assert peers.keys() == PEERS.keys() - {"flash-attn 2"}
 
 

@@ -1,67 +1,191 @@
 import io
 import json
+import time
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
+import torch
 from rich.console import Console
+from torch.cuda._utils import _get_device_index
 
-from tilewright.bench import BenchConfig, run, run_bench
+from tilewright.bench import BenchConfig, jobs, run, run_bench, stages
+from tilewright.bench.jobs import Job
 from tilewright.bench.machine import describe
 from tilewright.bench.readme import BEGIN, END, replace_block
-from tilewright.bench.training import bench_training
+from tilewright.bench.stages import STAGES, Stage, chosen_stages, count_outcomes
+from tilewright.cli import main
 from tilewright.errors import UserError
-from tilewright.train.loop import resolve_device
+
+CPU = torch.device("cpu")
 
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_say_what_they_were_measured_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(run.STAGES, "tokenizer", lambda device: iter([{"case": "a", "mb_per_s": 3.5, "mfu": None}]))
-    console = Console(file=io.StringIO(), width=120)
-    path = run_bench(BenchConfig("tokenizer", device="cpu", out=tmp_path / "r.jsonl"), console)
+@pytest.fixture
+def replaced(monkeypatch):
+    """The stages, each of which yields what the test says, or nothing."""
+    fakes = {}
+
+    def fake(name, *rows, then=None, cpu_s: float | None = 10.0, **rest):
+        def measure():
+            yield from rows
+            if then is not None:
+                then()
+
+        fakes[name] = Stage(f"what {name} measures", lambda on: iter([Job(name, measure)]), 10, cpu_s, **rest)
+
+    monkeypatch.setattr(stages, "STAGES", fakes)
+    return fake
+
+
+def bench(tmp_path, *names, out="r.jsonl"):
+    console = Console(file=io.StringIO(), width=160)
+    return run_bench(BenchConfig(names, device="cpu", out=tmp_path / out), console), console.file.getvalue()  # pyright: ignore
+
+
+def test_rows_say_what_they_were_measured_on(tmp_path, replaced):
+    replaced("tokenizer", {"case": "a", "mb_per_s": 3.5, "mfu": None})
+    path, shown = bench(tmp_path, "tokenizer")
     machine, row = read(path)
     assert machine["stage"] == "machine"
-    assert {"date", "commit", "device", "driver", "torch", "triton"} <= machine.keys()
+    assert {"date", "commit", "device", "driver", "torch", "triton", "python", "cpu"} <= machine.keys()
     assert row == {"stage": "tokenizer", "case": "a", "mb_per_s": 3.5, "mfu": None}
-    assert "3.5" in console.file.getvalue()  # pyright: ignore
+    assert "3.5" in shown
+    assert "mfu" not in shown.lower()
     with pytest.raises(UserError, match="exists already"):
-        run_bench(BenchConfig("tokenizer", device="cpu", out=path), console)
+        bench(tmp_path, "tokenizer")
 
 
-def test_a_killed_bench_keeps_what_it_measured(tmp_path, monkeypatch):
-    def stage(device):
-        yield {"case": "first"}
+def test_a_killed_bench_keeps_what_it_measured(tmp_path, replaced):
+    def interrupt():
+        # What another process would find now.
+        assert [row.get("case") for row in read(tmp_path / "r.jsonl")] == [None, "first"]
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(run.STAGES, "training", stage)
+    replaced("training", {"case": "first"}, then=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(BenchConfig("training", device="cpu", out=tmp_path / "r.jsonl"), Console(file=io.StringIO()))
+        bench(tmp_path, "training")
     assert read(tmp_path / "r.jsonl")[1]["case"] == "first"
 
 
-@pytest.mark.parametrize("stage", ["kernels", "attention", "tests"])
-def test_what_needs_a_gpu_says_that_it_was_not_measured(stage):
-    assert [row["not_measured"] for row in run.STAGES[stage](resolve_device("cpu"))] == ["no NVIDIA GPU"]
+def test_what_needs_a_gpu_says_that_it_was_not_measured(tmp_path):
+    needing = [name for name, stage in STAGES.items() if stage.cpu_s is None]
+    assert set(needing) >= {"machine", "ceilings", "tests", "kernels", "attention", "memory"}
+    path, shown = bench(tmp_path, *needing)
+    rows = read(path)[1:]
+    assert [(row["stage"], row["not_measured"]) for row in rows] == [(name, "no NVIDIA GPU") for name in needing]
+    assert [row["case"] for row in rows] == [STAGES[name].what for name in needing]
+    assert shown.count("no NVIDIA GPU") == len(needing)
 
 
-def test_the_long_bench_of_the_tokenizer_is_no_part_of_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "STAGES", {name: lambda device: iter(()) for name in run.STAGES})
-    monkeypatch.setitem(run.STAGES, "tokenizer-long", lambda device: iter([{"case": "an hour"}]))
-    for stage, rows in (("all", 0), ("tokenizer-long", 1)):
-        path = run_bench(BenchConfig(stage, device="cpu", out=tmp_path / stage), Console(file=io.StringIO()))
-        assert len(read(path)) == 1 + rows
+def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tmp_path, replaced):
+    replaced("training", {"case": "first"}, then=lambda: time.sleep(0.3), cpu_s=0.1)
+    replaced("tokenizer", {"case": "second"})
+    assert [row["case"] for row in read(bench(tmp_path, "training", "tokenizer", out="named")[0])[1:]] == ["first", "second"]
+    first, cut, second = read(bench(tmp_path, "all", out="all")[0])[1:]
+    assert (first["case"], second["case"]) == ("first", "second")
+    assert cut == {"stage": "training", "case": "training", "not_measured": "cut off: no time left for it"}
 
 
-def test_training_is_measured(monkeypatch):
-    (row,) = bench_training(resolve_device("cpu"), ("stories-cpu",), steps=1, warmup_steps=0)
-    assert row["variant"] == "eager"
-    assert row["tokens_per_s"] > 0
-    assert row["mfu"] is None
+@pytest.mark.parametrize("gpu", [torch.device("cuda"), torch.device("cuda", 1)])
+def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
+    """On a GPU that is not there: what is asked of one is answered by the test."""
+    states, current = [], []
+
+    def state_row(device, when):
+        states.append((device, when))
+        return {"case": f"GPU {when}", "sm_mhz": 1980.0}
+
+    monkeypatch.setattr(run, "resolve_device", lambda name: gpu)
+    monkeypatch.setattr(run, "prepare_allocator", lambda device: None)
+    monkeypatch.setattr(
+        run, "describe", lambda device: {"device": "NVIDIA H200", "date": "2026-01-02T03:04:05+00:00", "torch": "2"}
+    )
+    monkeypatch.setattr(run, "Device", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(run, "state_row", state_row)
+    # As PyTorch itself reads its argument: a device without a number is an error.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
+    monkeypatch.setattr(jobs, "clean_up", lambda device: None)
+    monkeypatch.chdir(tmp_path)
+    replaced("machine", {"case": "GPU before"}, cpu_s=None)
+    replaced("kernels", {"case": "a"}, cpu_s=None)
+    path = run_bench(BenchConfig(("kernels",)), Console(file=io.StringIO()))
+    assert path.as_posix() == "bench/results/nvidia-h200/20260102T030405.jsonl"
+    assert [(row["stage"], row.get("case")) for row in read(path)] == [
+        ("machine", None), ("machine", "GPU before"), ("kernels", "a"), ("machine", "GPU after kernels"),
+    ]  # fmt: skip
+    assert states == [(gpu, "after kernels")]
+    assert current == ([] if gpu.index is None else [1])
+
+
+def test_a_stage_that_cannot_begin_is_named(tmp_path, replaced):
+    def fail(on):
+        raise RuntimeError("no memory for the ceilings")
+
+    replaced("tokenizer", {"case": "second"})
+    stages.STAGES["kernels"] = Stage("what kernels measures", fail, 1, 1)
+    kernels = read(bench(tmp_path, "all")[0])[-1]
+    assert kernels["case"] == "what kernels measures"
+    assert kernels["not_measured"] == "RuntimeError: no memory for the ceilings"
+
+
+def test_the_time_of_all_stages():
+    # Ten seconds are left to the start and to what cannot be interrupted; and 10 minutes to a CPU.
+    assert sum(stage.gpu_s for stage in STAGES.values() if stage.in_all) <= 530
+    assert sum(stage.cpu_s or 0 for stage in STAGES.values() if stage.in_all) <= 580
+
+
+def test_stages_are_chosen_by_name():
+    assert get_args(run.StageName) == ("all", *STAGES)
+    assert "tokenizer-long" not in chosen_stages(["all"], is_gpu=True)
+    assert list(chosen_stages(["tokenizer-long", "inspect"], is_gpu=False)) == ["inspect", "tokenizer-long"]
+    assert list(chosen_stages(["attention"], is_gpu=True)) == ["machine", "ceilings", "attention"]
+    assert list(chosen_stages(["attention"], is_gpu=False)) == ["attention"]
+    with pytest.raises(UserError, match="stage 'kernel' is unknown: choose of all, machine"):
+        BenchConfig(("kernel",))  # pyright: ignore
+
+
+def test_the_command_takes_several_stages(tmp_path, replaced, capsys):
+    replaced("accounting", {"case": "a"})
+    replaced("inspect", *({"case": f"kernel {i}"} for i in range(run.SHOWN_ROWS + 1)))
+    assert main(["bench", "inspect", "accounting", "--device", "cpu", "--out", str(tmp_path / "r.jsonl")]) == 0
+    assert len(read(tmp_path / "r.jsonl")) == run.SHOWN_ROWS + 3
+    assert f"inspect: {run.SHOWN_ROWS + 1} rows, in the file only" in capsys.readouterr().out
+
+
+def test_the_tests_outcomes_are_counted():
+    lines = [
+        "platform linux",
+        "tests/a.py::test_b PASSED [ 1%]",
+        "tests/a.py::test_c[x y] PASSED",
+        "tests/a.py::test_d FAILED",
+        "tests/a.py::test_e ERROR",
+        "",
+        "1 failed",
+    ]
+    assert count_outcomes(lines) == {"passed": 2, "failed": 1, "errors": 1, "skipped": 0}
+
+
+@pytest.mark.parametrize(("body", "outcome"), [("assert True", "passed"), ("assert False", "FAILED")])
+def test_the_gpu_marked_tests_are_run(tmp_path, monkeypatch, body, outcome):
+    (tmp_path / "test_one.py").write_text(
+        f"import pytest\n@pytest.mark.gpu\ndef test_one():\n    {body}\ndef test_two():\n    pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(stages, "TESTS", tmp_path)
+    (row,) = stages._tests()
+    assert row["variant"] == outcome
+    assert row["passed"] + row["failed"] == 1
+    assert "1 deselected" in row["summary"]
+    monkeypatch.setattr(stages, "TESTS", tmp_path / "none")
+    assert [row["not_measured"] for row in stages._tests()] == ["installed without tests"]
 
 
 def test_the_machine_is_described():
-    machine = describe(resolve_device("cpu"))
+    machine = describe(CPU)
     assert machine["driver"] is None
     assert machine["cpu_threads"] >= 1
 

@@ -49,7 +49,6 @@ def test_every_library_does_every_job_with_the_same_result(folder, name):
             assert (found["tokens"], found["digest"]) == (expected["tokens"], expected["digest"])
 
 
-@pytest.mark.slow
 def test_the_tokenizer_is_measured_against_its_peers(monkeypatch):
     names = ("tilewright", "tilewright, ties as tokenizers", "tokenizers", "tiktoken")
     monkeypatch.setattr(peers, "LIBRARIES", {name: peers.LIBRARIES[name] for name in names})

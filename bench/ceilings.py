@@ -1,0 +1,109 @@
+"""What the hardware can do at most: a copy and matrix products, measured in the run that they judge, beside the datasheet's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.costs import Cost
+from ..kernels.device import GPU, gpu_of
+from .timing import time_variants
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU reached in this run: a copy's bandwidth in bytes/s, a bfloat16 product's speed in FLOP/s."""
+
+    copy: float
+    matmul: float
+    gpu: GPU | None = None
+    """Its datasheet; None for a product that is not in the table."""
+
+    def shares(self, cost: Cost, seconds: float) -> dict[str, Any]:
+        """Return which share of the roofline `seconds` reach, the measured one and the datasheet's; with a note above 1.
+
+        No kernel is faster than its hardware: above the datasheet a figure is an error of measuring. Above the measured ceiling
+        it may be one, or the ceiling was measured too low.
+        """
+        measured = cost.seconds(self.copy, self.matmul) / seconds
+        peak = self.gpu and self.gpu.peak_flops("bf16")
+        printed = None if self.gpu is None or peak is None else cost.seconds(self.gpu.bandwidth * 1e12, peak) / seconds
+        shares: dict[str, Any] = {"share_of_roofline": measured, "share_of_datasheet": printed}
+        if measured > 1:
+            shares["suspicious"] = "above the ceiling"
+        if printed is not None and printed > 1:
+            shares["suspicious"] = "above the datasheet: a measuring error"
+        return shares
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:
+    """Return the bandwidth of a copy of `size` bytes on the device, in bytes/s, reads and writes both counted."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = time_variants({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return 2 * source.nbytes / (times.p50_ms * 1e-3)
+
+
+def _product(device: torch.device, size: int, call: Any) -> float:
+    times = time_variants({"product": call}, device)["product"]
+    return 2 * size**3 / (times.p50_ms * 1e-3)
+
+
+def matmul_speed(device: torch.device, size: int = 8192) -> float:
+    """Return the speed of a bfloat16 product of two random (size, size) matrices, in FLOP/s."""
+    # Of zeros a GPU draws less power, and is faster.
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return _product(device, size, lambda: a @ b)
+
+
+def fp8_matmul_speed(device: torch.device, size: int = 8192) -> float:
+    """Return the speed of an e4m3 product of two random (size, size) matrices with one scale each, in FLOP/s."""
+
+    def draw() -> Tensor:
+        return torch.randn(size, size, device=device).to(torch.float8_e4m3fn)
+
+    # The tensor cores want the second operand by columns.
+    a, b, one = draw(), draw().t(), torch.ones((), device=device)
+    product: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    return _product(device, size, lambda: product(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
+
+
+class Device:
+    """The device that a run measures, with its ceilings, which are measured once, when they are first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.gpu = gpu_of(device)
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """Of a copy and of a bfloat16 product."""
+        return Ceilings(copy_bandwidth(self.device), matmul_speed(self.device), self.gpu)
+
+    def ceiling_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield each ceiling beside the datasheet's."""
+        bandwidth = self.gpu and self.gpu.bandwidth * 1e12
+        yield {"case": "ceiling", "variant": "copy of 1 GiB", **_beside("gb_per_s", 1e9, self.ceilings.copy, bandwidth)}
+        peaks = {dtype: self.gpu and self.gpu.peak_flops(dtype) for dtype in ("bf16", "fp8")}
+        beside = _beside("tflop_per_s", 1e12, self.ceilings.matmul, peaks["bf16"])
+        yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", **beside}
+        fp8 = {"case": "ceiling", "variant": "fp8 product 8192^3"}
+        if torch.cuda.get_device_capability(self.device) < (8, 9):
+            yield fp8 | {"not_measured": "this GPU has no fp8"}
+            return
+        try:
+            yield fp8 | _beside("tflop_per_s", 1e12, fp8_matmul_speed(self.device), peaks["fp8"])
+        except (RuntimeError, ValueError) as error:
+            yield fp8 | {"not_measured": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _beside(name: str, unit: float, measured: float, datasheet: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {name: measured / unit, f"datasheet_{name}": datasheet and datasheet / unit}
+    if datasheet:
+        row["share_of_datasheet"] = measured / datasheet
+        if measured > datasheet:
+            row["suspicious"] = "above the datasheet: a measuring error"
+    return row

@@ -1,0 +1,140 @@
+"""What a reader of the README wants to know first: each op, step and peak in a line, or that nobody has measured it yet."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .jobs import Row
+from .results import Run
+
+OWN = "tilewright"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One line of the table: what, how it came out, and what it was measured on; no result where nothing was measured."""
+
+    what: str
+    result: str = ""
+    where: str = ""
+
+
+def _beside_peers(rows: Sequence[Row], own: Row, how: str) -> str:
+    """Return a result and the fastest peer of the same case."""
+    peers = [row for row in rows if row.get("case") == own.get("case") and row.get("variant") != OWN and row.get("p50_ms")]
+    if not peers:
+        return how
+    best = min(peers, key=lambda row: row["p50_ms"])
+    return f"{how}; {best['variant']} takes {best['p50_ms'] / own['p50_ms']:.2f} times as long"
+
+
+def _largest(rows: Sequence[Row], op: str) -> Row | None:
+    found = [row for row in rows if row.get("op") == op and row.get("variant") == OWN and row.get("p50_ms")]
+    return max(found, key=lambda row: row.get("size", 0), default=None)
+
+
+def _ceilings(rows: Sequence[Row]) -> str:
+    parts = []
+    for row in rows:
+        rate = f"{row['gb_per_s'] / 1e3:.2f} TB/s" if row.get("gb_per_s") else f"{row.get('tflop_per_s') or 0:,.0f} TFLOP/s"
+        share = f" ({row['share_of_datasheet']:.0%} of the datasheet)" if row.get("share_of_datasheet") else ""
+        if row.get("gb_per_s") or row.get("tflop_per_s"):
+            parts.append(f"{row.get('variant')} {rate}{share}")
+    return ", ".join(parts)
+
+
+def _op(op: str, by_flops: bool = False) -> Callable[[Sequence[Row]], str]:
+    def of(rows: Sequence[Row]) -> str:
+        parts = []
+        for direction in ("forward", "backward", "both"):
+            row = _largest(rows, f"{op} {direction}")
+            if row is None or (direction == "both" and parts):
+                continue
+            rate = f"{row.get('tflop_per_s') or 0:,.0f} TFLOP/s" if by_flops else f"{row.get('gb_per_s') or 0:,.0f} GB/s"
+            share = f", {row['share_of_roofline']:.0%} of the roofline" if row.get("share_of_roofline") else ""
+            named = "forward and backward" if direction == "both" else direction
+            parts.append(
+                _beside_peers(rows, row, f"{row.get('case', op).removesuffix(' ' + direction)}, {named}: {rate}{share}")
+            )
+        return "<br>".join(parts)
+
+    return of
+
+
+def _training(rows: Sequence[Row]) -> str:
+    parts = []
+    for row in rows:
+        if row.get("tokens_per_s") and row.get("mfu") and row.get("variant") == "compile + kernels":
+            peak = f", {row['peak_gb']:.1f} GB" if row.get("peak_gb") else ""
+            parts.append(f"{row.get('case')}: {row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}{peak}")
+    return "<br>".join(parts)
+
+
+def _generation(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row.get("tokens_per_s") and row.get("share_of_datasheet")]
+    return "<br>".join(
+        f"{row.get('case')}: {row['tokens_per_s']:,.0f} tokens/s, {row['share_of_datasheet']:.0%} of what bandwidth allows"
+        for row in found
+    )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    errors = [row["error"] for row in rows if row.get("error") is not None]
+    return f"{min(errors):+.1%} to {max(errors):+.1%} beside the prediction, {len(errors)} configurations" if errors else ""
+
+
+def _overhead(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row.get("overhead_p50") is not None]
+    return "<br>".join(
+        f"{row.get('case')}: {row['overhead_p50']:z.1%} on top of the model's and the optimizer's" for row in found
+    )
+
+
+def _tests(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{row['variant']}: {row['summary']}" for row in rows if row.get("summary"))
+
+
+def _tokenizer(beginning: str) -> Callable[[Sequence[Row]], str]:
+    def of(rows: Sequence[Row]) -> str:
+        for own in rows:
+            if str(own.get("case", "")).startswith(beginning) and own.get("variant") == OWN and own.get("mb_per_s"):
+                # Our other rule for ties is no peer.
+                others = [row for row in rows if not str(row.get("variant", "")).startswith(f"{OWN},")]
+                return _beside_peers(
+                    others, own, f"{own['case'].removeprefix(beginning).strip(', ')}: {own['mb_per_s']:,.1f} MB/s"
+                )
+        return ""
+
+    return of
+
+
+# What, the stage that knows, whether a GPU is what it is about, and how it is said.
+_LINES: tuple[tuple[str, str, bool, Callable[[Sequence[Row]], str]], ...] = (
+    ("ceilings", "ceilings", True, _ceilings),
+    ("GPU-marked tests", "tests", True, _tests),
+    ("`rms_norm`", "kernels", True, _op("rms_norm")),
+    ("`add_rms_norm`", "kernels", True, _op("add_rms_norm")),
+    ("`swiglu`", "kernels", True, _op("swiglu")),
+    ("`rope`", "kernels", True, _op("rope_qk")),
+    ("`cross_entropy`", "kernels", True, _op("cross_entropy")),
+    ("`linear_cross_entropy`", "kernels", True, _op("linear_cross_entropy", by_flops=True)),
+    ("`attention`, head dim 128, causal", "attention", True, _op("attention K128", by_flops=True)),
+    ("`attention`, head dim 64, causal", "attention", True, _op("attention K64", by_flops=True)),
+    ("training", "training", True, _training),
+    ("generation", "generation", True, _generation),
+    ("peak memory", "memory", True, _memory),
+    ("the training loop", "overhead", False, _overhead),
+    ("training a tokenizer", "tokenizer", False, _tokenizer("train ")),
+    ("encoding, one thread", "tokenizer", False, _tokenizer("encode to lists, one thread")),
+    ("decoding", "tokenizer", False, _tokenizer("decode")),
+)
+
+
+def headlines(runs: Sequence[Run]) -> list[Headline]:
+    """Return the README's lines, each by the newest of `runs` (oldest first) that has its figures."""
+    lines = []
+    for what, stage, needs_gpu, say in _LINES:
+        candidates = (run for run in reversed(runs) if run.is_gpu or not needs_gpu)
+        said = ((say([row for row in run.stage(stage) if "not_measured" not in row]), run) for run in candidates)
+        result, run = next(((result, run) for result, run in said if result), ("", None))
+        lines.append(Headline(what, result, run.provenance if run else ""))
+    return lines

@@ -1,0 +1,89 @@
+"""The bench's work in pieces: a job yields rows; one that fails, or for which no time is left, says so in a row."""
+
+import gc
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+Rows = Iterator[Row]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to measure, named as its rows are, so that it can be named where it is left out."""
+
+    case: str
+    rows: Callable[[], Rows]
+
+
+# An exception that rings in a finaliser is lost, so it rings again; not before what is cut off has cleaned up.
+RING_AGAIN_S = 5.0
+
+
+class TimeOver(BaseException):
+    """The time of a stage is over: no Exception, so that nobody takes it for the failure of a peer."""
+
+
+@contextmanager
+def _alarm(deadline: float) -> Iterator[None]:
+    """Raise `TimeOver` in the block at `deadline` (of time.monotonic), as soon as Python runs there again."""
+    # Python runs handlers of signals in its main thread only.
+    if math.isinf(deadline) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeOver
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    start = time.monotonic()
+    before, _ = signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - start), RING_AGAIN_S)
+    try:
+        yield
+    finally:
+        # Someone else's alarm, such as a test's time limit, goes on.
+        rest = max(1e-3, before - (time.monotonic() - start)) if before else 0
+        signal.setitimer(signal.ITIMER_REAL, rest)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def clean_up(device: torch.device) -> None:
+    """Forget what was compiled, and give memory back, so that nothing of a job is left to the next."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def run_jobs(jobs: Iterable[Job], device: torch.device, deadline: float = math.inf) -> Rows:
+    """Yield the rows of each job, and one for each that fails, is cut off at `deadline`, or would begin after it."""
+    for job in jobs:
+        row = {"case": job.case}
+        if time.monotonic() >= deadline:
+            yield row | {"not_measured": "no time left for it"}
+            continue
+        rows = job.rows()
+        try:
+            while True:
+                # Only while it is measured: a row is written in peace.
+                with _alarm(deadline):
+                    found = next(rows, None)
+                if found is None:
+                    break
+                yield found
+        except TimeOver:
+            yield row | {"not_measured": "cut off: no time left for it"}
+        except torch.cuda.OutOfMemoryError:
+            yield row | {"not_measured": "more memory than there is"}
+        except Exception as error:  # one job's failure is a result, and not the end of the bench
+            yield row | {"not_measured": f"{type(error).__name__}: {error}"[:300]}
+        finally:
+            clean_up(device)

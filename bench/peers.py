@@ -1,0 +1,43 @@
+"""Other people's kernels: optional packages, each found by name, or with the reason why it is not there."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+# How to get each package. Those that the extra `bench` leaves out compile for long, or bring a compiler of their own.
+REMEDIES = {
+    "liger_kernel": "pip install liger-kernel",
+    "cut_cross_entropy": "pip install cut-cross-entropy",
+    "quack": "pip install quack-kernels",
+    "flash_attn": "pip install flash-attn",
+    "flash_attn_interface": "build it in the folder hopper of flash-attn's repository",
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a peer cannot be measured here."""
+
+    reason: str
+
+
+@cache
+def find(module: str, name: str | None = None) -> Any:
+    """Return a module of a peer, or what it calls `name`; else `Missing`."""
+    package = module.split(".")[0]
+    try:
+        found = importlib.import_module(module)
+        return found if name is None else getattr(found, name)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return Missing(f"not installed: {REMEDIES.get(package, f'pip install {package}')}")
+        return Missing(f"{type(error).__name__}: {error}"[:200])
+    except Exception as error:  # compiled for another PyTorch, or without a GPU, a peer fails in ways of its own
+        return Missing(f"{type(error).__name__}: {error}"[:200])
+
+
+def adapt(peer: Any, adapter: Callable[[Any], Callable[..., Any]]) -> Any:
+    """Return `adapter(peer)`, the form in which a peer can be compared; a missing one stays missing."""
+    return peer if isinstance(peer, Missing) else adapter(peer)

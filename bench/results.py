@@ -1,0 +1,80 @@
+"""The files that runs of the bench leave: JSON lines, first the machine, then every row."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import require_file
+from .jobs import Row
+
+# Of a CPU that is busy with other work the times are not its own.
+BUSY = 0.7
+
+
+@dataclass(frozen=True)
+class Run:
+    """One file of results."""
+
+    path: Path
+    machine: Row
+    rows: tuple[Row, ...]
+
+    @property
+    def device(self) -> str:
+        """The GPU, or the CPU where there was none."""
+        return str(self.machine.get("device", "an unnamed device"))
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether an NVIDIA GPU was measured."""
+        return "nvidia" in self.device.lower() or self.machine.get("driver") is not None
+
+    @property
+    def date(self) -> str:
+        """When it began, in UTC; '' where the file does not say."""
+        return str(self.machine.get("date", ""))
+
+    @property
+    def provenance(self) -> str:
+        """What it was measured on and with, in a line; what the file does not say is left out."""
+        named = (("driver", "driver"), ("torch", "torch"), ("triton", "triton"), ("python", "Python"), ("commit", "commit"))
+        parts = [f"{title} {self.machine[name]}" for name, title in named if self.machine.get(name)]
+        load = self.machine.get("cpu_load") or 0
+        if load > BUSY and not self.is_gpu:
+            parts.append(f"measured while others computed (load {load:.1f})")
+        return ", ".join([self.device, *parts, *([self.date[:10]] if self.date else [])])
+
+    def stage(self, name: str) -> list[Row]:
+        """Return the rows of a stage."""
+        return [row for row in self.rows if row.get("stage") == name]
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            if number == len(lines):
+                # A run that was killed while it wrote.
+                return
+            raise UserError(f"{path} is not a file of results: line {number} is no JSON object") from error
+        yield row
+
+
+def read_run(path: Path) -> Run:
+    """Return the run in a file; a last line that is cut off is left out, any other that is no JSON is a `UserError`."""
+    rows = list(_rows(require_file(path, "file of results", "make one with `tilewright bench`")))
+    if not rows or rows[0].get("stage") != "machine":
+        raise UserError(f"{path} is not a file of results: its first line does not name the machine")
+    return Run(path, rows[0], tuple(rows[1:]))
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Return all runs in a folder of folders by device, oldest first; no order depends on the file system's."""
+    runs = [read_run(path) for path in sorted(folder.glob("*/*.jsonl"))]
+    return sorted(runs, key=lambda run: (run.date, run.path.as_posix()))

@@ -1,0 +1,142 @@
+"""The stages of the bench, in the order in which they run, and the time that each has."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from ..kernels.inspect import ARCHITECTURES, all_cases, inspect
+from .accounting import accounting_jobs
+from .attention import attention_jobs
+from .ceilings import Device
+from .generation import generation_jobs
+from .jobs import Job, Row, Rows, TimeOver
+from .kernels import kernel_jobs
+from .machine import machine_rows
+from .memory import memory_jobs
+from .overhead import overhead_jobs
+from .tokenizer import LONG, bench_tokenizer
+from .training import training_jobs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the bench that can be asked for by its name."""
+
+    what: str
+    """What it measures, as it is named where it is left out."""
+    jobs: Callable[[Device], Iterator[Job]]
+    gpu_s: float
+    """Seconds that it has in a run of all stages on a GPU; what one leaves goes to the next."""
+    cpu_s: float | None = None
+    """The same on a machine without one; None where it means nothing there."""
+    on_any_machine: bool = False
+    """Whether its figures say the same wherever they come from, so that no GPU is missing."""
+    in_all: bool = True
+    needs: tuple[str, ...] = ("machine",)
+    """Stages without which its figures say little on a GPU; they run with it."""
+
+
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+def count_outcomes(lines: Iterable[str]) -> dict[str, int]:
+    """Return how many tests `pytest -v` says passed, failed, and so on."""
+    found = [re.search(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", line) for line in lines]
+    words = [match[1].lower() for match in found if match]
+    titles = {"passed": "passed", "failed": "failed", "error": "errors", "skipped": "skipped"}
+    return {title: words.count(word) for word, title in titles.items()}
+
+
+def _tests() -> Rows:
+    row: Row = {"case": "GPU-marked tests"}
+    if not TESTS.is_dir():
+        yield row | {"not_measured": "installed without tests"}
+        return
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", str(TESTS)]
+    lines: list[str] = []
+    with subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.strip())
+            variant = "passed" if process.wait() == 0 else "FAILED"
+        except BaseException as reason:
+            process.kill()
+            if not isinstance(reason, TimeOver):
+                raise
+            variant = "cut off: no time left"
+    yield row | {"variant": variant, **count_outcomes(lines), "summary": lines[-1][:200] if lines else ""}
+
+
+def _inspect(architecture: str) -> Rows:
+    # The compilers run outside of Python's lock.
+    pool = ThreadPoolExecutor()
+    try:
+        for report in pool.map(lambda case: inspect(case, architecture), all_cases(architecture)):
+            row = asdict(report)
+            yield {"case": row.pop("name"), "variant": row.pop("architecture"), **row}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _inspect_jobs() -> Iterator[Job]:
+    for architecture in ARCHITECTURES:
+        yield Job(f"inspect {architecture}", partial(_inspect, architecture))
+
+
+_CEILINGS = ("machine", "ceilings")
+STAGES: dict[str, Stage] = {
+    "machine": Stage(
+        "clocks, throttling and other processes", lambda on: iter([Job("GPU", partial(machine_rows, on.device))]), 5
+    ),
+    "ceilings": Stage("the ceilings of a copy and of matrix products", lambda on: iter([Job("ceiling", on.ceiling_rows)]), 15),
+    "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", _tests)]), 75),
+    "kernels": Stage(
+        "the ops beside PyTorch, torch.compile, Liger-Kernel, cut-cross-entropy and quack",
+        lambda on: kernel_jobs(on.device, on.ceilings),
+        90,
+        needs=_CEILINGS,
+    ),
+    "attention": Stage(
+        "attention and decoding beside SDPA's backends, flex_attention and flash-attn",
+        lambda on: attention_jobs(on.device, on.ceilings),
+        90,
+        needs=_CEILINGS,
+    ),
+    "training": Stage("training steps and their MFU", lambda on: training_jobs(on.device), 110, 60),
+    "generation": Stage(
+        "generation beside what bandwidth allows",
+        lambda on: generation_jobs(on.device, on.ceilings if on.device.type == "cuda" else None),
+        30,
+        30,
+        needs=_CEILINGS,
+    ),
+    "memory": Stage("peaks of memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
+    "accounting": Stage("FLOPs by formula and as PyTorch counts them", lambda on: accounting_jobs(), 10, 40, True),
+    "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 20, 150, True),
+    "overhead": Stage("what the training loop adds to a step", lambda on: overhead_jobs(on.device), 45, 60),
+    "tokenizer": Stage("the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 10, 240, True),
+    "tokenizer-long": Stage(
+        "the tokenizer on 100 MB and on lines without a break",
+        lambda on: iter([Job("tokenizer", partial(bench_tokenizer, LONG))]),
+        0,
+        0,
+        on_any_machine=True,
+        in_all=False,
+    ),
+}
+
+
+def chosen_stages(names: Iterable[str], is_gpu: bool) -> dict[str, Stage]:
+    """Return the stages that are asked for, in their order; on a GPU with those that they need."""
+    asked = {*names}
+    if "all" in asked:
+        asked |= {name for name, stage in STAGES.items() if stage.in_all}
+    if is_gpu:
+        asked |= {need for name in asked & STAGES.keys() for need in STAGES[name].needs}
+    return {name: stage for name, stage in STAGES.items() if name in asked}

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+from tilewright.bench.results import read_run, read_runs
+from tilewright.errors import UserError
+
+MACHINE = {"stage": "machine", "device": "NVIDIA H200", "date": "2026-01-02T03:04:05+00:00", "torch": "2.13.0", "driver": "570"}
+
+
+def write(path, *rows, end="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows) + end)
+    return path
+
+
+def test_a_file_is_read(tmp_path):
+    run = read_run(write(tmp_path / "r.jsonl", MACHINE, {"stage": "kernels", "case": "a"}, {"stage": "tests", "case": "b"}))
+    assert (run.device, run.is_gpu, run.date) == ("NVIDIA H200", True, "2026-01-02T03:04:05+00:00")
+    assert run.provenance == "NVIDIA H200, driver 570, torch 2.13.0, 2026-01-02"
+    assert run.stage("kernels") == [{"stage": "kernels", "case": "a"}]
+
+
+def test_a_cpu_that_was_busy_is_marked(tmp_path):
+    for device, load, marked in (("A CPU", 3.21, True), ("A CPU", 0.1, False), ("NVIDIA H200", 3.21, False)):
+        run = read_run(write(tmp_path / "r.jsonl", {"stage": "machine", "device": device, "cpu_load": load}))
+        assert ("measured while others computed (load 3.2)" in run.provenance) == marked
+
+
+def test_a_machine_that_says_little_is_read(tmp_path):
+    run = read_run(write(tmp_path / "r.jsonl", {"stage": "machine"}))
+    assert (run.device, run.is_gpu, run.date, run.rows) == ("an unnamed device", False, "", ())
+    assert run.provenance == "an unnamed device"
+
+
+def test_a_last_line_that_is_cut_off_is_left_out(tmp_path):
+    path = write(tmp_path / "r.jsonl", MACHINE, {"stage": "kernels", "case": "a"}, end='\n{"stage": "kern')
+    assert len(read_run(path).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stage": "machine"}\n{"stage": \n{"stage": "kernels"}\n', "line 2 is no JSON object"),
+        ('{"stage": "machine"}\n[1]\n{"stage": "kernels"}\n', "line 2 is no JSON object"),
+        ('{"stage": "kernels"}\n', "first line does not name the machine"),
+        ("{", "first line does not name the machine"),
+        ("", "is empty"),
+    ],
+)
+def test_what_is_no_file_of_results_is_refused(tmp_path, text, message):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_run(tmp_path / "r.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        read_run(tmp_path / "none.jsonl")
+
+
+def test_runs_are_in_the_order_of_their_dates(tmp_path):
+    for name, date in (("a/z.jsonl", "2026-01-01"), ("b/a.jsonl", "2026-01-03"), ("a/b.jsonl", "2026-01-02")):
+        write(tmp_path / name, MACHINE | {"date": date})
+    (tmp_path / "a" / "notes.txt").write_text("no results")
+    assert [run.date for run in read_runs(tmp_path)] == ["2026-01-01", "2026-01-02", "2026-01-03"]
