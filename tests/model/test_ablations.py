@@ -114,12 +114,20 @@ def test_checkpointed_blocks_give_equal_gradients(change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("checkpointing", "dtype", "backend"),
-    [("none", torch.bfloat16, "reference"), pytest.param("block", None, "triton", marks=needs_triton)],
-)
 @ablations
-def test_each_form_is_captured_as_one_graph(change, checkpointing, dtype, backend, device):
+def test_each_form_is_captured_as_one_graph(change, device):
+    assert_captured_as_one_graph(change, "none", torch.bfloat16, "reference", device)
+
+
+# Each op by itself is captured in the tests of the kernels; these two forms hold all of them.
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("change", [ABLATIONS["course"], ABLATIONS["all at once"]], ids=["course", "all at once"])
+def test_the_kernels_are_captured_with_checkpointing(change, device):
+    assert_captured_as_one_graph(change, "block", None, "triton", device)
+
+
+def assert_captured_as_one_graph(change, checkpointing, dtype, backend, device):
     model = ablated(change).to(device)
     model.activation_checkpointing, model.compute_dtype = checkpointing, dtype
     tokens, targets = (t.to(device) for t in tokens_and_targets(2, 4))
