@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
-Group = Literal["matmul", "attention", "elementwise", "optimizer", "copy", "communication", "idle"]
-"""elementwise is all else that is bound by bandwidth: norms, activations, the loss, reductions, embeddings."""
+Group = Literal["matmul", "attention", "own", "elementwise", "optimizer", "copy", "communication", "idle"]
+"""own are the other kernels of this project: norms, SwiGLU, RoPE, cross-entropy; elementwise is all else that is bound by
+bandwidth: activations, reductions, embeddings, and what a compiler fused."""
 GROUPS: tuple[Group, ...] = get_args(Group)
 
 # The first that matches decides. Names are those of CUDA kernels (cuBLAS, CUTLASS, cuDNN, Inductor, Triton), and of the
@@ -23,6 +24,7 @@ _PATTERNS: tuple[tuple[Group, str], ...] = (
     # The project's own kernels of attention have these names; those of all other ops begin with an underscore.
     ("attention", r"^(forward|backward_q|backward_kv|split|combine)_kernel"),
     ("attention", r"attention|flash_|fmha|sdpa|tilewright::attention"),
+    ("own", r"^_(forward|backward|fused|rope)_kernel|tilewright::"),
     ("matmul", r"gemm|gemv|nvjet|cublas|cutlass|xmma|splitk|(_|^)mm(_|$)|wgmma|matmul"),
     ("matmul", r"^aten::(mm|bmm|addmm|baddbmm|linear|_scaled_mm)$|mkldnn_linear"),
 )

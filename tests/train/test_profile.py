@@ -29,9 +29,8 @@ NAMES = {
         "triton_tem_fused_flex_attention_0",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
+    "own": ["_forward_kernel", "_backward_kernel_1", "_fused_kernel", "_rope_kernel", "tilewright::rms_norm"],
     "elementwise": [
-        "_forward_kernel",
-        "_fused_kernel",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul>>(...)",
         "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(...)",
         "triton_poi_fused_addmm_silu_mul_2",
@@ -58,7 +57,7 @@ def test_idle_time_is_what_no_kernel_takes():
     events = [Event("nvjet_a", 1.0, 2.0), Event("_forward_kernel", 2.5, 3.0), Event("ncclDevKernel_x", 4.0, 5.0)]
     groups = breakdown(events)
     assert {name: seconds for name, seconds in groups.items() if seconds} == {
-        "matmul": 1.0, "elementwise": 0.5, "communication": 1.0, "idle": 1.5,
+        "matmul": 1.0, "own": 0.5, "communication": 1.0, "idle": 1.5,
     }  # fmt: skip
     assert list(groups) == list(GROUPS)
     assert breakdown(events, seconds=2.75)["idle"] == 0.25
