@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 
 from ..errors import UserError
 from .config import TrainConfig
-from .device import prepare_allocator, resolve_device
+from .device import resolve_device
 from .signals import StopRequest
 
 T = TypeVar("T")
@@ -56,7 +56,6 @@ class World:
             if name not in os.environ:
                 raise UserError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
         chosen = _own_device(device)
-        prepare_allocator(chosen)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         backend, rank = "nccl" if chosen.type == "cuda" else "gloo", int(os.environ["RANK"])

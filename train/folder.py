@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,19 +89,27 @@ def read_data_record(run: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a record of data ({error}): the run cannot be resumed without") from error
 
 
+def find_newest_valid(run: Path, names: Collection[str] | None = None) -> Path:
+    """Return the newest valid checkpoint of a run, and say on stderr which were passed over, and why; none is a `UserError`.
+
+    `names` as in `verify_checkpoint`.
+    """
+    found, skipped = newest_valid(run, names)
+    for folder, reason in skipped:
+        print(f"skipped {folder.name}: {reason}", file=sys.stderr)
+    if found is None:
+        what = f"no valid checkpoint among {len(skipped)}" if skipped else "no checkpoint"
+        raise UserError(f"{run} has {what}: a run cannot go on from nothing; begin anew in another folder with --out")
+    return found
+
+
 def checkpoint_to_resume(run: Path, resume: Resume) -> Path:
     """Return the checkpoint that a run goes on from: the newest valid one, or the one named, which has to be valid.
 
-    What `auto` passes over is said on stderr, with the reason. Later checkpoints are set aside, under names that begin with
-    `set-aside-`, because the run comes past their steps again.
+    Later checkpoints are set aside, under names that begin with `set-aside-`, because the run comes past their steps again.
     """
     if resume == "auto":
-        found, skipped = newest_valid(run)
-        for folder, reason in skipped:
-            print(f"skipped {folder.name}: {reason}", file=sys.stderr)
-        if found is None:
-            what = f"no valid checkpoint among {len(skipped)}" if skipped else "no checkpoint"
-            raise UserError(f"{run} has {what}: a run cannot go on from nothing; begin anew in another folder with --out")
+        found = find_newest_valid(run)
     else:
         found = resume
         if found.resolve() not in {folder.resolve() for folder in list_checkpoints(run)}:

@@ -1,27 +1,22 @@
 """A finished run, opened again: its model and tokenizer, ready to generate."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
 from ..model import TransformerLM, generate
 from ..tokenizer import END_OF_TEXT, Tokenizer
-from .checkpoint.layout import load_weights, newest_valid
+from .checkpoint.layout import load_weights
 from .config import load_config
 from .device import resolve_device, resolve_dtype
-from .folder import CONFIG_FILE, TOKENIZER_FILE
+from .folder import CONFIG_FILE, TOKENIZER_FILE, find_newest_valid
 
 
 def load_run(run: Path, device: str = "auto") -> tuple[TransformerLM, Tokenizer]:
     """Return the model of the run's newest valid checkpoint, with the mean of its weights where it keeps one, and tokenizer."""
     config = load_config(run / CONFIG_FILE)
     part = "model" if config.ema_decay is None else "ema"
-    checkpoint, skipped = newest_valid(run, [part])
-    for folder, reason in skipped:
-        print(f"skipped {folder.name}: {reason}", file=sys.stderr)
-    if checkpoint is None:
-        raise UserError(f"{run} has no {'valid ' if skipped else ''}checkpoint yet: train it to its first one")
+    checkpoint = find_newest_valid(run, [part])
     model = TransformerLM(config.model).to(resolve_device(device))
     load_weights(checkpoint, model, part)
     return model.eval(), Tokenizer.load(run / TOKENIZER_FILE)
