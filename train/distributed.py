@@ -4,10 +4,11 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,7 @@ class World:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         backend, rank = "nccl" if chosen.type == "cuda" else "gloo", int(os.environ["RANK"])
+        sigterm = signal.getsignal(signal.SIGTERM)
         try:
             store = _store(STEP_TIMEOUT)
             if store is not None:
@@ -71,6 +73,7 @@ class World:
             # Nobody leaves as if all were well while another can still fail.
             dist.barrier(hosts)
         except BaseException as error:
+            _on_sigterm(signal.SIG_IGN)
             if dist.is_initialized():
                 # To leave in good order, it would have to wait for what it has asked of the others.
                 dist.distributed_c10d._abort_process_group()
@@ -80,6 +83,8 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # A program that catches the error goes on.
+            _on_sigterm(sigterm)
 
     @property
     def is_first(self) -> bool:
@@ -187,6 +192,20 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@contextlib.contextmanager
+def says_why_it_ends() -> Iterator[None]:
+    """After an error in the context, ignore SIGTERM where there are other processes.
+
+    With it torchrun ends them once one has ended, before they can say what they have met.
+    """
+    try:
+        yield
+    except BaseException:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _on_sigterm(signal.SIG_IGN)
+        raise
+
+
 def report_error(message: str) -> None:
     """Print an error on stderr, once however many processes meet it."""
     if _is_new(message):
@@ -213,6 +232,12 @@ def _is_new(message: str) -> bool:
         return store is None or store.add(f"error/{zlib.crc32(message.encode())}", 1) == 1
     except RuntimeError:
         return True
+
+
+def _on_sigterm(handler: Any) -> None:
+    # Only the main thread may, and None stands for a handler that was not set from Python.
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _own_device(name: str) -> torch.device:

@@ -29,7 +29,7 @@ from .data.datasets import check_fits, open_data
 from .data.sampling import TrainingData, check_record
 from .device import collected_by_hand
 from .diagnosis import diagnose, summary, write_diagnosis
-from .distributed import AgreedStop, World, check_parallel
+from .distributed import AgreedStop, World, check_parallel, says_why_it_ends
 from .export import initialise
 from .folder import (
     CONFIG_FILE,
@@ -114,10 +114,11 @@ def train(config: TrainConfig, *, resume: Resume | None = None, profile: bool = 
 
 def _train(config: TrainConfig, resume: Resume | None, profile: bool, world: World, start: float) -> TrainResult:
     config, trainer = _open(config, resume, world)
-    if not resume:
-        world.on_first(lambda: mark_beginning(config.out))
-    try:
-        with StopRequest() as stop, open_writer(config, world) as writer:
+    # The signals last: until all is closed, they are remembered.
+    with StopRequest() as stop, says_why_it_ends(), contextlib.closing(trainer):
+        if not resume:
+            world.on_first(lambda: mark_beginning(config.out))
+        with open_writer(config, world) as writer:
             unfinished = _resume(trainer, resume) if resume else _begin(trainer, writer)
             capture = StepCapture(config.out, trainer.device) if profile and world.is_first else None
             # The row of an unfinished step comes again, even where it was finished once before.
@@ -133,8 +134,6 @@ def _train(config: TrainConfig, resume: Resume | None, profile: bool, world: Wor
             if world.is_first:
                 plot_losses(config.out)
             return result
-    finally:
-        trainer.close()
 
 
 def _open(config: TrainConfig, resume: Resume | None, world: World) -> tuple[TrainConfig, Trainer]:
@@ -162,7 +161,7 @@ def _open(config: TrainConfig, resume: Resume | None, world: World) -> tuple[Tra
         # So few that reading them all is nothing.
         valid_data.verify()
     first = None if resume or config.init is None else functools.partial(initialise, folder=config.init, tokenizer=tokenizer)
-    return config, Trainer(config, train_data, valid_data, tokenizer.end_of_text_id, first, world)
+    return config, Trainer(config, train_data, valid_data, tokenizer.end_of_text_id, first, world, resumes=bool(resume))
 
 
 def _begin(trainer: Trainer, writer: CheckpointWriter) -> None:
@@ -209,9 +208,8 @@ class _Loop:
         self._clock = Clock(self.device)
 
     def _count_hardware_flops(self) -> float:
-        block = self.config.activation_checkpointing == "block"
-        policy = Policy(checkpointing="block" if block else "none", vocabulary="padded")
-        return hardware_flops(operations(self.config.model, 1, None, policy), policy) / self.config.model.context_length
+        policy = Policy(checkpointing=self.trainer.model.activation_checkpointing, vocabulary="padded")
+        return hardware_flops(operations(self.config.model, 1, None, policy)) / self.config.model.context_length
 
     def run(self, unfinished_row: dict[str, Any] | None) -> TrainResult:
         """Take the steps that are left, or those until a signal; `unfinished_row` is still to be validated and logged."""

@@ -42,5 +42,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # None stands for a handler that was not set from Python, and cannot be set again from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            # Another handler that was set since is there to stay.
+            if signal.getsignal(number) == self._receive:
+                # None stands for a handler that was not set from Python, and cannot be set again from here.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)

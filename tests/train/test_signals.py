@@ -47,6 +47,16 @@ def test_handlers_are_put_back():
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_handler_that_is_set_meanwhile_stays():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_other_threads_change_nothing():
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     seen = []

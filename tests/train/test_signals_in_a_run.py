@@ -91,6 +91,7 @@ def test_a_signal_stops_a_finished_run_that_is_resumed(config, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_signals_while_it_compiles_end_a_run(changed, tmp_path):
     # Few kernels: a compiler of a CPU takes seconds for each.
@@ -99,7 +100,7 @@ def test_signals_while_it_compiles_end_a_run(changed, tmp_path):
     # As a terminal sends it, to all of its processes: what was not compiled then never is. And to the run alone, which ends
     # the compilation and its first step.
     for step, whole_group in enumerate((True, False)):
-        status, printed = run_in_child(command_while_it_compiles, config, signal.SIGTERM, whole_group, tmp_path / "cache")
+        status, printed = run_in_child(command_while_it_compiles, config, signal.SIGTERM, whole_group, tmp_path / "compiler")
         assert status == 0, printed
         assert f"stopped by SIGTERM after step {step}" in printed
         assert read_state(list_checkpoints(config.out)[-1])["step"] == step

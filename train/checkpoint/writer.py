@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files import atomic_folder, make_folder, remove_folder
+from ..metrics import sync_metrics
 from .layout import (
     FOLDER_NAME,
     FORMAT,
@@ -70,15 +71,17 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, and removes those that are no longer wanted; a context manager.
 
     The newest `keep` stay, and the one with the lowest validation loss, of equals the newest. Damaged ones of earlier steps and
-    whatever is of later steps are left alone. While it is open, another process that would save checkpoints of the run is
-    refused.
+    whatever is of later steps are left alone. Metrics logged before a save are on disk before its checkpoint is. While it is
+    open, another process that would save checkpoints of the run is refused.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
         self._run = run
         self._keep = keep
         self._snapshots = Snapshots()
-        self._thread: threading.Thread | None = None
+        # Set unless a save is being written.
+        self._written = threading.Event()
+        self._written.set()
         self._failure: Exception | None = None
         self._lock = self._open()
 
@@ -118,15 +121,21 @@ class CheckpointWriter:
                 self._failure.__cause__ = error
             except Exception as error:
                 self._failure = error
+            finally:
+                self._written.set()
 
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._written.clear()
+            threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        except BaseException:
+            # Without a thread nobody else would.
+            self._written.set()
+            raise
 
     def wait(self) -> None:
         """Return when the last save is on disk; where it failed raise why, once: a `UserError` for what the disk refused."""
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+        # A thread that is joined counts as ended once Ctrl-C has interrupted that, though it still runs (Python 3.11 and 3.12).
+        self._written.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -151,6 +160,7 @@ class CheckpointWriter:
         with atomic_folder(folder) as temporary:
             files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", t) for name, t in copies.items()}
             write_manifest(temporary, files, state)
+            sync_metrics(self._run)
         remove_unwanted(self._run, folder, self._keep)
 
 
