@@ -3,20 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 
 from ..model.accounting import training_memory
+from ..model.checkpointing import Checkpointing
 from .jobs import Job, Rows
-from .training import OWN_POLICY, config_for, random_trainer
+from .trainers import OWN_POLICY, config_for, random_trainer
 
 # Preset, sequences of a step, checkpointing: small and large, with many activations and with few.
-CONFIGURATIONS: tuple[tuple[str, int, Literal["none", "block"]], ...] = (
+CONFIGURATIONS: tuple[tuple[str, int, Checkpointing], ...] = (
     ("gpt2-small", 8, "none"),
     ("gpt2-small", 32, "none"),
     ("gpt2-small", 32, "block"),
     ("gpt2-medium", 8, "none"),
+    ("gpt2-large", 4, 18),
     ("gpt2-large", 4, "block"),
     ("gpt2-xl", 2, "block"),
 )
@@ -29,7 +30,7 @@ def peak_row(case: str, predicted: int, measured: int, reserved: int) -> dict:
     return {"case": case, "variant": "tilewright", **figures, "error": measured / predicted - 1}
 
 
-def bench_memory(name: str, batch: int, checkpointing: Literal["none", "block"], device: torch.device) -> Rows:
+def bench_memory(name: str, batch: int, checkpointing: Checkpointing, device: torch.device) -> Rows:
     """Yield the peak of a few eager steps; what was asked for, not what the allocator rounds it up to."""
     config = config_for(name, device, batch, compile=False, activation_checkpointing=checkpointing)
     before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)

@@ -1,13 +1,12 @@
 """The Transformer language model, top to bottom."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import linear_cross_entropy
+from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
 from .layers import CausalSelfAttention, Embedding, Head, LayerCache, RMSNorm, SiLU, SwiGLU
 
@@ -101,8 +100,9 @@ class TransformerLM(nn.Module):
 
     compute_dtype: torch.dtype | None = None
     """Dtype of the residual stream and of the matrix products, to which the weights are cast as they are used; None: theirs."""
-    activation_checkpointing: Literal["none", "block"] = "none"
-    """block: in training keep only the inputs of each block, and run it again in the backward pass (Chen et al. 2016)."""
+    activation_checkpointing: Checkpointing = "none"
+    """Blocks that in training keep only their inputs, and run again in the backward pass: none, every block, or a number of
+    them from the first on."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -144,10 +144,11 @@ class TransformerLM(nn.Module):
         branch, residual = None, self.token_embeddings(tokens)
         if self.compute_dtype is not None:
             residual = residual.to(self.compute_dtype)
-        checkpointed = self.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
+        kept_whole = not (self.training and torch.is_grad_enabled())
+        checkpointed = 0 if kept_whole else num_checkpointed_blocks(self.activation_checkpointing, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            branch, residual = layer(branch, residual, cos, sin, layer_cache, document_ids, checkpointed)
+            branch, residual = layer(branch, residual, cos, sin, layer_cache, document_ids, i < checkpointed)
         if self.ln_final is None:
             return residual
         assert branch is not None  # there is at least one layer

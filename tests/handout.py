@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tilewright.model import ModelConfig, TransformerLM
+from tilewright.model.checkpointing import Checkpointing, num_checkpointed_blocks
 from tilewright.model.transformer import rope_tables
 
 Linear = partial(nn.Linear, bias=False)
@@ -81,9 +82,9 @@ class HandoutLM(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
-        self.checkpointing = checkpointing
+        self.checkpointed = num_checkpointed_blocks(checkpointing, config.num_layers)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_final = Norm(config.d_model) if config.norm == "pre" else nn.Identity()
@@ -96,8 +97,8 @@ class HandoutLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        for layer in self.layers:
-            if self.checkpointing:
+        for i, layer in enumerate(self.layers):
+            if i < self.checkpointed:
                 x = checkpoint(layer, x, self.cos, self.sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, self.cos, self.sin)

@@ -1,12 +1,13 @@
-"""Batch sizes that the accounting works out from the memory of the GPU, where the configuration says `auto`."""
+"""Batch sizes and checkpointing that the accounting works out from the memory of the GPU, where a run says `auto`."""
 
 import dataclasses
-from typing import Literal
+from bisect import bisect_left
 
 import torch
 
 from ..errors import UserError
 from ..model.accounting import Policy, largest_batch, num_parameters, training_memory
+from ..model.checkpointing import Checkpointing
 from .config import TrainConfig
 from .device import resolve_device, resolve_dtype
 
@@ -27,7 +28,7 @@ def device_memory(device: torch.device) -> int | None:
 class _Memory:
     """Which micro-batches fit in a GPU's memory. Shards are counted as if whole, which errs on the safe side."""
 
-    def __init__(self, config: TrainConfig, memory_bytes: int, checkpointing: Literal["none", "block"]) -> None:
+    def __init__(self, config: TrainConfig, memory_bytes: int, checkpointing: Checkpointing) -> None:
         self._model = config.model
         ema = 0 if config.ema_decay is None else 4 * num_parameters(config.model)
         self._limit = USABLE * memory_bytes - ema
@@ -47,27 +48,36 @@ class _Memory:
 def fit_memory(config: TrainConfig, memory_bytes: int | None, num_gpus: int = 1) -> TrainConfig:
     """Return the configuration with numbers in place of every `auto`, for GPUs of `memory_bytes` each.
 
-    A batch is the largest that fits without accumulation; a micro-batch the largest divisor of a GPU's share of the batch that
-    fits; blocks are checkpointed only where nothing fits without. Where nothing fits at all, or the memory is not known, a
-    `UserError`.
+    As few blocks are checkpointed as let any size fit that is left to choose. Then a batch is the largest that fits without
+    accumulation, a micro-batch the largest divisor of a GPU's share of the batch that fits. Where nothing fits at all, or the
+    memory is not known, a `UserError`.
     """
     if not needs_memory(config):
         return config
     if memory_bytes is None:
         name = next(n for n in ("batch_size", "micro_batch_size", "activation_checkpointing") if getattr(config, n) == "auto")
-        instead = "choose none or block" if name == "activation_checkpointing" else "give a number"
+        instead = "choose none, block or a number" if name == "activation_checkpointing" else "give a number"
         raise UserError(f"{name} is auto: that needs a GPU, whose memory is known; {instead}")
+
+    def sizes(checkpointing: Checkpointing) -> tuple[int, int] | None:
+        return _sizes(config, _Memory(config, memory_bytes, checkpointing), num_gpus)
+
     chosen = config.activation_checkpointing
-    modes: tuple[Literal["none", "block"], ...] = ("none", "block") if chosen == "auto" else (chosen,)
-    for mode in modes:
-        sizes = _sizes(config, _Memory(config, memory_bytes, mode), num_gpus)
-        if sizes is not None:
-            batch_size, micro = sizes
-            return dataclasses.replace(config, batch_size=batch_size, micro_batch_size=micro, activation_checkpointing=mode)
-    raise UserError(
-        f"a step of {config.out.name} does not fit in {memory_bytes / 1e9:.1f} GB: choose a smaller model or "
-        "--model.context-length, a smaller --micro-batch-size, or --activation-checkpointing block"
-    )
+    if chosen == "auto":
+        # Each block but the last spares memory, or costs none. The last runs again as soon as the loss is done, and spares some
+        # only until then: it comes in question where all the others are not enough.
+        layers = config.model.num_layers
+        number = bisect_left(range(layers), True, key=lambda blocks: sizes(blocks) is not None)
+        chosen = "none" if number == 0 else "block" if number == layers else number
+    fitting = sizes(chosen)
+    if fitting is None:
+        more = "" if chosen == "block" else ", or --activation-checkpointing auto"
+        raise UserError(
+            f"a step of {config.out.name} does not fit in {memory_bytes / 1e9:.1f} GB: choose a smaller model, "
+            f"--model.context-length or --micro-batch-size{more}"
+        )
+    batch_size, micro = fitting
+    return dataclasses.replace(config, batch_size=batch_size, micro_batch_size=micro, activation_checkpointing=chosen)
 
 
 def _sizes(config: TrainConfig, memory: _Memory, num_gpus: int) -> tuple[int, int] | None:

@@ -97,8 +97,9 @@ class TrainConfig:
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences a forward pass of one GPU; fewer than its share of the batch accumulates gradients. By default the whole share;
     auto takes the largest divisor that fits in the GPU's memory by the accounting."""
-    activation_checkpointing: Literal["none", "block", "auto"] = "none"
-    """block: keep only the inputs of each block and run it again in the backward pass; auto: only where memory demands it."""
+    activation_checkpointing: Literal["none", "block", "auto"] | int = "none"
+    """Blocks that keep only their inputs and run again in the backward pass. block: every one; a number: so many, from the
+    first on; auto: as few as the GPU's memory demands by the accounting."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser of the logits in the loss (Chowdhery et al. 2022, section 5)."""
     ema_decay: float | None = None
@@ -155,6 +156,9 @@ class TrainConfig:
         _require("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         deviations = self.spike_deviations
         _require("spike_deviations", deviations, deviations is None or deviations > 0, "above 0")
+        blocks, most = self.activation_checkpointing, self.model.num_layers
+        known = 0 <= blocks <= most if type(blocks) is int else blocks in ("none", "block", "auto")
+        _require("activation_checkpointing", blocks, known, f"none, block, auto, or a number of blocks, at most {most}")
         micro = self.micro_batch_size
         if micro is not None and micro != "auto":
             divides = micro >= 1 and (self.batch_size == "auto" or self.batch_size % micro == 0)

@@ -49,7 +49,7 @@ def conventions(
     rows: list[tuple[str, float, float | None, str]] = [
         ("tilewright", model_flops(full) / context, ours, "matrix products, full attention, backward 2x forward"),
         ("exact causal", model_flops(causal) / context, ours, "the same with T (T + 1) / 2 pairs of query and key"),
-        ("HFU", hardware_flops(full, policy) / context, ours, "the first with what the policy computes again"),
+        ("HFU", hardware_flops(full) / context, ours, "the first with what the policy computes again"),
         ("PaLM", 6 * n + 12 * layers * width * context, ours, "6N + 12LHQT, appendix B; an untied embedding is in N"),
         ("nanoGPT", 6 * n + 12 * layers * width * context, A100_BF16, "PaLM's, always over an A100's 312 TFLOP/s"),
         ("nanochat", 6 * (n - embedding) + 12 * layers * width * reach, ours, "PaLM's without the embedding, windows counted"),

@@ -57,16 +57,14 @@ def model_flops(ops: Iterable[Operation]) -> int:
     return sum(op.flops for op in ops)
 
 
-def hardware_flops(ops: Iterable[Operation], policy: Policy) -> int:
+def hardware_flops(ops: Iterable[Operation]) -> int:
     """Return the FLOPs of a step with recomputation and padding (HFU's numerator; Korthikanti et al. 2022, section 5).
 
-    A checkpointed block runs its forward pass again as far as something of it is kept, which spares its last product; flash
-    attention then still computes its scores anew.
+    Where a checkpointed block runs again, flash attention still computes its scores once more.
     """
     ops = tuple(ops)
-    again = (op.forward_flops for op in ops if op.layer is not None and op.runs_again)
-    blocks = sum(again) if policy.checkpointing == "block" else 0
-    return model_flops(ops) + sum(op.recomputed_flops + 3 * op.padding_flops for op in ops) + blocks
+    again = sum(op.forward_flops for op in ops if op.runs_again)
+    return model_flops(ops) + sum(op.recomputed_flops + 3 * op.padding_flops for op in ops) + again
 
 
 def training_flops_per_token(config: ModelConfig, context_length: int | None = None) -> float:

@@ -6,9 +6,11 @@ operation; the optimizer steps when only weights, gradients and state are left. 
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from ...errors import UserError
+from ..checkpointing import num_checkpointed_blocks
 from ..config import ModelConfig
 from .flops import num_parameter_tensors, num_parameters, num_weights
 from .operations import Operation, logit_chunk, operations
@@ -118,16 +120,20 @@ def training_memory(
     optimizer_state = 2 * ITEMSIZE[policy.moments] * count + 4 * num_parameter_tensors(config, policy)
     state = weights + master + optimizer_state
     all_gradients = weight_size * count
-    checkpointed = policy.checkpointing == "block"
-    inputs = [_block_inputs(config, batch_size * context, policy, layer) for layer in range(config.num_layers)]
+    checkpointed = num_checkpointed_blocks(policy.checkpointing, config.num_layers)
+    # Of the checkpointed blocks only.
+    inputs: dict[int | None, tuple[int, int]] = {
+        layer: _block_inputs(config, batch_size * context, policy, layer) for layer in range(checkpointed)
+    }
     first_of_layer = {op.layer: op for op in reversed(ops)}
-    block_saved = [sum(op.saved_bytes for op in ops if op.layer == layer) for layer in range(min(2, config.num_layers))]
+    block_saved: Counter[int | None] = Counter()
 
     timeline, saved, gradients = [], 0, all_gradients if accumulate else 0
     layer = None
     for op in ops:
         transient = 0
-        if checkpointed and op.layer is not None:
+        block_saved[op.layer] += op.saved_bytes
+        if op.layer in inputs:
             if op.layer != layer:
                 saved += inputs[op.layer][0]
             transient = op.saved_bytes
@@ -140,9 +146,9 @@ def training_memory(
     table = weight_size * next(op.weights for op in ops if op.group == "embedding")
     layer = None
     for op in reversed(ops):
-        if checkpointed and op.layer is not None and op.layer != layer:
+        if op.layer in inputs and op.layer != layer:
             # The block runs again; what its first norm keeps is held already.
-            saved += block_saved[min(op.layer, 1)] - inputs[op.layer][1]
+            saved += block_saved[op.layer] - inputs[op.layer][1]
         layer = op.layer
         temporary, new_gradients = op.backward_temporary, weight_size * op.weights
         if config.tie_embeddings and op.group == "head" and op.forward_flops:
@@ -161,7 +167,7 @@ def training_memory(
             temporary += new_gradients
         timeline.append(Moment("backward", op.name, op.layer, state, gradients, saved, temporary))
         saved -= op.saved_bytes
-        if checkpointed and op.layer is not None and op is first_of_layer[op.layer]:
+        if op.layer in inputs and op is first_of_layer[op.layer]:
             whole, kept = inputs[op.layer]
             saved -= whole - kept
     timeline.append(Moment("optimizer", "adamw", None, state, all_gradients, 0, 0))

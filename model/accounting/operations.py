@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ...kernels import costs
 from ...kernels.linear_cross_entropy import chunk_shape
+from ..checkpointing import num_checkpointed_blocks
 from ..config import ModelConfig
 from .policy import ITEMSIZE, Policy, stream_itemsize
 
@@ -33,8 +34,8 @@ class Operation:
     backward_flops: int = 0
     recomputed_flops: int = 0
     """FLOPs that the backward pass spends on computing again what was not saved."""
-    runs_again: bool = True
-    """Whether a checkpointed block runs it again: not the last product, whose result only a norm after it would keep."""
+    runs_again: bool = False
+    """Whether the backward pass runs it again, because its block is checkpointed."""
     padding_flops: int = 0
     """FLOPs that the forward pass spends on the padding of the vocabulary; the backward pass spends twice as many."""
     forward_bytes: int = 0
@@ -249,8 +250,15 @@ class _Lister:
             inner = a * rows * f
             yield Operation("silu", "activation", layer, (rows, f), forward_bytes=2 * inner, backward_bytes=3 * inner,
                             saved_bytes=inner, backward_temporary=self.stream + 2 * inner)  # fmt: skip
-        last = self.product("down_proj" if joined else "w2", "feed-forward", layer, f, d, a * rows * f, ends_branch=True)
-        yield dataclasses.replace(last, runs_again=self.config.norm == "post")
+        yield self.product("down_proj" if joined else "w2", "feed-forward", layer, f, d, a * rows * f, ends_branch=True)
+
+    def checkpointed_block(self, layer: int) -> Iterator[Operation]:
+        """A block, run again as far as something in it is kept: not its last product, unless a norm follows."""
+        ops = list(self.block(layer))
+        last_product = max(i for i, op in enumerate(ops) if op.forward_flops)
+        end = len(ops) if self.config.norm == "post" else last_product
+        yield from (dataclasses.replace(op, runs_again=True) for op in ops[:end])
+        yield from ops[end:]
 
     def head(self, name: str, saved: int = 0) -> Operation:
         """The product to the logits; `shape` has the padded vocabulary where that is what is computed."""
@@ -311,8 +319,9 @@ class _Lister:
                         forward_bytes=looked_up + self.stream + 8 * rows + cast,
                         backward_bytes=self.stream + w * self.held_v * d + 8 * rows + cast, saved_bytes=8 * rows,
                         forward_temporary=cast, backward_temporary=looked_up)  # fmt: skip
+        checkpointed = num_checkpointed_blocks(self.policy.checkpointing, self.config.num_layers)
         for layer in range(self.config.num_layers):
-            yield from self.block(layer)
+            yield from self.checkpointed_block(layer) if layer < checkpointed else self.block(layer)
         if self.config.norm == "pre":
             yield from self.norm(None, "ln_final", adds=True)
         yield from self.loss()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import UserError
+from ..checkpointing import Checkpointing
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -21,8 +22,9 @@ class Policy:
     """Whether queries, keys and values come from three products or from one, and the gate and what it gates from two or one."""
     loss: Literal["whole", "chunked"] = "chunked"
     """whole: all logits at once; chunked: those of a few rows at a time, and the gradients with them where ops are fused."""
-    checkpointing: Literal["none", "block"] = "none"
-    """block: keep the inputs of each block, and run it again in the backward pass (Chen et al. 2016)."""
+    checkpointing: Checkpointing = "none"
+    """Blocks that keep only their inputs, and run again in the backward pass (Chen et al. 2016): none, every block, or a number
+    of them from the first on."""
     compute: Dtype = "bfloat16"
     """Dtype of the matrix products; where the weights have another one, each step casts them."""
     weights: Dtype = "float32"
@@ -47,10 +49,13 @@ class Policy:
             if getattr(self, field) not in ITEMSIZE:
                 raise UserError(f"{field} is {getattr(self, field)!r}: choose one of {', '.join(ITEMSIZE)}")
         choices = {"attention": "naive flash", "ops": "eager fused", "projections": "separate joined", "loss": "whole chunked",
-                   "checkpointing": "none block", "casting": "explicit autocast", "vocabulary": "exact padded"}  # fmt: skip
+                   "casting": "explicit autocast", "vocabulary": "exact padded"}  # fmt: skip
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed.split():
                 raise UserError(f"{field} is {getattr(self, field)!r}: choose {allowed.replace(' ', ' or ')}")
+        number = self.checkpointing
+        if number not in ("none", "block") and not (type(number) is int and number >= 0):
+            raise UserError(f"checkpointing is {number!r}: choose none, block or a number of blocks")
         if self.window is not None and self.window < 1:
             raise UserError(f"window is {self.window}: it must be at least 1")
 

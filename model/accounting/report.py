@@ -67,7 +67,7 @@ def _flops(model: ModelConfig, batch: int, context: int, policy: Policy) -> dict
         "forward_batch_flops": batch * sum(forward.values()),
         "step_flops": model_flops(full),
         "step_exact_causal_flops": model_flops(causal),
-        "step_hardware_flops": hardware_flops(full, policy),
+        "step_hardware_flops": hardware_flops(full),
         "per_token_flops": model_flops(full) / (batch * context),
         "adamw_flops": adamw_flops(model),
         "adamw_bytes": adamw_bytes(model, policy),

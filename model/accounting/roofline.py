@@ -79,12 +79,11 @@ def adamw_bytes(config: ModelConfig, policy: Policy | None = None) -> int:
     return num_weights(config, policy) * (weights + weight + 4 * moment)
 
 
-def _time(name: str, ops: list[Operation], peak: float, bandwidth: float, checkpointed: bool) -> OperationTime:
+def _time(name: str, ops: list[Operation], peak: float, bandwidth: float) -> OperationTime:
     seconds = bound = 0.0
     flops = moved = 0
     for op in ops:
-        again = checkpointed and op.layer is not None and op.runs_again
-        passes = [(op.forward_flops + op.padding_flops, op.forward_bytes)] * (2 if again else 1)
+        passes = [(op.forward_flops + op.padding_flops, op.forward_bytes)] * (2 if op.runs_again else 1)
         passes.append((op.backward_flops + op.recomputed_flops + 2 * op.padding_flops, op.backward_bytes))
         for work, traffic in passes:
             seconds += max(work / peak, traffic / bandwidth)
@@ -116,7 +115,7 @@ def roofline(
     bandwidth = gpu.bandwidth * 1e12
     full = operations(config, batch_size, context_length, policy)
     ops = operations(config, batch_size, context_length, policy, exact_causal=policy.attention == "flash")
-    times = [_time(name, group, peak, bandwidth, policy.checkpointing == "block") for name, group in by_name(ops).items()]
+    times = [_time(name, group, peak, bandwidth) for name, group in by_name(ops).items()]
     # The update runs outside the tensor cores, in float32.
     fp32 = gpu.peak_flops("fp32") or peak
     flops, moved = adamw_flops(config), adamw_bytes(config, policy)

@@ -131,12 +131,14 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=120)
-    shape = report["shape"]
+    shape, checkpointing = report["shape"], report["policy"]["checkpointing"]
+    if isinstance(checkpointing, int):
+        checkpointing = f"{checkpointing} of {shape['num_layers']} blocks"
     console.print(
         f"[bold]{report['model']}[/bold]: {shape['num_layers']} layers of {shape['d_model']}, {shape['num_heads']} heads, "
         f"d_ff {shape['d_ff']}, vocabulary {shape['vocab_size']:,}; batch {report['batch_size']:,} x "
         f"{report['context_length']:,} tokens; {report['policy']['compute']}, {report['policy']['attention']} attention, "
-        f"{report['policy']['ops']} ops, {report['policy']['loss']} loss, checkpointing {report['policy']['checkpointing']}",
+        f"{report['policy']['ops']} ops, {report['policy']['loss']} loss, checkpointing {checkpointing}",
         highlight=False,
     )
     tables = [_parameters(report), _flops(report), _memory(report)]

@@ -63,10 +63,10 @@ def batch(config, size):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", 1])
 @forms
 def test_saved_bytes_of_the_handouts_model(config, checkpointing, size):
-    model = HandoutLM(config, checkpointing == "block")
+    model = HandoutLM(config, checkpointing)
     tokens, targets = batch(config, size)
     policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
     assert training_memory(config, size, policy=policy).saved == bytes_kept(model, lambda: model.loss(tokens, targets))
@@ -78,15 +78,16 @@ def test_saved_bytes_of_the_handouts_model(config, checkpointing, size):
     context_length=st.integers(2, 12), num_layers=st.integers(1, 3), d_ff=st.integers(1, 30),
     tie_embeddings=st.booleans(), rope=st.booleans(),
     norm=st.sampled_from(["pre", "post", "none"]), ffn=st.sampled_from(["swiglu", "silu"]),
-    size=st.integers(2, 3), checkpointing=st.sampled_from(["none", "block"]),
+    size=st.integers(2, 3), checkpointed=st.integers(0, 3),
 )  # fmt: skip
 def test_saved_bytes_of_any_shape(
-    heads, groups, half_dim, vocab_size, context_length, num_layers, d_ff, size, checkpointing, **form
+    heads, groups, half_dim, vocab_size, context_length, num_layers, d_ff, size, checkpointed, **form
 ):
     q_heads = heads * groups
     shape = (vocab_size, context_length, q_heads * 2 * half_dim, num_layers, q_heads)
     config = ModelConfig(*shape, d_ff=d_ff, num_kv_heads=heads, **form)
-    model = HandoutLM(config, checkpointing == "block")
+    checkpointing = min(checkpointed, num_layers)
+    model = HandoutLM(config, checkpointing)
     tokens, targets = batch(config, size)
     policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
     assert training_memory(config, size, policy=policy).saved == bytes_kept(model, lambda: model.loss(tokens, targets))
@@ -143,11 +144,12 @@ def test_saved_bytes_of_this_projects_model(config, casts, ops, loss):
     assert kept == ours
 
 
+@pytest.mark.parametrize("checkpointing", ["block", 1])
 @pytest.mark.parametrize("casts", CASTS)
 @forms
-def test_saved_bytes_of_this_projects_model_with_checkpointed_blocks(config, casts):
-    weights, compute, casting = casts
-    policy = Policy(loss="whole", checkpointing="block", compute=compute, weights=weights, casting=casting, vocabulary="padded")
+def test_saved_bytes_of_this_projects_model_with_checkpointed_blocks(config, casts, checkpointing):
+    casting = dict(zip(("weights", "compute", "casting"), casts, strict=True))
+    policy = Policy(loss="whole", checkpointing=checkpointing, vocabulary="padded", **casting)
     model = make(config, policy)
     with use_backend("triton"):
         kept = bytes_kept(model, lambda: loss_of(model, *batch(config, 2), policy))
@@ -193,7 +195,7 @@ def measured_peak(config, size, checkpointing):
     return tracked_peak(lambda config: HandoutLM(config, checkpointing), config, size, HandoutLM.loss)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", 1])
 @pytest.mark.parametrize("casts", CASTS)
 @pytest.mark.parametrize("loss", ["whole", "chunked"])
 @pytest.mark.parametrize(
@@ -230,15 +232,17 @@ def test_peaks_of_this_projects_model(monkeypatch, config, size, loss, casts, ch
 @pytest.mark.parametrize(
     ("config", "size", "checkpointing"),
     [
-        (SMALL, 3, False),
-        (TIED, 3, False),
-        (ModelConfig(500, 64, d_model=64, num_layers=4, num_heads=4, d_ff=172), 8, False),
-        (dataclasses.replace(XL, num_layers=2), 1, False),
-        (dataclasses.replace(XL, num_layers=2), 3, True),
+        (SMALL, 3, "none"),
+        (TIED, 3, "none"),
+        (TIED, 3, 1),
+        (ModelConfig(500, 64, d_model=64, num_layers=4, num_heads=4, d_ff=172), 8, "none"),
+        (dataclasses.replace(XL, num_layers=2), 1, "none"),
+        (dataclasses.replace(XL, num_layers=2), 3, 1),
+        (dataclasses.replace(XL, num_layers=2), 3, "block"),
     ],
 )
 def test_peaks_at_the_loss_are_exact(config, size, checkpointing):
-    policy = dataclasses.replace(HANDOUT, checkpointing="block" if checkpointing else "none")
+    policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
     memory = training_memory(config, size, policy=policy)
     assert memory.peak_moment.operation == "cross_entropy"
     assert memory.peak == measured_peak(config, size, checkpointing)
@@ -247,15 +251,16 @@ def test_peaks_at_the_loss_are_exact(config, size, checkpointing):
 @pytest.mark.parametrize(
     ("config", "size", "checkpointing", "where"),
     [
-        (ModelConfig(97, 256, 64, 3, 4, d_ff=172, num_kv_heads=2), 2, False, "mask and softmax"),
-        (ModelConfig(97, 64, 64, 3, 4, d_ff=512), 2, False, "swiglu"),
-        (ModelConfig(500, 64, 64, 4, 4, d_ff=172), 8, True, "swiglu"),
-        (ModelConfig(4000, 16, 64, 1, 4, d_ff=172, tie_embeddings=True), 1, False, None),
-        (ModelConfig(97, 8, 256, 2, 4, d_ff=1024), 1, False, None),
+        (ModelConfig(97, 256, 64, 3, 4, d_ff=172, num_kv_heads=2), 2, "none", "mask and softmax"),
+        (ModelConfig(97, 64, 64, 3, 4, d_ff=512), 2, "none", "swiglu"),
+        (ModelConfig(97, 64, 64, 3, 4, d_ff=512), 2, 2, "swiglu"),
+        (ModelConfig(500, 64, 64, 4, 4, d_ff=172), 8, "block", "swiglu"),
+        (ModelConfig(4000, 16, 64, 1, 4, d_ff=172, tie_embeddings=True), 1, "none", None),
+        (ModelConfig(97, 8, 256, 2, 4, d_ff=1024), 1, "none", None),
     ],
 )
 def test_peaks_elsewhere_are_within_2_percent(config, size, checkpointing, where):
-    policy = dataclasses.replace(HANDOUT, checkpointing="block" if checkpointing else "none")
+    policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
     memory = training_memory(config, size, policy=policy)
     assert where in (None, memory.peak_moment.operation)
     assert memory.peak == pytest.approx(measured_peak(config, size, checkpointing), rel=0.02)
@@ -271,6 +276,7 @@ LLAMA_LIKE = dataclasses.replace(MODELS["gpt2-small"], num_kv_heads=4, tie_embed
         (MODELS["gpt2-small"], 8, Policy()),
         (MODELS["gpt2-small"], 8, Policy(casting="autocast")),
         (MODELS["gpt2-small"], 8, Policy(checkpointing="block")),
+        (MODELS["gpt2-small"], 8, Policy(checkpointing=5)),
         (dataclasses.replace(MODELS["gpt2-small"], norm="post", ffn="silu"), 8, Policy()),
         (MODELS["gpt2-small"], 8, Policy(loss="whole")),
         (MODELS["gpt2-small"], 16, Policy(weights="bfloat16", moments="bfloat16")),
@@ -324,10 +330,50 @@ def test_each_policy_saves_less():
             dataclasses.replace(HANDOUT, attention="flash"),
             Policy(compute="float32", loss="whole"),
             Policy(compute="bfloat16", weights="bfloat16", loss="whole"),
+            Policy(compute="bfloat16", weights="bfloat16", loss="whole", checkpointing=1),
+            Policy(compute="bfloat16", weights="bfloat16", loss="whole", checkpointing=47),
             Policy(compute="bfloat16", weights="bfloat16", loss="whole", checkpointing="block"),
         )
     ]
     assert saved == sorted(saved, reverse=True)
+    assert len(set(saved)) == len(saved)
+
+
+def test_no_and_every_block_by_their_numbers():
+    for name, number in (("none", 0), ("block", SMALL.num_layers)):
+        assert training_memory(SMALL, policy=Policy(checkpointing=name)) == training_memory(
+            SMALL, policy=Policy(checkpointing=number)
+        )
+
+
+def test_more_blocks_than_there_are_are_refused():
+    with pytest.raises(UserError, match="checkpointing is 3: choose none, block, or a number of blocks, at most 2"):
+        training_memory(SMALL, policy=Policy(checkpointing=3))
+    with pytest.raises(UserError, match="checkpointing is 3"):
+        operations(SMALL, policy=Policy(checkpointing=3))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    heads=st.sampled_from([1, 2, 4]), groups=st.sampled_from([1, 4]), head_dim=st.sampled_from([2, 64]),
+    vocab_size=st.sampled_from([10, 50_000]), context_length=st.sampled_from([1, 4, 64, 1024]), num_layers=st.integers(1, 6),
+    d_ff=st.sampled_from([1, 100, 3000]), tie_embeddings=st.booleans(), qk_norm=st.booleans(), rope=st.booleans(),
+    norm=st.sampled_from(["pre", "post", "none"]), ffn=st.sampled_from(["swiglu", "silu"]),
+    size=st.sampled_from([1, 2, 64]), accumulate=st.booleans(), compute=st.sampled_from(["bfloat16", "float32"]),
+)  # fmt: skip
+def test_the_peak_falls_with_each_checkpointed_block_but_the_last(
+    heads, groups, head_dim, vocab_size, context_length, num_layers, size, accumulate, compute, **form
+):
+    d_model = heads * groups * head_dim
+    config = ModelConfig(vocab_size, context_length, d_model, num_layers, num_heads=heads * groups, num_kv_heads=heads, **form)
+    peaks = [
+        training_memory(config, size, policy=Policy(compute=compute, checkpointing=blocks), accumulate=accumulate).peak
+        for blocks in range(num_layers + 1)
+    ]
+    assert peaks[:-1] == sorted(peaks[:-1], reverse=True)
+    # The last one runs again when everything else is still held, and so are then its inputs, a stream and a branch.
+    itemsize = 2 if compute == "bfloat16" else 4
+    assert peaks[-1] - peaks[-2] <= 2 * itemsize * size * context_length * d_model
 
 
 def test_state_follows_the_dtypes():
@@ -363,6 +409,8 @@ def test_memory_without_a_unit_is_refused(text):
         ("ops", ""),
         ("loss", "half"),
         ("checkpointing", "all"),
+        ("checkpointing", -1),
+        ("checkpointing", True),
         ("casting", "none"),
         ("vocabulary", "128"),
         ("compute", "int8"),

@@ -76,9 +76,14 @@ def test_the_roofline_is_the_sum_of_its_operations():
 
 
 def test_checkpointing_takes_longer_and_larger_batches_pay_for_the_optimizer():
-    times = {policy: roofline(XL, H200, 4, policy=policy) for policy in (Policy(), Policy(checkpointing="block"), HANDOUT)}
-    seconds = [bound.seconds for bound in times.values() if bound is not None]
+    policies = [Policy(checkpointing=blocks) for blocks in ("none", 1, 24, "block")] + [HANDOUT]
+    bounds = [roofline(XL, H200, 4, policy=policy) for policy in policies]
+    seconds = [bound.seconds for bound in bounds if bound is not None]
     assert seconds == sorted(seconds)
+    assert len(set(seconds)) == len(policies)
+    # All blocks but the first, which has no branch to add, take equally long.
+    assert seconds[3] - seconds[1] == pytest.approx(47 / 23 * (seconds[2] - seconds[1]))
+    assert len({bound.model_flops for bound in bounds if bound is not None}) == 1
     small, large = roofline(XL, H200, 1), roofline(XL, H200, 16)
     assert small is not None
     assert large is not None

@@ -2,11 +2,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tilewright.errors import UserError
 from tilewright.model.accounting import Policy, training_memory
-from tilewright.train import preset
+from tilewright.train import TrainConfig, preset
 from tilewright.train.batch_size import USABLE, fit_memory
+from tilewright.train.config import check_same_run, load_config, save_config, with_options
 
 GPU = 140 * 10**9
 
@@ -53,6 +57,64 @@ def test_blocks_are_checkpointed_only_where_memory_demands_it(xl):
     assert fit_memory(config, small).activation_checkpointing == "block"
 
 
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(share=st.floats(0, 1), micro=st.sampled_from([1, 2, 4, 8, 16]))
+def test_as_few_blocks_as_fit_are_checkpointed(share, micro):
+    small = dataclasses.replace(preset("gpt2-small"), out=Path("runs/small"), dtype="bfloat16", device="cpu")
+    config = dataclasses.replace(small, activation_checkpointing="auto", batch_size=16, micro_batch_size=micro)
+    peaks = [peak(config, micro, blocks, accumulate=micro < 16) for blocks in range(13)]
+    memory = int((min(peaks) + share * (max(peaks) - min(peaks))) / USABLE) + 1
+    fewest = next(blocks for blocks, held in enumerate(peaks) if held <= USABLE * memory)
+    resolved = fit_memory(config, memory)
+    assert resolved.activation_checkpointing == {0: "none", 12: "block"}.get(fewest, fewest)
+    assert fit_memory(resolved, memory) is resolved
+    with pytest.raises(UserError, match="does not fit"):
+        fit_memory(config, int(min(peaks) / USABLE) - 1)
+
+
+@pytest.mark.parametrize("batch_size", [48, "auto"])
+def test_smaller_sizes_come_before_checkpointing(xl, batch_size):
+    # So long that activations outweigh the gradients that come as they go.
+    long = dataclasses.replace(xl, model=dataclasses.replace(xl.model, context_length=4096), micro_batch_size="auto")
+    config = dataclasses.replace(long, activation_checkpointing="auto", batch_size=batch_size)
+    roomy = fit_memory(config, GPU)
+    assert roomy.activation_checkpointing == "none"
+    assert 1 < roomy.micro_batch_size < 48
+    # Too little for one sequence: checkpointed as far as that one needs.
+    accumulate = batch_size == 48
+    memory = int(peak(long, 1, 7, accumulate) / USABLE) + 1
+    assert peak(long, 1, 6, accumulate) > USABLE * memory
+    tight = fit_memory(config, memory)
+    assert (tight.activation_checkpointing, tight.micro_batch_size) == (7, 1)
+    # As when the run goes on.
+    assert fit_memory(dataclasses.replace(config, batch_size=tight.batch_size), memory) == tight
+
+
+def test_a_given_number_of_blocks_is_taken_as_it_is(xl):
+    config = dataclasses.replace(xl, activation_checkpointing=20, batch_size="auto", micro_batch_size=None)
+    resolved = fit_memory(config, GPU)
+    assert resolved.activation_checkpointing == 20
+    sizes = [fit_memory(dataclasses.replace(config, activation_checkpointing=n), GPU).batch_size for n in ("none", 20, "block")]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert sizes[1] == resolved.batch_size
+
+
+def test_a_number_of_blocks_goes_through_the_command_line_and_the_runs_folder(xl, tmp_path):
+    config = tyro.cli(TrainConfig, default=xl, args=["--activation-checkpointing", "17"])
+    assert config.activation_checkpointing == 17
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+    assert with_options(xl, {"activation_checkpointing": 17}) == config
+    check_same_run(xl, config)
+
+
+@pytest.mark.parametrize("value", [-1, 49, True, "all"])
+def test_numbers_of_blocks_that_do_not_exist_are_refused(xl, value):
+    allowed = "it must be none, block, auto, or a number of blocks, at most 48"
+    with pytest.raises(UserError, match=f"activation_checkpointing is {value}: {allowed}"):
+        dataclasses.replace(xl, activation_checkpointing=value)
+
+
 def test_the_mean_of_the_weights_takes_its_room(xl):
     config = dataclasses.replace(xl, batch_size="auto", micro_batch_size=None)
     with_mean = fit_memory(dataclasses.replace(config, ema_decay=0.999), GPU)
@@ -60,7 +122,9 @@ def test_the_mean_of_the_weights_takes_its_room(xl):
 
 
 def test_what_does_not_fit_is_said_before_anything_is_made(xl):
-    with pytest.raises(UserError, match=r"a step of xl does not fit in 20.0 GB"):
-        fit_memory(dataclasses.replace(xl, micro_batch_size="auto", activation_checkpointing="auto"), 20 * 10**9)
+    for checkpointing, advice in (("auto", "size$"), ("block", "size$"), (4, "size, or --activation-checkpointing auto$")):
+        config = dataclasses.replace(xl, micro_batch_size="auto", activation_checkpointing=checkpointing)
+        with pytest.raises(UserError, match=rf"a step of xl does not fit in 20.0 GB: choose .*{advice}"):
+            fit_memory(config, 20 * 10**9)
     with pytest.raises(UserError, match="batch_size is auto: that needs a GPU, whose memory is known"):
         fit_memory(dataclasses.replace(xl, batch_size="auto"), None)
