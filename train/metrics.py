@@ -1,12 +1,13 @@
 """Metrics of a run: one JSON object a line in `metrics.jsonl`, and on to a tracker where one is asked for."""
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import named_errors, write_text
+from ..files import named_errors, sync, write_text
 
 FILE_NAME = "metrics.jsonl"
 
@@ -21,6 +22,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def sync_metrics(run: Path) -> None:
+    """Return when the rows that have been logged, if any, would outlive a crash of the machine."""
+    path = run / FILE_NAME
+    with contextlib.suppress(FileNotFoundError), named_errors(path):
+        sync(path)
 
 
 def check_tracker(kind: str) -> None:

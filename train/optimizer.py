@@ -1,10 +1,12 @@
 """The optimizer of a run: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ..model.layers import JoinedLinear
 from .config import OptimizerConfig
 
 
@@ -19,9 +21,9 @@ def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _muon(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Muon:
+def _muon(matrices: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Muon:
     # Updates as large as AdamW's usually are (Liu et al. 2025, equation 4), so that both share a learning rate and a decay.
-    return torch.optim.Muon(parameters, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -32,15 +34,27 @@ def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, 
 
 
 class Optimizer:
-    """The optimizers of a model's parameters, as one: decays matrices and leaves norms alone."""
+    """The optimizers of a model's parameters, as one: decays matrices and leaves norms alone.
+
+    Muon orthogonalises the update of each linear map's own matrix: of a `JoinedLinear` it steps on the parts, which are views.
+    The parameters must not move any more.
+    """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        named = dict(model.named_parameters())
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
-        inner = [p for name, p in named.items() if config.name == "muon" and p.dim() == 2 and name.startswith("layers.")]
-        chosen = {id(p) for p in inner}
-        self._adamw = _adamw((p for p in named.values() if id(p) not in chosen), config)
-        self._muon = _muon(inner, config) if inner else None
+        self._parameters = list(model.parameters())
+        self._names: dict[Tensor, str] = {}
+        # Of each parameter that is Muon's, the matrices in it.
+        self._matrices: dict[nn.Parameter, tuple[Tensor, ...]] = {}
+        joined = {f"{name}.weight": layer.parts for name, layer in model.named_modules() if isinstance(layer, JoinedLinear)}
+        for name, parameter in model.named_parameters():
+            if config.name != "muon" or parameter.dim() != 2 or not name.startswith("layers."):
+                self._names[parameter] = name
+                continue
+            matrices = self._matrices[parameter] = parameter.detach().split(joined.get(name, (len(parameter),)))
+            for i, matrix in enumerate(matrices):
+                self._names[matrix] = f"{name}.{i}" if name in joined else name
+        self._adamw = _adamw((p for p in self._parameters if p not in self._matrices), config)
+        self._muon = _muon(itertools.chain(*self._matrices.values()), config) if self._matrices else None
         self.parts: list[torch.optim.Optimizer] = [self._adamw, *([self._muon] if self._muon else [])]
 
     def set_learning_rate(self, lr: float) -> None:
@@ -59,15 +73,24 @@ class Optimizer:
         self._adamw.step()
         # Muon has no such flag, and waits for the device to know it.
         if self._muon is not None and not bool(skip):
+            for parameter, matrices in self._matrices.items():
+                assert parameter.grad is not None
+                gradients = parameter.grad.split([len(matrix) for matrix in matrices])
+                for matrix, gradient in zip(matrices, gradients, strict=True):
+                    matrix.grad = gradient
             self._muon.step()
+            self._muon.zero_grad()
 
     def zero_grad(self) -> None:
         """Free the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state as tensors by kind and parameter, such as `exp_avg.ln_final.weight`."""
+        """Return the whole state as tensors by kind and parameter, such as `exp_avg.ln_final.weight`.
+
+        Those of the parts of a joined weight are numbered, as `momentum_buffer.layers.0.attn.qkv_proj.weight.2`.
+        """
         return {
             f"{kind}.{self._names[parameter]}": value
             for part in self.parts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..model.transformer import TransformerLM, rope_tables
 from .checkpoint.writer import CheckpointWriter
 from .config import TrainConfig
 from .distributed import World
@@ -20,33 +21,58 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
-def spread(loss: nn.Module, blocks: nn.ModuleList, world: World, config: TrainConfig, dtype: torch.dtype) -> nn.Module:
+def place(loss: nn.Module, model: TransformerLM, device: torch.device) -> None:
+    """Move `loss`, with its `model`, to the device; weights of the meta device get memory there, with anything in it."""
+    if _has_weights(model):
+        loss.to(device)
+        return
+    loss.to_empty(device=device)
+    # No state dict holds them.
+    model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(model.config))
+
+
+def spread(loss: nn.Module, model: TransformerLM, world: World, config: TrainConfig, dtype: torch.dtype) -> nn.Module:
     """Return what computes `loss` on this process's rows and leaves in each parameter the mean of all processes' gradients.
 
-    Under fsdp the parameters of `loss` become DTensors, gathered in `dtype` block by block, their gradients reduced in float32.
+    All processes get the weights that the first one's `model`, on the CPU, has; the others' is on the meta device. Where the
+    first one's is as well, the weights may be anything. Under fsdp the parameters of `loss` become DTensors, gathered in
+    `dtype` block by block, their gradients reduced in float32.
     """
     if config.parallel == "fsdp":
-        return _shard(loss, blocks, world, dtype)
-    loss.to(world.device)
+        return _shard(loss, model, world, dtype)
+    place(loss, model, world.device)
     # Each process makes the same ones, and none changes them.
     constant = [name for name, _ in loss.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, constant)
     device_ids = [world.device] if world.device.type == "cuda" else None
+    # Hands the first process's weights to the others.
     return DistributedDataParallel(loss, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _shard(loss: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype) -> nn.Module:
+def _shard(loss: nn.Module, model: TransformerLM, world: World, dtype: torch.dtype) -> nn.Module:
     # Slow to import.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    has_weights = world.on_first(lambda: _has_weights(model))
+    weights = loss.state_dict() if world.is_first else {}
+    # So that memory is only ever had for the shards.
+    loss.to("meta")
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs are left alone: the tables of RoPE stay float32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # Each block moves to the device when it is sharded: the whole model never lies on one GPU.
-    for module in (*blocks, loss):
+    for module in (*model.layers, loss):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    place(loss, model, world.device)
+    if has_weights:
+        # One tensor after the other: no more than one is ever whole.
+        set_model_state_dict(loss, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return loss
+
+
+def _has_weights(model: TransformerLM) -> bool:
+    return not model.token_embeddings.weight.is_meta
 
 
 def open_writer(config: TrainConfig, world: World) -> CheckpointWriter:

@@ -1,5 +1,6 @@
 """A model, its optimizer and its data: able to take a step, to validate itself, and to hand over its whole state."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .distributed import World
 from .ema import WeightMean
 from .guard import Guard
 from .optimizer import Optimizer
-from .parallel import compile_blocks, exchanging_gradients, forget_gathered, spread, whole
+from .parallel import compile_blocks, exchanging_gradients, forget_gathered, place, spread, whole
 from .schedule import learning_rate
 
 
@@ -42,7 +43,7 @@ class TrainingLoss(nn.Module):
 
 
 class Trainer:
-    """A run's moving parts; `config` has no `auto` left in its batch sizes (see `batch_size.fit_memory`)."""
+    """A run's moving parts; `config` has no `auto` left that depends on memory (see `batch_size.fit_memory`)."""
 
     def __init__(
         self,
@@ -52,8 +53,12 @@ class Trainer:
         end_of_text: int | None = None,
         initialise: Callable[[TransformerLM], None] | None = None,
         world: World | None = None,
+        resumes: bool = False,
     ) -> None:
-        """Draw the first weights, unless `initialise` gives the model others; without a `world` this process is alone."""
+        """Draw the first weights, unless `initialise` gives the model others; without a `world` this process is alone.
+
+        Where the run `resumes`, weights are left to `load`. Of the processes only the first one draws or initialises.
+        """
         self.config = config
         self.world = world or World(resolve_device(config.device))
         self.train_data, self.valid_data = train_data, valid_data
@@ -62,11 +67,16 @@ class Trainer:
         prepare_allocator(self.device)
         # Drawn on the CPU, so that every device begins with the same weights.
         torch.manual_seed(config.seed)
-        self.model = TransformerLM(config.model)
+        draws = self.world.is_first and not resumes
+        with contextlib.nullcontext() if draws else torch.device("meta"):
+            self.model = TransformerLM(config.model)
         if initialise is not None:
-            initialise(self.model)
+            self.world.on_first(lambda: initialise(self.model))
+        # The others wait here for the first one, and go on as if they had drawn what it has.
+        torch.set_rng_state(self.world.on_first(torch.get_rng_state))
         self.model.compute_dtype = self.dtype
-        self.model.activation_checkpointing = "block" if config.activation_checkpointing == "block" else "none"
+        assert config.activation_checkpointing != "auto"
+        self.model.activation_checkpointing = config.activation_checkpointing
         self.loss = TrainingLoss(self.model, config.z_loss, end_of_text if config.data.documents else None)
         # From here on the parameters are where, and what, they will be.
         self._loss_sum = self._spread_and_compiled()
@@ -82,8 +92,8 @@ class Trainer:
         if self.world.size > 1:
             if compiles:
                 compile_blocks(self.model.layers)
-            return spread(self.loss, self.model.layers, self.world, config, self.dtype)
-        self.loss.to(self.device)
+            return spread(self.loss, self.model, self.world, config, self.dtype)
+        place(self.loss, self.model, self.device)
         if not compiles:
             return self.loss
         # A wrapper around the module, whose parameters keep their names.

@@ -1,11 +1,14 @@
 import dataclasses
+import os
 import random
+from pathlib import Path
 
 import pytest
 
 from tilewright.model import ModelConfig
 from tilewright.tokenizer import Tokenizer, train_bpe
 from tilewright.train import OptimizerConfig, TrainConfig
+from tilewright.train.metrics import FILE_NAME, read_metrics
 from tilewright.train.presets import corpus_files
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "small", "red", "bird", "in", "that", "old", "tree")
@@ -49,3 +52,28 @@ def config(corpus, tmp_path):
 def changed(config):
     """Return the configuration with fields changed: changed(steps=3)."""
     return lambda **changes: dataclasses.replace(config, **changes)
+
+
+@pytest.fixture
+def surviving(monkeypatch):
+    """By checkpoint, the steps whose metrics would have outlived a power cut in the moment when it appeared."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("the names of open files are read from /proc")
+    synced, at_checkpoint = [], {}
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        rows = read_metrics(path.parent) if path.name == FILE_NAME else None
+        fsync(descriptor)
+        if rows is not None:
+            synced[:] = [row["step"] for row in rows]
+
+    def noted_rename(old, new):
+        if new.name.startswith("step-"):
+            at_checkpoint[new.name] = list(synced)
+        return rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    return at_checkpoint

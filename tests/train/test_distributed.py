@@ -1,5 +1,6 @@
 """Runs of two processes on the CPU, against the same runs of one. As a program this file is what torchrun starts."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,11 @@ from tilewright.train.distributed import IGNORED_TARGET, World, check_parallel
 from tilewright.train.metrics import read_metrics
 from tilewright.train.parallel import compile_blocks, exchanging_gradients, spread, whole
 from tilewright.train.presets import corpus_files
+from tilewright.train.signals import StopRequest
 from tilewright.train.trainer import Trainer, TrainingLoss
+
+# On a machine that is busy, or slow.
+pytestmark = pytest.mark.timeout(600)
 
 # The rest of a row is time.
 LEARNT = ("step", "loss", "grad_norm", "lr", "valid_loss")
@@ -54,33 +60,50 @@ def at_fault_step(rank, action):
     return lambda: setattr(Trainer, "backward", backward)
 
 
+def count_drawn():
+    """Let the sizes of the weights that are drawn from now on be noted in the list that is returned."""
+    draw, drawn = torch.nn.init.trunc_normal_, []
+
+    def patched(weight, *arguments, **options):
+        if not weight.is_meta:
+            drawn.append(weight.numel())
+        return draw(weight, *arguments, **options)
+
+    torch.nn.init.trunc_normal_ = patched
+    return drawn
+
+
 def train_all(folder):
     """Train what `runs` compares."""
     base = load_config(folder / "base.json")
-    results = {}
+    results, drawn = {}, count_drawn()
 
     def run(name, source=None, step=0, **changes):
         if source and os.environ["RANK"] == "0":
             go_back(folder / source, folder / name, step)
+        drawn.clear()
         result = train(dataclasses.replace(base, out=folder / name, **changes), resume="auto" if source else None)
         results[name] = {"steps": result.steps, "stopped_by": result.stopped_by, "valid_loss": result.valid_loss}
+        results[name]["drawn"] = sum(drawn)
+        results[name]["sigterm"] = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
+    with contextlib.suppress(UserError):
+        run("from-nothing", init=folder / "nothing")
     run("ddp", parallel="ddp")
     run("fsdp", parallel="fsdp")
-    run("bfloat16-fsdp", parallel="fsdp", dtype="bfloat16", activation_checkpointing="block")
+    run("bfloat16-fsdp", parallel="fsdp", dtype="bfloat16", activation_checkpointing=1)
     run("one-then-fsdp", "one", 4, parallel="fsdp")
     run("fsdp-then-ddp", "fsdp", 8, parallel="ddp")
     restore = at_fault_step(1, lambda _: signal.raise_signal(signal.SIGUSR1))
     run("stopped", parallel="fsdp")
     restore()
     run("stopped-then-on", "stopped", 100, parallel="fsdp")
-    (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
-
-
-def train_compiled(folder):
-    base = load_config(folder / "base.json")
+    run("from-one-ddp", parallel="ddp", init=folder / "one", steps=4)
+    run("from-one-fsdp", parallel="fsdp", init=folder / "one", steps=4)
     for parallel in ("ddp", "fsdp"):
-        train(dataclasses.replace(base, out=folder / f"compiled-{parallel}", parallel=parallel, compile=True))
+        # Of two blocks one is checkpointed, so that both kinds are compiled.
+        run(f"compiled-{parallel}", parallel=parallel, compile=True, activation_checkpointing=1)
+    (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 def fail(_):
@@ -92,22 +115,34 @@ def die(_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave_slowly():
+    """Give torchrun the time to send SIGTERM to a process that has lost another, before it can say so."""
+    leave = StopRequest.__exit__
+
+    def patched(self, kind, *rest):
+        leave(self, kind, *rest)
+        if kind is not None:
+            time.sleep(1)
+
+    StopRequest.__exit__ = patched
+
+
 @torch.no_grad()
 def damage(trainer):
     # A weight of this process alone.
     trainer.model.layers[1].ffn.down_proj.weight.to_local().fill_(math.nan)
 
 
-PROGRAMS = {"all": train_all, "compiled": train_compiled}
 FAULTS = {"failing": (1, fail), "dying": (0, die), "damaged": (1, damage)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] in PROGRAMS:
-        PROGRAMS[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "all":
+        train_all(Path(sys.argv[2]))
     else:
         at_fault_step(*FAULTS[sys.argv[1]])
+        leave_slowly()
         sys.argv[1:] = ["stories-cpu", *sys.argv[2:]]
         runpy.run_module("tilewright.train", run_name="__main__")
 
@@ -116,7 +151,7 @@ def torchrun(*arguments, restarts=0):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, __file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def rows(run):
@@ -179,7 +214,44 @@ def results(runs, rank=0):
 def test_two_processes_learn_what_one_does(runs, parallel):
     assert_same(runs / parallel, runs / "one")
     assert [is_sharded(folder) for folder in list_checkpoints(runs / parallel)] == [parallel == "fsdp"] * 4
-    assert results(runs, 0) == results(runs, 1)
+    ends = [results(runs, rank)[parallel] for rank in (0, 1)]
+    assert ends[0] == {**ends[1], "drawn": ends[0]["drawn"]}
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_draws_the_weights_and_only_of_a_new_run(runs):
+    weights = read_tensors(list_checkpoints(runs / "one")[0], "model")
+    num_drawn = sum(weight[:300].numel() for weight in weights.values() if weight.dim() > 1)
+    for rank in (0, 1):
+        drawn = {name: result["drawn"] for name, result in results(runs, rank).items()}
+        for name in ("ddp", "fsdp", "bfloat16-fsdp", "stopped"):
+            assert drawn[name] == (num_drawn if rank == 0 else 0), name
+        for name in ("one-then-fsdp", "fsdp-then-ddp", "stopped-then-on"):
+            assert drawn[name] == 0, name
+
+
+@pytest.mark.slow
+def test_processes_that_go_on_after_an_error_heed_sigterm_again(runs):
+    for rank in (0, 1):
+        assert "from-nothing" not in results(runs, rank)
+        assert all(result["sigterm"] for result in results(runs, rank).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_begin_with_the_same_bits_as_one(runs, parallel):
+    ours, theirs = (tensors(list_checkpoints(runs / name)[0]) for name in (parallel, "one"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_begin_with_the_weights_of_a_run(runs, parallel):
+    begun = runs / f"from-one-{parallel}"
+    ours = read_tensors(list_checkpoints(begun)[0], "model")
+    theirs = read_tensors(list_checkpoints(runs / "one")[-1], "ema")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert [results(runs, rank)[begun.name]["drawn"] > 0 for rank in (0, 1)] == [True, False]
 
 
 @pytest.mark.slow
@@ -260,8 +332,6 @@ def test_processes_diverge_together(runs, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(runs):
-    done = torchrun("compiled", runs)
-    assert done.returncode == 0, done.stderr
     for parallel in ("ddp", "fsdp"):
         losses = [[row["loss"] for row in rows(runs / name)] for name in (f"compiled-{parallel}", "one")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -291,7 +361,7 @@ def test_shards_of_one_process_have_the_gradients_of_the_whole(changed, device):
             if sharded:
                 # As on a GPU, where blocks are compiled; the compiler of a CPU would take long.
                 compile_blocks(model.layers) if device == "cuda" else None
-                loss = spread(loss, model.layers, World(torch.device(device)), config, dtype)
+                loss = spread(loss, model, World(torch.device(device)), config, dtype)
             else:
                 loss.to(device)
             for last in (False, True):

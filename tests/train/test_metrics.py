@@ -4,6 +4,7 @@ import types
 import pytest
 
 from tilewright.errors import UserError
+from tilewright.train import train
 from tilewright.train.metrics import MetricLog, read_metrics
 from tilewright.train.plot import plot_losses
 
@@ -12,6 +13,16 @@ def test_rows_are_on_disk_at_once(tmp_path):
     with MetricLog(tmp_path) as log:
         log.log(1, loss=2.5, mfu=None)
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5, "mfu": None}]
+
+
+def test_rows_outlive_a_power_cut_as_their_checkpoint_does(changed, surviving):
+    train(changed(log_every=2, checkpoint_every=3))
+    logged = {"00000000": 0, "00000003": 3, "00000006": 6, "00000009": 9, "00000012": 12}
+    assert surviving.keys() == {f"step-{step}" for step in logged}
+    for step, last in logged.items():
+        # Those that were logged while it was written may have come with it.
+        expected = [row["step"] for row in read_metrics(changed().out) if row["step"] <= last]
+        assert surviving[f"step-{step}"][: len(expected)] == expected
 
 
 def test_a_resumed_log_forgets_what_will_be_written_again(tmp_path):

@@ -11,7 +11,7 @@ TAKE, SKIP = torch.tensor(False), torch.tensor(True)
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return TransformerLM(ModelConfig(vocab_size=50, context_length=8, d_model=16, num_layers=2, num_heads=2, d_ff=24))
+    return TransformerLM(ModelConfig(50, 8, d_model=16, num_layers=2, num_heads=2, d_ff=24, num_kv_heads=1))
 
 
 def give_gradients(model, seed=1):
@@ -24,32 +24,67 @@ def copies(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_it_is_torchs_own(model, name):
-    config = OptimizerConfig(name=name, weight_decay=0.1)
-    optimizer = Optimizer(model, config)
-    expected = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
-    inner = {n for n in expected if name == "muon" and n.startswith("layers.") and expected[n].dim() == 2}
-    outer = [p for n, p in expected.items() if n not in inner]
-    parts = [
-        torch.optim.AdamW([p for p in outer if p.dim() > 1], betas=(0.9, 0.95), weight_decay=0.1),
-        torch.optim.AdamW([p for p in outer if p.dim() == 1], betas=(0.9, 0.95), weight_decay=0.0),
+def adamw(parameters):
+    """Return torch's own, which decays matrices only."""
+    groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+    return [
+        torch.optim.AdamW(group, betas=(0.9, 0.95), weight_decay=decay) for group, decay in zip(groups, (0.1, 0), strict=True)
     ]
-    if inner:
-        parts.append(torch.optim.Muon([expected[n] for n in inner], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+
+
+def test_adamw_is_torchs_own(model):
+    optimizer = Optimizer(model, OptimizerConfig())
+    expected = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    theirs = adamw(expected.values())
     for step, lr in enumerate((0.01, 0.02, 0.005)):
         give_gradients(model, step)
         for n, parameter in model.named_parameters():
             expected[n].grad = parameter.grad.clone()
         optimizer.set_learning_rate(lr)
         optimizer.step(TAKE)
-        for part in parts:
+        for part in theirs:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
-    assert (len(inner) > 0) == (name == "muon")
     for n, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[n].detach(), rtol=1e-5, atol=1e-6)
+
+
+# Rows of each linear map's own matrix, by the layer that holds it.
+MATRICES = {"attn.qkv_proj": (16, 8, 8), "attn.output_proj": (16,), "ffn.gate_up_proj": (24, 24), "ffn.down_proj": (16,)}
+
+
+def test_muon_is_torchs_own_on_each_linear_map(model):
+    optimizer = Optimizer(model, OptimizerConfig(name="muon"))
+    rows = {f"layers.{i}.{name}.weight": sizes for i in range(2) for name, sizes in MATRICES.items()}
+    weights = dict(model.named_parameters())
+    expected = {n: [torch.nn.Parameter(part.clone()) for part in weights[n].detach().split(rows[n])] for n in rows}
+    rest = {n: torch.nn.Parameter(p.detach().clone()) for n, p in weights.items() if n not in rows}
+    matrices = [part for parts in expected.values() for part in parts]
+    theirs = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), *adamw(rest.values())]
+    tokens = torch.randint(50, (3, 2, 4, 9), generator=torch.Generator().manual_seed(0))
+    for lr, micro_batches in zip((0.01, 0.02, 0.005), tokens, strict=True):
+        for batch in micro_batches:
+            model.loss(batch[:, :-1], batch[:, 1:]).backward()
+        for n, parameter in rest.items():
+            parameter.grad = weights[n].grad.clone()
+        for n, parts in expected.items():
+            for part, gradient in zip(parts, weights[n].grad.split(rows[n]), strict=True):
+                part.grad = gradient.clone()
+        optimizer.set_learning_rate(lr)
+        optimizer.step(TAKE)
+        optimizer.zero_grad()
+        for part in theirs:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+    for n, parameter in rest.items():
+        torch.testing.assert_close(weights[n].detach(), parameter.detach(), rtol=1e-5, atol=1e-6)
+    for n, parts in expected.items():
+        assert torch.equal(weights[n], torch.cat(list(parts))), n
+    momenta = {n for n in optimizer.tensors() if n.startswith("momentum_buffer.layers.1.")}
+    names = {f"{n}.{i}" if len(sizes) > 1 else n for n, sizes in rows.items() for i in range(len(sizes))}
+    assert momenta == {f"momentum_buffer.{n}" for n in names if n.startswith("layers.1.")}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -24,6 +24,7 @@ from torch.futures import Future
 
 from ...errors import UserError
 from ...files import atomic_folder, make_folder, publish_folder, sync, temporary_name
+from ..metrics import sync_metrics
 from .layout import STATE_FILE, Tensors, check_fits, free_folder, tensor_names, verify_checkpoint
 from .tensor_files import FileRecord, TensorReader, write_tensors
 from .writer import CheckpointWriter, Copies, remove_leftovers, remove_unwanted, write_manifest
@@ -201,6 +202,8 @@ class _ShardWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {result.index.fqn: result.storage_data for of_process in results for result in of_process}
         write_manifest(self._temporary, files, self._state)
+        # This process is the one that logs them.
+        sync_metrics(self._run)
         publish_folder(self._temporary, self._folder)
         remove_unwanted(self._run, self._folder, self._keep)
 

@@ -3,12 +3,10 @@
 Run as a program by each process of a job, this file is what the processes do.
 """
 
-import contextlib
 import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,14 +20,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from faults import program, run_in_children
 from tilewright.errors import UserError
 from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
 from tilewright.train.checkpoint.sharded import ShardedCheckpointWriter, convert_checkpoint, load_into
 from tilewright.train.checkpoint.tensor_files import TensorReader
 from tilewright.train.checkpoint.writer import CheckpointWriter
-
-# Most of it is the processes' importing torch.
-pytestmark = pytest.mark.slow
+from tilewright.train.metrics import MetricLog
 
 
 class Small(nn.Module):
@@ -164,22 +161,10 @@ def die(run):
 
 def run_job(what, run, world_size=2):
     """Run functions of this file, by their names, in processes of one job; all must end well but those that kill themselves."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
-    command = [sys.executable, __file__, what, run]
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            outputs = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert all(process.returncode in (0, -signal.SIGKILL) for process in processes), "\n".join(outputs)
-    return [process.returncode for process in processes]
+    environments = [{"WORLD_SIZE": str(world_size), "RANK": str(rank)} for rank in range(world_size)]
+    ended = run_in_children(program, [(Path(__file__), environment, what, str(run)) for environment in environments])
+    assert all(status in (0, -signal.SIGKILL) for status, _ in ended), "\n".join(printed for _, printed in ended)
+    return [status for status, _ in ended]
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +277,21 @@ def test_a_process_that_dies_fails_the_save_of_the_others(tmp_path):
     assert run_job("die", tmp_path) == [0, -signal.SIGKILL]
 
 
+def test_rows_outlive_a_power_cut_as_their_shards_do(tmp_path, surviving):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with MetricLog(tmp_path) as log, ShardedCheckpointWriter(tmp_path, keep=9) as writer:
+            for step in (1, 2, 3):
+                log.log(step, loss=1.0)
+                writer.save(step, {"model": {"w": torch.ones(3)}}, {})
+                writer.wait()
+    finally:
+        dist.destroy_process_group()
+    assert surviving == {f"step-{step:08d}": list(range(1, step + 1)) for step in (1, 2, 3)}
+
+
 if __name__ == "__main__":
     names, folder = sys.argv[1].split(","), Path(sys.argv[2])
-    torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/{names[0]}.store", rank=rank, world_size=world_size)
     for name in names:

@@ -1,9 +1,11 @@
 """Saving: what is written while training goes on, what stays, and what is left after a failure."""
 
+import contextlib
 import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import threading
 
@@ -14,6 +16,7 @@ from tilewright.errors import UserError
 from tilewright.train.checkpoint import writer as checkpoint_writer
 from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
 from tilewright.train.checkpoint.writer import CheckpointWriter
+from tilewright.train.signals import StopRequest
 
 
 def tensors(step, size=1000):
@@ -135,6 +138,17 @@ def test_a_second_save_waits_for_the_first(tmp_path, gate):
         assert read_tensors(folder, "model")["w"].eq(step).all()
 
 
+def test_an_interruption_of_the_waiting_leaves_the_save_to_its_end(tmp_path, gate):
+    with StopRequest(), CheckpointWriter(tmp_path, 1) as writer:
+        signal.raise_signal(signal.SIGINT)
+        writer.save(1, tensors(1), {})
+        with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            writer.wait()
+        threading.Timer(0.1, gate.set).start()
+    assert steps(tmp_path) == [1]
+
+
 def test_leaving_waits_and_keeps_the_first_error(tmp_path, gate):
     threading.Timer(0.1, gate.set).start()
     with pytest.raises(KeyError, match="of the loop"), CheckpointWriter(tmp_path, 1) as writer:
@@ -192,38 +206,39 @@ def test_two_processes_cannot_save_in_one_run(tmp_path):
         pass
 
 
-@pytest.fixture
-def full_disk():
-    """Return what lets no file grow beyond a length, as a full disk would, and `math.inf`-like again with -1."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if size < 0 else size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file grow beyond a length, as a full disk would; not even that of the test's own report, once it is over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 100, 5_000])
-def test_a_full_disk_is_named_and_harms_nothing(tmp_path, full_disk, size):
+def test_a_full_disk_is_named_and_harms_nothing(tmp_path, size):
     with CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
         writer.wait()
-        full_disk(size)
-        writer.save(2, tensors(2, size=100_000), {})
-        with pytest.raises(UserError, match=rf"step 2 in {tmp_path}/checkpoints failed \(.*File too large.*\): those before"):
-            writer.save(3, tensors(3), {})
+        with full_disk(size):
+            writer.save(2, tensors(2, size=100_000), {})
+            with pytest.raises(
+                UserError, match=rf"step 2 in {tmp_path}/checkpoints failed \(.*File too large.*\): those before"
+            ):
+                writer.save(3, tensors(3), {})
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".lock", "step-00000001"]
-        full_disk(-1)
         # A failure is told once; then there is room again.
         writer.save(4, tensors(4), {})
     verify_checkpoint(list_checkpoints(tmp_path)[0])
     assert steps(tmp_path) == [4]
 
 
-def test_a_failure_of_the_last_save_is_raised_on_leaving(tmp_path, full_disk):
-    with pytest.raises(UserError, match="File too large"), CheckpointWriter(tmp_path, 1) as writer:
-        full_disk(10)
+def test_a_failure_of_the_last_save_is_raised_on_leaving(tmp_path):
+    with full_disk(10), pytest.raises(UserError, match="File too large"), CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
-    full_disk(-1)
-    with pytest.raises(KeyError) as caught, CheckpointWriter(tmp_path, 1) as writer:
-        full_disk(10)
+    with full_disk(10), pytest.raises(KeyError) as caught, CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
         raise KeyError("of the loop")
     assert "File too large" in caught.value.__notes__[0]

@@ -334,13 +334,13 @@ def test_one_that_waits_takes_over_from_one_that_is_killed(text, tokenizer, whol
 
     def hanging(*arguments):
         started.set()
-        time.sleep(60)
+        time.sleep(600)
 
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "_encode", hanging)
         first = FORK.Process(target=encode_text, args=(text, tokenizer, out, 1))
         first.start()
-    assert started.wait(10)
+    assert started.wait(60)
     assert encoding._encode is real
     second = FORK.Process(target=encode_text, args=(text, tokenizer, out, 1))
     second.start()
