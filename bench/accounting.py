@@ -7,7 +7,7 @@ from ..kernels.device import find_gpu
 from ..model import MODELS
 from ..model.accounting import model_flops, num_parameters, operations, roofline, training_memory
 from .jobs import Job, Rows
-from .training import OWN_POLICY, counted_flops
+from .trainers import OWN_POLICY, counted_flops
 
 NAMES = ("tinystories-17m", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPU = "h200"

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 
+from tilewright.bench.check import what_is_right
 from tilewright.bench.harness import CLOCK, here, measure
 from tilewright.bench.jobs import clean_up
 from tilewright.bench.kernels import directions, prepare
@@ -47,9 +48,12 @@ def test_op(benchmark, name: str, direction: str, variant: str) -> None:
     torch.manual_seed(0)
     benchmark.group = f"{name} {direction}"
     try:
-        call = prepare(case, direction, variant, case.make(device))
+        inputs = case.make(device)
+        right = what_is_right(case.oracle, case.variants["torch"], inputs)
+        call, note = prepare(case, direction, variant, inputs, right)
     except Exception as error:  # what a peer cannot do is no failure of ours
         if variant in ("tilewright", "torch"):
             raise
         pytest.skip(f"{type(error).__name__}: {error}"[:200])
     measure(benchmark, call, device)
+    benchmark.extra_info["note"] = note

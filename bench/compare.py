@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError
@@ -86,11 +87,11 @@ def _print(console: Console, changes: list[Change], missing: Mapping[str, list[K
     for change in changes:
         ratio = f"{change.after_ms / change.before_ms:.3f} ({change.low:.3f} to {change.high:.3f})"
         times = (f"{change.before_ms:,.4g}", f"{change.after_ms:,.4g}")
-        table.add_row(change.case, change.variant, *times, ratio, change.verdict)
+        table.add_row(escape(change.case), escape(change.variant), *times, ratio, change.verdict)
     console.print(table)
     for title, keys in missing.items():
         for stage, case, variant in keys:
-            console.print(f"{title}: {stage}, {case}, {variant}", highlight=False)
+            console.print(f"{title}: {stage}, {case}, {variant}", highlight=False, markup=False)
     verdicts = [change.verdict for change in changes]
     console.print(
         ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("faster", "slower", "same", "ambiguous")), highlight=False

@@ -8,7 +8,7 @@ from typing import Any
 _PERCENT = ("share_of", "mfu", "best_mfu", "occupancy", "overhead")
 # Of the memory predicted; groups of `train.profile`, as shares of a step.
 _SHARES = ("error", "matmul", "attention", "own", "elementwise", "optimizer", "copy", "communication", "idle")
-_HIDDEN = ("table", "stage", "op", "size")
+_HIDDEN = ("table", "stage", "op", "size", "preliminary")
 _HEADINGS = {
     "p50_ms": "ms",
     "p20_ms": "from ms",

@@ -26,7 +26,7 @@ def _seconds(model: TransformerLM, prompts: list[list[int]], new_tokens: int) ->
 
 
 def bench_generation(
-    name: str, batch: int, device: torch.device, ceilings: Ceilings | None = None, new_tokens: int = 128
+    name: str, batch: int, device: torch.device, ceilings: Ceilings | None = None, new_tokens: int = 64
 ) -> Rows:
     """Yield the time of a decoding step: that of `new_tokens` tokens after half a context, less that of an eighth of them.
 

@@ -40,19 +40,46 @@ def _alarm(deadline: float) -> Iterator[None]:
         yield
         return
 
+    is_over = False
+
     def ring(*_: object) -> None:
-        raise TimeOver
+        if not is_over:
+            raise TimeOver
 
     handler = signal.signal(signal.SIGALRM, ring)
-    start = time.monotonic()
-    before, _ = signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - start), RING_AGAIN_S)
+    start, before = time.monotonic(), 0.0
     try:
+        before, _ = signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - start), RING_AGAIN_S)
         yield
     finally:
+        # It must not ring in here.
+        is_over = True
         # Someone else's alarm, such as a test's time limit, goes on.
         rest = max(1e-3, before - (time.monotonic() - start)) if before else 0
         signal.setitimer(signal.ITIMER_REAL, rest)
         signal.signal(signal.SIGALRM, handler)
+
+
+class DeviceLost(Exception):
+    """A kernel has broken the GPU's context: nothing runs there any more in this process. `begun` jobs have had their turn."""
+
+    def __init__(self, begun: int) -> None:
+        super().__init__(f"the GPU is lost to this process after {begun} jobs")
+        self.begun = begun
+
+
+def is_lost(device: torch.device) -> bool:
+    """Return whether a GPU no longer does what this process asks of it, as after an illegal memory access."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    except RuntimeError:
+        return True
+    return False
 
 
 def clean_up(device: torch.device) -> None:
@@ -64,8 +91,11 @@ def clean_up(device: torch.device) -> None:
 
 
 def run_jobs(jobs: Iterable[Job], device: torch.device, deadline: float = math.inf) -> Rows:
-    """Yield the rows of each job, and one for each that fails, is cut off at `deadline`, or would begin after it."""
-    for job in jobs:
+    """Yield the rows of each job, and one for each that fails, is cut off at `deadline`, or would begin after it.
+
+    After a job that takes the GPU's context with it, `DeviceLost` is raised.
+    """
+    for begun, job in enumerate(jobs, 1):
         row = {"case": job.case}
         if time.monotonic() >= deadline:
             yield row | {"not_measured": "no time left for it"}
@@ -86,4 +116,11 @@ def run_jobs(jobs: Iterable[Job], device: torch.device, deadline: float = math.i
         except Exception as error:  # one job's failure is a result, and not the end of the bench
             yield row | {"not_measured": f"{type(error).__name__}: {error}"[:300]}
         finally:
-            clean_up(device)
+            # What a kernel did may show only now. The generator's frames may hold tensors.
+            del rows
+            lost = is_lost(device)
+            if not lost:
+                clean_up(device)
+        if lost:
+            yield row | {"not_measured": "broke the GPU's context: what comes next is measured by a new process"}
+            raise DeviceLost(begun)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels.costs import Cost
 from .ceilings import Ceilings
+from .check import Right, WrongError, check, copies, what_is_right
 from .jobs import Job, Row, Rows
 from .ops import OpCase, Variant, op_cases
 from .timing import time_variants
@@ -23,49 +24,6 @@ def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _train(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # A fresh copy for each variant, because some peers write into their inputs; floating-point ones get gradients, but not
-    # tables in float32, such as RoPE's.
-    return tuple(t.clone().requires_grad_(t.dtype == torch.bfloat16) for t in inputs)
-
-
-class WrongError(Exception):
-    """A variant whose results are further off than rounding explains."""
-
-
-def _compute(variant: Variant, inputs: tuple[Tensor, ...], exactly: bool, backward: bool) -> dict[str, Tensor]:
-    """Return a variant's outputs, and its gradients for gradients of the outputs that are the same for all variants."""
-    is_half = [t.dtype == torch.bfloat16 for t in inputs]
-    copies = [t.float() if exactly and half else t.clone() for t, half in zip(inputs, is_half, strict=True)]
-    leaves = [t.requires_grad_(backward and half) for t, half in zip(copies, is_half, strict=True)]
-    outputs = _tensors(variant(*leaves))
-    results = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
-    if not backward:
-        return results
-    generator = torch.Generator(inputs[0].device).manual_seed(1)
-
-    def draw(y: Tensor) -> Tensor:
-        drawn = torch.randn(y.shape, generator=generator, device=y.device).bfloat16()
-        return drawn.to(y.dtype) if y.dim() else torch.ones_like(y)
-
-    wanted = [t for t, half in zip(leaves, is_half, strict=True) if half]
-    # A compiled variant keeps its buffers from its first backward pass on only where that retains them.
-    gradients = torch.autograd.grad(outputs, wanted, tuple(map(draw, outputs)), retain_graph=True)
-    return results | {f"gradient {i}": dx for i, dx in enumerate(gradients)}
-
-
-def _check(variant: Variant, yardstick: Variant, inputs: tuple[Tensor, ...], backward: bool) -> None:
-    """Raise where an error against float32 is above twice PyTorch's, plus one rounding of the largest value."""
-    exact = _compute(yardstick, inputs, True, backward)
-    torchs = _compute(yardstick, inputs, False, backward)
-    for name, own in _compute(variant, inputs, False, backward).items():
-        right = exact[name]
-        rounding = torch.finfo(torch.bfloat16).eps * right.abs().max()
-        allowed = 2 * (torchs[name].float() - right).abs().max() + rounding
-        if not (own.float() - right).abs().max() <= allowed:  # NaN too
-            raise WrongError(f"{name} has more than twice PyTorch's error")
-
-
 def _gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # A loss is differentiated by itself: some peers save the scaling by its gradient where that is one.
     return tuple(torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in outputs)
@@ -75,7 +33,7 @@ class _Calls:
     """The calls to time for one variant."""
 
     def __init__(self, variant: Variant, inputs: tuple[Tensor, ...]) -> None:
-        self.variant, self.inputs = variant, _train(inputs)
+        self.variant, self.inputs = variant, copies(inputs)
         self.wanted = [t for t in self.inputs if t.requires_grad]
 
     def forward(self) -> Callable[[], object]:
@@ -116,15 +74,21 @@ class _Progress:
     failed: dict[str, str] = field(default_factory=dict)
     ready_s: dict[str, float] = field(default_factory=dict)
     """Seconds until a variant had been compiled, checked and called once."""
+    notes: dict[str, str | None] = field(default_factory=dict)
 
 
-def prepare(case: OpCase, direction: str, name: str, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Return the call to time for one variant, tried once; its results, or its gradients, are right, else `WrongError`."""
+def prepare(
+    case: OpCase, direction: str, name: str, inputs: tuple[Tensor, ...], right: Mapping[str, Right] | None
+) -> tuple[Callable[[], object], str | None]:
+    """Return the call to time for one variant, tried once, and what is to be noted on its results and gradients.
+
+    Wrong ones are a `WrongError`; without `right` they were looked at before.
+    """
     variant = case.variants[name]
-    _check(variant, case.variants["torch"], inputs, backward=direction != "forward")
+    note = check(variant, inputs, right, backward=direction != "forward") if right is not None else None
     call = getattr(_Calls(variant, inputs), direction)()
     call()
-    return call
+    return call, note
 
 
 def directions(case: OpCase) -> dict[str, Cost]:
@@ -133,7 +97,9 @@ def directions(case: OpCase) -> dict[str, Cost]:
     return {direction: cost for direction, cost in costs.items() if cost is not None}
 
 
-def _ready(case: OpCase, direction: str, inputs: tuple[Tensor, ...], so_far: _Progress) -> dict[str, Callable[[], object]]:
+def _ready(
+    case: OpCase, direction: str, inputs: tuple[Tensor, ...], right: Mapping[str, Right], so_far: _Progress
+) -> dict[str, Callable[[], object]]:
     """Return the call of each variant; one that fails or disagrees goes into `failed` with its reason."""
     ready = {}
     for name in case.variants:
@@ -141,7 +107,10 @@ def _ready(case: OpCase, direction: str, inputs: tuple[Tensor, ...], so_far: _Pr
             continue
         start = time.perf_counter()
         try:
-            ready[name] = prepare(case, direction, name, inputs)
+            # Both ways together it computes what it did backward.
+            known = direction == "both" and name in so_far.ready_s and "backward" in directions(case)
+            ready[name], note = prepare(case, direction, name, inputs, None if known else right)
+            so_far.notes[name] = so_far.notes[name] if known else note
             if inputs[0].is_cuda:
                 torch.cuda.synchronize(inputs[0].device)
             so_far.ready_s[name] = time.perf_counter() - start
@@ -161,8 +130,12 @@ def timed_rows(
     memory: bool = False,
     rounds: int = 5,
 ) -> Rows:
-    """Yield the row of each of `calls`, timed in turn; `memory` adds the peak of what a call holds beyond its inputs."""
-    for name, times in time_variants(calls, device, rounds).items():
+    """Yield the row of each of `calls`, timed in turn; `memory` adds the peak of what a call holds beyond its inputs.
+
+    One that fails meanwhile, for lack of memory for one, is named with the reason.
+    """
+    failed: dict[str, str] = {}
+    for name, times in time_variants(calls, device, rounds, failed=failed).items():
         seconds = times.p50_ms * 1e-3
         row: Row = {
             "case": case,
@@ -180,6 +153,8 @@ def timed_rows(
         if device.type == "cuda" and memory:
             row["peak_gb"] = _peak_gb(calls[name], device)
         yield row
+    for name, reason in failed.items():
+        yield {"case": case, "variant": name, "not_measured": reason}
 
 
 def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Rows:
@@ -187,15 +162,22 @@ def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Rows:
     torch.manual_seed(0)
     inputs = case.make(device)
     so_far = _Progress()
+    right = what_is_right(case.oracle, case.variants["torch"], inputs)
     for name, reason in case.missing.items():
         yield {"case": case.name, "variant": name, "not_measured": reason}
     for direction, cost in directions(case).items():
         reported = set(so_far.failed)
-        ready = _ready(case, direction, inputs, so_far)
+        ready = _ready(case, direction, inputs, right, so_far)
         for name in so_far.failed.keys() - reported:
             yield {"case": f"{case.name} {direction}", "variant": name, "not_measured": so_far.failed[name]}
         for row in timed_rows(f"{case.name} {direction}", ready, cost, device, ceilings, memory=direction == "both"):
-            yield row | {"ready_s": so_far.ready_s[row["variant"]], "op": f"{case.op} {direction}", "size": case.size}
+            if "not_measured" in row:
+                yield row
+                continue
+            note = so_far.notes[row["variant"]]
+            noted = {"suspicious": "; ".join(filter(None, (row.get("suspicious"), note)))} if note else {}
+            ready_s = so_far.ready_s[row["variant"]]
+            yield row | noted | {"ready_s": ready_s, "op": f"{case.op} {direction}", "size": case.size}
 
 
 def kernel_jobs(device: torch.device, ceilings: Ceilings) -> Iterator[Job]:

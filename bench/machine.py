@@ -5,7 +5,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 
 from ..kernels.device import device_name
 
+# Rows of the matrices that a GPU multiplies while its clocks are read.
+LOAD = 4096
 # nvidia-smi's names of what a GPU says of itself.
 _STATE = {
     "driver": "driver_version",
@@ -40,9 +44,11 @@ _REASONS = {
 
 def _output(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        # A driver in trouble may never answer.
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:
@@ -63,7 +69,8 @@ def _query(device: torch.device, *fields: str) -> list[str | None] | None:
     # By its UUID: nvidia-smi numbers all GPUs, torch only the visible ones.
     uuid = torch.cuda.get_device_properties(device).uuid
     text = _output("nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits", f"--query-gpu={','.join(fields)}")
-    return None if text is None else parse_fields(text)
+    found = parse_fields(text) if text else []
+    return found if len(found) == len(fields) else None
 
 
 def parse_fields(line: str) -> list[str | None]:
@@ -73,11 +80,19 @@ def parse_fields(line: str) -> list[str | None]:
     return [None if field.startswith("[") or field == "N/A" else field for field in fields]
 
 
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
 def parse_reasons(mask: str | None) -> str | None:
     """Return in words why clocks are low, of NVML's bits as in `0x0000000000000004`; "none", or None where unknown."""
-    if mask is None:
+    try:
+        bits = int(mask or "", 16)
+    except ValueError:
         return None
-    bits = int(mask, 16)
     return ", ".join(name for bit, name in _REASONS.items() if bits & bit) or "none"
 
 
@@ -87,7 +102,7 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
     if values is None:
         return {}
     state: dict[str, Any] = dict(zip(_STATE, values, strict=True))
-    numbers = {name: float(value) if value is not None else None for name, value in state.items() if name != "driver"}
+    numbers = {name: _number(value) for name, value in state.items() if name != "driver"}
     # The name of before driver 535 too.
     reasons = _query(device, "clocks_event_reasons.active") or _query(device, "clocks_throttle_reasons.active")
     return {"driver": state["driver"], **numbers, "throttled_by": parse_reasons(reasons[0] if reasons else None)}
@@ -120,9 +135,37 @@ def other_processes(text: str, own: int) -> list[tuple[str, str]]:
     return [(row[1], row[2]) for row in rows if len(row) == 3 and row[0] != str(own)]
 
 
+@contextmanager
+def _under_load(device: torch.device) -> Iterator[None]:
+    """Have the GPU multiply matrices meanwhile: idle it lowers its clocks, and nothing throttles it."""
+    stop, busy = threading.Event(), threading.Event()
+
+    def work() -> None:
+        # Without memory, or without the GPU, its state is that at rest.
+        with suppress(Exception):
+            a = torch.randn(LOAD, LOAD, dtype=torch.bfloat16, device=device)
+            product = torch.empty_like(a)
+            while not stop.is_set():
+                for _ in range(50):
+                    torch.mm(a, a, out=product)
+                torch.cuda.synchronize(device)
+                busy.set()
+        busy.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    busy.wait(10)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+
+
 def state_row(device: torch.device, when: str, slowdowns: Sequence[str] = ("slowdown", "brake")) -> dict[str, Any]:
-    """Return a GPU's state as a row; heat and power brakes are marked, for times measured meanwhile are not the GPU's own."""
-    state = gpu_state(device)
+    """Return a GPU's state at work as a row; heat and power brakes are marked: times measured meanwhile are not its own."""
+    with _under_load(device):
+        state = gpu_state(device)
     row = {"case": f"GPU {when}", **{name: value for name, value in state.items() if name != "driver"}}
     if not state:
         return row | {"not_measured": "nvidia-smi does not answer"}

@@ -25,6 +25,8 @@ class OpCase:
     name: str
     make: Callable[[torch.device], tuple[Tensor, ...]]
     variants: Mapping[str, Variant]
+    oracle: Variant
+    """What it computes, in the dtype of its inputs where that is float64."""
     forward: Cost | None
     """None where the forward pass already computes the gradients, so that only both together compare."""
     backward: Cost | None
@@ -58,6 +60,7 @@ def _case(
     size: int,
     make: Callable[[torch.device], tuple[Tensor, ...]],
     variants: dict[str, Any],
+    oracle: Variant,
     cost: Cost | tuple[Cost, Cost],
     fused: tuple[str, ...] = (),
 ) -> OpCase:
@@ -65,7 +68,7 @@ def _case(
     present = {name: peer for name, peer in variants.items() if name not in missing}
     forward, backward = (None, None) if isinstance(cost, Cost) else cost
     both = cost if isinstance(cost, Cost) else cost[0] + cost[1]
-    return OpCase(name, make, present, forward, backward, both, fused, missing, size)
+    return OpCase(name, make, present, oracle, forward, backward, both, fused, missing, size)
 
 
 def _bf16(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
@@ -83,6 +86,7 @@ def _rms_norm(width: int, tokens: int = TOKENS) -> OpCase:
             liger=adapt(_liger("rms_norm"), lambda liger: lambda x, w: liger(x, w, 1e-5, casting_mode="gemma", in_place=False)),
             quack=adapt(find("quack", "rmsnorm"), lambda quack: lambda x, w: quack(x, w, eps=1e-5)),
         ),
+        reference.rms_norm,
         costs.rms_norm(tokens, width, 2),
     )
 
@@ -100,6 +104,7 @@ def _add_rms_norm(width: int, tokens: int = TOKENS) -> OpCase:
                 lambda quack: lambda x, residual, w: quack(x, w, residual=residual, eps=1e-5, prenorm=True),
             ),
         ),
+        reference.add_rms_norm,
         costs.add_rms_norm(tokens, width, 2),
     )
 
@@ -110,6 +115,7 @@ def _swiglu(width: int, tokens: int = TOKENS) -> OpCase:
         width,
         lambda device: (_bf16(device, tokens, width), _bf16(device, tokens, width)),
         _variants(kernels.swiglu, lambda gate, up: F.silu(gate) * up, liger=_liger("swiglu")),
+        reference.swiglu,
         costs.swiglu(tokens, width, 2),
         # Its backward pass writes over its inputs, so that it cannot be repeated alone.
         fused=("liger",),
@@ -132,6 +138,7 @@ def _rope(heads: int, kv_heads: int, head_dim: int, context: int = 4096, tokens:
         (heads + kv_heads) * head_dim,
         make,
         _variants(kernels.rope_qk, reference.rope_qk),
+        reference.rope_qk,
         costs.rope(tokens, heads + kv_heads, head_dim, 2),
     )
 
@@ -147,6 +154,7 @@ def _cross_entropy(vocab_size: int, rows: int = 8192) -> OpCase:
             liger=_liger("cross_entropy"),
             quack=find("quack", "cross_entropy"),
         ),
+        reference.cross_entropy,
         costs.cross_entropy(rows, vocab_size, 2),
         fused=("liger",),
     )
@@ -165,12 +173,20 @@ def _linear_cross_entropy(d_model: int, vocab_size: int, rows: int = 8192) -> Op
             **_variants(
                 kernels.linear_cross_entropy,
                 lambda x, w, t: F.cross_entropy((x @ w.T).float(), t),
-                liger=_liger("fused_linear_cross_entropy"),
+                # By default it adds up the gradient of the weights in bfloat16.
+                liger=adapt(
+                    _liger("fused_linear_cross_entropy"),
+                    lambda liger: lambda x, w, t: liger(x, w, t, accum_dtype=torch.float32),
+                ),
             ),
-            # By its default it leaves out gradients that are small.
-            "cut_cross_entropy, filtered": find("cut_cross_entropy", "linear_cross_entropy"),
+            # By default it leaves out gradients that are small: of random logits, all but the targets'.
+            "cut_cross_entropy": adapt(
+                find("cut_cross_entropy", "linear_cross_entropy"),
+                lambda cut: lambda x, w, t: cut(x, w, t, filter_eps=None),
+            ),
             **({"torch linear_cross_entropy": F.linear_cross_entropy} if hasattr(F, "linear_cross_entropy") else {}),
         },
+        reference.linear_cross_entropy,
         costs.linear_cross_entropy(rows, d_model, vocab_size, 2),
     )
 
@@ -186,7 +202,9 @@ def op_cases() -> Iterator[OpCase]:
     yield _rope(32, 8, 128)
     yield _cross_entropy(128_256)
     yield _linear_cross_entropy(4096, 128_256)
-    yield from map(_rms_norm, (768, 1024, 1280, 1600, 2048, 8192, 16384, 32768))
+    yield from map(_rms_norm, (768, 1024, 1280, 1600, 2048, 8192))
+    # Fewer tokens: in float64 all of them would take more memory than there is.
+    yield from (_rms_norm(width, TOKENS * 8192 // width) for width in (16384, 32768))
     yield from map(_add_rms_norm, (1600, 8192))
     yield from map(_swiglu, (3072, 6400))
     yield _rope(12, 12, 64)

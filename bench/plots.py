@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 Stages = Mapping[str, Sequence[Row]]
 """The rows of each stage."""
 OWN = "tilewright"
+DIRECTIONS = ("forward", "backward")
+TEXTS = ("stories", "packages")
 
 
-def _figure(panels: int = 1) -> "tuple[Figure, list[Axes]]":
+def _figure(panels: int = 1, width: float = 6.5, height: float = 4.5) -> "tuple[Figure, list[Axes]]":
     # Without pyplot, no state outlives the call.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
 
 
@@ -33,25 +35,62 @@ def _series(rows: Iterable[Row], op: str, value: str) -> dict[str, list[tuple[fl
     return {variant: sorted(points) for variant, points in found.items()}
 
 
-def _draw_lines(axes: "Axes", series: Mapping[str, Sequence[tuple[float, float]]], **labels: str) -> None:
-    for variant, points in series.items():
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, marker="o", ms=3, lw=2 if variant == OWN else 1, zorder=3 if variant == OWN else 2, label=variant)
+def _colours(variants: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each variant, ours first: the same one in all panels."""
+    ordered = dict.fromkeys([OWN, *variants])
+    return {variant: f"C{i % 10}" for i, variant in enumerate(ordered)}
+
+
+def _sizes_as_ticks(axes: "Axes", sizes: Iterable[float]) -> None:
+    # Those that were measured; of near neighbours one is named, the others have marks.
+    named: list[float] = []
+    for size in sorted(set(sizes)):
+        if not named or size >= 1.5 * named[-1]:
+            named.append(size)
     axes.set_xscale("log", base=2)
-    axes.set(**labels)
-    axes.set_ylim(0, 1.1 * max(y for points in series.values() for _, y in points))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.set_xticks(named, [f"{size:,.0f}" for size in named])
+    axes.set_xticks(sorted(set(sizes)), minor=True)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
+    axes.tick_params(axis="x", labelsize="small")
 
 
-def _panels(rows: Sequence[Row], ops: Sequence[str], value: str, title: str, **labels: str) -> "Figure | None":
-    series = {op: found for op in ops if (found := _series(rows, op, value))}
+def _panels(
+    rows: Sequence[Row],
+    ops: Mapping[str, str],
+    value: str,
+    ceiling: tuple[str, float] | None = None,
+    **labels: str,
+) -> "Figure | None":
+    """Draw `value` over size, a line for each variant and a panel for each of `ops`, under what none can pass."""
+    series = {title: found for op, title in ops.items() if (found := _series(rows, op, value))}
     if not series:
         return None
-    figure, axes = _figure(len(series))
-    for axis, (op, lines) in zip(axes, series.items(), strict=True):
-        _draw_lines(axis, lines, title=f"{op}: {title}", **labels)
+    figure, panels = _figure(len(series))
+    colours = _colours(variant for lines in series.values() for variant in lines)
+    for axes, (title, lines) in zip(panels, series.items(), strict=True):
+        for variant, points in lines.items():
+            ours = variant == OWN
+            axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2.5 if ours else 1.2, color=colours[variant],
+                      zorder=3 if ours else 2)  # fmt: skip
+        if ceiling is not None:
+            axes.axhline(ceiling[1], color="black", lw=1, ls="--")
+        _sizes_as_ticks(axes, (size for points in lines.values() for size, _ in points))
+        axes.set(title=title, **labels)
+        axes.set_ylim(0, 1.05 * max(*(y for points in lines.values() for _, y in points), ceiling[1] if ceiling else 0))
+        axes.grid(alpha=0.3)
+    _legend(figure, {variant: colours[variant] for lines in series.values() for variant in lines}, ceiling and ceiling[0])
     return figure
+
+
+def _legend(figure: "Figure", colours: Mapping[str, str], ceiling: str | None = None) -> None:
+    # Beside the panels, where it hides no line.
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=colours[variant], lw=2.5 if variant == OWN else 1.2, marker="o", ms=4, label=variant)
+             for variant in sorted(colours, key=lambda variant: variant != OWN)]  # fmt: skip
+    if ceiling is not None:
+        lines.append(Line2D([], [], color="black", lw=1, ls="--", label=ceiling))
+    figure.legend(handles=lines, loc="outside right upper", fontsize="small")
 
 
 def _ceilings(stages: Stages) -> dict[str, tuple[float, float | None]]:
@@ -69,7 +108,7 @@ def roofline(stages: Stages) -> "Figure | None":
     """Draw every op of ours under the roof of the measured ceilings and that of the datasheet (Williams et al. 2009)."""
     rows = [row for stage in ("kernels", "attention") for row in stages.get(stage, ())]
     points = [
-        (row["tflop_per_s"] * 1e3 / row["gb_per_s"], row["tflop_per_s"], str(row.get("op", "attention")).split()[0])
+        (row["tflop_per_s"] * 1e3 / row["gb_per_s"], row["tflop_per_s"], _kind(row))
         for row in rows
         if row.get("variant") == OWN and row.get("tflop_per_s") and row.get("gb_per_s")
     ]
@@ -92,24 +131,61 @@ def roofline(stages: Stages) -> "Figure | None":
     return figure
 
 
+def _kind(row: Row) -> str:
+    case = str(row.get("case", ""))
+    return "decoding" if case.startswith("attention") and " T1 " in case else case.split()[0] if case else ""
+
+
 def attention(stages: Stages) -> "Figure | None":
     """Draw the speed of causal attention over the length of the sequence."""
-    ops = [f"attention K128 {direction}" for direction in ("forward", "backward")]
-    labels = {"xlabel": "tokens of a sequence", "ylabel": "TFLOP/s"}
-    return _panels(stages.get("attention", ()), ops, "tflop_per_s", "TFLOP/s over length", **labels)
+    ops = {f"attention K128 {direction}": f"causal attention, head dim 128, {direction}" for direction in DIRECTIONS}
+    labels = {"xlabel": "tokens of a sequence, 16,384 in all or one sequence", "ylabel": "TFLOP/s"}
+    product = _ceilings(stages).get("product")
+    ceiling = ("bfloat16 product, same run", product[0] / 1e12) if product else None
+    return _panels(stages.get("attention", ()), ops, "tflop_per_s", ceiling, **labels)
 
 
 def bandwidth(stages: Stages) -> "Figure | None":
     """Draw the bandwidth of RMSNorm over its width."""
-    ops = [f"rms_norm {direction}" for direction in ("forward", "backward")]
-    return _panels(stages.get("kernels", ()), ops, "gb_per_s", "GB/s over width", xlabel="width", ylabel="GB/s")
+    ops = {f"rms_norm {direction}": f"rms_norm, {direction}" for direction in DIRECTIONS}
+    copy = _ceilings(stages).get("copy")
+    ceiling = ("copy, same run", copy[0] / 1e9) if copy else None
+    return _panels(stages.get("kernels", ()), ops, "gb_per_s", ceiling, xlabel="width", ylabel="GB/s")
 
 
 def memory(stages: Stages) -> "Figure | None":
     """Draw what the losses hold beyond their inputs over the vocabulary, each at the width of the model that has it."""
-    ops = ("cross_entropy both", "linear_cross_entropy both")
-    labels = {"xlabel": "vocabulary (tokens), of models of several widths", "ylabel": "GB (1e9 bytes)"}
-    return _panels(stages.get("kernels", ()), ops, "peak_gb", "memory over vocabulary", **labels)
+    ops = {f"{op} both": f"{op}, forward and backward" for op in ("cross_entropy", "linear_cross_entropy")}
+    labels = {"xlabel": "vocabulary (tokens), of models of several widths", "ylabel": "GB (1e9 bytes) beyond the inputs"}
+    return _panels(stages.get("kernels", ()), ops, "peak_gb", None, **labels)
+
+
+def tokenizer(stages: Stages) -> "Figure | None":
+    """Draw the throughput of every library at every job, fastest first, on the two texts that are no edge cases."""
+    speeds: dict[str, dict[str, dict[str, float]]] = {}
+    for row in stages.get("tokenizer", ()):
+        job, _, text = str(row.get("case", "")).rpartition(", ")
+        kind = text.rpartition(" of ")[2]
+        if row.get("mb_per_s") and kind in TEXTS:
+            speeds.setdefault(job, {}).setdefault(str(row.get("variant")), {})[kind] = row["mb_per_s"]
+    if not speeds:
+        return None
+    figure, panels = _figure(len(speeds), width=3.2, height=3.6)
+    for axes, (job, libraries) in zip(panels, speeds.items(), strict=True):
+        names = sorted(libraries, key=lambda name: max(libraries[name].values()))
+        for i, kind in enumerate(TEXTS):
+            places = [place + 0.2 - 0.4 * i for place in range(len(names))]
+            values = [libraries[name].get(kind, 0.0) for name in names]
+            axes.barh(places, values, height=0.4, color=f"C{i}", label=kind if axes is panels[0] else None)
+        axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize="small")
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text().startswith(OWN) else "normal")
+        axes.set_title(job, fontsize="medium")
+        axes.set_xlabel("MB/s")
+        axes.grid(alpha=0.3, axis="x")
+        axes.set_axisbelow(True)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
 
 
 PLOTS: dict[str, Callable[[Stages], "Figure | None"]] = {
@@ -118,6 +194,8 @@ PLOTS: dict[str, Callable[[Stages], "Figure | None"]] = {
     "bandwidth": bandwidth,
     "memory": memory,
 }
+"""Of a run on a GPU."""
+ANYWHERE: dict[str, Callable[[Stages], "Figure | None"]] = {"tokenizer": tokenizer}
 
 
 def draw_plots(stages: Stages, folder: Path, prefix: str) -> dict[str, Path]:
@@ -129,7 +207,7 @@ def draw_plots(stages: Stages, folder: Path, prefix: str) -> dict[str, Path]:
         matplotlib.rcdefaults()
         # Names of elements from their content, text as text, and no date: the same bytes every time.
         matplotlib.rcParams.update({"svg.hashsalt": "tilewright", "svg.fonttype": "none"})
-        for name, plot in PLOTS.items():
+        for name, plot in (PLOTS | ANYWHERE).items():
             figure = plot(stages)
             if figure is not None:
                 drawn[name] = folder / f"{prefix}-{name}.svg"

@@ -103,7 +103,7 @@ def newest(runs: Sequence[Run], stage: str) -> list[tuple[Run, list[Row]]]:
             found.append((run, new))
         if found and stage in OF_ONE_RUN:
             break
-        seen |= {row.get("case") for row in measured}
+        seen |= {row.get("case") for row in measured if not row.get("preliminary")}
     return found
 
 

@@ -1,9 +1,10 @@
 """The files that runs of the bench leave: JSON lines, first the machine, then every row."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..files import require_file
@@ -66,12 +67,25 @@ def _rows(path: Path) -> Iterator[Row]:
         yield row
 
 
+def settled(rows: Sequence[Row]) -> list[Row]:
+    """Return `rows` without preliminary ones in whose place, of the same stage, case and variant, came better ones."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row.get("stage"), row.get("case"), row.get("variant")
+
+    final = {key(row) for row in rows if not row.get("preliminary") and "not_measured" not in row}
+    return [row for row in rows if not row.get("preliminary") or key(row) not in final]
+
+
 def read_run(path: Path) -> Run:
-    """Return the run in a file; a last line that is cut off is left out, any other that is no JSON is a `UserError`."""
+    """Return the run in a file; a last line that is cut off is left out, any other that is no JSON is a `UserError`.
+
+    Preliminary rows are left out where better ones came.
+    """
     rows = list(_rows(require_file(path, "file of results", "make one with `tilewright bench`")))
     if not rows or rows[0].get("stage") != "machine":
         raise UserError(f"{path} is not a file of results: its first line does not name the machine")
-    return Run(path, rows[0], tuple(rows[1:]))
+    return Run(path, rows[0], tuple(settled(rows[1:])))
 
 
 def read_runs(folder: Path) -> list[Run]:

@@ -1,6 +1,8 @@
 """The stages of the bench, in the order in which they run, and the time that each has."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +33,9 @@ class Stage:
     """What it measures, as it is named where it is left out."""
     jobs: Callable[[Device], Iterator[Job]]
     gpu_s: float
-    """Seconds that it has in a run of all stages on a GPU; what one leaves goes to the next."""
+    """Seconds that it has in a run of all stages on a GPU; what one leaves goes to the next.
+
+    0 where any CPU will do: it has what is left."""
     cpu_s: float | None = None
     """The same on a machine without one; None where it means nothing there."""
     on_any_machine: bool = False
@@ -42,6 +46,7 @@ class Stage:
 
 
 TESTS = Path(__file__).parent.parent / "tests"
+NAMED_FAILURES = 20
 
 
 def count_outcomes(lines: Iterable[str]) -> dict[str, int]:
@@ -52,6 +57,12 @@ def count_outcomes(lines: Iterable[str]) -> dict[str, int]:
     return {title: words.count(word) for word, title in titles.items()}
 
 
+def failures(lines: Iterable[str]) -> str | None:
+    """Return the first tests that `pytest -v` says failed; None where none did."""
+    found = [re.search(r"(\S+::.*) (?:FAILED|ERROR)\b", line) for line in lines]
+    return ", ".join([match[1] for match in found if match][:NAMED_FAILURES]) or None
+
+
 def _tests() -> Rows:
     row: Row = {"case": "GPU-marked tests"}
     if not TESTS.is_dir():
@@ -59,18 +70,26 @@ def _tests() -> Rows:
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", str(TESTS)]
     lines: list[str] = []
-    with subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 lines.append(line.strip())
             variant = "passed" if process.wait() == 0 else "FAILED"
         except BaseException as reason:
-            process.kill()
+            # With the compilers and the other processes that tests start.
+            os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(reason, TimeOver):
                 raise
             variant = "cut off: no time left"
-    yield row | {"variant": variant, **count_outcomes(lines), "summary": lines[-1][:200] if lines else ""}
+    yield row | {
+        "variant": variant,
+        **count_outcomes(lines),
+        "failures": failures(lines),
+        "summary": lines[-1][:200] if lines else "",
+    }
 
 
 def _inspect(architecture: str) -> Rows:
@@ -108,7 +127,7 @@ STAGES: dict[str, Stage] = {
         90,
         needs=_CEILINGS,
     ),
-    "training": Stage("training steps and their MFU", lambda on: training_jobs(on.device), 110, 60),
+    "training": Stage("training steps and their MFU", lambda on: training_jobs(on.device), 145, 60),
     "generation": Stage(
         "generation beside what bandwidth allows",
         lambda on: generation_jobs(on.device, on.ceilings if on.device.type == "cuda" else None),
@@ -117,10 +136,10 @@ STAGES: dict[str, Stage] = {
         needs=_CEILINGS,
     ),
     "memory": Stage("peaks of memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
-    "accounting": Stage("FLOPs by formula and as PyTorch counts them", lambda on: accounting_jobs(), 10, 40, True),
-    "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 20, 150, True),
+    "accounting": Stage("FLOPs by formula and as PyTorch counts them", lambda on: accounting_jobs(), 5, 40, True),
+    "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 0, 150, True),
     "overhead": Stage("what the training loop adds to a step", lambda on: overhead_jobs(on.device), 45, 60),
-    "tokenizer": Stage("the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 10, 240, True),
+    "tokenizer": Stage("the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 0, 240, True),
     "tokenizer-long": Stage(
         "the tokenizer on 100 MB and on lines without a break",
         lambda on: iter([Job("tokenizer", partial(bench_tokenizer, LONG))]),

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -42,16 +43,35 @@ def sample(function: Callable[[], object], device: torch.device, calls: int = 1)
 
 
 def time_variants(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 5, calls: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 5,
+    calls: int = 1,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Times]:
     """Time each variant in each of `rounds` rounds, in turn, so that a drift of the machine's speed touches all alike.
 
-    Every variant is called once beforehand, to compile. On a CPU a round is `calls` calls.
+    Every variant is called once beforehand, to compile. On a CPU a round is `calls` calls. With `failed`, one that fails is
+    left out from then on, and is told there with the reason.
     """
-    for function in variants.values():
-        function()
     samples: dict[str, list[float]] = {name: [] for name in variants}
+
+    def take(name: str, times: Callable[[], list[float]]) -> None:
+        try:
+            samples[name] += times()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+            del samples[name]
+
+    def compile_first(name: str) -> list[float]:
+        variants[name]()
+        return []
+
+    for name in variants:
+        take(name, partial(compile_first, name))
     for _ in range(rounds):
-        for name, function in variants.items():
-            samples[name] += sample(function, device, calls)
+        for name in [*samples]:
+            take(name, partial(sample, variants[name], device, calls))
     return {name: quantiles(values) for name, values in samples.items()}

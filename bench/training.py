@@ -3,76 +3,29 @@
 import dataclasses
 import gc
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
-from ..kernels import use_backend
 from ..kernels.device import gpu_of
-from ..kernels.dispatch import Backend
-from ..model import ModelConfig, TransformerLM
-from ..model.accounting import Policy, forward_flops_by_group, model_flops, operations, roofline
-from ..train import TrainConfig, preset
-from ..train.data.sampling import TrainingData
-from ..train.data.token_file import TokenDataset, write_tokens
-from ..train.device import resolve_device
+from ..model import ModelConfig
+from ..model.accounting import forward_flops_by_group, model_flops, operations, roofline, training_memory
+from ..train import preset
 from ..train.profile import breakdown, profiled_events
 from ..train.trainer import Trainer
-from .jobs import Job, Row, Rows
+from .jobs import Job, Row, Rows, clean_up
 from .timing import quantiles
+from .trainers import OWN_POLICY, TORCH_POLICY, VARIANTS, config_for, counted_flops, random_trainer
 
-VARIANTS: Mapping[str, tuple[Backend, bool]] = {
-    "eager": ("reference", False),
-    "compile + kernels": ("auto", True),
-    "compile": ("reference", True),
-}
-"""Which backend the kernels have, and whether the step is compiled."""
-# The model as it is: its vocabulary padded.
-OWN_POLICY = Policy(vocabulary="padded")
 LAPS = 5
 LAP_SECONDS = 0.2
 PROFILED_STEPS = 2
-
-
-@contextmanager
-def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
-    """Make a trainer on random tokens, without a run's folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "random.tokens"
-        write_tokens(path, [np.random.default_rng(0).integers(0, config.model.vocab_size, 2**20)], config.model.vocab_size)
-        data = TokenDataset(path)
-        samples = TrainingData((data,), config.model.context_length, config.seed)
-        # Weights are drawn where they are needed: a CPU takes longer for billions of them than the steps take.
-        with resolve_device(config.device):
-            trainer = Trainer(config, samples, data)
-        try:
-            yield trainer
-        finally:
-            trainer.close()
-
-
-def config_for(name: str, device: torch.device, batch_size: int, **changes: Any) -> TrainConfig:
-    """Return a preset with one micro-batch of `batch_size` sequences a step."""
-    return dataclasses.replace(preset(name), batch_size=batch_size, micro_batch_size=None, device=str(device), **changes)
-
-
-@cache
-def counted_flops(model: ModelConfig) -> int:
-    """Return the FLOPs of one sequence, forward and backward, as PyTorch counts them, on tensors that hold nothing."""
-    with torch.device("meta"):
-        meta = TransformerLM(model)
-        tokens = torch.zeros(1, model.context_length, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        meta(tokens).sum().backward()
-    return counter.get_total_flops()
+# The rest is for the allocator's gaps and cuBLAS's workspaces. A variant that does not fit after all is measured alone.
+USABLE_MEMORY = 0.95
 
 
 def _synchronise(device: torch.device) -> None:
@@ -95,6 +48,8 @@ def _profile(trainer: Trainer, step_s: float) -> dict[str, float]:
     activity, is_gpu = torch.profiler.ProfilerActivity, trainer.device.type == "cuda"
     with torch.profiler.profile(activities=[activity.CUDA if is_gpu else activity.CPU]) as profiler:
         _seconds(trainer, PROFILED_STEPS)
+    if is_gpu and not any(event.device_type == DeviceType.CUDA for event in profiler.events() or ()):
+        raise RuntimeError("the profiler saw no kernel")
     # On a CPU the profiler slows down what it looks at: shares are then of the steps that it saw.
     groups = breakdown(profiled_events(profiler), seconds=PROFILED_STEPS * step_s if is_gpu else None)
     return {name: seconds / sum(groups.values()) for name, seconds in groups.items()}
@@ -112,76 +67,184 @@ def lost_shares(shares: Mapping[str, float], ideal: Mapping[str, float]) -> dict
     return {name: share - ideal.get(name, 0.0) for name, share in shares.items()}
 
 
-def _measure(config: TrainConfig, case: str, variant: str) -> Rows:
-    batch, model = config.batch_size, config.model
-    assert batch != "auto"
-    start = time.perf_counter()
+@dataclasses.dataclass
+class Entrant:
+    """A variant whose trainer has compiled its step, if it does, and taken some."""
+
+    variant: str
+    trainer: Trainer
+    lap_steps: int
+    ready_s: float
+    """Seconds until it had taken its first step."""
+    peak_gb: float | None
+    """The most that it held at once, without what others hold; None on a CPU."""
+    times_ms: list[float] = dataclasses.field(default_factory=list)
+
+    def lap(self) -> None:
+        """Take some steps on the clock."""
+        with VARIANTS[self.variant].running():
+            self.times_ms.append(1e3 * _seconds(self.trainer, self.lap_steps) / self.lap_steps)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def entrant(name: str, variant: str, device: torch.device, batch: int) -> Iterator[Entrant]:
+    """Make a variant ready for its laps."""
+    config = config_for(name, device, batch, compile=VARIANTS[variant].compiled)
+    # What is left of one that failed would be freed meanwhile.
+    gc.collect()
+    start, before = time.perf_counter(), _allocated(device)
     with random_trainer(config) as trainer:
-        device, gpu = trainer.device, gpu_of(trainer.device)
-        _seconds(trainer, 1)
-        ready_s = time.perf_counter() - start
-        steps = max(1, math.ceil(LAP_SECONDS / _seconds(trainer, 1)))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = quantiles([1e3 * _seconds(trainer, steps) / steps for _ in range(LAPS)])
-        step_s = times.p50_ms * 1e-3
-        peak_memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-        flops = model_flops(operations(model, batch))
-        peak = gpu and gpu.peak_flops("bf16" if trainer.dtype == torch.bfloat16 else "fp32")
-        bound = gpu and roofline(model, gpu, batch, policy=OWN_POLICY)
-        row: Row = {
-            "case": case,
-            "variant": variant,
-            **dataclasses.asdict(times),
-            "tokens_per_s": config.tokens_per_step / step_s,
-            "formula_tflop": flops / 1e12,
-            "counted_tflop": batch * counted_flops(model) / 1e12,
-            "tflop_per_s": flops / step_s / 1e12,
-            "mfu": flops / step_s / peak if peak else None,
-            "bound_ms": bound.seconds * 1e3 if bound else None,
-            "share_of_datasheet": bound.seconds / step_s if bound else None,
-            "best_mfu": bound.best_mfu if bound else None,
-            "ready_s": ready_s,
-            "peak_gb": peak_memory,
-        }
-        if bound and bound.seconds > step_s:
-            row["suspicious"] = "above the datasheet: a measuring error"
-        yield row
+        with VARIANTS[variant].running():
+            _seconds(trainer, 1)
+            ready_s = time.perf_counter() - start
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            # The first steps may yet choose algorithms.
+            step_s = min(_seconds(trainer, 1) for _ in range(2))
+        peak_gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9 if device.type == "cuda" else None
+        yield Entrant(variant, trainer, max(1, math.ceil(LAP_SECONDS / step_s)), ready_s, peak_gb)
+
+
+def _speed(case: str, entrant: Entrant, measured: str) -> Row:
+    config, times = entrant.trainer.config, quantiles(entrant.times_ms)
+    batch, model, step_s = config.batch_size, config.model, times.p50_ms * 1e-3
+    assert batch != "auto"
+    flops, gpu, peak = model_flops(operations(model, batch)), gpu_of(entrant.trainer.device), _peak(entrant.trainer)
+    bound = gpu and roofline(model, gpu, batch, policy=OWN_POLICY)
+    row: Row = {
+        "case": case,
+        "variant": entrant.variant,
+        **dataclasses.asdict(times),
+        "tokens_per_s": config.tokens_per_step / step_s,
+        "formula_tflop": flops / 1e12,
+        "counted_tflop": batch * counted_flops(model) / 1e12,
+        "tflop_per_s": flops / step_s / 1e12,
+        "mfu": flops / step_s / peak if peak else None,
+        "bound_ms": bound.seconds * 1e3 if bound else None,
+        "share_of_datasheet": bound.seconds / step_s if bound else None,
+        "best_mfu": bound.best_mfu if bound else None,
+        "ready_s": entrant.ready_s,
+        "peak_gb": entrant.peak_gb,
+        "measured": measured,
+    }
+    if bound and bound.seconds > step_s:
+        row["suspicious"] = "above the datasheet: a measuring error"
+    return row
+
+
+def _peak(trainer: Trainer) -> float | None:
+    gpu = gpu_of(trainer.device)
+    return gpu and gpu.peak_flops("bf16" if trainer.dtype == torch.bfloat16 else "fp32")
+
+
+def _where_the_time_goes(case: str, entrant: Entrant) -> Rows:
+    trainer, model, batch = entrant.trainer, entrant.trainer.config.model, entrant.trainer.config.batch_size
+    assert batch != "auto"
+    step_s = quantiles(entrant.times_ms).p50_ms * 1e-3
+    with VARIANTS[entrant.variant].running():
         shares = _profile(trainer, step_s)
-    yield {"case": case, "variant": variant, "table": "where the time of a step goes", **shares}
-    if peak:
-        mfu = flops / step_s / peak
+    row = {"case": case, "variant": entrant.variant}
+    yield row | {"table": "where the time of a step goes", **shares}
+    if peak := _peak(trainer):
+        mfu = model_flops(operations(model, batch)) / step_s / peak
         attention = 3 * batch * forward_flops_by_group(model)["attention"] / step_s / peak
-        losses = {"mfu": mfu, **lost_shares(shares, {"attention": attention, "matmul": mfu - attention})}
-        yield {"case": case, "variant": variant, "table": "what the MFU is lost to", **losses}
+        losses = lost_shares(shares, {"attention": attention, "matmul": mfu - attention})
+        yield row | {"table": "what the MFU is lost to", "mfu": mfu, **losses}
 
 
-def bench_training(name: str, variant: str, device: torch.device, batch_size: int | None = None) -> Rows:
-    """Yield the speed of a preset's steps on random tokens, at its micro-batch, or half of it as often as memory demands."""
+def _free_memory(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def fit_together(model: ModelConfig, batch: int, device: torch.device, variants: Sequence[str]) -> bool:
+    """Return whether the weights and the optimizer's state of all variants have room beside the activations of one."""
+    policies = [OWN_POLICY if VARIANTS[variant].kernels else TORCH_POLICY for variant in variants]
+    held = [training_memory(model, batch, policy=policy) for policy in policies]
+    states = [memory.weights + memory.master_weights + memory.optimizer_state for memory in held]
+    working = max(memory.peak - state for memory, state in zip(held, states, strict=True))
+    return sum(states) + working <= USABLE_MEMORY * _free_memory(device)
+
+
+def _case(name: str, batch: int) -> str:
+    return f"training {name} batch {batch}x{preset(name).model.context_length}"
+
+
+def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[str], too_large: list[str]) -> Rows:
+    """Yield the rows of variants that take turns, lap by lap; of those for which memory did not suffice tell `too_large`."""
+    case = _case(name, batch)
+    failed: dict[str, str] = {}
+
+    @contextmanager
+    def failing_alone(variant: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            too_large.append(variant)
+        except Exception as error:  # one variant's failure is a result, and not the end of the others
+            failed[variant] = f"{type(error).__name__}: {error}"[:300]
+
+    with ExitStack() as trainers:
+        ready: list[Entrant] = []
+        for variant in variants:
+            with failing_alone(variant):
+                each = trainers.enter_context(entrant(name, variant, device, batch))
+                ready.append(each)
+                if len(variants) > 1:
+                    # Should the time be over before the next one is compiled, this is what is known.
+                    each.lap()
+                    yield _speed(case, each, "alone") | {"preliminary": True}
+                    each.times_ms.clear()
+        for each in ready * LAPS:
+            if each.variant not in failed and each.variant not in too_large:
+                with failing_alone(each.variant):
+                    each.lap()
+        ready = [each for each in ready if each.variant not in failed and each.variant not in too_large]
+        for each in ready:
+            yield _speed(case, each, "in turns" if len(ready) > 1 else "alone")
+        for each in ready:
+            with failing_alone(each.variant):
+                yield from _where_the_time_goes(case, each)
+    for variant, reason in failed.items():
+        yield {"case": case, "variant": variant, "not_measured": reason}
+
+
+def _alone(name: str, batch: int, device: torch.device, variant: str) -> Rows:
+    """Yield the rows of one variant, at half the batch as often as memory demands."""
+    while batch:
+        clean_up(device)
+        too_large: list[str] = []
+        yield from _in_turns(name, batch, device, [variant], too_large)
+        if not too_large:
+            return
+        yield {"case": _case(name, batch), "variant": variant, "not_measured": "more memory than there is"}
+        batch //= 2
+
+
+def bench_training(name: str, device: torch.device, variants: Sequence[str], batch_size: int | None = None) -> Rows:
+    """Yield the speed of a preset's steps on random tokens, at its micro-batch: of all variants in turns, if memory allows.
+
+    Where it does not, or not for one of them, each is measured alone.
+    """
     base = preset(name)
-    backend, compiled = VARIANTS[variant]
     batch = batch_size or base.micro_batch_size or base.batch_size
     assert batch != "auto"
-    while batch:
-        case = f"training {name} batch {batch}x{base.model.context_length}"
-        try:
-            with use_backend(backend):
-                yield from _measure(config_for(name, device, batch, compile=compiled), case, variant)
-            return
-        except torch.cuda.OutOfMemoryError:
-            yield {"case": case, "variant": variant, "not_measured": "more memory than there is"}
-        # Outside of the handler, which keeps the tensors of the step alive.
-        gc.collect()
-        torch.cuda.empty_cache()
-        batch //= 2
+    left = [*variants]
+    if len(variants) > 1 and fit_together(base.model, batch, device, variants):
+        left = []
+        yield from _in_turns(name, batch, device, variants, left)
+    for variant in left:
+        yield from _alone(name, batch, device, variant)
 
 
 def training_jobs(device: torch.device) -> Iterator[Job]:
     """Yield the measuring of each preset in each form; on a CPU the demo's as it runs there."""
     if device.type != "cuda":
-        yield Job("training stories-cpu", partial(bench_training, "stories-cpu", "eager", device))
+        yield Job("training stories-cpu", partial(bench_training, "stories-cpu", device, ("eager",)))
         return
     # Compiling gpt2-xl may take all the time that there is: what is known sooner comes first.
     for name in ("gpt2-small", "gpt2-xl", "tinystories-17m"):
-        for variant in VARIANTS:
-            yield Job(f"training {name}, {variant}", partial(bench_training, name, variant, device))
+        yield Job(f"training {name}", partial(bench_training, name, device, tuple(VARIANTS)))

@@ -3,6 +3,7 @@ import math
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,15 @@ def test_an_interruption_goes_through():
         next(rows)
 
 
-def test_a_job_is_cut_off_at_the_deadline_and_later_ones_are_named():
+@pytest.fixture
+def clock(monkeypatch):
+    """A monotonic clock that stands at `clock.now`; alarms go by the real one."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_job_is_cut_off_at_the_deadline_and_later_ones_are_named(clock):
     handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
 
     def hang():
@@ -64,7 +73,10 @@ def test_a_job_is_cut_off_at_the_deadline_and_later_ones_are_named():
                 time.sleep(60)
 
     both = [job("a", {"x": 1}, then=hang), job("b", {"x": 2})]
-    rows = list(run_jobs(both, CPU, deadline=time.monotonic() + 0.2))
+    rows = []
+    # Before the second row there is little time left, and after it none.
+    for row, clock.now in zip(run_jobs(both, CPU, deadline=1000), (999.9, 1000, 1000), strict=True):
+        rows.append(row)
     assert rows == [
         {"case": "a", "x": 1},
         {"case": "a", "not_measured": "cut off: no time left for it"},
@@ -76,30 +88,35 @@ def test_a_job_is_cut_off_at_the_deadline_and_later_ones_are_named():
 
 
 def test_an_alarm_that_is_lost_in_a_finaliser_rings_again(monkeypatch):
-    monkeypatch.setattr(jobs, "RING_AGAIN_S", 0.1)
+    timers = []
+    monkeypatch.setattr(signal, "setitimer", lambda _, *times: timers.append(times) or (0.0, 0.0))
 
     class Finalised:
         def __del__(self):
             # Of what is raised here Python only tells.
-            time.sleep(60)
+            signal.raise_signal(signal.SIGALRM)
 
     def lose():
         Finalised()
-        time.sleep(60)
+        assert told == [TimeOver]
+        signal.raise_signal(signal.SIGALRM)
 
     monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(lost.exc_type))
     told = []
-    rows = list(run_jobs([job("a", then=lose)], CPU, deadline=time.monotonic() + 0.05))
+    rows = list(run_jobs([job("a", then=lose)], CPU, deadline=time.monotonic() + 1000))
     assert rows == [{"case": "a", "not_measured": "cut off: no time left for it"}]
-    assert told == [TimeOver]
-    assert signal.getitimer(signal.ITIMER_REAL)[1] == 0
+    set_up, put_out = timers
+    assert set_up == (pytest.approx(1000, abs=100), jobs.RING_AGAIN_S)
+    assert put_out == (0,)
 
 
-def test_a_row_that_is_being_written_is_not_cut_off():
-    rows = run_jobs([job("a", {"x": 1}, {"x": 2})], CPU, deadline=time.monotonic() + 0.05)
-    assert next(rows)["x"] == 1
-    time.sleep(0.1)
-    assert signal.getsignal(signal.SIGALRM) is not None
+def test_a_row_that_is_being_written_is_not_cut_off(clock):
+    handler = signal.getsignal(signal.SIGALRM)
+    rows = run_jobs([job("a", {"x": 1}, {"x": 2})], CPU, deadline=1000)
+    assert next(rows) == {"case": "a", "x": 1}
+    assert signal.getsignal(signal.SIGALRM) == handler
+    clock.now = 1001
+    # The next may be there before the alarm rings.
     assert [*rows] in ([{"case": "a", "x": 2}], [{"case": "a", "not_measured": "cut off: no time left for it"}])
 
 

@@ -1,3 +1,4 @@
+import re
 import sys
 from types import SimpleNamespace
 
@@ -17,7 +18,18 @@ COST = Cost(bytes=1000, flops=1000)
 
 def case(missing=(), **variants):
     own = {"torch": lambda x: x * 2, **variants}
-    return OpCase("double 4x8", lambda device: (torch.randn(4, 8).bfloat16(),), own, COST, COST, COST, (), dict(missing), 8)
+    return OpCase(
+        "double 4x8",
+        lambda device: (torch.randn(4, 8).bfloat16(),),
+        own,
+        lambda x: x * 2,
+        COST,
+        COST,
+        COST,
+        (),
+        dict(missing),
+        8,
+    )
 
 
 def test_every_direction_of_every_variant_is_timed(device):
@@ -46,19 +58,46 @@ def test_a_wrong_or_failing_variant_is_named_instead_of_timed():
         def backward(ctx, dy):
             return dy * torch.nan
 
-    variants = {"wrong": lambda x: x * 2.1, "nan": lambda x: x * torch.nan, "failing": failing}
+    variants = {"wrong": lambda x: x * 3, "nan": lambda x: x * torch.nan, "failing": failing}
     variants["wrong gradient"] = WrongGradient.apply
     rows = list(bench_case(case({"peer": "not installed"}, **variants), torch.device("cpu"), CEILINGS))
     reasons = {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row}
     assert reasons == {
         "peer": "not installed",
-        "wrong": "wrong: result 0 has more than twice PyTorch's error",
-        "nan": "wrong: result 0 has more than twice PyTorch's error",
-        "wrong gradient": "wrong: gradient 0 has more than twice PyTorch's error",
+        "wrong": reasons["wrong"],
+        "nan": reasons["nan"],
+        "wrong gradient": reasons["wrong gradient"],
         "failing": "RuntimeError: no such shape",
     }
+    off = r"is off by \S+ times what rounding explains, where values are up to"
+    assert re.match(f"wrong: result 0 {off}", reasons["wrong"])
+    assert reasons["nan"].startswith("wrong: result 0 is off by nan times")
+    assert re.match(f"wrong: gradient 0 {off}", reasons["wrong gradient"])
     timed = {(row["variant"], row["case"].split()[-1]) for row in rows if "p50_ms" in row}
     assert timed == {("torch", "forward"), ("torch", "backward"), ("torch", "both"), ("wrong gradient", "forward")}
+
+
+def test_a_variant_that_is_less_exact_than_rounding_is_timed_with_a_note():
+    rows = list(bench_case(case(rounded=lambda x: x * 2 * 1.02), torch.device("cpu"), Ceilings(1e12, 1e12)))
+    notes = {row["variant"]: row.get("suspicious") for row in rows if row["case"].endswith("both")}
+    assert notes["torch"] is None
+    assert re.match(r"result 0 is off by [\d.]+ times .*; gradient 0 is off by", notes["rounded"])
+
+
+def test_a_variant_that_fails_while_it_is_timed_is_named():
+    calls = []
+
+    def tiring(x):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.cuda.OutOfMemoryError("of late")
+        return x * 2
+
+    rows = list(bench_case(case(tiring=tiring), torch.device("cpu"), CEILINGS))
+    assert [row for row in rows if "not_measured" in row] == [
+        {"case": "double 4x8 forward", "variant": "tiring", "not_measured": "OutOfMemoryError: of late"}
+    ]
+    assert sum(row["variant"] == "torch" for row in rows) == 3
 
 
 def test_a_result_above_the_ceiling_is_flagged():

@@ -1,3 +1,6 @@
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -54,6 +57,22 @@ def test_heat_is_marked_and_a_power_limit_is_not(smi):
     assert (row["case"], row["throttled_by"], row.get("suspicious")) == ("GPU after kernels", "power limit", None)
 
 
+@pytest.mark.parametrize("answer", [None, "", "1980", "No devices were found"])
+def test_an_answer_that_is_none_is_unknown(monkeypatch, answer):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
+    monkeypatch.setattr(machine, "_output", lambda *command: answer)
+    assert gpu_state(GPU) == {}
+    assert state_row(GPU, "before")["not_measured"] == "nvidia-smi does not answer"
+
+
+def test_figures_that_are_none_are_unknown(smi):
+    smi["driver_version"] = STATE.replace("31", "ERR!")
+    smi["clocks_event_reasons.active"] = "Unknown Error"
+    state = gpu_state(GPU)
+    assert (state["temperature_c"], state["sm_mhz"], state["throttled_by"]) == (None, 1980, None)
+    assert "suspicious" not in state_row(GPU, "before")
+
+
 def test_older_drivers_have_another_name_for_the_reasons(smi):
     smi["clocks_throttle_reasons.active"] = smi.pop("clocks_event_reasons.active").replace("1", "8")
     assert gpu_state(GPU)["throttled_by"] == "hardware slowdown"
@@ -65,6 +84,20 @@ def test_without_nvidia_smi_nothing_is_known(smi):
     smi.clear()
     assert gpu_state(GPU) == {}
     assert state_row(GPU, "before") == {"case": "GPU before", "not_measured": "nvidia-smi does not answer"}
+
+
+def test_the_state_is_that_of_a_gpu_at_work(monkeypatch):
+    # On a CPU, which stands for the GPU.
+    seen = []
+    monkeypatch.setattr(machine, "LOAD", 8)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("product"))
+    monkeypatch.setattr(machine, "gpu_state", lambda device: {"throttled_by": "none", "products": len(seen)})
+    threads = threading.active_count()
+    assert state_row(torch.device("cpu"), "before")["products"] > 0
+    assert threading.active_count() == threads
+    # Nor does it matter that there is no memory for that.
+    monkeypatch.setattr(machine, "LOAD", -1)
+    assert state_row(torch.device("cpu"), "before")["case"] == "GPU before"
 
 
 def test_other_processes():

@@ -93,7 +93,8 @@ def test_the_report_of_a_gpu(results):
     (missing,) = [line for line in page.splitlines() if line.startswith("Here not measured: machine, tests, accounting")]
     assert "plot" not in missing
     pictures = sorted(path.name for path in (results.parent / "plots").iterdir())
-    assert pictures == [f"nvidia-h200-{name}.svg" for name in ("attention", "bandwidth", "memory", "roofline")]
+    of_gpu = [f"nvidia-h200-{name}.svg" for name in ("attention", "bandwidth", "memory", "roofline")]
+    assert pictures == ["a-cpu-tokenizer.svg", *of_gpu]
     for picture in pictures:
         assert f"](plots/{picture})" in page
         assert "tilewright" in (results.parent / "plots" / picture).read_text() or "roofline" in picture
@@ -103,7 +104,7 @@ def test_the_report_is_the_same_to_the_byte(results, monkeypatch):
     config = ReportConfig(results, results.parent / "RESULTS.md", results.parent / "README.md")
     run_report(config)
     first = files(results.parent)
-    assert len(first) == 5
+    assert len(first) == 6
     # Whatever is set up in this process, and whatever lay there before.
     import matplotlib
 
@@ -178,6 +179,12 @@ def test_the_newest_run_with_figures_counts(tmp_path):
         older = [(runs[0], rows(stage, "a", "c"))]
         assert newest(runs, stage) == [(runs[1], rows(stage, "b")), *(older if merged else [])]
         assert newest(runs[2:], stage) == []
+
+
+def test_a_preliminary_row_hides_no_earlier_one(tmp_path):
+    final, preliminary = ({"stage": "training", "case": "a", **rest} for rest in ({"count": 5}, {"preliminary": True}))
+    runs = [Run(tmp_path, {"date": date}, (row,)) for date, row in (("1", final), ("2", preliminary))]
+    assert newest(runs, "training") == [(runs[1], [preliminary]), (runs[0], [final])]
 
 
 def test_the_readme_is_refreshed_between_its_markers(results, capsys, monkeypatch):

@@ -38,6 +38,16 @@ def test_a_last_line_that_is_cut_off_is_left_out(tmp_path):
     assert len(read_run(path).rows) == 1
 
 
+def test_preliminary_rows_make_way_for_better_ones(tmp_path):
+    def row(variant, **rest):
+        return {"stage": "training", "case": "a", "variant": variant, **rest}
+
+    early = [row(variant, preliminary=True) for variant in "abc"]
+    late = [row("a", p50_ms=1.0), row("b", not_measured="cut off"), {**row("c", p50_ms=1.0), "case": "b"}]
+    # Of b nothing better came, and of c only in another case.
+    assert list(read_run(write(tmp_path / "r.jsonl", MACHINE, *early, *late)).rows) == [*early[1:], *late]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

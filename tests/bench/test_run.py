@@ -1,5 +1,8 @@
 import io
 import json
+import math
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import get_args
@@ -13,7 +16,7 @@ from tilewright.bench import BenchConfig, jobs, run, run_bench, stages
 from tilewright.bench.jobs import Job
 from tilewright.bench.machine import describe
 from tilewright.bench.readme import BEGIN, END, replace_block
-from tilewright.bench.stages import STAGES, Stage, chosen_stages, count_outcomes
+from tilewright.bench.stages import STAGES, Stage, chosen_stages, count_outcomes, failures
 from tilewright.cli import main
 from tilewright.errors import UserError
 
@@ -81,13 +84,23 @@ def test_what_needs_a_gpu_says_that_it_was_not_measured(tmp_path):
     assert shown.count("no NVIDIA GPU") == len(needing)
 
 
-def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tmp_path, replaced):
-    replaced("training", {"case": "first"}, then=lambda: time.sleep(0.3), cpu_s=0.1)
-    replaced("tokenizer", {"case": "second"})
-    assert [row["case"] for row in read(bench(tmp_path, "training", "tokenizer", out="named")[0])[1:]] == ["first", "second"]
-    first, cut, second = read(bench(tmp_path, "all", out="all")[0])[1:]
-    assert (first["case"], second["case"]) == ("first", "second")
-    assert cut == {"stage": "training", "case": "training", "not_measured": "cut off: no time left for it"}
+def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tmp_path, replaced, monkeypatch):
+    deadlines = []
+
+    def noted(some_jobs, device, deadline):
+        deadlines.append(deadline)
+        return jobs.run_jobs(some_jobs, device, deadline)
+
+    monkeypatch.setattr(run, "run_jobs", noted)
+    replaced("training", {"case": "first"}, cpu_s=100.0)
+    replaced("tokenizer", {"case": "second"}, cpu_s=50.0)
+    for names in (("training", "tokenizer"), ("all",)):
+        start = time.monotonic()
+        assert [row["case"] for row in read(bench(tmp_path, *names, out=names[0])[0])[1:]] == ["first", "second"]
+    assert deadlines[:2] == [math.inf] * 2
+    first, second = deadlines[2:]
+    assert start + 100 <= first <= time.monotonic() + 100
+    assert second - first == pytest.approx(50)
 
 
 @pytest.mark.parametrize("gpu", [torch.device("cuda"), torch.device("cuda", 1)])
@@ -109,6 +122,7 @@ def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
     # As PyTorch itself reads its argument: a device without a number is an error.
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
     monkeypatch.setattr(jobs, "clean_up", lambda device: None)
+    monkeypatch.setattr(jobs, "is_lost", lambda device: False)
     monkeypatch.chdir(tmp_path)
     replaced("machine", {"case": "GPU before"}, cpu_s=None)
     replaced("kernels", {"case": "a"}, cpu_s=None)
@@ -119,6 +133,60 @@ def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
     ]  # fmt: skip
     assert states == [(gpu, "after kernels")]
     assert current == ([] if gpu.index is None else [1])
+
+
+def test_a_gpu_that_a_kernel_broke_costs_one_job(tmp_path, monkeypatch):
+    turns = []
+
+    def job(name):
+        def measure():
+            turns.append(name)
+            yield {"case": name}
+
+        return Job(name, measure)
+
+    def stage(*names):
+        return Stage("jobs", lambda on: map(job, names), 10, 10)
+
+    fakes = {"kernels": stage("a", "broken", "b", "broken too", "c"), "attention": stage("d")}
+    monkeypatch.setattr(run, "STAGES", fakes)
+    monkeypatch.setattr(stages, "STAGES", fakes)
+    monkeypatch.setattr(jobs, "is_lost", lambda device: turns[-1].startswith("broken"))
+    # The new process, within this one.
+    monkeypatch.setattr(run, "_in_a_new_process", lambda path, *arguments: run._go_on(str(path), *arguments))
+    path, _ = bench(tmp_path, "kernels", "attention")
+    assert turns == ["a", "broken", "b", "broken too", "c", "d"]
+    rows = [(row["stage"], row["case"]) for row in read(path)[1:] if "not_measured" not in row]
+    assert rows == [("kernels", name) for name in turns[:-1]] + [("attention", "d")]
+    lost = [row["case"] for row in read(path) if "broke the GPU's context" in row.get("not_measured", "")]
+    assert lost == ["broken", "broken too"]
+
+
+@pytest.mark.slow
+def test_a_new_process_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"stage": "machine"}\n')
+    names = ["memory", "kernels"]
+    begin = (
+        "import math, torch; from pathlib import Path; from tilewright.bench import run; print('before');"
+        f"run._in_a_new_process(Path({str(path)!r}), {names}, torch.device('cpu'), dict.fromkeys({names}, math.inf), 0)"
+    )
+    # From a folder whose modules are no part of it.
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    done = subprocess.run([sys.executable, "-P", "-c", begin], cwd=tmp_path, capture_output=True, text=True, check=True)
+    # What was printed before is not lost.
+    assert done.stdout.startswith("before")
+    assert done.stdout.replace("\n", "").endswith(f"wrote {path}")
+    assert [(row["stage"], row.get("not_measured")) for row in read(path)] == [
+        ("machine", None), ("memory", "no NVIDIA GPU"), ("kernels", "no NVIDIA GPU"),
+    ]  # fmt: skip
+
+
+def test_a_message_that_looks_like_markup_is_shown(tmp_path, replaced):
+    replaced("tokenizer", {"case": "a", "not_measured": "OSError: [/usr/lib] [bold]"}, {"case": "[/b]", "variant": "[0/0]"})
+    _, shown = bench(tmp_path, "tokenizer")
+    assert "[/usr/lib] [bold]" in shown
+    assert "[0/0]" in shown
 
 
 def test_a_stage_that_cannot_begin_is_named(tmp_path, replaced):
@@ -167,6 +235,8 @@ def test_the_tests_outcomes_are_counted():
         "1 failed",
     ]
     assert count_outcomes(lines) == {"passed": 2, "failed": 1, "errors": 1, "skipped": 0}
+    assert failures(lines) == "tests/a.py::test_d, tests/a.py::test_e"
+    assert failures(lines[:3]) is None
 
 
 @pytest.mark.parametrize(("body", "outcome"), [("assert True", "passed"), ("assert False", "FAILED")])

@@ -16,3 +16,22 @@ def test_variants_take_turns():
     times = time_variants({name: lambda name=name: calls.append(name) for name in "ab"}, torch.device("cpu"), rounds=3, calls=2)
     assert "".join(calls) == "ab" + "aabb" * 3  # once to compile, then in turn
     assert times["a"].count == times["b"].count == 6
+
+
+def test_a_variant_that_fails_leaves_the_others_their_turns():
+    calls = []
+
+    def failing():
+        calls.append("b")
+        if calls.count("b") == 3:
+            raise RuntimeError("no memory")
+
+    variants = {"a": lambda: calls.append("a"), "b": failing, "c": lambda: calls.append("c")}
+    failed: dict[str, str] = {}
+    times = time_variants(variants, torch.device("cpu"), rounds=3, failed=failed)
+    assert "".join(calls) == "abc" + "abc" + "abc" + "ac"
+    assert failed == {"b": "RuntimeError: no memory"}
+    assert {name: one.count for name, one in times.items()} == {"a": 3, "c": 3}
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no memory"):
+        time_variants(variants, torch.device("cpu"), rounds=3)

@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from tilewright.bench.accounting import bench_accounting
 from tilewright.bench.ceilings import Ceilings
 from tilewright.bench.generation import bench_generation, generation_jobs
 from tilewright.bench.memory import CONFIGURATIONS, memory_jobs, peak_row
-from tilewright.bench.training import VARIANTS, bench_training, counted_flops, lost_shares, training_jobs
+from tilewright.bench.results import settled
+from tilewright.bench.trainers import OWN_POLICY, TORCH_POLICY, VARIANTS, Variant, config_for, counted_flops, random_trainer
+from tilewright.bench.training import Entrant, bench_training, lost_shares, training_jobs
 from tilewright.kernels import get_backend
-from tilewright.model import MODELS, ModelConfig
+from tilewright.model import MODELS, ModelConfig, TransformerLM
 from tilewright.model.accounting import generation as step_cost
-from tilewright.model.accounting import model_flops, operations
+from tilewright.model.accounting import model_flops, operations, training_memory
 from tilewright.train import PRESETS
 from tilewright.train.profile import GROUPS
 
@@ -30,11 +33,12 @@ def tiny(monkeypatch):
 
 
 def test_training_is_measured(tiny):
-    speed, where = bench_training("tiny", "eager", CPU)
+    speed, where = bench_training("tiny", CPU, ["eager"])
     assert (speed["case"], speed["variant"], speed["count"]) == ("training tiny batch 4x16", "eager", training.LAPS)
     assert speed["p20_ms"] <= speed["p50_ms"] <= speed["p80_ms"]
     assert speed["tokens_per_s"] == pytest.approx(4 * 16 / speed["p50_ms"] * 1e3)
     assert speed["formula_tflop"] * 1e12 == model_flops(operations(TINY, 4))
+    assert speed["measured"] == "alone"
     # Of a CPU no peak is known, so nothing is a share of one.
     assert [speed[name] for name in ("mfu", "bound_ms", "best_mfu", "peak_gb")] == [None] * 4
     assert where["table"] == "where the time of a step goes"
@@ -44,30 +48,119 @@ def test_training_is_measured(tiny):
     assert get_backend() == "auto"
 
 
-def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
-    tried = []
+@pytest.fixture
+def laps(tiny, monkeypatch):
+    """Three variants that need no compiler, and the laps as they are taken; a test may have one fail."""
+    monkeypatch.setattr(training, "VARIANTS", {name: Variant(name == "b", compiled=False) for name in "abc"})
+    taken, failures = [], {}
+    lap = Entrant.lap
 
-    def measure(config, case, variant):
-        tried.append((config.batch_size, config.micro_batch_size, get_backend(), config.compile))
-        if config.batch_size > 1:
-            raise torch.cuda.OutOfMemoryError
-        yield {"case": case, "variant": variant}
+    def recorded(self):
+        batch = self.trainer.config.batch_size
+        taken.append((self.variant, batch))
+        error = failures.get((self.variant, batch, taken.count(taken[-1])))
+        if error is not None:
+            raise error
+        lap(self)
 
-    monkeypatch.setattr(training, "_measure", measure)
-    rows = list(bench_training("tiny", "compile", CPU))
-    assert tried == [(size, None, "reference", True) for size in (4, 2, 1)]
-    assert [row.get("not_measured") for row in rows] == ["more memory than there is"] * 2 + [None]
-    assert [row["case"] for row in rows] == [f"training tiny batch {size}x16" for size in (4, 2, 1)]
+    monkeypatch.setattr(Entrant, "lap", recorded)
+    return taken, failures
+
+
+def test_variants_take_turns(laps):
+    taken, _ = laps
+    rows = list(bench_training("tiny", CPU, "abc"))
+    assert "".join(variant for variant, _ in taken) == "abc" + "abc" * training.LAPS
+    speeds = [(row["variant"], row["measured"], row["count"], row.get("preliminary")) for row in rows if "p50_ms" in row]
+    # What is known before the next one is compiled, and then what counts.
+    assert speeds[:3] == [(name, "alone", 1, True) for name in "abc"]
+    assert speeds[3:] == [(name, "in turns", training.LAPS, None) for name in "abc"]
+    assert [row["variant"] for row in rows if row.get("table")] == [*"abc"]
+    assert [row["variant"] for row in settled(rows) if "p50_ms" in row] == [*"abc"]
+
+
+def test_a_variant_that_fails_does_not_take_the_others_with_it(laps):
+    taken, failures = laps
+    failures["b", 4, 3] = RuntimeError("no such kernel")
+    rows = list(bench_training("tiny", CPU, "abc"))
+    assert [row for row in rows if "not_measured" in row] == [
+        {"case": "training tiny batch 4x16", "variant": "b", "not_measured": "RuntimeError: no such kernel"}
+    ]
+    final = [row["variant"] for row in rows if row.get("count") == training.LAPS]
+    assert final == ["a", "c"]
+    assert taken.count(("b", 4)) == 3
+
+
+def test_a_variant_that_cannot_begin_does_not_take_the_others_with_it(laps, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(Variant, "running", lambda self: fail() if self.kernels else nullcontext())
+    rows = list(bench_training("tiny", CPU, "abc"))
+    assert [(row["variant"], row["not_measured"]) for row in rows if "not_measured" in row] == [
+        ("b", "RuntimeError: no compiler")
+    ]
+    assert [row["variant"] for row in rows if row.get("count") == training.LAPS] == ["a", "c"]
+
+
+def test_a_variant_that_does_not_fit_beside_the_others_is_measured_alone_and_halved(laps):
+    taken, failures = laps
+    failures["b", 4, 2] = torch.cuda.OutOfMemoryError()  # beside the others
+    failures["b", 4, 3] = torch.cuda.OutOfMemoryError()  # alone
+    rows = list(bench_training("tiny", CPU, "abc"))
+    final = [row for row in rows if not row.get("table") and not row.get("preliminary")]
+    batch_4, batch_2 = (f"training tiny batch {size}x16" for size in (4, 2))
+    assert [(row["case"], row["variant"], row.get("measured", row.get("not_measured"))) for row in final] == [
+        (batch_4, "a", "in turns"),
+        (batch_4, "c", "in turns"),
+        (batch_4, "b", "more memory than there is"),
+        (batch_2, "b", "alone"),
+    ]
+    assert taken.count(("b", 2)) == training.LAPS
+
+
+def test_without_room_for_all_each_is_measured_alone(laps, monkeypatch):
+    monkeypatch.setattr(training, "_free_memory", lambda device: 1.0)
+    rows = list(bench_training("tiny", CPU, "abc"))
+    assert "".join(variant for variant, _ in laps[0]) == "".join(name * training.LAPS for name in "abc")
+    assert [row["measured"] for row in rows if "p50_ms" in row] == ["alone"] * 3
+
+
+def test_room_for_all(monkeypatch):
+    model, batch = MODELS["gpt2-small"], 32
+    own, torchs = (training_memory(model, batch, policy=policy) for policy in (OWN_POLICY, TORCH_POLICY))
+    # The weights and moments of three, the activations of one.
+    needed = 2 * (own.weights + own.optimizer_state) + torchs.peak
+    for share, fits in ((0.99, False), (1.01, True)):
+        monkeypatch.setattr(training, "_free_memory", lambda device, share=share: share * needed / training.USABLE_MEMORY)
+        assert training.fit_together(model, batch, CPU, tuple(VARIANTS)) == fits
+
+
+def test_the_forms_of_a_step_compute_the_same(tiny):
+    losses = []
+    for variant in (Variant(kernels=True, compiled=False), Variant(kernels=False, compiled=False)):
+        with random_trainer(config_for("tiny", CPU, 4)) as trainer, variant.running():
+            losses.append([float(trainer.train_step()["loss"]) for _ in range(2)])
+        assert get_backend() == "auto"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_weights_are_drawn_as_the_model_draws_them(tiny):
+    with random_trainer(config_for("tiny", CPU, 4)) as trainer:
+        drawn, own = trainer.model.state_dict(), TransformerLM(TINY).state_dict()
+    assert drawn.keys() == own.keys()
+    for name, weight in drawn.items():
+        assert weight.std().item() == pytest.approx(own[name].std().item(), rel=0.3), name
+    assert (drawn["ln_final.weight"] == 1).all()
 
 
 def test_what_is_measured_where():
     on_gpu = [job.case for job in training_jobs(torch.device("cuda"))]
-    assert on_gpu[0] == "training gpt2-small, eager"
-    assert {f"training {name}, {variant}" for name in ("gpt2-small", "gpt2-xl") for variant in VARIANTS} <= set(on_gpu)
+    assert on_gpu == ["training gpt2-small", "training gpt2-xl", "training tinystories-17m"]
     assert [job.case for job in training_jobs(CPU)] == ["training stories-cpu"]
     assert len(list(generation_jobs(torch.device("cuda"), None))) == 6
     assert len(list(generation_jobs(CPU, None))) == 2
-    assert len(list(memory_jobs(CPU))) == len(CONFIGURATIONS) == 6
+    assert len(list(memory_jobs(CPU))) == len(CONFIGURATIONS) >= 6
 
 
 def test_losses_and_mfu_sum_up_to_the_step():
@@ -122,8 +215,12 @@ def test_peaks_beside_their_prediction():
 @pytest.mark.gpu
 def test_training_and_memory_are_measured_on_a_gpu(tiny):
     device = torch.device("cuda")
-    speed, where, *_ = bench_training("tiny", "compile + kernels", device)
-    assert speed["peak_gb"] > 0
+    variants = ("eager", "compile + kernels")
+    rows = settled(list(bench_training("tiny", device, variants)))
+    speeds = [row for row in rows if not row.get("table")]
+    assert [(row["variant"], row.get("measured")) for row in speeds] == [(variant, "in turns") for variant in variants], rows
+    assert all(row["peak_gb"] > 0 for row in speeds)
+    where = next(row for row in rows if row.get("table"))
     assert 0.5 < sum(share for share in where.values() if isinstance(share, float)) < 1.5
     (row,) = next(memory_jobs(device)).rows()
     assert row["measured_gb"] > 1

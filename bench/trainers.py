@@ -1,0 +1,102 @@
+"""Trainers to be measured: on random tokens, with this project's kernels or with PyTorch alone."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..kernels import use_backend
+from ..model import ModelConfig, TransformerLM, transformer
+from ..model.accounting import Policy
+from ..train import TrainConfig, preset
+from ..train.data.sampling import TrainingData
+from ..train.data.token_file import TokenDataset, write_tokens
+from ..train.trainer import Trainer
+
+# The model as it is: its vocabulary padded.
+OWN_POLICY = Policy(vocabulary="padded")
+TORCH_POLICY = dataclasses.replace(OWN_POLICY, ops="eager", loss="whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How the step is computed: by this project's kernels or by PyTorch alone, compiled or not."""
+
+    kernels: bool
+    compiled: bool
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute in this way what is called, or compiled, in the block; what was compiled differs by what it finds here."""
+        if self.kernels:
+            yield
+            return
+        with use_backend("reference"), patch.object(transformer, "linear_cross_entropy", _torch_loss):
+            yield
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "eager": Variant(kernels=False, compiled=False),
+    "compile + kernels": Variant(kernels=True, compiled=True),
+    "compile": Variant(kernels=False, compiled=True),
+}
+
+
+def _torch_loss(x: Tensor, weight: Tensor, targets: Tensor, num_classes: int, **_: Any) -> Tensor:
+    # As a training script has it: the reference spares memory at the price of a second product.
+    logits = F.linear(x, weight.to(x.dtype))[..., :num_classes]
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
+
+
+def _draw(model: TransformerLM) -> None:
+    """Draw the weights where they are: a CPU takes longer for billions of them than the steps take."""
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        else:
+            for scale in module.parameters(recurse=False):
+                nn.init.ones_(scale)
+
+
+@contextmanager
+def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
+    """Make a trainer on random tokens, without a run's folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.tokens"
+        write_tokens(path, [np.random.default_rng(0).integers(0, config.model.vocab_size, 2**20)], config.model.vocab_size)
+        data = TokenDataset(path)
+        samples = TrainingData((data,), config.model.context_length, config.seed)
+        trainer = Trainer(config, samples, data, resumes=True)
+        with torch.no_grad():
+            _draw(trainer.model)
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+
+
+def config_for(name: str, device: torch.device, batch_size: int, **changes: Any) -> TrainConfig:
+    """Return a preset with one micro-batch of `batch_size` sequences a step."""
+    return dataclasses.replace(preset(name), batch_size=batch_size, micro_batch_size=None, device=str(device), **changes)
+
+
+@cache
+def counted_flops(model: ModelConfig) -> int:
+    """Return the FLOPs of one sequence, forward and backward, as PyTorch counts them, on tensors that hold nothing."""
+    with torch.device("meta"):
+        meta = TransformerLM(model)
+        tokens = torch.zeros(1, model.context_length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        meta(tokens).sum().backward()
+    return counter.get_total_flops()
