@@ -203,12 +203,12 @@ def test_accounting_as_tables_and_as_json(capsys, tmp_path):
     for figure in ("2,127,057,600", "4,513,336,524,800", "66.91%", "15,517,753,344 x batch + 34,032,921,600", "H200 SXM"):
         assert figure in out
     path = tmp_path / "account.png"
-    options = ("--context-length", 16384, "--policy.checkpointing", "block", "--vocab-multiple", 64, "--plot", path, "--json")
+    options = ("--context-length", 16384, "--policy.checkpointing", 7, "--vocab-multiple", 64, "--plot", path, "--json")
     status, out, _ = run(capsys, "account", "gpt2-small", "--tokens-per-second", 1e5, "--gpu", "H100 SXM", *options)
     assert status == 0
     report = json.loads(out)
     assert report["shape"]["vocab_size"] == 50_304
-    assert report["policy"]["checkpointing"] == "block"
+    assert report["policy"]["checkpointing"] == 7
     assert report["memory"]["peak_bytes"] == max(report["memory"]["peaks_bytes"].values())
     assert report["plan"]["tokens_per_second"] == pytest.approx(1e5)
     mfu = {row["name"]: row["mfu"] for row in report["conventions"]}

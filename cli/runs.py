@@ -1,0 +1,88 @@
+"""Runs: trained, and what they leave behind put to use."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..errors import UserError
+from .options import Positional, parse
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Turn raw text into a model that writes stories, on any machine, in minutes."""
+    from ..train.demo import DemoConfig, run_demo
+
+    run_demo(parse(DemoConfig, "demo", arguments, demo.__doc__))
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a model by a preset, any setting of which can be given anew; see `tilewright train PRESET --help`."""
+    from ..train.command import run_train_command
+
+    run_train_command(arguments, "tilewright train")
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """Train a preset at every point of a grid of options; see `tilewright sweep --help`."""
+    from ..train.command import run_sweep_command
+
+    run_sweep_command(arguments, "tilewright sweep")
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Let a trained model go on with a text."""
+    from ..train import SampleConfig, write_texts
+    from ..train.export import load_model
+
+    def command(
+        run: Positional[Path],
+        config: Annotated[SampleConfig, tyro.conf.arg(name="")] = SampleConfig(),  # noqa: B008
+        device: str = "auto",
+    ) -> None:
+        """Let a trained model go on with a text.
+
+        Args:
+            run: Folder of a run, or of a model in Llama's format.
+            config: How.
+            device: cuda, cpu, or auto.
+        """
+        print("\n\n---\n\n".join(write_texts(*load_model(run, device), config)))
+
+    parse(command, "generate", arguments)
+
+
+def export(
+    run: Positional[Path],
+    to: Literal["hf"] = "hf",
+    out: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Write a run's model and tokenizer as a folder in Llama's format, which transformers loads.
+
+    Args:
+        run: Folder of the run.
+        to: The format; hf is Llama's in Hugging Face's manner.
+        out: The new folder; by default hf in the run's.
+        dtype: Of the weights.
+    """
+    from ..train.export import export_run
+
+    print(f"wrote {export_run(run, to, out, dtype)}")
+
+
+def checkpoint_convert(folder: Positional[Path], out: Positional[Path], num_shards: int | None = None) -> None:
+    """Write a checkpoint again, as single files or in shards.
+
+    Args:
+        folder: A checkpoint, such as RUN/checkpoints/step-00000200.
+        out: The new folder.
+        num_shards: Shards of each file; by default single files.
+    """
+    from ..train.checkpoint.sharded import convert_checkpoint
+
+    if num_shards is not None and num_shards < 1:
+        raise UserError(f"num_shards is {num_shards}: it must be at least 1")
+    convert_checkpoint(folder, out, num_shards)
+    print(f"wrote {out}")

@@ -1,0 +1,210 @@
+"""Tokenizers: trained, put to use on files, exported, looked at."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from .options import Positional
+
+
+def tokenizer_train(
+    texts: Positional[tuple[Path, ...]] = (),
+    vocab_size: tuple[int, ...] = (10_000,),
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",),
+    out: Path | None = None,
+    pattern: str = "gpt2",
+    ties: Literal["cs336", "huggingface"] = "cs336",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    column: str = "text",
+    memory: str | None = None,
+    num_workers: int | None = None,
+    extend: Path | None = None,
+    save_counts: Path | None = None,
+    from_counts: Path | None = None,
+) -> None:
+    """Train a byte-level BPE tokenizer on text.
+
+    Args:
+        texts: Files, folders or globs of UTF-8 text, plain, .gz or .zst; .jsonl and .parquet with a document a row.
+        vocab_size: Tokens in all: 256 bytes, merges, special tokens. Of several, each is written, as tokenizer-SIZE.json.
+        special_tokens: Tokens that merges never cross; they separate the documents of plain text.
+        out: Where to write it; by default tokenizer.json beside the first text or the counts.
+        pattern: How text splits into pretokens: gpt2, cl100k, o200k, or a regular expression.
+        ties: Which of several most frequent pairs merges first: the lexicographically greater, or as Hugging Face has it.
+        min_frequency: A pair that occurs less often never merges.
+        max_token_length: Longest token, in bytes.
+        column: Where the text is in .jsonl and .parquet.
+        memory: How much counts may take, such as 500MB or 2GB; what is more is kept on disk beside --out.
+        num_workers: Threads; by default one a core.
+        extend: A tokenizer whose merges come first, under new ids; its pattern and special tokens are used.
+        save_counts: A file for the counts of pretokens, from which other sizes can be trained at once.
+        from_counts: Such a file, in place of text; its pattern and special tokens are used.
+    """
+    import time
+
+    from ..files import require_absent
+    from ..tokenizer import Tokenizer, counts_file
+    from ..tokenizer.formats import save_tokenizer
+    from ..tokenizer.pretokens import count_text
+    from ..tokenizer.sources import Files
+    from ..tokenizer.trainer import check_training, known_ids, learn_bpe, shorten_vocab
+
+    if bool(texts) == (from_counts is not None):
+        raise UserError("either texts or --from-counts is needed: make a corpus with `tilewright corpus`")
+    base = from_counts or texts[0]
+    path = out or (base if base.is_dir() else base.parent) / "tokenizer.json"
+    several = len(set(vocab_size)) > 1
+    if not vocab_size:
+        raise UserError("--vocab-size has no value: at least one size is needed")
+    paths = {size: path.with_stem(f"{path.stem}-{size}") if several else path for size in sorted(set(vocab_size))}
+    if save_counts and save_counts.resolve() in {each.resolve() for each in paths.values()}:
+        raise UserError(f"--save-counts is {save_counts}, where the tokenizer is to go: name another file")
+    for each in (*paths.values(), *([save_counts] if save_counts else [])):
+        require_absent(each)
+    known = None
+    if extend:
+        known = Tokenizer.load(extend)
+        known_ids(known.merges)
+        pattern, special_tokens = known.pattern, tuple(known.special_tokens)
+    rules: dict[str, Any] = {"ties": ties, "min_frequency": min_frequency, "max_token_length": max_token_length}
+    start = time.perf_counter()
+    if from_counts:
+        text = counts_file.load_counts(from_counts)
+        if known and (text.pattern, {*text.special_tokens}) != (pattern, {*special_tokens}):
+            raise UserError(f"{extend} has another pattern or other special tokens than the counts in {from_counts}")
+    else:
+        check_training(min(paths), special_tokens, **rules)
+        check_training(max(paths), special_tokens, num_known=len(known.merges) if known else 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {"memory": _parse_bytes(memory), "scratch": path.parent, "num_workers": num_workers}
+        text = count_text([Files(each, column) for each in texts], special_tokens, pattern=pattern, **options)
+    if save_counts:
+        counts_file.save_counts(save_counts, text)
+    check_training(min(paths), text.special_tokens)
+    _, merges = learn_bpe(text, max(paths), **rules, known_merges=known.merges if known else ())
+    figures = {"text_bytes": text.text_bytes, "distinct_pretokens": len(text.counts), **rules}
+    for size, each in paths.items():
+        tokenizer = Tokenizer(*shorten_vocab(merges, size, text.special_tokens), text.special_tokens, text.pattern)
+        save_tokenizer(each, tokenizer.data._replace(training=figures))
+        specials = {token.encode() for token in text.special_tokens}
+        longest = max((token for token in tokenizer.vocab.values() if token not in specials), key=len)
+        print(
+            f"wrote {each}: {tokenizer.vocab_size:,} tokens in {time.perf_counter() - start:.1f} s; "
+            f"the longest is {longest.decode(errors='replace')!r}"
+        )
+
+
+def _parse_bytes(size: str | None) -> int | None:
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
+    if found is None:
+        raise UserError(f"memory is {size!r}: a size such as 500MB or 2GB is needed")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+def tokenizer_encode(
+    text: Positional[Path], tokenizer: Path | None = None, out: Path | None = None, num_workers: int | None = None
+) -> None:
+    """Encode a text file to a token file, in parallel; an interrupted encoding goes on.
+
+    Args:
+        text: UTF-8 text.
+        tokenizer: The tokenizer's file; by default tokenizer.json beside the text.
+        out: Where to write the tokens; by default beside the text, with the ending .tokens.
+        num_workers: Threads; by default one a core.
+    """
+    from ..files import require_absent, require_file
+    from ..tokenizer import Tokenizer
+    from ..train.data.encoding import encode_text
+
+    require_file(text, "text file", "make a corpus with `tilewright corpus`")
+    path = require_absent(out or text.with_suffix(".tokens"))
+    file = tokenizer or text.with_name("tokenizer.json")
+    loaded = Tokenizer.load(require_file(file, "tokenizer", "make one with `tilewright tokenizer train`"))
+    header = encode_text(text, loaded, path, num_workers)
+    ratio = header.text_bytes / max(1, header.num_tokens)
+    print(f"wrote {path}: {header.num_tokens:,} tokens as {header.dtype}, {ratio:.3f} bytes/token")
+
+
+def tokenizer_decode(tokens: Positional[Path], tokenizer: Path | None = None) -> None:
+    """Print the text of a token file.
+
+    Args:
+        tokens: A token file.
+        tokenizer: The tokenizer's file; by default tokenizer.json beside the tokens.
+    """
+    from ..files import require_file
+    from ..tokenizer import Tokenizer
+    from ..train.data.datasets import open_dataset
+    from ..train.data.encoding import decode_text
+    from ..train.data.token_file import TokenDataset
+
+    TokenDataset(tokens)
+    file = tokenizer or tokens.with_name("tokenizer.json")
+    loaded = Tokenizer.load(require_file(file, "tokenizer", "name one with --tokenizer"))
+    for piece in decode_text(open_dataset(tokens, loaded), loaded):
+        sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+
+
+def tokenizer_export(
+    source: Positional[Path], to: Literal["huggingface", "tiktoken", "gpt2", "tilewright"], out: Path | None = None
+) -> None:
+    """Write a tokenizer in the format of another library; it gives the same ids there.
+
+    Args:
+        source: A run's folder, or a tokenizer's file: Tilewright's own or a tokenizer.json of Hugging Face's.
+        to: huggingface: one tokenizer.json; tiktoken: its ranks; gpt2: a folder with vocab.json and merges.txt.
+        out: Where to write it; by default beside the file, under the name of the format.
+    """
+    from ..files import require_absent
+    from ..tokenizer import Tokenizer
+    from ..tokenizer.formats import load_tokenizer, save_gpt2_files, save_huggingface, save_tiktoken, save_tokenizer
+
+    file = _tokenizer_file(source)
+    names = {"huggingface": "huggingface.json", "tiktoken": "ranks.tiktoken", "gpt2": "gpt2", "tilewright": "tilewright.json"}
+    save = {"huggingface": save_huggingface, "tiktoken": save_tiktoken, "gpt2": save_gpt2_files, "tilewright": save_tokenizer}
+    path = require_absent(out or file.with_name(names[to]))
+    data = load_tokenizer(file)
+    save[to](path, Tokenizer.of(data).data._replace(training=data.training))
+    apart = f"; it does not hold the pattern, {data.pattern}, nor the special tokens, {data.special_tokens}"
+    print(f"wrote {path}: {len(data.vocab):,} tokens{apart if to in ('tiktoken', 'gpt2') else ''}")
+
+
+def tokenizer_inspect(source: Positional[Path], text: Path | None = None) -> None:
+    """Show a tokenizer's longest tokens, and how it takes to a text: bytes per token, unused tokens, a split.
+
+    Args:
+        source: A run's folder, or a tokenizer's file: Tilewright's own or a tokenizer.json of Hugging Face's.
+        text: UTF-8 text to look at through it.
+    """
+    from rich.console import Console
+
+    from ..files import require_file
+    from ..tokenizer import Tokenizer
+    from ..tokenizer.formats import load_tokenizer
+    from ..tokenizer.inspect import beginning, coloured, report, split_of
+
+    file = _tokenizer_file(source)
+    if text is not None:
+        require_file(text, "text file")
+    data = load_tokenizer(file)
+    tokenizer = Tokenizer.of(data)
+    for name, line in report(data, tokenizer, text).items():
+        print(f"{name:16} {line}")
+    if text is not None:
+        split = split_of(tokenizer, beginning(text))
+        console = Console()
+        print()
+        console.print(coloured(split)) if console.is_terminal else print("|".join(split))
+
+
+def _tokenizer_file(source: Path) -> Path:
+    from ..files import require_file
+
+    file = source / "tokenizer.json" if source.is_dir() else source
+    return require_file(file, "tokenizer", "name a run's folder or a tokenizer's file")
