@@ -1,11 +1,13 @@
 """Set-up for the whole suite: without a GPU, kernels run in Triton's interpreter on CPU tensors."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # `python -m pytest` adds the root, whose folders would hide the packages of others that have their names, such as kernels.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1]]
@@ -14,10 +16,18 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is defined, so it must be set before tilewright.kernels is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes that each keep every core spinning slow each other down manifold.
     torch.set_num_threads(1)
+
+# The same examples on every machine, however slow it is.
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,22 +1,30 @@
 """Runs in processes of their own, which faults may befall.
 
-They are forked from a server that has imported everything and has no threads, so that each costs milliseconds.
+They are forked from a server that has imported everything (`warm.py`) and has no threads, so that each costs milliseconds.
 """
 
 import ctypes
 import dataclasses
 import gc
+import itertools
 import json
+import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
+import runpy
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 from matplotlib.figure import Figure
 
@@ -30,10 +38,7 @@ from tilewright.train.signals import StopRequest
 from tilewright.train.trainer import Trainer, TrainingLoss
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["tilewright.cli", "tilewright.train.command", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-)
-_TIMEOUT = 120
+_SERVER.set_forkserver_preload(["warm"])
 
 # The rest of a row is time.
 EXACT = ("step", "loss", "grad_norm", "lr", "valid_loss", "skipped_steps")
@@ -50,21 +55,38 @@ def outcome(run):
 
 def run_in_child(target: Callable, *arguments) -> tuple[int, str]:
     """Return the exit status, below zero for a signal, and what was printed."""
-    # A pipe, because a file has a length, which a limit may concern.
-    reader, writer = _SERVER.Pipe(duplex=False)
-    process = _SERVER.Process(target=_enter, args=(writer, target, arguments))
-    process.start()
-    writer.close()
+    (ended,) = run_in_children(target, [arguments])
+    return ended
+
+
+def run_in_children(target: Callable, arguments: Iterable[tuple]) -> list[tuple[int, str]]:
+    """Return what `run_in_child` does of processes that run at the same time, one for each tuple of arguments."""
+    # A server of Python 3.11 knows the path of its environment only (gh-126631).
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+    children = []
+    try:
+        for of_child in arguments:
+            # A pipe, because a file has a length, which a limit may concern.
+            reader, writer = _SERVER.Pipe(duplex=False)
+            children.append((_SERVER.Process(target=_enter, args=(writer, target, of_child)), reader))
+            children[-1][0].start()
+            writer.close()
+        return [_ended(*child) for child in children]
+    finally:
+        # Where the test's time is over, too.
+        for process, _ in children:
+            if process.is_alive():
+                process.kill()
+
+
+def _ended(process: BaseProcess, reader: Connection) -> tuple[int, str]:
     printed = b""
-    while reader.poll(_TIMEOUT) and (piece := os.read(reader.fileno(), 1 << 16)):
+    while piece := os.read(reader.fileno(), 1 << 16):
         printed += piece
-    process.join(_TIMEOUT)
-    status = process.exitcode
-    if status is None:
-        process.kill()
-        process.join()
-        raise TimeoutError(printed.decode())
-    return status, printed.decode()
+    process.join()
+    return process.exitcode, printed.decode()
 
 
 def _enter(writer: Connection, target: Callable, arguments: tuple) -> None:
@@ -77,24 +99,42 @@ def _enter(writer: Connection, target: Callable, arguments: tuple) -> None:
     target(*arguments)
 
 
+def program(path: Path, environment: Mapping[str, str], *arguments: str) -> None:
+    """Run a Python file as if it were started anew."""
+    os.environ.update(environment)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 class FileOperations:
-    """Counts what this process does to files below a folder, and kills it `delay` seconds after it begins number `kill_at`."""
+    """Counts what this process does to files below a folder, and kills it.
+
+    That is `delay` seconds after it begins operation `kill_at`, however slow it is: at the latest `MOST_LATER` operations on.
+    """
+
+    MOST_LATER = 20
 
     _NAMES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
     def __init__(self, folder: Path, kill_at: int | None = None, delay: float = 0.0) -> None:
-        self.count = 0
-        self._folder, self._kill_at, self._delay = str(folder), kill_at, delay
+        # Whose `next` no other thread comes between: a checkpoint is written by one of its own.
+        self._numbers = itertools.count()
+        self._folder, self._delay = str(folder), delay
+        self._kill_at = math.inf if kill_at is None else kill_at
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple) -> None:
         if event not in self._NAMES or not self._concerns(event, arguments):
             return
-        self.count += 1
-        if self.count - 1 == self._kill_at:
-            if not self._delay:
-                _kill()
+        number = next(self._numbers)
+        if number == self._kill_at and self._delay:
             threading.Timer(self._delay, _kill).start()
+        elif number == self._kill_at or number >= self._kill_at + self.MOST_LATER:
+            _kill()
+
+    def count(self) -> int:
+        """Return how many there were, at the end."""
+        return next(self._numbers)
 
     def _concerns(self, event: str, arguments: tuple) -> bool:
         path = arguments[0]
@@ -116,7 +156,7 @@ def train_until_killed(config, kill_at=None, delay=0.0):
     Figure.savefig = lambda self, file, **_: file.write(b"a curve")
     operations = FileOperations(config.out, kill_at, delay)
     train(config, resume="auto")
-    print(f"operations {operations.count}")
+    print(f"operations {operations.count()}")
 
 
 def command(config, *options):
@@ -166,7 +206,7 @@ def command_with_signals(config, phase, numbers):
             received.clear()
             os.kill(os.getpid(), left.pop(0))
             # From another thread: two that are pending are as one.
-            assert received.wait(_TIMEOUT)
+            received.wait()
 
     StopRequest._receive = note
     PHASES[phase](send)
@@ -212,20 +252,37 @@ def command_in_a_folder_that_gets_read_only(config):
     command_without_privileges(config)
 
 
-def command_while_it_compiles(config, number, whole_group, cache):
-    """Run the command, compiled; the signal comes as the first kernel is compiled, to the compiler's processes too or not."""
+# Waits, once it has a kernel to compile, until it is told to go on.
+COMPILER = """#!/bin/sh
+case "$*" in *.main.cpp*)
+    touch "$0.began"
+    until [ -e "$0.goes-on" ]; do sleep 0.02; done
+esac
+exec {} "$@"
+"""
+
+
+def command_while_it_compiles(config, number, whole_group, folder):
+    """Run the command, compiled; the signal comes while its first compiler is at work, to that one too or not."""
+    from torch._inductor import config as inductor
+
     os.setsid()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    sent = threading.Event()
+    folder.mkdir(exist_ok=True)
+    # By the name of the real one, whose headers may be compiled already.
+    compiler, began, goes_on = (folder / name for name in ("g++", "g++.began", "g++.goes-on"))
+    compiler.write_text(COMPILER.format(shutil.which("g++")))
+    compiler.chmod(0o755)
+    for mark in (began, goes_on):
+        mark.unlink(missing_ok=True)
+    inductor.cpp.cxx = (None, "g++")
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
 
     def send():
+        while not began.exists():
+            time.sleep(0.01)
         (os.killpg if whole_group else os.kill)(os.getpid(), number)
+        goes_on.touch()
 
-    def hear(event, arguments):
-        if event == "subprocess.Popen" and any(str(word).endswith(".main.cpp") for word in arguments[1]) and not sent.is_set():
-            sent.set()
-            # Once the compiler is at work.
-            threading.Timer(0.2, send).start()
-
-    sys.addaudithook(hear)
+    threading.Thread(target=send, daemon=True).start()
     command(dataclasses.replace(config, compile=True), "--resume", "auto")

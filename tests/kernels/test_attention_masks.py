@@ -127,7 +127,7 @@ def expected_visits(mask, rows, columns):
 @some(max_examples=24)
 @given(
     data=st.data(),
-    num_keys=st.integers(1, 90),
+    num_keys=st.integers(1, 70),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 60),
     blocks=st.sampled_from([(16, 16), (16, 32), (32, 16)]),
@@ -155,9 +155,9 @@ def test_no_tile_is_wasted_and_only_edges_are_masked(data, num_keys, causal, win
 def test_tiles_by_hand():
     def count(num_queries, num_keys, **options):
         with tiles(16, 16), use_backend("triton"), without_decoding(), visits() as found:
-            draw_case((4, 2), (num_queries, num_keys), 16, **options).run(attention)
+            draw_case((2, 1), (num_queries, num_keys), 16, **options).run(attention)
         assert len(found["forward"]) == len(found["backward_q"]) == len(found["backward_kv"])
-        return len(found["forward"]) // 4, sum(found["forward"]) // 4
+        return len(found["forward"]) // 2, sum(found["forward"]) // 2
 
     # n (n + 1) / 2 of n^2 tiles below and on the diagonal, of which the n on it have an edge.
     assert count(64, 64) == (10, 4)

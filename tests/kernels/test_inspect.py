@@ -11,9 +11,9 @@ from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, _occupancy
 
 SCRIPT = """
-import dataclasses, itertools, json, sys
+import dataclasses, json, sys
 from tilewright.kernels.inspect import all_cases, inspect
-for case in itertools.islice(all_cases(sys.argv[1]), int(sys.argv[2]), None, 2):
+for case in all_cases(sys.argv[1]):
     print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
 """
 OPS = {"rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy", "attention"}
@@ -22,18 +22,12 @@ MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "
 
 
 def compile_all(architecture):
-    """Return the reports of all kernels, compiled by two processes: half of the kernels each."""
+    """Return the reports of all kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    commands = [[sys.executable, "-c", SCRIPT, architecture, str(half)] for half in range(2)]
-    processes = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for c in commands
-    ]
-    reports = []
-    for process in processes:
-        shown, errors = process.communicate()
-        assert process.returncode == 0, errors[-2000:]
-        reports += map(json.loads, shown.splitlines())
-    return reports
+    command = [sys.executable, "-c", SCRIPT, architecture]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def split(text, special_tokens, pattern):
     return parts
 
 
-@settings(derandomize=True, deadline=None, max_examples=1500)
+@settings(derandomize=True, deadline=None, max_examples=750)
 @given(
     text=texts, following=texts, special_tokens=st.sampled_from([(), SPECIALS, SPECIALS[:2]]),
     pattern=st.sampled_from([*PATTERNS, r"(?s).+?\.|(?s).+"]),

@@ -52,7 +52,7 @@ def made_up(rng, letters):
 @pytest.mark.parametrize("seed", range(10))
 def test_the_search_finds_what_merging_leaves(make, seed):
     rng = random.Random(seed)
-    for _ in range(60):
+    for _ in range(30):
         letters = rng.choice([b"a", b"ab", b"abc", b"abcd"])
         merges = make(rng, letters)
         compiled, ids = encoder_of(merges, rng)

@@ -62,13 +62,13 @@ def learn(counts, *arguments, **options):
 @pytest.mark.parametrize("seed", range(15))
 def test_merges_equal_the_naive_trainers(ties, seed):
     rng = random.Random(seed)
-    for _ in range(100):
+    for _ in range(50):
         counts, num_merges = random_counts(rng), rng.randint(0, 40)
         options = {"min_frequency": rng.choice([1, 1, 2, 5]), "max_token_length": rng.choice([None, None, 2, 3, 10])}
         expected = naive_merges(counts, num_merges, ties, **options)
-        assert learn(counts, num_merges, ties=ties, **options) == expected
-        # All of it again, after a beginning that is given.
         learned = learn_merges(PretokenCounts.of(counts), num_merges, ties=ties, **options)
+        assert learned.as_bytes() == expected
+        # All of it again, after a beginning that is given.
         known = learned.pairs[: rng.randint(0, len(expected))]
         again = learn_merges(PretokenCounts.of(counts), num_merges, ties=ties, known=known, **options)
         assert np.array_equal(again.pairs, learned.pairs)
