@@ -11,20 +11,24 @@ from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, _occupancy
 
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, re, sys
 from tilewright.kernels.inspect import all_cases, inspect
 for case in all_cases(sys.argv[1]):
-    print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
+    if re.match(sys.argv[2], case.name):
+        print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
 """
+# sm_86 has the instructions of sm_80 and less shared memory, which only the widest tiles ask for. All its
+# kernels would take the compiler another minute; `tilewright bench inspect` shows them.
+CHOSEN = {"sm_80": "", "sm_86": r"attention (forward|backward_\w+) (128|256) ", "sm_90": "", "sm_100": ""}
 OPS = {"rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy", "attention"}
 # What multiplies matrices of half precision in attention's kernels.
 MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}}
 
 
 def compile_all(architecture):
-    """Return the reports of all kernels."""
+    """Return the reports of the kernels that are chosen for it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, architecture]
+    command = [sys.executable, "-c", SCRIPT, architecture, CHOSEN[architecture]]
     shown = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0, shown.stderr[-2000:]
     return [json.loads(line) for line in shown.stdout.splitlines()]
@@ -36,7 +40,7 @@ def compile_all(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_asks_for_too_much(architecture):
     reports = compile_all(architecture)
-    assert {report["name"].split()[0] for report in reports} == OPS
+    assert {report["name"].split()[0] for report in reports} == ({"attention"} if CHOSEN[architecture] else OPS)
     for report in reports:
         assert report["spilled_bytes"] == 0, report
         assert report["shared_bytes"] <= ARCHITECTURES[architecture].shared_bytes_per_program, report
