@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels import use_backend
@@ -21,6 +21,7 @@ from ..model.accounting import Policy
 from ..train import TrainConfig, preset
 from ..train.data.sampling import TrainingData
 from ..train.data.token_file import TokenDataset, write_tokens
+from ..train.device import resolve_device
 from ..train.trainer import Trainer
 
 # The model as it is: its vocabulary padded.
@@ -58,17 +59,6 @@ def _torch_loss(x: Tensor, weight: Tensor, targets: Tensor, num_classes: int, **
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
 
-def _draw(model: TransformerLM) -> None:
-    """Draw the weights where they are: a CPU takes longer for billions of them than the steps take."""
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
-        else:
-            for scale in module.parameters(recurse=False):
-                nn.init.ones_(scale)
-
-
 @contextmanager
 def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
     """Make a trainer on random tokens, without a run's folder."""
@@ -77,9 +67,9 @@ def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
         write_tokens(path, [np.random.default_rng(0).integers(0, config.model.vocab_size, 2**20)], config.model.vocab_size)
         data = TokenDataset(path)
         samples = TrainingData((data,), config.model.context_length, config.seed)
-        trainer = Trainer(config, samples, data, resumes=True)
-        with torch.no_grad():
-            _draw(trainer.model)
+        # Weights are drawn where they are needed: a CPU takes longer for billions of them than the steps take.
+        with resolve_device(config.device):
+            trainer = Trainer(config, samples, data)
         try:
             yield trainer
         finally:

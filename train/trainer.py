@@ -65,7 +65,7 @@ class Trainer:
         self.device = self.world.device
         self.dtype = resolve_dtype(config.dtype, self.device)
         prepare_allocator(self.device)
-        # Drawn on the CPU, so that every device begins with the same weights.
+        # Drawn on the CPU, unless the caller has another default: so every device begins with the same weights.
         torch.manual_seed(config.seed)
         draws = self.world.is_first and not resumes
         with contextlib.nullcontext() if draws else torch.device("meta"):
