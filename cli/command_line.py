@@ -1,14 +1,12 @@
-"""The table of subcommands, its usage, and what becomes of errors."""
+"""The table of subcommands, and its usage."""
 
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 
-from .. import __version__
 from ..errors import UserError
 from .account import account
 from .bench import bench, bench_compare, bench_report, bench_tune
 from .corpus import corpus_fetch, corpus_split, corpus_stories
+from .doctor import doctor
 from .options import parse
 from .runs import checkpoint_convert, demo, export, generate, sweep, train
 from .tokenizer import tokenizer_decode, tokenizer_encode, tokenizer_export, tokenizer_inspect, tokenizer_train
@@ -33,12 +31,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench tune": bench_tune,
     "bench report": bench_report,
     "bench compare": bench_compare,
+    "doctor": doctor,
 }
-# Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves.
-_PARSE_THEMSELVES = (demo, train, sweep, generate, account, bench, bench_tune, bench_report, bench_compare)
+# Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves; so does the
+# doctor, without tyro.
+_PARSE_THEMSELVES = (demo, train, sweep, generate, account, bench, bench_tune, bench_report, bench_compare, doctor)
 
 
-def _usage(group: str = "") -> str:
+def usage(group: str = "") -> str:
+    """Return the list of commands, or of those of a group."""
     lines = [f"usage: tilewright {group}{' ' if group else ''}COMMAND [OPTIONS]", ""]
     if not group:
         lines += ["Trains Transformer language models, from raw text to generated text.", ""]
@@ -52,7 +53,8 @@ def _usage(group: str = "") -> str:
     return "\n".join(lines)
 
 
-def _run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> None:
+    """Run the subcommand that the arguments, of which there is one at least, begin with."""
     for words in (2, 1):
         name, rest = " ".join(arguments[:words]), arguments[words:]
         function = COMMANDS.get(name)
@@ -63,35 +65,7 @@ def _run(arguments: Sequence[str]) -> None:
     group = word if any(name.startswith(f"{word} ") for name in COMMANDS) else ""
     rest = arguments[1:] if group else arguments
     if not rest or rest[0] in ("-h", "--help"):
-        print(_usage(group))
+        print(usage(group))
         return
     known = [name.removeprefix(group).strip() for name in COMMANDS if name.startswith(group)]
     raise UserError(f"command {' '.join(arguments[:2] if group else [word])!r} is unknown: choose one of {', '.join(known)}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 2 for a value that cannot be used, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["--version"]:
-        print(f"tilewright {__version__}")
-        return 0
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    warnings.formatwarning = lambda message, *_, **__: f"tilewright: warning: {message}\n"
-    try:
-        _run(arguments)
-    except UserError as error:
-        print(f"tilewright: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader, such as `head`, has what it wanted; closing stderr keeps Python from complaining as it exits.
-        sys.stderr.close()
-        return 0
-    except OSError as error:
-        print(f"tilewright: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tilewright: interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -1,0 +1,147 @@
+"""The doctor's checks that need torch: GPUs, and a kernel compiled and run. `tilewright doctor` runs this file as a process.
+
+A GPU in trouble can stop whoever asks it for anything, so each check is announced first, for the one that waits to know where
+it ended. Lines are JSON.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.device import gpu_of
+from ..kernels.dispatch import HAS_TRITON, interpreting, jit, on_device_of, tl
+from ..kernels.inspect import KernelCase, inspect
+from .doctor_checks import Finding, guarded, one_line, output
+
+# Of attention's kernels, whose tiles are copied asynchronously and which compute in bfloat16.
+LEAST_CAPABILITY = (8, 0)
+# Compiled for where there is no GPU.
+ARCHITECTURE = "sm_90"
+
+
+@jit
+def _kernel(x_ptr, y_ptr, size, block: tl.constexpr):
+    i = tl.program_id(0) * block + tl.arange(0, block)
+    x = tl.load(x_ptr + i, mask=i < size)
+    tl.store(y_ptr + i, 2 * x + 1, mask=i < size)
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver."""
+    version = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if version:
+        return version.splitlines()[0]
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Module .*?(\d+\.[\d.]+)", file.read_text()) if file.exists() else None
+    return found[1] if found else None
+
+
+def _why_none() -> str:
+    """Return why torch finds no GPU, and what to do."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: where there is a GPU, take a build from https://pytorch.org"
+    driver = _driver()
+    if driver is None:
+        return (
+            "there is no NVIDIA driver: where there is a GPU, install it, or hand it to the container (docker run --gpus all)"
+        )
+    try:
+        torch.cuda.init()
+        why = "it does not say why"
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split())[:200]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}: unset it to see all GPUs"
+    return f"driver {driver}, torch for CUDA {torch.version.cuda}: {why}{hidden}"
+
+
+def no_gpu() -> list[Finding]:
+    """Tell why there is none."""
+    return [Finding("warning", "gpu", f"torch.cuda finds none, so the PyTorch references run: {_why_none()}")]
+
+
+def gpu(index: int) -> list[Finding]:
+    """Tell what a GPU is, and whether the kernels are made for it."""
+    device = torch.device("cuda", index)
+    capability = torch.cuda.get_device_capability(device)
+    free, total = torch.cuda.mem_get_info(device)
+    text = f"cuda:{index}, {torch.cuda.get_device_name(device)}, driver {_driver() or 'unknown'}, CUDA {torch.version.cuda}, "
+    text += f"capability {'.'.join(map(str, capability))}, {free / 1e9:,.1f} of {total / 1e9:,.1f} GB free, "
+    text += "datasheet peak known" if gpu_of(device) else "datasheet peak unknown, so no MFU is shown"
+    if capability < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return [Finding("FAIL", "gpu", f"{text}: attention needs capability {least}, run with --device cpu or on another GPU")]
+    return [Finding("ok", "gpu", text)]
+
+
+def run_kernel(device: torch.device) -> list[Finding]:
+    """Compile a kernel for this GPU, run it, and look at its result."""
+    start = time.perf_counter()
+    x = torch.arange(1000, dtype=torch.float32, device=device)
+    y = torch.zeros_like(x)
+    kernel: Any = _kernel
+    with on_device_of(x):
+        kernel[(8,)](x, y, len(x), block=128)
+    # Computed elsewhere, so that one who computes wrong does not judge himself.
+    is_right = torch.equal(y.cpu(), 2 * torch.arange(1000, dtype=torch.float32) + 1)
+    if not is_right:
+        text = (
+            f"a kernel ran on {device} and its result is wrong: is the GPU sound? `nvidia-smi -q -d ECC` and `dmesg` may tell"
+        )
+        return [Finding("FAIL", "kernel", text)]
+    text = f"compiled and run on {device} in {time.perf_counter() - start:.1f} s, and its result is right"
+    return [Finding("ok", "kernel", text)]
+
+
+def compile_kernel() -> list[Finding]:
+    """Compile the kernel for a GPU that is not there."""
+    start = time.perf_counter()
+    case = KernelCase("doctor", _kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32", "size": "i32"}, {"block": 128}, num_warps=4)
+    try:
+        report = inspect(case, ARCHITECTURE)
+    except Exception as error:
+        # No failure: nothing here would run it.
+        return [Finding("warning", "kernel", f"a kernel does not compile for {ARCHITECTURE}: {one_line(error)}")]
+    seconds = time.perf_counter() - start
+    text = f"compiled for {ARCHITECTURE} in {seconds:.1f} s ({report.registers} registers); not run, as there is no GPU"
+    return [Finding("ok", "kernel", text)]
+
+
+def no_kernel() -> list[Finding]:
+    """Tell why none is compiled."""
+    if interpreting():
+        text = "TRITON_INTERPRET is set, so kernels are interpreted and none is compiled: unset it but for debugging"
+    else:
+        text = "Triton cannot be imported, so the slower PyTorch references run"
+    return [Finding("warning", "kernel", text)]
+
+
+def all_checks() -> list[tuple[str, Callable[[], list[Finding]]]]:
+    """Return the checks to be made here, each with its name."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [("gpu", partial(gpu, index)) for index in range(num_gpus)]
+    checks = checks or [("gpu", no_gpu)]
+    if not HAS_TRITON or interpreting():
+        return [*checks, ("kernel", no_kernel)]
+    kernels = [("kernel", partial(run_kernel, torch.device("cuda", index))) for index in range(num_gpus)]
+    return checks + (kernels or [("kernel", compile_kernel)])
+
+
+def main() -> None:
+    """Make the checks, and print what they find."""
+    print(json.dumps({"begin": "gpu"}), flush=True)
+    for name, check in all_checks():
+        print(json.dumps({"begin": name}), flush=True)
+        for finding in guarded(name, check):
+            print(json.dumps(vars(finding)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
