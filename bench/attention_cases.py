@@ -79,13 +79,17 @@ class AttentionCase:
             return None
         return torch.tensor([0, *np.cumsum(self.document_lengths)], dtype=torch.int32, device=device)
 
+    def document_ids(self, device: torch.device) -> Tensor | None:
+        """Return the number of each token's document (S), int64."""
+        if self.document_lengths is None:
+            return None
+        return torch.from_numpy(np.repeat(np.arange(len(self.document_lengths)), self.document_lengths)).to(device)
+
     def mask(self, device: torch.device) -> Tensor:
         """Return which keys each query sees, boolean (T, S)."""
-        document_ids = None
-        if self.document_lengths is not None:
-            lengths = torch.tensor(self.document_lengths, device=device)
-            document_ids = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)[None]
-        mask = reference.attention_mask(self.num_queries, self.num_keys, True, self.window, document_ids, device)
+        ids = self.document_ids(device)
+        documents = None if ids is None else ids[None]
+        mask = reference.attention_mask(self.num_queries, self.num_keys, True, self.window, documents, device)
         return mask.view(self.num_queries, self.num_keys)
 
 

@@ -69,9 +69,8 @@ def _flex(case: AttentionCase, device: torch.device) -> Attention:
     if case.window is not None:
         window = case.window
         masks.append(lambda batch, head, query, key: query - key < window)
-    if case.document_lengths is not None:
-        lengths = torch.tensor(case.document_lengths, device=device)
-        document = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    document = case.document_ids(device)
+    if document is not None:
         masks.append(lambda batch, head, query, key: document[query] == document[key])
     visible = masks[0] if len(masks) == 1 else and_masks(*masks)
     block_mask = create_block_mask(visible, None, None, case.num_queries, case.num_keys, device=device)

@@ -5,8 +5,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class Job:
     rows: Callable[[], Rows]
 
 
+NO_TIME = "no time left for it"
+CUT_OFF = "cut off: no time left for it"
 # An exception that rings in a finaliser is lost, so it rings again; not before what is cut off has cleaned up.
 RING_AGAIN_S = 5.0
 
@@ -61,22 +63,21 @@ def _alarm(deadline: float) -> Iterator[None]:
 
 
 class DeviceLost(Exception):
-    """A kernel has broken the GPU's context: nothing runs there any more in this process. `begun` jobs have had their turn."""
+    """A kernel has broken the GPU's context: nothing runs there any more in this process."""
 
-    def __init__(self, begun: int) -> None:
-        super().__init__(f"the GPU is lost to this process after {begun} jobs")
-        self.begun = begun
+
+def ask(device: torch.device) -> None:
+    """Have a GPU do something; raise where it does not, but for want of memory, which others may hold."""
+    if device.type == "cuda":
+        with suppress(torch.cuda.OutOfMemoryError):
+            torch.cuda.synchronize(device)
+            torch.zeros(1, device=device).item()
 
 
 def is_lost(device: torch.device) -> bool:
     """Return whether a GPU no longer does what this process asks of it, as after an illegal memory access."""
-    if device.type != "cuda":
-        return False
     try:
-        torch.cuda.synchronize(device)
-        torch.zeros(1, device=device).item()
-    except torch.cuda.OutOfMemoryError:
-        return False
+        ask(device)
     except RuntimeError:
         return True
     return False
@@ -90,37 +91,42 @@ def clean_up(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def run_jobs(jobs: Iterable[Job], device: torch.device, deadline: float = math.inf) -> Rows:
-    """Yield the rows of each job, and one for each that fails, is cut off at `deadline`, or would begin after it.
+def lacks_time(row: Row) -> bool:
+    """Return whether a row says that the time was over, so that another run may measure what it names."""
+    return row.get("not_measured") in (NO_TIME, CUT_OFF)
 
-    After a job that takes the GPU's context with it, `DeviceLost` is raised.
+
+def run_job(job: Job, device: torch.device, deadline: float = math.inf, limit_s: float = math.inf) -> Rows:
+    """Yield the rows of a job, and one if it fails, is cut off at `deadline` or its own limit, or would begin after `deadline`.
+
+    After one that takes the GPU's context with it, `DeviceLost` is raised.
     """
-    for begun, job in enumerate(jobs, 1):
-        row = {"case": job.case}
-        if time.monotonic() >= deadline:
-            yield row | {"not_measured": "no time left for it"}
-            continue
-        rows = job.rows()
-        try:
-            while True:
-                # Only while it is measured: a row is written in peace.
-                with _alarm(deadline):
-                    found = next(rows, None)
-                if found is None:
-                    break
-                yield found
-        except TimeOver:
-            yield row | {"not_measured": "cut off: no time left for it"}
-        except torch.cuda.OutOfMemoryError:
-            yield row | {"not_measured": "more memory than there is"}
-        except Exception as error:  # one job's failure is a result, and not the end of the bench
-            yield row | {"not_measured": f"{type(error).__name__}: {error}"[:300]}
-        finally:
-            # What a kernel did may show only now. The generator's frames may hold tensors.
-            del rows
-            lost = is_lost(device)
-            if not lost:
-                clean_up(device)
-        if lost:
-            yield row | {"not_measured": "broke the GPU's context: what comes next is measured by a new process"}
-            raise DeviceLost(begun)
+    row = {"case": job.case}
+    if time.monotonic() >= deadline:
+        yield row | {"not_measured": NO_TIME}
+        return
+    ends = min(deadline, time.monotonic() + limit_s)
+    rows = job.rows()
+    try:
+        while True:
+            # Only while it is measured: a row is written in peace.
+            with _alarm(ends):
+                found = next(rows, None)
+            if found is None:
+                break
+            yield found
+    except TimeOver:
+        yield row | {"not_measured": CUT_OFF if ends == deadline else f"cut off: takes more than {limit_s:g} s"}
+    except torch.cuda.OutOfMemoryError:
+        yield row | {"not_measured": "more memory than there is"}
+    except Exception as error:  # one job's failure is a result, and not the end of the bench
+        yield row | {"not_measured": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        # What a kernel did may show only now. The generator's frames may hold tensors.
+        del rows
+        lost = is_lost(device)
+        if not lost:
+            clean_up(device)
+    if lost:
+        yield row | {"not_measured": "broke the GPU's context: what comes next is measured by a new process"}
+        raise DeviceLost

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import require_file
+from ..files import require_file, write_text
 from .jobs import Row
+from .watch import Had
 
 # Of a CPU that is busy with other work the times are not its own.
 BUSY = 0.7
@@ -77,15 +78,52 @@ def settled(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not row.get("preliminary") or key(row) not in final]
 
 
+def _lines(path: Path) -> list[Row]:
+    lines = list(_rows(require_file(path, "file of results", "make one with `tilewright bench`")))
+    if not lines or lines[0].get("stage") != "machine":
+        raise UserError(f"{path} is not a file of results: its first line does not name the machine")
+    return lines
+
+
 def read_run(path: Path) -> Run:
     """Return the run in a file; a last line that is cut off is left out, any other that is no JSON is a `UserError`.
 
     Preliminary rows are left out where better ones came.
     """
-    rows = list(_rows(require_file(path, "file of results", "make one with `tilewright bench`")))
-    if not rows or rows[0].get("stage") != "machine":
-        raise UserError(f"{path} is not a file of results: its first line does not name the machine")
-    return Run(path, rows[0], tuple(settled(rows[1:])))
+    machine, *lines = _lines(path)
+    return Run(path, machine, tuple(settled([line for line in lines if not is_mark(line)])))
+
+
+def mark(stage: str, job: str | None, ended: bool = False) -> Row:
+    """Return the line that says that a job begins, or has had its turn; without a job, that all of the stage's have."""
+    return {"stage": stage, "job": job} | ({"ended": True} if ended else {})
+
+
+def is_mark(line: Row) -> bool:
+    """Return whether a line of a file of results is no row, but a mark of a job."""
+    return "job" in line
+
+
+def take_up(path: Path) -> Had:
+    """Return the jobs that have had their turn in a file of results that is to go on.
+
+    What others left, for which there was no time or in which the run was killed, is taken out of the file.
+    """
+    machine, *lines = _lines(path)
+    kept, of_job = [machine], None
+    had: set[tuple[str, str | None]] = set()
+    for line in lines:
+        if not is_mark(line):
+            # A GPU's state after a stage stands apart from its jobs.
+            (kept if of_job is None or line["stage"] != of_job[0]["stage"] else of_job).append(line)
+        elif "ended" in line:
+            kept += [*(of_job or ()), line]
+            had.add((line["stage"], line["job"]))
+            of_job = None
+        else:
+            of_job = [line]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return frozenset(had)
 
 
 def read_runs(folder: Path) -> list[Run]:

@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,19 +21,22 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import require_absent
-from ..train.device import prepare_allocator, resolve_device
-from .ceilings import Device
+from ..train.device import resolve_device
 from .figures import columns, heading, tables, text
-from .jobs import DeviceLost, Job, Row, Rows, run_jobs
-from .machine import describe, state_row
-from .results import settled
+from .jobs import Job, Row, lacks_time
+from .machine import describe
+from .results import mark, read_run, settled, take_up
 from .stages import STAGES, Stage, chosen_stages
 from .tune import TuneConfig, tune_attention
+from .watch import Event, Had
+from .worker import run_here, run_in_workers
 
 StageName = Literal[
     "all", "machine", "ceilings", "tests", "kernels", "attention", "training", "generation", "memory", "accounting", "inspect",
     "overhead", "tokenizer", "tokenizer-long",
 ]  # fmt: skip
+# Until a worker has imported PyTorch and a GPU has answered: the first stage would have no time left.
+STARTING_S = 10.0
 # More are in the file only: nobody reads so many in a console.
 SHOWN_ROWS = 120
 
@@ -43,7 +46,7 @@ class BenchConfig:
     """What to measure."""
 
     stages: tyro.conf.Positional[tuple[StageName, ...]] = ("all",)
-    """all has 9 minutes on a GPU and leaves out what does not fit; a stage that is named has the time that it takes.
+    """all has 9 minutes on a GPU and leaves out what does not fit; without all, named stages have the time that they take.
 
     What is timed stands beside peers and bounds. machine: clocks, throttling, other processes; ceilings: of a copy and of
     products; tests: the GPU-marked ones; memory: peaks, predicted and measured; accounting: FLOPs by formula and as counted;
@@ -53,11 +56,19 @@ class BenchConfig:
     """cuda, cpu, or auto."""
     out: Path | None = None
     """File of the results, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
+    minutes: float | None = None
+    """Time of all stages together, each with its share; what does not fit is left out."""
+    resume: Path | None = None
+    """File of an earlier run here that goes on: jobs that have had their turn are not run again."""
 
     def __post_init__(self) -> None:
         for name in self.stages:
             if name not in get_args(StageName):
                 raise UserError(f"stage {name!r} is unknown: choose of {', '.join(get_args(StageName))}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"{self.minutes:g} minutes are too few: name a number above 0")
+        if self.out is not None and self.resume is not None:
+            raise UserError("--resume names the file that goes on: leave --out away")
 
 
 def _table(title: str, rows: list[Mapping[str, Any]]) -> Table:
@@ -97,10 +108,9 @@ def slug(device: str) -> str:
 
 
 class _Results:
-    """The file of a run, one row a line, each on disk as soon as it is known; processes may take turns to add to it."""
+    """The file of a run, one row a line, each on disk as soon as it is known."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._file = path.open("a")
 
     def keep(self, row: Row) -> None:
@@ -114,92 +124,116 @@ class _Results:
         self._file.close()
 
 
-def _rows(stage: Stage, on: Device, deadline: float, begun: int) -> Rows:
-    if stage.cpu_s is None and on.device.type != "cuda":
-        yield {"case": stage.what, "not_measured": "no NVIDIA GPU"}
-        return
-    try:
-        jobs = islice(stage.jobs(on), begun, None)
-    except Exception as error:  # no ceilings, for one, where others hold all of the memory
-        yield {"case": stage.what, "not_measured": f"{type(error).__name__}: {error}"[:300]}
-        return
-    yield from run_jobs(jobs, on.device, deadline)
+def _summary(case: str, rows: Sequence[Row]) -> str:
+    """Return what came of a job in few words: our first time, or another's, and what was not measured."""
+    measured = [row for row in settled(rows) if "not_measured" not in row]
+    timed = sorted((row for row in measured if "p50_ms" in row), key=lambda row: row.get("variant") != "tilewright")
+    parts = [str(row["summary"]) for row in measured if row.get("summary")]
+    if timed:
+        what = f"{str(timed[0]['case']).removeprefix(case)} {timed[0].get('variant', '')}".strip()
+        parts = [f"{text('p50_ms', timed[0]['p50_ms'])} ms {what}".strip()]
+    reasons = [str(row["not_measured"]) for row in rows if "not_measured" in row]
+    # The job's own failure has no variant.
+    own = [str(row["not_measured"]) for row in rows if "not_measured" in row and "variant" not in row]
+    parts += own[-1:] or ([f"{len(reasons)} not measured"] if reasons else [])
+    return "; ".join(parts or [f"{len(measured)} rows"])
 
 
-def _measure(
-    results: _Results, stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], console: Console,
-    begun: int = 0,
-) -> None:  # fmt: skip
-    """Run the stages, each until its end of `ends` (of time.monotonic); `begun` jobs of the first one have had their turn.
-
-    Should the GPU be lost to this process, a new one takes its place and goes on with what is left.
-    """
-    on, left = Device(device), [*stages]
-    if device.type == "cuda":
-        prepare_allocator(device)
-        # Events and the clearing of the L2 cache go by the current device, which is what `cuda` without a number means.
-        if device.index is not None:
-            torch.cuda.set_device(device)
-    while left:
-        name, lost = left[0], None
-        rows = []
-        try:
-            for row in _rows(stages[name], on, ends[name], begun):
-                results.keep({"stage": name, **row})
-                rows.append(row)
-        except DeviceLost as error:
-            lost = error
-        if device.type == "cuda" and name != "machine" and lost is None:
-            # While it is still warm: what a stage was slowed down by shows in it.
-            results.keep({"stage": "machine", **state_row(device, f"after {name}")})
-        _show(console, name, settled(rows))
-        if lost is not None and name in STAGES:
-            _in_a_new_process(results.path, left, device, ends, begun + lost.begun)
-            return
-        begun = 0
-        left.pop(0)
+def _record(events: Iterable[Event], results: _Results, console: Console) -> int:
+    """Keep every row, say what came of every job, show a table of each stage; return how many jobs no time was left for."""
+    of_stages: defaultdict[str, list[Row]] = defaultdict(list)
+    of_job: list[Row] = []
+    began, lacking = 0.0, 0
+    for event in events:
+        stage = event.get("stage", "")
+        if "row" in event:
+            row = event["row"]
+            results.keep({"stage": stage, **row})
+            of_stages[stage].append(row)
+            of_job.append(row)
+            lacking += lacks_time(row)
+        elif "begin" in event and not event.get("quiet"):
+            results.keep(mark(stage, event["begin"]))
+            of_job, began = [], time.monotonic()
+        elif "end" in event:
+            results.keep(mark(stage, event["end"], ended=True))
+            said = f"{stage}: {event['end']}: {_summary(event['end'], of_job)} ({time.monotonic() - began:.0f} s)"
+            # Errors have lines.
+            console.print(" ".join(said.split()), highlight=False, markup=False)
+        elif "over" in event:
+            if event["complete"]:
+                results.keep(mark(stage, None, ended=True))
+            _show(console, stage, settled(of_stages.pop(stage, [])))
+    return lacking
 
 
-def _go_on(path: str, names: Sequence[str], device: str, ends: Mapping[str, float], begun: int) -> None:
-    console = _console()
-    with _Results(Path(path)) as results:
-        _measure(results, {name: STAGES[name] for name in names}, torch.device(device), ends, console, begun)
-    console.print(f"wrote {path}", highlight=False, markup=False)
+def _share(stage: Stage, is_gpu: bool) -> float:
+    return stage.gpu_s if is_gpu else stage.cpu_s or 0
 
 
-def _in_a_new_process(path: Path, names: Sequence[str], device: torch.device, ends: Mapping[str, float], begun: int) -> None:
-    """Become a process that goes on: one beside it would not have the memory that a broken context holds to the end."""
-    arguments = json.dumps([str(path), names, str(device), ends, begun])
-    program = f"import json, sys; from {__name__} import _go_on; _go_on(*json.loads(sys.argv[1]))"
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-c", program, arguments])
+def _ends(stages: Mapping[str, Stage], is_gpu: bool, seconds: float) -> dict[str, float]:
+    """Return when the time of each stage is over, of `seconds` in all; what a stage leaves of its time goes to the next."""
+    shares, now = [_share(stage, is_gpu) for stage in stages.values()], time.monotonic()
+    if not any(shares) or math.isinf(seconds):
+        return dict.fromkeys(stages, now + seconds)
+    first = min(STARTING_S, seconds / 2) if is_gpu else 0.0
+    whole = sum(shares)
+    return {name: now + first + (seconds - first) * sum(shares[:i]) / whole for i, name in enumerate(stages, 1)}
 
 
-def _run(stages: Mapping[str, Stage], device: torch.device, out: Path | None, timed: bool, console: Console | None) -> Path:
-    console, machine = console or _console(), describe(device)
+def _file(machine: Row, out: Path | None) -> Path:
     date = re.sub(r"[^0-9T]", "", machine["date"].split("+")[0])
     path = require_absent(out or Path("bench/results") / slug(machine["device"]) / f"{date}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What a stage leaves of its time goes to the next.
-    seconds = (stage.gpu_s if device.type == "cuda" else stage.cpu_s or 0 for stage in stages.values())
-    ends = accumulate(seconds, initial=time.monotonic())
-    next(ends)
     path.touch(exist_ok=False)
-    with _Results(path) as results:
-        results.keep({"stage": "machine", **machine})
-        _measure(results, stages, device, {name: next(ends) if timed else math.inf for name in stages}, console)
+    return path
+
+
+def _taken_up(machine: Row, path: Path) -> tuple[Row, Had]:
+    """Return the row that says who goes on with a file, and what has had its turn there."""
+    before = read_run(path).machine
+    for what in ("device", "torch"):
+        if before.get(what) != machine[what]:
+            raise UserError(f"{path} cannot go on here: its {what} is {before.get(what)}, that of this run {machine[what]}")
+    return {"case": "went on", **{name: machine.get(name) for name in ("date", "commit", "driver")}}, take_up(path)
+
+
+def _run(
+    stages: Mapping[str, Stage], config: BenchConfig | TuneConfig, device: torch.device, seconds: float,
+    console: Console | None, resume: Path | None = None,
+) -> Path:  # fmt: skip
+    console, machine = console or _console(), describe(device)
+    is_gpu, had = device.type == "cuda", frozenset()
+    if resume is None:
+        path, first = _file(machine, config.out), machine
+    else:
+        path = resume
+        first, had = _taken_up(machine, path)
+    stages = {name: stage for name, stage in stages.items() if (name, None) not in had}
+    run = run_in_workers if is_gpu and stages.keys() <= STAGES.keys() else run_here
+    with _Results(path) as results, closing(run(stages, device, _ends(stages, is_gpu, seconds), had)) as events:
+        results.keep({"stage": "machine", **first})
+        lacking = _record(events, results, console)
     console.print(f"{machine['device']}, torch {machine['torch']}: wrote {path}", highlight=False, markup=False)
+    if lacking:
+        console.print(f"no time was left for {lacking} jobs: --resume {path} goes on", highlight=False, markup=False)
     return path
 
 
 def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
-    """Run the stages, show a table of each, and return the file that holds every row.
+    """Run the stages, say what came of each job, show a table of each stage, and return the file that holds every row.
 
-    After a kernel that breaks the GPU's context the process is replaced by one that goes on, and this does not return.
+    On a GPU they run in a process of its own, which a new one replaces where a kernel hangs, kills it, or breaks its context.
     """
     device = resolve_device(config.device)
     stages = chosen_stages(config.stages, device.type == "cuda")
-    return _run(stages, device, config.out, "all" in config.stages, console)
+    seconds = math.inf
+    if config.minutes is not None:
+        seconds = 60 * config.minutes
+    elif "all" in config.stages:
+        is_gpu = device.type == "cuda"
+        seconds = sum(_share(stage, is_gpu) for stage in stages.values()) + STARTING_S * is_gpu
+    return _run(stages, config, device, seconds, console, config.resume)
 
 
 def run_tune(config: TuneConfig, console: Console | None = None) -> Path:
@@ -208,4 +242,4 @@ def run_tune(config: TuneConfig, console: Console | None = None) -> Path:
     if device.type != "cuda":
         raise UserError(f"device {device} cannot be tuned for: an NVIDIA GPU is needed, whose kernels are timed")
     job = Job("tune", partial(tune_attention, config, device))
-    return _run({"tune": Stage("attention's launches", lambda on: iter([job]), 0)}, device, config.out, False, console)
+    return _run({"tune": Stage("attention's launches", lambda on: iter([job]), 0)}, config, device, math.inf, console)

@@ -41,6 +41,8 @@ class Stage:
     on_any_machine: bool = False
     """Whether its figures say the same wherever they come from, so that no GPU is missing."""
     in_all: bool = True
+    limit_s: float = 120
+    """Seconds that any of its jobs may take on a GPU; what does not end even then is killed."""
     needs: tuple[str, ...] = ("machine",)
     """Stages without which its figures say little on a GPU; they run with it."""
 
@@ -70,6 +72,7 @@ def _tests() -> Rows:
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", str(TESTS)]
     lines: list[str] = []
+    cut_off = None
     with subprocess.Popen(
         command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -83,13 +86,15 @@ def _tests() -> Rows:
             os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(reason, TimeOver):
                 raise
-            variant = "cut off: no time left"
+            variant, cut_off = "cut off: no time left", reason
     yield row | {
         "variant": variant,
         **count_outcomes(lines),
         "failures": failures(lines),
         "summary": lines[-1][:200] if lines else "",
     }
+    if cut_off is not None:
+        raise cut_off
 
 
 def _inspect(architecture: str) -> Rows:
@@ -114,7 +119,7 @@ STAGES: dict[str, Stage] = {
         "clocks, throttling and other processes", lambda on: iter([Job("GPU", partial(machine_rows, on.device))]), 5
     ),
     "ceilings": Stage("the ceilings of a copy and of matrix products", lambda on: iter([Job("ceiling", on.ceiling_rows)]), 15),
-    "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", _tests)]), 75),
+    "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", _tests)]), 75, limit_s=600),
     "kernels": Stage(
         "the ops beside PyTorch, torch.compile, Liger-Kernel, cut-cross-entropy and quack",
         lambda on: kernel_jobs(on.device, on.ceilings),
@@ -127,7 +132,7 @@ STAGES: dict[str, Stage] = {
         90,
         needs=_CEILINGS,
     ),
-    "training": Stage("training steps and their MFU", lambda on: training_jobs(on.device), 145, 60),
+    "training": Stage("training steps and their MFU", lambda on: training_jobs(on.device), 145, 60, limit_s=480),
     "generation": Stage(
         "generation beside what bandwidth allows",
         lambda on: generation_jobs(on.device, on.ceilings if on.device.type == "cuda" else None),
@@ -137,9 +142,11 @@ STAGES: dict[str, Stage] = {
     ),
     "memory": Stage("peaks of memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
     "accounting": Stage("FLOPs by formula and as PyTorch counts them", lambda on: accounting_jobs(), 5, 40, True),
-    "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 0, 150, True),
-    "overhead": Stage("what the training loop adds to a step", lambda on: overhead_jobs(on.device), 45, 60),
-    "tokenizer": Stage("the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 0, 240, True),
+    "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 0, 150, True, limit_s=480),
+    "overhead": Stage("what the training loop adds to a step", lambda on: overhead_jobs(on.device), 45, 60, limit_s=240),
+    "tokenizer": Stage(
+        "the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 0, 240, True, limit_s=540
+    ),
     "tokenizer-long": Stage(
         "the tokenizer on 100 MB and on lines without a break",
         lambda on: iter([Job("tokenizer", partial(bench_tokenizer, LONG))]),
@@ -147,6 +154,7 @@ STAGES: dict[str, Stage] = {
         0,
         on_any_machine=True,
         in_all=False,
+        limit_s=7200,
     ),
 }
 

@@ -56,6 +56,20 @@ def test_the_mask_and_the_pairs_of_a_case_agree(case):
     assert case.costs["forward"].flops == 4 * pairs * case.head_dim * case.num_heads * case.batch
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "documents"])
+def test_what_flex_attention_closes_over_is_where_its_inputs_are(name, monkeypatch):
+    """As on a GPU: tensors without memory do not mix with those of the CPU, forward, backward or where Dynamo traces them."""
+    case, meta = CASES[name], torch.device("meta")
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="aot_eager", **options))
+    monkeypatch.setattr(attention_peers, "FLEX_SHAPE", (case.num_heads, case.num_kv_heads, case.num_queries))
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    shape = (case.batch, case.num_heads, case.num_queries, case.head_dim)
+    q, k, v = (torch.empty(shape, device=meta, requires_grad=True) for _ in range(3))
+    o = attention_peers.PEERS["flex_attention"](case, meta)(q, k, v)
+    assert [gradient.device for gradient in torch.autograd.grad(o.sum(), (q, k, v))] == [meta] * 3
+
+
 def test_the_error_is_that_of_the_worst_token():
     right = torch.ones(2, 3, 5, 4)
     assert error_of(right, right) == 0

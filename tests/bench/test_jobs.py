@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tilewright.bench import jobs
-from tilewright.bench.jobs import Job, TimeOver, run_jobs
+from tilewright.bench.jobs import Job, TimeOver, run_job
 
 CPU = torch.device("cpu")
 
@@ -22,6 +22,11 @@ def job(case, *rows, then=None):
             then()
 
     return Job(case, measure)
+
+
+def run_jobs(some, device, deadline=math.inf):
+    for each in some:
+        yield from run_job(each, device, deadline)
 
 
 def test_rows_come_in_their_order():
@@ -127,3 +132,11 @@ def test_without_a_deadline_there_is_no_alarm(monkeypatch):
 
 def test_the_alarm_is_no_exception():
     assert not issubclass(TimeOver, Exception)
+
+
+def test_a_job_has_a_limit_of_its_own():
+    slow = job("a", {"x": 1}, then=lambda: time.sleep(60))
+    rows = list(run_job(slow, CPU, time.monotonic() + 1000, limit_s=0.1))
+    assert rows == [{"case": "a", "x": 1}, {"case": "a", "not_measured": "cut off: takes more than 0.1 s"}]
+    # Another run would not have more time for it.
+    assert not any(jobs.lacks_time(row) for row in rows)

@@ -1,8 +1,6 @@
 import io
 import json
 import math
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 from typing import get_args
@@ -12,7 +10,7 @@ import torch
 from rich.console import Console
 from torch.cuda._utils import _get_device_index
 
-from tilewright.bench import BenchConfig, jobs, run, run_bench, stages
+from tilewright.bench import BenchConfig, jobs, run, run_bench, stages, worker
 from tilewright.bench.jobs import Job
 from tilewright.bench.machine import describe
 from tilewright.bench.readme import BEGIN, END, replace_block
@@ -24,7 +22,8 @@ CPU = torch.device("cpu")
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Return the rows of a file, without the marks of jobs."""
+    return [row for row in map(json.loads, path.read_text().splitlines()) if "job" not in row]
 
 
 @pytest.fixture
@@ -44,9 +43,10 @@ def replaced(monkeypatch):
     return fake
 
 
-def bench(tmp_path, *names, out="r.jsonl"):
+def bench(tmp_path, *names, out="r.jsonl", **rest):
     console = Console(file=io.StringIO(), width=160)
-    return run_bench(BenchConfig(names, device="cpu", out=tmp_path / out), console), console.file.getvalue()  # pyright: ignore
+    out = None if "resume" in rest else tmp_path / out
+    return run_bench(BenchConfig(names, device="cpu", out=out, **rest), console), console.file.getvalue()  # pyright: ignore
 
 
 def test_rows_say_what_they_were_measured_on(tmp_path, replaced):
@@ -87,11 +87,12 @@ def test_what_needs_a_gpu_says_that_it_was_not_measured(tmp_path):
 def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tmp_path, replaced, monkeypatch):
     deadlines = []
 
-    def noted(some_jobs, device, deadline):
+    def noted(job, device, deadline, limit_s):
         deadlines.append(deadline)
-        return jobs.run_jobs(some_jobs, device, deadline)
+        assert limit_s == math.inf
+        return jobs.run_job(job, device, deadline, limit_s)
 
-    monkeypatch.setattr(run, "run_jobs", noted)
+    monkeypatch.setattr(worker, "run_job", noted)
     replaced("training", {"case": "first"}, cpu_s=100.0)
     replaced("tokenizer", {"case": "second"}, cpu_s=50.0)
     for names in (("training", "tokenizer"), ("all",)):
@@ -101,6 +102,11 @@ def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tm
     first, second = deadlines[2:]
     assert start + 100 <= first <= time.monotonic() + 100
     assert second - first == pytest.approx(50)
+    # Minutes are shared as the time of all stages is.
+    bench(tmp_path, "training", "tokenizer", out="minutes", minutes=5)
+    first, second = deadlines[4:]
+    assert second - first == pytest.approx(100)
+    assert second <= time.monotonic() + 300
 
 
 @pytest.mark.parametrize("gpu", [torch.device("cuda"), torch.device("cuda", 1)])
@@ -113,12 +119,15 @@ def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
         return {"case": f"GPU {when}", "sm_mhz": 1980.0}
 
     monkeypatch.setattr(run, "resolve_device", lambda name: gpu)
-    monkeypatch.setattr(run, "prepare_allocator", lambda device: None)
+    monkeypatch.setattr(worker, "prepare_allocator", lambda device: None)
+    monkeypatch.setattr(worker, "ask", lambda device: None)
+    # What the worker does, in this process.
+    monkeypatch.setattr(run, "run_in_workers", worker.run_here)
     monkeypatch.setattr(
         run, "describe", lambda device: {"device": "NVIDIA H200", "date": "2026-01-02T03:04:05+00:00", "torch": "2"}
     )
-    monkeypatch.setattr(run, "Device", lambda device: SimpleNamespace(device=device))
-    monkeypatch.setattr(run, "state_row", state_row)
+    monkeypatch.setattr(worker, "Device", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(worker, "state_row", state_row)
     # As PyTorch itself reads its argument: a device without a number is an error.
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
     monkeypatch.setattr(jobs, "clean_up", lambda device: None)
@@ -135,51 +144,75 @@ def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
     assert current == ([] if gpu.index is None else [1])
 
 
-def test_a_gpu_that_a_kernel_broke_costs_one_job(tmp_path, monkeypatch):
-    turns = []
-
-    def job(name):
-        def measure():
-            turns.append(name)
-            yield {"case": name}
-
-        return Job(name, measure)
-
-    def stage(*names):
-        return Stage("jobs", lambda on: map(job, names), 10, 10)
-
-    fakes = {"kernels": stage("a", "broken", "b", "broken too", "c"), "attention": stage("d")}
-    monkeypatch.setattr(run, "STAGES", fakes)
-    monkeypatch.setattr(stages, "STAGES", fakes)
-    monkeypatch.setattr(jobs, "is_lost", lambda device: turns[-1].startswith("broken"))
-    # The new process, within this one.
-    monkeypatch.setattr(run, "_in_a_new_process", lambda path, *arguments: run._go_on(str(path), *arguments))
-    path, _ = bench(tmp_path, "kernels", "attention")
-    assert turns == ["a", "broken", "b", "broken too", "c", "d"]
-    rows = [(row["stage"], row["case"]) for row in read(path)[1:] if "not_measured" not in row]
-    assert rows == [("kernels", name) for name in turns[:-1]] + [("attention", "d")]
-    lost = [row["case"] for row in read(path) if "broke the GPU's context" in row.get("not_measured", "")]
-    assert lost == ["broken", "broken too"]
+def test_what_came_of_each_job_is_said_at_once(tmp_path, replaced):
+    replaced("kernels", {"case": "kernels forward", "variant": "torch", "p50_ms": 2.0},
+             {"case": "kernels forward", "variant": "tilewright", "p50_ms": 1.5},
+             {"case": "kernels", "variant": "peer", "not_measured": "not installed"})  # fmt: skip
+    replaced("tests", {"case": "tests", "variant": "passed", "summary": "7 passed"})
+    replaced("training", {"case": "a", "x": 1}, then=lambda: 1 / 0)
+    shown = bench(tmp_path, "kernels", "tests", "training")[1]
+    assert "kernels: kernels: 1.5 ms forward tilewright; 1 not measured (0 s)" in shown
+    assert "tests: tests: 7 passed (0 s)" in shown
+    assert "training: training: ZeroDivisionError: division by zero (0 s)" in shown
 
 
-@pytest.mark.slow
-def test_a_new_process_takes_the_place_of_the_old_one(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"stage": "machine"}\n')
-    names = ["memory", "kernels"]
-    begin = (
-        "import math, torch; from pathlib import Path; from tilewright.bench import run; print('before');"
-        f"run._in_a_new_process(Path({str(path)!r}), {names}, torch.device('cpu'), dict.fromkeys({names}, math.inf), 0)"
-    )
-    # From a folder whose modules are no part of it.
-    (tmp_path / "torch.py").write_text("raise ImportError")
-    done = subprocess.run([sys.executable, "-P", "-c", begin], cwd=tmp_path, capture_output=True, text=True, check=True)
-    # What was printed before is not lost.
-    assert done.stdout.startswith("before")
-    assert done.stdout.replace("\n", "").endswith(f"wrote {path}")
-    assert [(row["stage"], row.get("not_measured")) for row in read(path)] == [
-        ("machine", None), ("memory", "no NVIDIA GPU"), ("kernels", "no NVIDIA GPU"),
+def test_a_run_whose_time_was_over_goes_on(tmp_path, replaced):
+    begun = []
+
+    def note(name, seconds=0.0):
+        return lambda: (begun.append(name), time.sleep(seconds))
+
+    replaced("accounting", {"case": "a"}, then=note("accounting"), cpu_s=10.0)
+    replaced("training", {"case": "training", "x": 1}, then=note("training", 60), cpu_s=10.0)
+    replaced("tokenizer", {"case": "b"}, then=note("tokenizer"), cpu_s=0.0)
+    path, shown = bench(tmp_path, "all", minutes=0.02)
+    assert begun == ["accounting", "training"]
+    assert [row.get("not_measured") for row in read(path)[1:]] == [
+        None, None, "cut off: no time left for it", "no time left for it",
     ]  # fmt: skip
+    assert f"no time was left for 2 jobs: --resume {path} goes on" in shown.replace("\n", "")
+    replaced("training", {"case": "training", "x": 2}, then=note("again"), cpu_s=10.0)
+    assert bench(tmp_path, "all", resume=path)[0] == path
+    assert begun == ["accounting", "training", "again", "tokenizer"]
+    machine, *rows = read(path)
+    assert machine["stage"] == "machine"
+    assert [(row["stage"], row["case"]) for row in rows] == [
+        ("accounting", "a"), ("machine", "went on"), ("training", "training"), ("tokenizer", "b"),
+    ]  # fmt: skip
+    assert rows[2]["x"] == 2
+    assert rows[1]["commit"] == machine["commit"]
+    # All have had their turn.
+    bench(tmp_path, "all", resume=path)
+    assert len(begun) == 4
+
+
+def test_a_run_that_was_killed_goes_on_with_the_job_it_was_killed_in(tmp_path, replaced):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    replaced("accounting", {"case": "a"})
+    replaced("training", {"case": "first", "x": 1}, then=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path, "all")
+    path = tmp_path / "r.jsonl"
+    path.write_text(path.read_text() + '{"stage": "trai')
+    replaced("training", {"case": "first", "x": 2})
+    bench(tmp_path, "all", resume=path)
+    assert [row.get("x") for row in read(path)[1:] if row["stage"] != "machine"] == [None, 2]
+
+
+def test_a_run_goes_on_only_where_it_began(tmp_path, replaced):
+    replaced("accounting", {"case": "a"})
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"stage": "machine", "device": "NVIDIA H200", "torch": "2"}\n{"stage": "accounting", "job": "x"}\n')
+    before = path.read_text()
+    with pytest.raises(UserError, match="cannot go on here: its device is NVIDIA H200"):
+        bench(tmp_path, "all", resume=path)
+    assert path.read_text() == before
+    with pytest.raises(UserError, match="leave --out away"):
+        BenchConfig(out=path, resume=path)
+    with pytest.raises(UserError, match="0 minutes are too few"):
+        BenchConfig(minutes=0)
 
 
 def test_a_message_that_looks_like_markup_is_shown(tmp_path, replaced):
@@ -204,6 +237,14 @@ def test_the_time_of_all_stages():
     # Ten seconds are left to the start and to what cannot be interrupted; and 10 minutes to a CPU.
     assert sum(stage.gpu_s for stage in STAGES.values() if stage.in_all) <= 530
     assert sum(stage.cpu_s or 0 for stage in STAGES.values() if stage.in_all) <= 580
+
+
+def test_the_first_stage_has_its_time_after_the_start():
+    chosen = {name: STAGES[name] for name in ("machine", "ceilings")}
+    now = time.monotonic()
+    ends = run._ends(chosen, True, 30.0)
+    assert ends["machine"] - now == pytest.approx(run.STARTING_S + 5, abs=1)
+    assert ends["ceilings"] - ends["machine"] == pytest.approx(15)
 
 
 def test_stages_are_chosen_by_name():

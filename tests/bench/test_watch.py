@@ -1,0 +1,233 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from functools import partial
+from multiprocessing import Pipe
+
+import pytest
+import torch
+from rich.console import Console
+
+from tilewright.bench import BenchConfig, run, run_bench, stages, watch, worker
+from tilewright.bench.jobs import Job
+from tilewright.bench.stages import Stage
+
+CPU = torch.device("cpu")
+
+
+class Forked:
+    """A worker that is forked from this process, so that it knows what the test has replaced."""
+
+    def __init__(self, target, *others):
+        self.returncode = None
+        self.pid = os.fork()
+        if not self.pid:
+            status = 1
+            # The test's own time limit is not the worker's.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            with suppress(BaseException):
+                os.setsid()
+                for other in others:
+                    other.close()
+                target()
+                status = 0
+            os._exit(status)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout=None):
+        end = time.monotonic() + (timeout or 1e9)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("worker", timeout or 0)
+            time.sleep(0.005)
+        return self.returncode
+
+
+def hang():
+    """Wait where no signal but SIGKILL comes through, as for a kernel that never ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*signal.Signals} - {signal.SIGKILL, signal.SIGSTOP})
+    while True:
+        time.sleep(60)
+
+
+def die(number):
+    signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+    os.kill(os.getpid(), number)
+
+
+def fail():
+    raise RuntimeError("no such kernel")
+
+
+FAULTS = {
+    "hangs": hang,
+    "segfaults": partial(die, signal.SIGSEGV),
+    "is killed": partial(die, signal.SIGKILL),
+    "exits": partial(os._exit, 3),
+    "raises": fail,
+    "sleeps": partial(time.sleep, 60),
+}
+
+
+@pytest.fixture
+def turns(tmp_path, monkeypatch):
+    """Workers in which stages of jobs run that may be named as `FAULTS`; return in which process each job had its turn."""
+    path = tmp_path / "turns"
+    path.touch()
+
+    def job(name):
+        def measure():
+            with path.open("a") as file:
+                file.write(f"{name}:{os.getpid()}\n")
+            yield {"case": name, "p50_ms": 1.0}
+            FAULTS.get(name.split(",")[0], lambda: None)()
+
+        return Job(name, measure)
+
+    def make(**of_stages):
+        fakes = {
+            name: Stage(
+                f"what {name} measures", lambda on, names=names: iter([job(each) for each in names]), 10, 10, limit_s=1.0
+            )
+            for name, names in of_stages.items()
+        }
+        for module in (run, stages, worker):
+            monkeypatch.setattr(module, "STAGES", fakes)
+        return lambda: [line.split(":") for line in path.read_text().splitlines()]
+
+    def start(device, ends, connection, left, had):
+        some = {name: worker.STAGES[name] for name in left}
+        return Forked(lambda: watch.report(connection, worker.run_here(some, device, ends, had, limited=True)))
+
+    monkeypatch.setattr(worker, "_start", start)
+    monkeypatch.setattr(run, "run_here", worker.run_in_workers)
+    monkeypatch.setattr(watch, "GRACE_S", 0.5)
+    monkeypatch.setattr(watch, "POLL_S", 0.02)
+    return make
+
+
+def bench(tmp_path, capsys, **rest):
+    path = run_bench(BenchConfig(("all",), device="cpu", **rest), Console(width=200))
+    return path, [row for row in map(json.loads, path.read_text().splitlines()) if "job" not in row], capsys.readouterr().out
+
+
+def test_a_job_that_costs_its_worker_costs_itself_alone(tmp_path, turns, capsys):
+    names = ["a", "hangs", "b", "segfaults", "is killed", "exits", "raises", "sleeps", "c"]
+    had = turns(kernels=names, attention=["d"])
+    path, rows, shown = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
+    assert [name for name, _ in had()] == [*names, "d"]
+    # A new process after each that was lost, and only then.
+    of = dict(had())
+    workers = [{of[name] for name in group} for group in (
+        ["a", "hangs"], ["b", "segfaults"], ["is killed"], ["exits"], ["raises", "sleeps", "c", "d"],
+    )]  # fmt: skip
+    assert [len(group) for group in workers] == [1] * 5
+    assert len(set.union(*workers)) == 5
+    # What was measured before stays.
+    assert [row["case"] for row in rows if "p50_ms" in row] == [*names, "d"]
+    reasons = {row["case"]: row["not_measured"] for row in rows if "not_measured" in row}
+    assert re.fullmatch(r"hung: killed after \d+ s", reasons.pop("hangs"))
+    assert reasons == {
+        "segfaults": "died with signal 11 (SIGSEGV)",
+        "is killed": "died with signal 9 (SIGKILL)",
+        "exits": "died with exit status 3",
+        "raises": "RuntimeError: no such kernel",
+        "sleeps": "cut off: takes more than 1 s",
+    }
+    assert "kernels: segfaults: 1 ms; died with signal 11 (SIGSEGV)" in shown
+    # None of them is tried again.
+    bench(tmp_path, capsys, resume=path)
+    assert len(had()) == len(names) + 1
+
+
+def test_a_worker_whose_gpu_is_lost_is_replaced(tmp_path, turns, monkeypatch, capsys):
+    had = turns(kernels=["a", "broken", "b", "broken too"], attention=["c"])
+    monkeypatch.setattr("tilewright.bench.jobs.is_lost", lambda device: had()[-1][0].startswith("broken"))
+    _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
+    lost = [row["case"] for row in rows if "broke the GPU's context" in row.get("not_measured", "")]
+    assert lost == ["broken", "broken too"]
+    assert [(row["stage"], row["case"]) for row in rows if "p50_ms" in row] == [
+        ("kernels", "a"), ("kernels", "broken"), ("kernels", "b"), ("kernels", "broken too"), ("attention", "c"),
+    ]  # fmt: skip
+    assert len({process for _, process in had()}) == 3
+
+
+def test_a_stage_that_hangs_before_its_first_job_is_left_out(tmp_path, turns, monkeypatch, capsys):
+    had = turns(kernels=["a"], attention=["b"])
+    worker.STAGES["kernels"] = Stage("what kernels measures", lambda on: hang(), 10, 10)  # pyright: ignore
+    monkeypatch.setattr(worker, "AROUND_S", 0.1)
+    _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
+    assert [name for name, _ in had()] == ["b"]
+    assert [(row["case"], "hung" in row.get("not_measured", "")) for row in rows[1:]] == [
+        ("what kernels measures", True), ("b", False),
+    ]  # fmt: skip
+
+
+def test_a_gpu_that_is_gone_ends_the_run(tmp_path, turns, monkeypatch, capsys):
+    had = turns(kernels=["a", "b"], attention=["c"])
+    # From the second worker on.
+    monkeypatch.setattr(worker, "ask", lambda device: fail() if had() else None)
+    monkeypatch.setitem(FAULTS, "a", partial(die, signal.SIGKILL))
+    path, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
+    gone = "no process can use the device any more: the last one died with exit status 1"
+    assert [(row["case"], row["not_measured"]) for row in rows if "not_measured" in row] == [
+        ("a", "died with signal 9 (SIGKILL)"), ("kernels", gone), ("attention", gone),
+    ]  # fmt: skip
+    # Once it is back the others have their turn.
+    monkeypatch.setattr(worker, "ask", lambda device: None)
+    bench(tmp_path, capsys, resume=path)
+    assert [name for name, _ in had()] == ["a", "b", "c"]
+
+
+def test_a_run_that_ends_takes_its_worker_along(turns, monkeypatch):
+    had = turns(kernels=["a", "hangs"])
+    monkeypatch.setattr(watch, "GRACE_S", 60.0)
+    monkeypatch.setattr(watch, "LEAVE_S", 0.1)
+    events = worker.run_in_workers(worker.STAGES, CPU, {"kernels": time.monotonic() + 60}, frozenset())
+    seen = [next(event for event in events if event.get("begin") == "hangs"), next(events)]
+    assert "row" in seen[1]
+    events.close()
+    ((_, pid), _) = had()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("what", [hang, partial(time.sleep, 60)])
+def test_a_worker_ends_with_its_parent(monkeypatch, what):
+    monkeypatch.setattr(watch, "LEAVE_S", 0.1)
+    own, its = Pipe()
+
+    def events():
+        yield {"begin": "a"}
+        what()
+
+    process = Forked(lambda: watch.report(its, events()), own)
+    its.close()
+    assert json.loads(own.recv_bytes()) == {"begin": "a"}
+    own.close()
+    assert process.wait(30) in (-signal.SIGKILL, 1)
+
+
+@pytest.mark.slow
+def test_the_worker_is_a_process_of_its_own(tmp_path, monkeypatch, capfd):
+    # From a folder whose modules are no part of it.
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run_here", worker.run_in_workers)
+    path = run_bench(BenchConfig(("memory", "accounting"), device="cpu", out=tmp_path / "r.jsonl"), Console(width=200))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {"stage": "accounting", "job": None, "ended": True} in rows
+    rows = [row for row in rows if "job" not in row]
+    assert [(row["stage"], row.get("not_measured")) for row in rows[:2]] == [("machine", None), ("memory", "no NVIDIA GPU")]
+    assert {row["stage"] for row in rows[2:]} == {"accounting"}
+    assert all(row["same_result"] for row in rows[2:])
+    assert capfd.readouterr().err == ""
