@@ -193,7 +193,8 @@ def attention(
     few queries against many keys the order of sums follows the batch and the GPU.
     """
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+    # Of the devices that hold tensors "meta" alone has no autocast. PyTorch 2.11 cannot compile a question whether one has.
+    if kind != "meta" and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
     _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens)
     if not use_triton(q) or q.dtype == torch.float64:
