@@ -17,9 +17,10 @@ if not HAS_GPU:
     # Read when a kernel is defined, so it must be set before tilewright.kernels is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton") is not None:
-        from interpreter import patch_once_a_launch
+        from interpreter import patch_index, patch_once_a_launch
 
         patch_once_a_launch()
+        patch_index()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes that each keep every core spinning slow each other down manifold.
