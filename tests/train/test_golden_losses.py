@@ -1,6 +1,6 @@
 """The first 100 losses of the demo's model, as they were when they were written down: any change of the mathematics shows.
 
-They hold for every version of PyTorch: 2.11 and 2.13 differ in how `trunc_normal_` draws from the same seed, by the inverse of the
+They hold for every version of PyTorch: 2.11 and 2.13 differ in how `trunc_normal_` draws from a seed, by the inverse of the
 distribution or by rejection, so here it is replaced. Run as a program this file writes them down anew:
 `python tests/train/test_golden_losses.py`.
 """
