@@ -1,15 +1,25 @@
 # Every target sets up what it needs: .venv holds the dependencies that constraints.txt pins.
 PYTHON ?= python3
 BIN := .venv/bin
+# The oldest versions are tried on the Python of the GPU images that have them, where it is there.
+PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+OLDEST := .venv-oldest/bin
+TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench readme clean help
+.PHONY: demo test test-oldest test-null-gpu lint bench readme clean help
 
 demo: .venv/base  ## raw text to a model that writes stories
 	$(BIN)/tilewright demo
 
 test: .venv/dev  ## the whole test suite
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+test-oldest: .venv-oldest/dev  ## the suite, or TESTS, on the oldest versions of everything
+	$(OLDEST)/pytest --numprocesses 2 --dist worksteal $(TESTS)
+
+test-null-gpu: .venv-oldest/dev  ## the GPU-marked tests and a first run on a GPU that computes nothing
+	cd tests && ../$(OLDEST)/python -m null_gpu
 
 lint: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -24,11 +34,11 @@ readme: .venv/base  ## run the demo and put what it measured into README.md
 	$(BIN)/python -m tilewright.bench.readme
 
 clean:  ## remove the environment and everything built or cached; data/ and runs/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is needed, this is {sys.version}")'
@@ -44,4 +54,12 @@ help:  ## list the targets
 
 .venv/bench: .venv/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+
+# PyTorch's CUDA build without NVIDIA's libraries; tests/null_gpu stands in for them. It needs gcc, and downloads 0.8 GB.
+.venv-oldest/dev: constraints-min.txt pyproject.toml $(wildcard tests/null_gpu/*.c tests/null_gpu/*.h tests/null_gpu/install.py)
+	test -x $(OLDEST)/python || $(PYTHON_OLDEST) -m venv .venv-oldest
+	$(OLDEST)/pip install --quiet --no-deps --requirement constraints-min.txt
+	$(OLDEST)/python tests/null_gpu/install.py
+	$(OLDEST)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

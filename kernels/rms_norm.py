@@ -392,7 +392,7 @@ def _check_dtypes(**tensors: Tensor | None) -> None:
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
-    # torch.rms_norm gives float32 under CUDA autocast; so does ours, without a copy of its inputs.
+    # torch.rms_norm of PyTorch 2.13 gives float32 under CUDA autocast, that of 2.11 does not; ours does, without a copy of x.
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
 
 
