@@ -16,9 +16,13 @@ def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # A tensor, so that a graph that holds the step, compiled or captured, reads each step's value.
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    # A tensor, so that a graph that holds the step, compiled or captured, reads each step's value. Given only now, as the
+    # constructor would wait for the device to know it.
     lr = torch.tensor(config.lr, device=parameters[0].device)
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+    for group in adamw.param_groups:
+        group["lr"] = lr
+    return adamw
 
 
 def _muon(matrices: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Muon:
@@ -59,8 +63,8 @@ class Optimizer:
 
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` for the next step of every parameter."""
-        for group in self._adamw.param_groups:
-            group["lr"].fill_(lr)
+        # All groups share the tensor.
+        self._adamw.param_groups[0]["lr"].fill_(lr)
         for group in self._muon.param_groups if self._muon else ():
             group["lr"] = lr
 

@@ -1,0 +1,34 @@
+"""All that the null GPU shows: `python -m null_gpu`, in tests/, runs its tests, the GPU-marked ones and the rehearsal."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .install import library_folder
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    """Run everything; return 1 where something failed."""
+    environment = Path(sys.prefix)
+    # Caches of its own: what is compiled for a GPU that computes nothing is not taken for tuned.
+    variables = {
+        "NULL_GPU": "1",
+        "TRITON_LIBCUDA_PATH": str(library_folder()),
+        "TRITON_CACHE_DIR": str(environment / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(environment / "inductor"),
+    }
+    os.environ.update(variables)
+    pytest = [sys.executable, "-m", "pytest", "-p", "null_gpu.plugin", "-p", "no:cacheprovider"]
+    commands = [
+        [*pytest, str(TESTS / "null_gpu")],
+        [*pytest, "-m", "gpu", str(TESTS)],
+        [sys.executable, "-m", "null_gpu.rehearsal"],
+    ]
+    return max([subprocess.run(command, cwd=TESTS).returncode != 0 for command in commands])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What the null GPU was asked for: its trace, and counts of the trace's events."""
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def trace_to(path: Path | None) -> None:
+    """Have the null GPU of this process, which has imported torch, write its events to `path`; None ends that."""
+    ctypes.CDLL("libcuda.so.1").null_gpu_trace(None if path is None else str(path).encode())
+
+
+def events(path: Path) -> list[tuple[str, ...]]:
+    """Return the events of a trace, each as its kind and what is told of it; none where nothing was asked for."""
+    if not path.exists():
+        return []
+    return [tuple(line.split("\t")) for line in path.read_text(errors="replace").splitlines() if line]
+
+
+def _names(event: tuple[str, ...]) -> Iterable[tuple[str, int]]:
+    """Yield what an event counts as, and how often."""
+    kind, *rest = event
+    if kind == "launch":
+        # A library does not say on which stream it computes.
+        stream, device = rest[-2:]
+        yield "launches", 1
+        yield f"launches: {stream}", 1
+        if device != "0":
+            yield "launches: another device", 1
+    elif kind == "graph":
+        yield "graphs", 1
+        yield "nodes of graphs", int(rest[0].split()[0])
+    elif kind == "synchronise":
+        yield "synchronisations", 1
+        yield rest[0], 1
+    elif kind == "copy":
+        yield f"copies: {rest[0]}, {rest[-1]}", 1
+        if rest[-1] != "async":
+            yield "synchronisations", 1
+    elif kind == "fill":
+        yield "fills", 1
+    elif kind == "allocate":
+        yield "allocations", 1
+    elif kind == "module":
+        yield "modules", 1
+    elif kind == "fault":
+        yield "faults", 1
+
+
+def count(of: Iterable[tuple[str, ...]]) -> dict[str, int]:
+    """Return how often each kind of event comes; "synchronisations" are all events that the host waits at.
+
+    Among them are copies whose side of the host is not pinned, which wait as well.
+    """
+    counts: Counter[str] = Counter()
+    for event in of:
+        for name, number in _names(event):
+            counts[name] += number
+    return dict(sorted(counts.items()))

@@ -1,0 +1,96 @@
+"""Programs with a mistake that a GPU would punish: `python -m null_gpu.mistakes NAME`. The null GPU tells of it on stderr."""
+
+import ctypes
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _write(address, BLOCK: tl.constexpr):
+    # An address as a number: Triton itself refuses a tensor of the host.
+    elements = tl.arange(0, BLOCK)
+    tl.store(address.to(tl.pointer_type(tl.float32)) + elements, elements.to(tl.float32))
+
+
+def _write_to(address: int):
+    return _write[(1,)](address, BLOCK=128)
+
+
+def no_mistake() -> None:
+    """Write to memory of the GPU, in a graph as well."""
+    x = torch.zeros(128, device="cuda")
+    _write_to(x.data_ptr())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _write_to(x.data_ptr())
+    graph.replay()
+    torch.cuda.synchronize()
+
+
+def memory_of_the_host() -> None:
+    """Have a kernel write to memory of the host."""
+    x = torch.zeros(128)
+    _write_to(x.data_ptr())
+
+
+def freed_memory() -> None:
+    """Have a kernel write to memory that was given back."""
+    x = torch.zeros(1 << 26, device="cuda")
+    address = x.data_ptr()
+    del x
+    torch.cuda.empty_cache()
+    _write_to(address)
+
+
+def memory_of_another_device() -> None:
+    """Have a kernel of the first device write to memory of the second."""
+    x = torch.zeros(128, device="cuda:1")
+    _write_to(x.data_ptr())
+
+
+def stream_of_another_device() -> None:
+    """Launch a kernel on a stream of the second device while the first is current."""
+    x, stream = torch.zeros(128, device="cuda:0"), torch.cuda.Stream("cuda:1")
+    compiled = _write_to(x.data_ptr())
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(ctypes.c_void_p(x.data_ptr())))
+    _launch(compiled, 0, arguments, stream.cuda_stream)
+
+
+def synchronising_in_a_capture() -> None:
+    """Wait for the GPU while a graph is captured."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.cuda.synchronize()
+
+
+def too_much_shared_memory() -> None:
+    """Launch a kernel with more shared memory than a program may have."""
+    x = torch.zeros(128, device="cuda")
+    compiled = _write_to(x.data_ptr())
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(ctypes.c_void_p(x.data_ptr())))
+    _launch(compiled, 300_000, arguments, None)
+
+
+def _launch(compiled, shared: int, arguments, stream: int | None) -> None:
+    # Past Triton, which refuses what it knows to be wrong.
+    driver = ctypes.CDLL("libcuda.so.1")
+    sizes = (1, 1, 1, 128, 1, 1)
+    code = driver.cuLaunchKernel(
+        ctypes.c_void_p(compiled.function), *sizes, shared, ctypes.c_void_p(stream), arguments, ctypes.c_void_p()
+    )
+    if code:
+        raise RuntimeError(f"the launch gave {code}")
+
+
+MISTAKES = {
+    function.__name__: function
+    for function in (
+        no_mistake, memory_of_the_host, freed_memory, memory_of_another_device, stream_of_another_device,
+        synchronising_in_a_capture, too_much_shared_memory,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    MISTAKES[sys.argv[1]]()

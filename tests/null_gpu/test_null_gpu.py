@@ -1,0 +1,45 @@
+"""What the null GPU finds wrong: a mistake of each kind, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not os.environ.get("NULL_GPU"), reason="needs the null GPU, which `make test-null-gpu` sets up"),
+]
+
+
+def run(name: str, num_gpus: int = 1) -> subprocess.CompletedProcess[str]:
+    tests = str(Path(__file__).resolve().parents[1])
+    variables = {**os.environ, "NULL_GPU": str(num_gpus), "PYTHONPATH": tests}
+    command = [sys.executable, "-P", "-m", "null_gpu.mistakes", name]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("memory_of_the_host", "memory of the host"),
+        ("freed_memory", "which is not allocated"),
+        ("memory_of_another_device", "memory of device 1, and the stream is of device 0"),
+        ("stream_of_another_device", "on a stream of device 1, current is 0"),
+        ("synchronising_in_a_capture", "cudaDeviceSynchronize while a stream is captured"),
+        ("too_much_shared_memory", "300000 bytes of shared memory"),
+    ],
+)
+def test_a_mistake_is_told_and_gives_an_error(name, told):
+    done = run(name, 2 if "another_device" in name else 1)
+    faults = [line for line in done.stderr.splitlines() if line.startswith("[null GPU] fault: ")]
+    assert faults, done.stderr
+    assert told in faults[0]
+    assert done.returncode == 1
+
+
+def test_what_is_right_is_no_fault():
+    done = run("no_mistake")
+    assert done.returncode == 0, done.stderr
+    assert "fault" not in done.stderr

@@ -1,0 +1,48 @@
+"""What a training step asks of a GPU: the host never waits in it, and nothing is allocated or compiled once all is warm."""
+
+import json
+import os
+
+import pytest
+
+from null_gpu.steps import FILE, VARIANTS, measured, versions
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("NULL_GPU"), reason="needs the null GPU: tests/null_gpu/install.py puts it there, NULL_GPU=1 turns it on"
+)
+
+# Muon waits for the device once a step: it has to know whether the step is skipped.
+WAITS = dict.fromkeys(VARIANTS, 0) | {"muon": 1}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request):
+    """The name of a variant, and its counts."""
+    return request.param, measured(request.param)
+
+
+def test_every_step_asks_for_the_same(variant):
+    assert "differ" not in variant[1]
+
+
+def test_the_host_waits_only_in_a_step_that_logs(variant):
+    name, counts = variant
+    assert counts["step"].get("synchronisations", 0) == WAITS[name]
+    assert counts["step that logs"]["synchronisations"] > WAITS[name]
+
+
+@pytest.mark.parametrize("what", ["allocations", "modules", "faults", "launches: side", "launches: another device"])
+def test_no_step_has(variant, what):
+    assert all(counts.get(what, 0) == 0 for counts in (variant[1]["step"], variant[1]["step that logs"]))
+
+
+def test_the_counts_are_those_on_record(variant):
+    name, counts = variant
+    recorded = json.loads(FILE.read_text())
+    here = versions()
+    if {each: recorded[each] for each in here} != here:
+        pytest.skip(f"counted with {recorded['torch']} and Triton {recorded['triton']}, here are {here}")
+    for step in ("step", "step that logs"):
+        assert counts[step] == recorded["variants"][name][step], (
+            "`python -m null_gpu.steps` writes them anew, tests/ on the path"
+        )
