@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 
 from tilewright.bench import ReportConfig, run_report
@@ -106,8 +107,6 @@ def test_the_report_is_the_same_to_the_byte(results, monkeypatch):
     first = files(results.parent)
     assert len(first) == 6
     # Whatever is set up in this process, and whatever lay there before.
-    import matplotlib
-
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9.0)
     (results.parent / "plots" / "old.svg").write_text("old")
     run_report(config)
@@ -120,8 +119,13 @@ def test_the_committed_report_is_what_the_command_gives(tmp_path):
     (tmp_path / "results").symlink_to(BENCH / "results")
     runs = read_runs(tmp_path / "results")
     assert (BENCH / "RESULTS.md").read_text() == render(runs, tmp_path), "run: tilewright bench report"
-    committed = {path.name: path.read_bytes() for path in (BENCH / "plots").glob("*.svg")}
-    assert committed == {path.name: path.read_bytes() for path in (tmp_path / "plots").glob("*.svg")}, "as above"
+    committed, drawn = (
+        {path.name: path.read_bytes() for path in (folder / "plots").glob("*.svg")} for folder in (BENCH, tmp_path)
+    )
+    assert committed.keys() == drawn.keys(), "as above"
+    # Versions of matplotlib lay pictures out differently; the committed ones are of the version that is pinned.
+    if f"matplotlib=={matplotlib.__version__}\n" in (BENCH.parent / "constraints.txt").read_text():
+        assert committed == drawn, "as above"
     readme = (BENCH.parent / "README.md").read_text()
     assert (readme_block(runs) in readme) == (BEGIN in readme), "as above"
 

@@ -14,12 +14,11 @@
 #define MEMORY_BYTES 150754820096ull /* of an H200 */
 
 enum { CUDA_13 = 13000, OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101,
-       INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_READY = 600, ILLEGAL_ADDRESS = 700,
-       CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNJOINED = 904, CAPTURE_ISOLATION = 905,
+       INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905,
        CAPTURE_IMPLICIT = 906, CAPTURED_EVENT = 907 };
 
 typedef struct Capture {
-    bool is_invalid, is_relaxed, is_open;
+    bool is_invalid, is_open;
     int nodes;
     unsigned long long id;
 } Capture;
@@ -27,7 +26,6 @@ typedef struct Capture {
 typedef struct Stream {
     uint32_t magic;
     int device;
-    bool is_blocking; /* waits for the default stream, and so must not be captured beside it */
     int priority;
     Capture *capture;
 } Stream;
@@ -79,7 +77,7 @@ int launch(const char *name, Stream *stream, const unsigned grid[3], const unsig
 int library_call(const char *name);
 int sticky_error(void);
 bool relax_thread(bool relaxed);
-void begin_capture(Stream *stream, bool is_relaxed, bool is_global);
+void begin_capture(Stream *stream, bool is_global);
 void end_capture(Stream *stream);
-Stream *new_stream(bool is_blocking, int priority);
+Stream *new_stream(int priority);
 Event *new_event(void);

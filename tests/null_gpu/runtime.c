@@ -159,7 +159,7 @@ cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) {
 /* Streams, events, host functions */
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
-    *stream = (cudaStream_t)new_stream(flags != cudaStreamNonBlocking, priority);
+    *stream = (cudaStream_t)new_stream(priority);
     return OK;
 }
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
@@ -275,7 +275,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     if ((uintptr_t)stream <= 2)
         DONE(CAPTURE_UNSUPPORTED);
-    begin_capture(of(stream), mode == cudaStreamCaptureModeRelaxed, mode == cudaStreamCaptureModeGlobal);
+    begin_capture(of(stream), mode == cudaStreamCaptureModeGlobal);
     return OK;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {

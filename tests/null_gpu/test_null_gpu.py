@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not os.environ.get("NULL_GPU"), reason="needs the null GPU, which `make test-null-gpu` sets up"),
-]
+pytestmark = pytest.mark.skipif(not os.environ.get("NULL_GPU"), reason="needs the null GPU, which `make test-null-gpu` sets up")
 
 
 def run(name: str, num_gpus: int = 1) -> subprocess.CompletedProcess[str]:

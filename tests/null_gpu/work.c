@@ -54,7 +54,7 @@ static void forget_closed(Capture **capture) {
 Stream *stream_of(void *handle) {
     if ((uintptr_t)handle <= 2) {
         Stream *stream = default_streams + device_of_thread;
-        *stream = (Stream){STREAM_MAGIC, device_of_thread, true, 0, NULL};
+        *stream = (Stream){STREAM_MAGIC, device_of_thread, 0, NULL};
         return stream;
     }
     Stream *stream = handle;
@@ -109,10 +109,10 @@ int synchronise(const char *name, Stream *stream) {
     return sticky_error();
 }
 
-void begin_capture(Stream *stream, bool is_relaxed, bool is_global) {
+void begin_capture(Stream *stream, bool is_global) {
     static unsigned long long id;
     Capture *capture = calloc(1, sizeof *capture);
-    *capture = (Capture){false, is_relaxed, true, 0, ++id};
+    *capture = (Capture){false, true, 0, ++id};
     stream->capture = capture;
     if (is_global)
         global_capture = capture;
@@ -156,9 +156,9 @@ int library_call(const char *name) {
     return OK;
 }
 
-Stream *new_stream(bool is_blocking, int priority) {
+Stream *new_stream(int priority) {
     Stream *stream = malloc(sizeof *stream);
-    *stream = (Stream){STREAM_MAGIC, device_of_thread, is_blocking, priority, NULL};
+    *stream = (Stream){STREAM_MAGIC, device_of_thread, priority, NULL};
     return stream;
 }
 
