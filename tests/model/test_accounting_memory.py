@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 from functools import partial
 
 import pytest
@@ -287,6 +288,9 @@ LLAMA_LIKE = dataclasses.replace(MODELS["gpt2-small"], num_kv_heads=4, tie_embed
 )
 def test_peaks_on_a_gpu_are_within_3_percent(config, size, policy):
     policy = dataclasses.replace(policy, vocabulary="padded")
+    # A test that failed before holds its tensors as long as its traceback lives.
+    gc.collect()
+    held = torch.cuda.memory_allocated()
     model = make(config, policy).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens, targets = (part.cuda() for part in batch(config, size))
@@ -295,7 +299,9 @@ def test_peaks_on_a_gpu_are_within_3_percent(config, size, policy):
         loss_of(model, tokens, targets, policy).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert training_memory(config, size, policy=policy).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.03)
+    assert training_memory(config, size, policy=policy).peak == pytest.approx(
+        torch.cuda.max_memory_allocated() - held, rel=0.03
+    )
 
 
 def test_the_logits_that_are_held_at_once():

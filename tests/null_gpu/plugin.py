@@ -6,6 +6,7 @@ What a test asks of values by itself is listed in `OF_VALUES`. A test fails that
 
 import ctypes
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -138,9 +139,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Note in the report whether values were compared."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note in the report whether values were compared, and let the tensors of a test go that ended at its values."""
     report = yield
+    if call.excinfo is not None and hasattr(report, "wasxfail"):
+        traceback.clear_frames(call.excinfo.tb)
     if report.when == "call" and item.stash.get(COMPARED, False):
         report.user_properties.append(("compared", True))
     return report
