@@ -19,6 +19,7 @@ OF_VALUES = {
     "test_writer.py::test_copies_from_a_gpu_are_of_the_step_they_were_taken_at": "reads the values that were saved",
     "test_attention_gpu.py::test_float32_is_exact_unless_tf32_is_asked_for": "asks for the error of a value",
     "test_cross_entropy.py::test_more_elements_than_31_bits_can_count": "asks for losses",
+    "test_distributed.py::test_shards_of_one_process_have_the_gradients_of_the_whole": "asks for the error of gradients",
     "test_doctor.py::test_it_runs_a_kernel_on_the_gpu": "a kernel's result is wrong",
     "test_ceilings.py::test_ceilings_are_measured_on_a_gpu": "asks for the times of a GPU",
     "test_kernels.py::test_a_case_is_measured_on_a_gpu": "a variant with a wrong result is not timed",
@@ -30,7 +31,6 @@ OF_VALUES = {
 NOT_RUN = {
     "test_prefetch.py::test_taking_a_batch_does_not_wait_for_the_gpu": "the null GPU is never at work",
     "test_attention.py::test_a_shape_is_measured_on_a_gpu": "PyTorch crashes where cuDNN refuses attention twice, as here",
-    "test_distributed.py::test_shards_of_one_process_have_the_gradients_of_the_whole": "the null GPU's NCCL does not end",
 }
 COMPARED = pytest.StashKey[bool]()
 _running: list[pytest.Item] = []
