@@ -15,7 +15,7 @@ from .dispatch import HAS_TRITON, jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import CrossEntropyOutput as CrossEntropyOutput
 from .reference import Reduction
-from .shared import count_no_flops, tanh
+from .shared import count_no_flops, register_fake, tanh
 
 # What the running maximum begins with: finite, so that a row that begins with -inf gives exp(-inf) and not NaN.
 LOWEST: Any = tl.constexpr(torch.finfo(torch.float32).min) if HAS_TRITON else None
@@ -333,7 +333,7 @@ def _cross_entropy(
     return losses, top, log_total, correct
 
 
-@_cross_entropy.register_fake
+@register_fake(_cross_entropy)
 def _(logits, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy, inplace_backward):
     return empty_outputs(targets, return_accuracy)
 
@@ -356,7 +356,7 @@ def _cross_entropy_backward(
     return dlogits.view(logits.shape)
 
 
-@_cross_entropy_backward.register_fake
+@register_fake(_cross_entropy_backward)
 def _(dlosses, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -379,7 +379,7 @@ def _cross_entropy_backward_(
         logits.copy_(batches.view(logits.shape))
 
 
-@_cross_entropy_backward_.register_fake
+@register_fake(_cross_entropy_backward_)
 def _(dlosses, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
     return None
 

@@ -25,7 +25,7 @@ from .cross_entropy import (
 from .dispatch import use_triton
 from .inspect import KernelCase
 from .reference import Reduction
-from .shared import count_no_flops
+from .shared import count_no_flops, register_fake
 
 # Rows of a chunk come in tiles of the matrix product, and rows of the buffer begin on a cache line whatever the vocabulary.
 TILE_ROWS = 128
@@ -152,7 +152,7 @@ def _sum(
     return losses.sum(), top, log_total, correct, dx, dw
 
 
-@_sum.register_fake
+@register_fake(_sum)
 def _(
     x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy,
     memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw,
@@ -172,7 +172,7 @@ def _sum_backward(dloss: Tensor, dx: Tensor, dw: Tensor, x: Tensor, weight: Tens
     return torch.mul(dx, dloss, out=torch.empty_like(dx)), torch.mul(dw, dloss, out=scaled_dw)
 
 
-@_sum_backward.register_fake
+@register_fake(_sum_backward)
 def _(dloss, dx, dw, x, weight):
     return torch.empty_like(dx), torch.empty(dw.shape, dtype=weight.dtype, device=dw.device)
 
@@ -216,7 +216,7 @@ def _rows(
     )[:4]  # fmt: skip
 
 
-@_rows.register_fake
+@register_fake(_rows)
 def _(
     x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy,
     memory_budget, accumulate_in_float32, num_classes,
@@ -253,7 +253,7 @@ def _rows_backward(
     return dx, dw.to(weight.dtype)
 
 
-@_rows_backward.register_fake
+@register_fake(_rows_backward)
 def _(
     dlosses, x, weight, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
     memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw,

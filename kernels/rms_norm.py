@@ -16,7 +16,7 @@ from .device import num_sms
 from .dispatch import jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import Casting
-from .shared import as_rows, count_no_flops
+from .shared import as_rows, count_no_flops, register_fake
 
 
 @jit
@@ -266,7 +266,7 @@ def _rms_norm(
     return y, total, rstd
 
 
-@_rms_norm.register_fake
+@register_fake(_rms_norm)
 def _(x, residual, weight, eps, offset, round_first, y_dtype):
     return (
         torch.empty(x.shape, dtype=y_dtype, device=x.device),
@@ -317,7 +317,7 @@ def _rms_norm_backward(
     return dx, d_residual, dw_partial.sum(dim=0).to(weight.dtype)
 
 
-@_rms_norm_backward.register_fake
+@register_fake(_rms_norm_backward)
 def _(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw else x.new_empty(0)
     return _empty_gradient(x, dx_dtype), _empty_gradient(x, d_residual_dtype), dw

@@ -14,7 +14,7 @@ from . import reference
 from .dispatch import jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
 from .reference import RopeLayout
-from .shared import count_no_flops
+from .shared import count_no_flops, register_fake
 
 
 @jit
@@ -222,7 +222,7 @@ def _rope(
     return ys
 
 
-@_rope.register_fake
+@register_fake(_rope)
 def _empty_results(
     xs: Sequence[Tensor],
     cos: Tensor,
@@ -271,7 +271,7 @@ def _rope_qkv(
     return ys
 
 
-@_rope_qkv.register_fake
+@register_fake(_rope_qkv)
 def _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads):
     batch, tokens, width = qkv.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
@@ -288,7 +288,7 @@ def _rope_qkv_backward(
     return dqkv
 
 
-@_rope_qkv_backward.register_fake
+@register_fake(_rope_qkv_backward)
 def _empty_packed(dq, dk, dv, cos, sin, positions, interleaved):
     batch, heads, tokens, head_dim = dq.shape
     return dq.new_empty(batch, tokens, (heads + 2 * dk.shape[1]) * head_dim)

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import jit, on_device_of, tl, use_triton
 from .inspect import KernelCase
-from .shared import as_rows, count_no_flops
+from .shared import as_rows, count_no_flops, register_fake
 
 
 @jit
@@ -124,7 +124,7 @@ def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     return y
 
 
-@_swiglu.register_fake
+@register_fake(_swiglu)
 def _empty_result(gate: Tensor, up: Tensor | None) -> Tensor:
     if up is None:
         return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2))
@@ -139,7 +139,7 @@ def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor
     return gradients
 
 
-@_swiglu_backward.register_fake
+@register_fake(_swiglu_backward)
 def _empty_gradients(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (gate, up) if x is not None]
 

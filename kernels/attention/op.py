@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..dispatch import use_triton
+from ..shared import register_fake
 from .backward import launch_backward
 from .decode import fits_decode, launch_decode
 from .forward import launch_forward
@@ -53,7 +54,7 @@ def _attention(
     return o, lse
 
 
-@_attention.register_fake
+@register_fake(_attention)
 def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_like(q, q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -91,7 +92,7 @@ def _attention_backward(
     return dq, dk, dv, dsinks
 
 
-@_attention_backward.register_fake
+@register_fake(_attention_backward)
 def _empty_gradients(do, dlse, q, k, v, o, lse, sinks, *_):
     return (
         _empty_like(q, q.shape),
