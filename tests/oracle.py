@@ -1,6 +1,6 @@
 """What "right" means for a kernel: at most twice the error of the same-dtype reference, plus one rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,3 +31,20 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def assert_replays(step: Callable[[], Sequence[Tensor]]) -> None:
+    """Capture `step` in a CUDA graph, where it may not synchronise; a replay must give the bits of a call."""
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Not before: to begin a graph PyTorch 2.13 synchronises itself.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            captured = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

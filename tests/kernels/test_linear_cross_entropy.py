@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from oracle import assert_accurate, poisoned_memory
+from oracle import assert_accurate, assert_replays, poisoned_memory
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.linear_cross_entropy import chunk_shape, linear_cross_entropy
@@ -348,17 +348,7 @@ def test_runs_inside_a_cuda_graph_without_synchronising():
         # Without the graph of autograd, which would hold the first call's stream for the second.
         return loss.detach(), *torch.autograd.grad(loss, (x, weight))
 
-    expected = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b)
+    assert_replays(step)
 
 
 @pytest.mark.gpu

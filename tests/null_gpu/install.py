@@ -19,6 +19,8 @@ SOURCES = ("memory.c", "report.c", "work.c", "runtime.c", "driver.c", "libraries
 HEADERS = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88")
 # One file has the functions of all libraries. By this name Triton finds it.
 LIBRARY = "libcuda.so.1"
+# The names by which it is opened at run time: the linker's, and that of the library that PyTorch asks about NVLink.
+FURTHER_NAMES = {"libcuda.so", "libnvidia-ml.so.1"}
 FOREIGN = re.compile(r"lib(cu|nv|nccl)\w*\.so\.\d+")
 SYMBOL = re.compile(r"(cu|nv|nccl|__cuda)\w+")
 # What computes in a library counts as a launch.
@@ -50,12 +52,12 @@ def symbols(libraries: Iterable[Path], which: str) -> set[str]:
 
 
 def driver_functions(libraries: Iterable[Path]) -> set[str]:
-    """Return the driver's functions that are found by their names at run time: those that PyTorch and Triton may ask for."""
+    """Return the driver's and NVML's functions that are found by their names at run time, by PyTorch and Triton."""
     texts = [path.read_bytes() for path in libraries if path.name == "libc10_cuda.so"]
     triton = find_spec("triton")
     if triton is not None and triton.origin is not None:
         texts.append((Path(triton.origin).parent / "backends/nvidia/driver.c").read_bytes())
-    return {name.decode() for text in texts for name in re.findall(rb"\bcu[A-Z][a-z]+[A-Z]\w+\b", text)}
+    return {name.decode() for text in texts for name in re.findall(rb"\b(?:cu[A-Z][a-z]+|nvml)[A-Z]\w+\b", text)}
 
 
 def stubs(names: Iterable[str]) -> str:
@@ -102,8 +104,7 @@ def install() -> Path:
         built = folder / f"{LIBRARY}.{os.getpid()}"
         compile_library(built, missing, include)
         built.replace(library)
-    # The linker wants the name without a version.
-    for name in {*needed, "libcuda.so"} - {LIBRARY}:
+    for name in {*needed, *FURTHER_NAMES} - {LIBRARY}:
         link = folder / f"{name}.{os.getpid()}"
         link.symlink_to(LIBRARY)
         link.replace(folder / name)
