@@ -1,10 +1,11 @@
 """The files that runs of the bench leave: JSON lines, first the machine, then every row."""
 
+import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import UserError
 from ..files import require_file, write_text
@@ -54,17 +55,17 @@ class Run:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("no object")
+            if not isinstance(row, dict) or not isinstance(row.get("stage"), str):
+                raise ValueError("no row")
         except ValueError as error:
             if number == len(lines):
                 # A run that was killed while it wrote.
                 return
-            raise UserError(f"{path} is not a file of results: line {number} is no JSON object") from error
+            raise UserError(f"{path} is not a file of results: line {number} is no JSON object with a stage") from error
         yield row
 
 
@@ -104,12 +105,28 @@ def is_mark(line: Row) -> bool:
     return "job" in line
 
 
+def open_locked(path: Path) -> TextIO:
+    """Open a file of results, to write at its end; a `UserError` where another run does."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path} is that of a run that has not ended yet") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
+
+
 def take_up(path: Path) -> Had:
     """Return the jobs that have had their turn in a file of results that is to go on.
 
     What others left, for which there was no time or in which the run was killed, is taken out of the file.
     """
     machine, *lines = _lines(path)
+    if not any(is_mark(line) for line in lines) and any(line["stage"] != "machine" for line in lines):
+        raise UserError(f"{path} cannot go on: it does not say which jobs had their turn, as files of older versions do not")
+    open_locked(path).close()
     kept, of_job = [machine], None
     had: set[tuple[str, str | None]] = set()
     for line in lines:

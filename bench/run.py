@@ -1,4 +1,4 @@
-"""The bench's stages in turn; every row is on disk before the next is measured."""
+"""The bench's stages in turn; every row is on disk as soon as it is known."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from ..train.device import resolve_device
 from .figures import columns, heading, tables, text
 from .jobs import Job, Row, lacks_time
 from .machine import describe
-from .results import mark, read_run, settled, take_up
+from .results import mark, open_locked, read_run, settled, take_up
 from .stages import STAGES, Stage, chosen_stages
 from .tune import TuneConfig, tune_attention
 from .watch import Event, Had
@@ -35,6 +35,7 @@ StageName = Literal[
     "all", "machine", "ceilings", "tests", "kernels", "attention", "training", "generation", "memory", "accounting", "inspect",
     "overhead", "tokenizer", "tokenizer-long",
 ]  # fmt: skip
+MAX_MINUTES = 10_000
 # Until a worker has imported PyTorch and a GPU has answered: the first stage would have no time left.
 STARTING_S = 10.0
 # More are in the file only: nobody reads so many in a console.
@@ -57,7 +58,8 @@ class BenchConfig:
     out: Path | None = None
     """File of the results, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
     minutes: float | None = None
-    """Time of all stages together, each with its share; what does not fit is left out."""
+    """Time of all stages together, each with its share; what does not fit is left out. On a GPU no job has more than 2 minutes,
+    some have up to 10."""
     resume: Path | None = None
     """File of an earlier run here that goes on: jobs that have had their turn are not run again."""
 
@@ -65,8 +67,8 @@ class BenchConfig:
         for name in self.stages:
             if name not in get_args(StageName):
                 raise UserError(f"stage {name!r} is unknown: choose of {', '.join(get_args(StageName))}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"{self.minutes:g} minutes are too few: name a number above 0")
+        if self.minutes is not None and not 0 < self.minutes <= MAX_MINUTES:
+            raise UserError(f"minutes is {self.minutes:g}: it must be above 0, and at most {MAX_MINUTES:,}")
         if self.out is not None and self.resume is not None:
             raise UserError("--resume names the file that goes on: leave --out away")
 
@@ -111,7 +113,7 @@ class _Results:
     """The file of a run, one row a line, each on disk as soon as it is known."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._file = open_locked(path)
 
     def keep(self, row: Row) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -207,7 +209,7 @@ def _run(
     if resume is None:
         path, first = _file(machine, config.out), machine
     else:
-        path = resume
+        path = resume.resolve()
         first, had = _taken_up(machine, path)
     stages = {name: stage for name, stage in stages.items() if (name, None) not in had}
     run = run_in_workers if is_gpu and stages.keys() <= STAGES.keys() else run_here
@@ -215,8 +217,9 @@ def _run(
         results.keep({"stage": "machine", **first})
         lacking = _record(events, results, console)
     console.print(f"{machine['device']}, torch {machine['torch']}: wrote {path}", highlight=False, markup=False)
-    if lacking:
-        console.print(f"no time was left for {lacking} jobs: --resume {path} goes on", highlight=False, markup=False)
+    if lacking and isinstance(config, BenchConfig):
+        said = " ".join(["tilewright bench", *config.stages] + [f"--minutes {config.minutes:g}"] * (config.minutes is not None))
+        console.print(f"no time was left for {lacking} jobs: `{said} --resume {path}` goes on", highlight=False, markup=False)
     return path
 
 

@@ -42,7 +42,7 @@ class Stage:
     """Whether its figures say the same wherever they come from, so that no GPU is missing."""
     in_all: bool = True
     limit_s: float = 120
-    """Seconds that any of its jobs may take on a GPU; what does not end even then is killed."""
+    """Seconds that any of its jobs may take on a GPU, whatever is asked for; what does not end even then is killed."""
     needs: tuple[str, ...] = ("machine",)
     """Stages without which its figures say little on a GPU; they run with it."""
 
@@ -74,7 +74,7 @@ def _tests() -> Rows:
     lines: list[str] = []
     cut_off = None
     with subprocess.Popen(
-        command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
     ) as process:
         assert process.stdout is not None
         try:

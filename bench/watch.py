@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import threading
 import time
@@ -12,10 +14,13 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from .jobs import CUT_OFF
+
 Event = dict[str, Any]
 """What a run tells as it goes, always with its "stage": that a job begins ("begin" and "until", of time.monotonic), a "row" of
 results, that a job has had its turn ("end"), that a stage is "over". A beginning that is "quiet" is that of no job, but of what
-may hang as well. "lost", without a stage, is the last word of a worker that the GPU is lost to."""
+may hang as well; of one that is "last" the stage's time is over before its own limit. "lost", without a stage, is the last word
+of a worker that the GPU is lost to."""
 Events = Generator[Event, None, None]
 Had = frozenset[tuple[str, str | None]]
 """(stage, case) of the jobs that are not to be run again; (stage, None) where that is all of them."""
@@ -31,7 +36,7 @@ FAILED_STARTS = 2
 
 
 class Worker(Protocol):
-    """A process, as `subprocess.Popen` describes it; it leads a group of its own."""
+    """A process, as `subprocess.Popen` describes it; it leads a session of its own."""
 
     pid: int
     returncode: Any
@@ -80,13 +85,16 @@ def _ending(worker: Worker) -> str:
         _kill(worker)
         return "died, and its process did not end"
     if worker.returncode < 0:
-        return f"died with signal {-worker.returncode} ({signal.Signals(-worker.returncode).name})"
+        return f"died with signal {-worker.returncode} ({signal.strsignal(-worker.returncode)})"
     return f"died with exit status {worker.returncode}"
 
 
 def _kill(worker: Worker) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)
+    """Kill a worker and what it has left behind: all processes of its session."""
+    for name in os.listdir("/proc"):
+        with suppress(ProcessLookupError, PermissionError):
+            if name.isdigit() and os.getsid(int(name)) == worker.pid:
+                os.kill(int(name), signal.SIGKILL)
     # Of a driver in trouble it may never come back; the next worker will tell.
     with suppress(subprocess.TimeoutExpired):
         worker.wait(GRACE_S)
@@ -107,12 +115,19 @@ def _received(connection: Connection, worker: Worker, until: float) -> Event | N
 
 
 def _dismiss(connection: Connection, worker: Worker) -> None:
-    """Let a worker that is no longer needed end."""
+    """Let a worker that is no longer needed end, and what it may have left behind with it."""
     connection.close()
     with suppress(subprocess.TimeoutExpired):
         worker.wait(2 * LEAVE_S)
-    if worker.poll() is None:
-        _kill(worker)
+    _kill(worker)
+
+
+def _connect() -> tuple[Connection, Connection]:
+    own, its = Pipe()
+    # Of a worker that dies in the middle of a message the rest never comes.
+    with socket.socket(fileno=os.dup(own.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(GRACE_S), int(GRACE_S % 1 * 1e6)))
+    return own, its
 
 
 def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Events:
@@ -122,8 +137,9 @@ def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Even
     Where no worker gets as far as to begin anything, the stages that are left are left out.
     """
     left, turns, failed_starts = [*stages], {*had}, 0
+    cut_off: set[str] = set()
     while left:
-        own, its = Pipe()
+        own, its = _connect()
         worker = start(its, left, frozenset(turns))
         its.close()
         begun: Event | None = None
@@ -134,7 +150,8 @@ def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Even
                     event = _received(own, worker, until + GRACE_S)
                 except TimeoutError:
                     _kill(worker)
-                    reason = f"hung: killed after {time.monotonic() - began:.0f} s"
+                    is_last = begun is not None and begun.get("last")
+                    reason = CUT_OFF if is_last else f"hung: killed after {time.monotonic() - began:.0f} s"
                     break
                 if event is None:
                     reason = _ending(worker)
@@ -147,7 +164,7 @@ def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Even
                         turns.add((event["stage"], event["begin"]))
                         yield event
                 else:
-                    yield event
+                    yield event | {"complete": False} if event.get("complete") and event["stage"] in cut_off else event
                     if "end" in event or "over" in event:
                         begun, until = None, time.monotonic() + START_S
                     if "over" in event:
@@ -166,4 +183,7 @@ def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Even
                 turns.add((stage, case))
                 yield {"stage": stage, "begin": case}
             yield {"stage": stage, "row": {"case": case, "not_measured": reason}}
-            yield {"stage": stage, "end": case}
+            if reason == CUT_OFF:
+                cut_off.add(stage)
+            else:
+                yield {"stage": stage, "end": case}

@@ -15,11 +15,13 @@ import torch
 
 from ..train.device import prepare_allocator
 from .ceilings import Device
-from .jobs import DeviceLost, ask, lacks_time, run_job
+from .jobs import DeviceLost, ask, is_lost, lacks_time, run_job
 from .machine import state_row
 from .stages import STAGES, Stage
 from .watch import Event, Events, Had, left_out, report, watched
 
+# What a worker runs.
+PROGRAM = f"import sys; from {__name__} import work; work(int(sys.argv[1]), sys.argv[2])"
 # Preparing a stage measures ceilings; the GPU's state is asked of nvidia-smi, which may take its time.
 AROUND_S = 60.0
 
@@ -41,11 +43,13 @@ def _of_stage(name: str, stage: Stage, on: Device, deadline: float, had: Had, li
             jobs = [job for job in stage.jobs(on) if (name, job.case) not in had]
         except Exception as error:  # no ceilings, for one, where others hold all of the memory
             yield from left_out(name, stage.what, f"{type(error).__name__}: {error}"[:300])
+            if is_lost(on.device):
+                raise DeviceLost from error
             return
         for job in jobs:
             limit_s, has_ended = stage.limit_s if limited else math.inf, True
             until = min(deadline, time.monotonic() + limit_s)
-            yield {"stage": name, "begin": job.case, "until": until}
+            yield {"stage": name, "begin": job.case, "until": until, "last": until == deadline}
             try:
                 for row in run_job(job, on.device, deadline, limit_s):
                     yield {"stage": name, "row": row}
@@ -82,7 +86,7 @@ def run_here(
         yield {"lost": True}
 
 
-def _work(descriptor: int, request: str) -> None:
+def work(descriptor: int, request: str) -> None:
     """Be the worker that `_start` starts."""
     os.set_inheritable(descriptor, False)
     names, device, ends, had = json.loads(request)
@@ -106,8 +110,7 @@ def _start(
     device: torch.device, ends: Mapping[str, float], connection: Connection, left: Sequence[str], had: Had
 ) -> subprocess.Popen[bytes]:
     request = json.dumps([left, str(device), ends, sorted(had, key=str)])
-    program = f"import sys; from {__name__} import _work; _work(int(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-P", "-c", program, str(connection.fileno()), request]
+    command = [sys.executable, "-P", "-c", PROGRAM, str(connection.fileno()), request]
     sys.stdout.flush()
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(connection.fileno(),), start_new_session=True)
 

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,28 @@ def _records(said: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+@contextmanager
+def _raising_signals() -> Iterator[None]:
+    """Have signals that would end this process raise, so that what it has started ends too."""
+    # Python sets handlers in its main thread only; what is ignored, as by nohup, stays so.
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(n) is not signal.SIG_IGN]
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    handlers = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def run_checks(command: Sequence[str], time_limit: float) -> list[Finding]:
     """Make the checks of another process; one that dies or takes longer than `time_limit` seconds is a finding, too."""
-    with tempfile.TemporaryDirectory(prefix="tilewright-doctor-", ignore_cleanup_errors=True) as folder:
+    temporary = tempfile.TemporaryDirectory(prefix="tilewright-doctor-", ignore_cleanup_errors=True)
+    with _raising_signals(), temporary as folder:
         # Files, not pipes: what a killed process has started may hold a pipe open.
         said, complaints = Path(folder, "said"), Path(folder, "complaints")
         # A cache that is empty, so that the compiler has to work.
@@ -49,7 +69,8 @@ def run_checks(command: Sequence[str], time_limit: float) -> list[Finding]:
             status = process.wait(time_limit)
         except BaseException as error:
             # With all that it has started, such as a compiler.
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             # A process that hangs in the driver cannot even be killed: it is left behind.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
@@ -65,7 +86,7 @@ def run_checks(command: Sequence[str], time_limit: float) -> list[Finding]:
     if status is None:
         text = f"no answer in {time_limit:g} s: `nvidia-smi` and `dmesg` may tell what hangs, or allow more by --time-limit"
         return [*findings, Finding("FAIL", begun, text)]
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    how = f"was killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"ended with status {status}"
     return [*findings, Finding("FAIL", begun, f"its process {how}: {''.join(last_words)[:300] or 'it said nothing'}")]
 
 

@@ -171,8 +171,8 @@ def versions() -> list[Finding]:
             findings.append(Finding("ok", name, version))
     triton, numpy = found["triton"], installed("numpy")
     if triton and numpy and numbers(triton)[:2] == (3, 6) and numbers(numpy) >= (2, 4):
-        advice = "`pip install 'numpy<2.4'` or `'triton>=3.7'`"
-        text = f"Triton {triton} does not interpret with NumPy {numpy}, which matters with TRITON_INTERPRET=1 only: {advice}"
+        text = f"Triton {triton} does not interpret with NumPy {numpy}, which matters with TRITON_INTERPRET=1 only"
+        text += ": `pip install 'numpy<2.4'`"
         findings.append(Finding("warning", "numpy", text))
     return findings
 
@@ -198,8 +198,8 @@ def compiler(has_gpu: bool) -> list[Finding]:
         missing.append(f"no {header}: `apt install python3-dev`")
     if ptxas:
         found.append(f"ptxas {ptxas}")
-    else:
-        missing.append("no ptxas, which Triton brings: `pip install --force-reinstall --no-deps triton`")
+    elif triton := installed("triton"):
+        missing.append(f"no ptxas, which Triton brings: `pip install --force-reinstall --no-deps triton=={triton}`")
     if missing:
         advice = " (all of it: `apt install gcc python3-dev`)" if len(missing) > 1 else ""
         return [Finding("FAIL" if has_gpu else "warning", "compiler", "; ".join(missing) + advice)]

@@ -18,7 +18,8 @@ def _is_needed(package: str | None) -> bool:
     try:
         return package in requirements()
     except PackageNotFoundError:
-        return False  # of Tilewright itself
+        # Tilewright itself is not installed, so that nothing says what it needs.
+        return package is not None and package.partition(".")[0] != "tilewright"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

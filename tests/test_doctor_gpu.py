@@ -34,7 +34,7 @@ def test_a_process_that_dies_is_told_of():
     segfault = doctor.run_checks(child(SOUND + "os.kill(os.getpid(), signal.SIGSEGV)"), 60)
     assert segfault == [
         checks.Finding("ok", "gpu", "sound"),
-        checks.Finding("FAIL", "kernel", "its process was killed by SIGSEGV: it said nothing"),
+        checks.Finding("FAIL", "kernel", "its process was killed by signal 11 (Segmentation fault): it said nothing"),
     ]
     failed = doctor.run_checks(child("raise ImportError('libcudart.so.13: cannot open shared object file')"), 60)
     assert [(each.status, each.check) for each in failed] == [("FAIL", "kernel")]
@@ -113,6 +113,26 @@ def test_an_interruption_ends_the_process_too(monkeypatch):
         doctor.run_checks([sys.executable, "-c", "import time; time.sleep(600)"], 60)
     with pytest.raises(ProcessLookupError):
         os.kill(killed[0], 0)
+
+
+def test_a_signal_that_ends_the_doctor_ends_the_process_too(monkeypatch):
+    started = []
+
+    class Signalled(subprocess.Popen):
+        def wait(self, timeout=None):
+            if not started:
+                started.append(self.pid)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(doctor.subprocess, "Popen", Signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        doctor.run_checks([sys.executable, "-c", "import time; time.sleep(600)"], 60)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 # GPUs and the kernel, with torch made to tell of others

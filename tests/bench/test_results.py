@@ -53,13 +53,15 @@ def test_preliminary_rows_make_way_for_better_ones(tmp_path):
     [
         ('{"stage": "machine"}\n{"stage": \n{"stage": "kernels"}\n', "line 2 is no JSON object"),
         ('{"stage": "machine"}\n[1]\n{"stage": "kernels"}\n', "line 2 is no JSON object"),
+        ('{"stage": "machine"}\n{"job": "a"}\n{"stage": "kernels"}\n', "line 2 is no JSON object with a stage"),
+        ("\x1f\udc8b\n\udcff\n", "line 1 is no JSON object"),
         ('{"stage": "kernels"}\n', "first line does not name the machine"),
         ("{", "first line does not name the machine"),
         ("", "is empty"),
     ],
 )
 def test_what_is_no_file_of_results_is_refused(tmp_path, text, message):
-    (tmp_path / "r.jsonl").write_text(text)
+    (tmp_path / "r.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
         read_run(tmp_path / "r.jsonl")
     with pytest.raises(UserError, match="does not exist"):

@@ -14,6 +14,7 @@ from tilewright.bench import BenchConfig, jobs, run, run_bench, stages, worker
 from tilewright.bench.jobs import Job
 from tilewright.bench.machine import describe
 from tilewright.bench.readme import BEGIN, END, replace_block
+from tilewright.bench.results import open_locked
 from tilewright.bench.stages import STAGES, Stage, chosen_stages, count_outcomes, failures
 from tilewright.cli import main
 from tilewright.errors import UserError
@@ -170,7 +171,8 @@ def test_a_run_whose_time_was_over_goes_on(tmp_path, replaced):
     assert [row.get("not_measured") for row in read(path)[1:]] == [
         None, None, "cut off: no time left for it", "no time left for it",
     ]  # fmt: skip
-    assert f"no time was left for 2 jobs: --resume {path} goes on" in shown.replace("\n", "")
+    said = f"no time was left for 2 jobs: `tilewright bench all --minutes 0.02 --resume {path}` goes on"
+    assert said.replace(" ", "") in "".join(shown.split())
     replaced("training", {"case": "training", "x": 2}, then=note("again"), cpu_s=10.0)
     assert bench(tmp_path, "all", resume=path)[0] == path
     assert begun == ["accounting", "training", "again", "tokenizer"]
@@ -211,8 +213,28 @@ def test_a_run_goes_on_only_where_it_began(tmp_path, replaced):
     assert path.read_text() == before
     with pytest.raises(UserError, match="leave --out away"):
         BenchConfig(out=path, resume=path)
-    with pytest.raises(UserError, match="0 minutes are too few"):
-        BenchConfig(minutes=0)
+    for minutes in (0, math.nan, 1e9):
+        with pytest.raises(UserError, match=r"minutes is .*: it must be above 0, and at most 10,000"):
+            BenchConfig(minutes=minutes)
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path, replaced):
+    replaced("accounting", {"case": "a"})
+    path, _ = bench(tmp_path, "accounting")
+    before = path.read_text()
+    with open_locked(path), pytest.raises(UserError, match="is that of a run that has not ended yet"):
+        bench(tmp_path, "accounting", resume=path)
+    assert path.read_text() == before
+
+
+def test_a_file_that_does_not_say_what_had_its_turn_stays_as_it_is(tmp_path, replaced):
+    replaced("accounting", {"case": "a"})
+    path, _ = bench(tmp_path, "accounting")
+    rows = [line for line in path.read_text().splitlines(keepends=True) if '"job"' not in line]
+    path.write_text("".join(rows))
+    with pytest.raises(UserError, match="it does not say which jobs had their turn"):
+        bench(tmp_path, "accounting", resume=path)
+    assert path.read_text() == "".join(rows)
 
 
 def test_a_message_that_looks_like_markup_is_shown(tmp_path, replaced):

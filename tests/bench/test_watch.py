@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,16 +138,63 @@ def test_a_job_that_costs_its_worker_costs_itself_alone(tmp_path, turns, capsys)
     reasons = {row["case"]: row["not_measured"] for row in rows if "not_measured" in row}
     assert re.fullmatch(r"hung: killed after \d+ s", reasons.pop("hangs"))
     assert reasons == {
-        "segfaults": "died with signal 11 (SIGSEGV)",
-        "is killed": "died with signal 9 (SIGKILL)",
+        "segfaults": "died with signal 11 (Segmentation fault)",
+        "is killed": "died with signal 9 (Killed)",
         "exits": "died with exit status 3",
         "raises": "RuntimeError: no such kernel",
         "sleeps": "cut off: takes more than 1 s",
     }
-    assert "kernels: segfaults: 1 ms; died with signal 11 (SIGSEGV)" in shown
+    assert "kernels: segfaults: 1 ms; died with signal 11 (Segmentation fault)" in shown
     # None of them is tried again.
     bench(tmp_path, capsys, resume=path)
     assert len(had()) == len(names) + 1
+
+
+def test_a_job_that_hangs_as_the_time_is_over_has_its_turn_when_the_run_goes_on(tmp_path, turns, capsys):
+    had = turns(kernels=["a", "hangs"])
+    path, rows, shown = bench(tmp_path, capsys, out=tmp_path / "r.jsonl", minutes=0.01)
+    assert rows[-1]["not_measured"] == "cut off: no time left for it"
+    assert f"`tilewright bench all --minutes 0.01 --resume {path}` goes on" in shown
+    _, rows, _ = bench(tmp_path, capsys, resume=path)
+    assert "hung" in rows[-1]["not_measured"]
+    bench(tmp_path, capsys, resume=path)
+    assert [name for name, _ in had()] == ["a", "hangs", "hangs"]
+
+
+def test_what_a_lost_worker_has_started_ends_with_it(tmp_path, turns, monkeypatch, capsys):
+    def leave_one_behind():
+        # In a group of its own, as the tests' processes are.
+        child = subprocess.Popen(["sleep", "600"], process_group=0)
+        (tmp_path / "child").write_text(str(child.pid))
+        os._exit(3)
+
+    turns(kernels=["leaves"], attention=["b"])
+    monkeypatch.setitem(FAULTS, "leaves", leave_one_behind)
+    _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
+    assert [row["case"] for row in rows if "p50_ms" in row] == ["leaves", "b"]
+    # It may wait for its new parent to take note of its end.
+    status = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    assert not status.exists() or " Z " in status.read_text()
+
+
+def test_a_message_whose_rest_never_comes_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(watch, "GRACE_S", 0.2)
+    own, its = watch._connect()
+    os.write(its.fileno(), b"\0\0\1\0{")
+    assert watch._received(own, None, time.monotonic() + 60) is None  # pyright: ignore
+
+
+def test_a_worker_whose_gpu_is_lost_to_what_prepares_a_stage_is_replaced(tmp_path, turns, monkeypatch, capsys):
+    turns(kernels=["a"], attention=["b"])
+    worker.STAGES["kernels"] = Stage("what kernels measures", lambda on: fail(), 10, 10)  # pyright: ignore
+    started, start = [], worker._start
+    monkeypatch.setattr(worker, "_start", lambda *arguments: started.append(1) or start(*arguments))
+    monkeypatch.setattr(worker, "is_lost", lambda device: True)
+    _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
+    assert [(row["case"], row.get("not_measured")) for row in rows[1:]] == [
+        ("what kernels measures", "RuntimeError: no such kernel"), ("b", None),
+    ]  # fmt: skip
+    assert len(started) == 2
 
 
 def test_a_worker_whose_gpu_is_lost_is_replaced(tmp_path, turns, monkeypatch, capsys):
@@ -180,7 +228,7 @@ def test_a_gpu_that_is_gone_ends_the_run(tmp_path, turns, monkeypatch, capsys):
     path, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
     gone = "no process can use the device any more: the last one died with exit status 1"
     assert [(row["case"], row["not_measured"]) for row in rows if "not_measured" in row] == [
-        ("a", "died with signal 9 (SIGKILL)"), ("kernels", gone), ("attention", gone),
+        ("a", "died with signal 9 (Killed)"), ("kernels", gone), ("attention", gone),
     ]  # fmt: skip
     # Once it is back the others have their turn.
     monkeypatch.setattr(worker, "ask", lambda device: None)

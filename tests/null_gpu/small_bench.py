@@ -4,11 +4,8 @@ A GPU that computes nothing gives zeros, which no check of values accepts: only 
 workers are processes of their own, which get the same changes.
 """
 
-import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -78,15 +75,6 @@ def _op_cases() -> list[ops.OpCase]:
     return [*first_of_op.values()]
 
 
-def _start(device: Any, ends: Mapping[str, float], connection: Any, left: Sequence[str], had: Any) -> subprocess.Popen[bytes]:
-    """Start a worker as `worker._start` does, with the changes of this module."""
-    request = json.dumps([left, str(device), ends, sorted(had, key=str)])
-    program = f"import sys; from {__spec__.name} import change, worker; change(); worker._work(int(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-P", "-c", program, str(connection.fileno()), request]
-    sys.stdout.flush()
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(connection.fileno(),), start_new_session=True)
-
-
 def change() -> None:
     """Leave out the checks of values, and what takes a host minutes, in this process and in its workers."""
     # Where cuDNN makes no plan, as here, PyTorch dereferences a null pointer at the second call.
@@ -102,7 +90,7 @@ def change() -> None:
         (tune, "exact", _exact),
         (tune, "error_of", _no_error),
         (tune, "write_configurations", lambda _: None),  # the ones that ship stay
-        (worker, "_start", _start),
+        (worker, "PROGRAM", f"from {__spec__.name} import change; change(); {worker.PROGRAM}"),
     ):
         patch.object(owner, name, instead).start()
 
