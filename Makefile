@@ -5,6 +5,7 @@ BIN := .venv/bin
 PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 OLDEST := .venv-oldest/bin
 TESTS ?= tests
+PARTS ?= own gpu rehearsal
 
 .DEFAULT_GOAL := help
 .PHONY: demo test test-oldest test-null-gpu lint bench readme clean help
@@ -15,11 +16,11 @@ demo: .venv/base  ## raw text to a model that writes stories
 test: .venv/dev  ## the whole test suite
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
-test-oldest: .venv-oldest/dev  ## the suite, or TESTS, on the oldest versions of everything
+test-oldest: .venv-oldest/dev  ## the suite, or TESTS, on the oldest versions that pyproject.toml allows
 	$(OLDEST)/pytest --numprocesses 2 --dist worksteal $(TESTS)
 
-test-null-gpu: .venv-oldest/dev  ## the GPU-marked tests and a first run on a GPU that computes nothing
-	cd tests && ../$(OLDEST)/python -m null_gpu
+test-null-gpu: .venv-oldest/dev  ## the GPU-marked tests and a first run, or PARTS, on a GPU that computes nothing
+	cd tests && ../$(OLDEST)/python -m null_gpu $(PARTS)
 
 lint: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -58,6 +59,7 @@ help:  ## list the targets
 
 # PyTorch's CUDA build without NVIDIA's libraries; tests/null_gpu stands in for them. It needs gcc, and downloads 0.8 GB.
 .venv-oldest/dev: constraints-min.txt pyproject.toml $(wildcard tests/null_gpu/*.c tests/null_gpu/*.h tests/null_gpu/install.py)
+	$(PYTHON_OLDEST) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, this is {sys.version}")'
 	test -x $(OLDEST)/python || $(PYTHON_OLDEST) -m venv .venv-oldest
 	$(OLDEST)/pip install --quiet --no-deps --requirement constraints-min.txt
 	$(OLDEST)/python tests/null_gpu/install.py

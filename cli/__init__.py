@@ -5,20 +5,6 @@ rooms that import torch parse their arguments themselves. All import what they n
 `tilewright --help` nor the help of whatever makes corpora and tokenizers waits for torch.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from .entry import main
 
-if TYPE_CHECKING:
-    from .command_line import COMMANDS
-
-__all__ = ["COMMANDS", "main"]
-
-
-def __getattr__(name: str) -> Any:
-    # The table needs tyro, which may be missing where the doctor is asked why.
-    if name != "COMMANDS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .command_line import COMMANDS
-
-    return COMMANDS
+__all__ = ["main"]

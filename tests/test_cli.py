@@ -5,7 +5,8 @@ import sys
 import pytest
 
 import tilewright
-from tilewright.cli import COMMANDS, main
+from tilewright.cli import main
+from tilewright.cli.command_line import COMMANDS
 
 
 def run(capsys, *arguments):

@@ -1,4 +1,4 @@
-"""All that the null GPU shows: `python -m null_gpu`, in tests/, runs its tests, the GPU-marked ones and the rehearsal."""
+"""All that the null GPU shows: `python -m null_gpu`, in tests/, runs its own tests, the GPU-marked ones and the rehearsal."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Run everything; return 1 where something failed."""
+    """Run the parts that the command line names, or all; return 1 where something failed."""
     environment = Path(sys.prefix)
     # Caches of its own: what is compiled for a GPU that computes nothing is not taken for tuned.
     variables = {
@@ -22,12 +22,15 @@ def main() -> int:
     }
     os.environ.update(variables)
     pytest = [sys.executable, "-m", "pytest", "-p", "null_gpu.plugin", "-p", "no:cacheprovider"]
-    commands = [
-        [*pytest, str(TESTS / "null_gpu")],
-        [*pytest, "-m", "gpu", str(TESTS)],
-        [sys.executable, "-m", "null_gpu.rehearsal"],
-    ]
-    return max([subprocess.run(command, cwd=TESTS).returncode != 0 for command in commands])
+    parts = {
+        "own": [*pytest, str(TESTS / "null_gpu")],
+        "gpu": [*pytest, "-m", "gpu", str(TESTS)],
+        "rehearsal": [sys.executable, "-m", "null_gpu.rehearsal"],
+    }
+    names = sys.argv[1:] or [*parts]
+    if unknown := {*names} - {*parts}:
+        sys.exit(f"{', '.join(sorted(unknown))}: choose of {', '.join(parts)}")
+    return max([subprocess.run(parts[name], cwd=TESTS).returncode != 0 for name in names])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ void *allocate(size_t bytes, Kind kind) {
     }
     pthread_mutex_lock(&lock);
     int device = current_device();
-    uintptr_t address = used[device] + bytes <= MEMORY_BYTES ? take_addresses(bytes) : 0;
+    uintptr_t address = bytes <= MEMORY_BYTES - used[device] ? take_addresses(bytes) : 0;
     if (address) {
         insert(address, bytes, DEVICE);
         used[device] += bytes;

@@ -26,6 +26,11 @@ def no_mistake() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _write_to(x.data_ptr())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.zero_()
+        torch.cuda.current_stream().wait_stream(side)
     graph.replay()
     torch.cuda.synchronize()
 
@@ -65,6 +70,15 @@ def synchronising_in_a_capture() -> None:
         torch.cuda.synchronize()
 
 
+def stream_that_stays_in_a_capture() -> None:
+    """Have a second stream join a capture, and end it without waiting for what that stream does."""
+    x, side = torch.zeros(128, device="cuda"), torch.cuda.Stream()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.zero_()
+
+
 def too_much_shared_memory() -> None:
     """Launch a kernel with more shared memory than a program may have."""
     x = torch.zeros(128, device="cuda")
@@ -88,7 +102,7 @@ MISTAKES = {
     function.__name__: function
     for function in (
         no_mistake, memory_of_the_host, freed_memory, memory_of_another_device, stream_of_another_device,
-        synchronising_in_a_capture, too_much_shared_memory,
+        synchronising_in_a_capture, stream_that_stays_in_a_capture, too_much_shared_memory,
     )
 }  # fmt: skip
 

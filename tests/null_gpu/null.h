@@ -14,12 +14,13 @@
 #define MEMORY_BYTES 150754820096ull /* of an H200 */
 
 enum { CUDA_13 = 13000, OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101,
-       INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905,
-       CAPTURE_IMPLICIT = 906, CAPTURED_EVENT = 907 };
+       INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNJOINED = 904,
+       CAPTURE_ISOLATION = 905, CAPTURE_IMPLICIT = 906, CAPTURED_EVENT = 907 };
 
 typedef struct Capture {
     bool is_invalid, is_open;
     int nodes;
+    int num_branches; /* streams that have joined and that no stream of the capture has waited for since */
     unsigned long long id;
 } Capture;
 
@@ -28,12 +29,14 @@ typedef struct Stream {
     int device;
     int priority;
     Capture *capture;
+    bool is_branch;
 } Stream;
 
 typedef struct Event {
     uint32_t magic;
     double recorded_ms;
     Capture *capture;
+    Stream *stream; /* which recorded it */
 } Event;
 
 typedef struct Graph {

@@ -1,7 +1,7 @@
 """A plugin for pytest, `-p null_gpu.plugin`: runs the tests for a GPU on the null GPU, as far as their comparison of values.
 
 The null GPU computes nothing, so only shapes, dtypes, devices and memory layouts are compared. Where a test asks for values by
-itself, there it ends (`OF_VALUES`). A test fails that has the null GPU tell of a fault.
+itself, there it ends (`OF_VALUES`). A test fails in whose call the null GPU tells this process of a fault.
 """
 
 import ctypes

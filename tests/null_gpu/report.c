@@ -11,6 +11,7 @@ static FILE *file;
 static int faults;
 static __thread int error;
 static __thread char message[512];
+static __thread int code_of_message;
 
 /* Write a line for each event to `path` from now on; NULL ends it. */
 void null_gpu_trace(const char *path) {
@@ -49,7 +50,7 @@ int fault(int code, const char *format, ...) {
     __atomic_add_fetch(&faults, 1, __ATOMIC_RELAXED);
     fprintf(stderr, "[null GPU] fault: %s\n", message);
     trace("fault\t%s", message);
-    return error = code;
+    return error = code_of_message = code;
 }
 
 const char *error_text(int code) {
@@ -60,9 +61,10 @@ const char *error_text(int code) {
                        : code == ILLEGAL_ADDRESS     ? "an illegal memory access was encountered"
                        : code == CAPTURE_UNSUPPORTED ? "operation not permitted when stream is capturing"
                        : code == CAPTURE_INVALIDATED ? "operation failed due to a previous error during capture"
+                       : code == CAPTURE_UNJOINED    ? "capturing stream has unjoined work"
                        : code == CAPTURE_IMPLICIT    ? "operation would make the legacy stream depend on a capturing stream"
                                                      : "error";
-    snprintf(text, sizeof text, "%s (null GPU, %d) %s", what, code, message);
+    snprintf(text, sizeof text, "%s (null GPU, %d) %s", what, code, code == code_of_message ? message : "");
     return text;
 }
 

@@ -174,7 +174,9 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     *priority = of(stream)->priority;
     return OK;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { DONE(synchronise("cudaStreamSynchronize", of(stream))); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    DONE(of(stream) ? synchronise("cudaStreamSynchronize", of(stream)) : INVALID_HANDLE);
+}
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
     Stream *found = of(stream);
     if (found && found->capture) {
@@ -195,6 +197,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
             DONE(CAPTURE_IMPLICIT);
         }
         waiting->capture = awaited->capture; /* the stream joins the capture */
+        waiting->is_branch = true;
+        waiting->capture->num_branches++;
+    } else if (waiting->capture && awaited->capture == waiting->capture) {
+        if (awaited->stream != waiting && awaited->stream->is_branch) {
+            awaited->stream->is_branch = false;
+            waiting->capture->num_branches--;
+        }
     } else if (waiting->capture && !awaited->capture && awaited->recorded_ms > 0) {
         waiting->capture->is_invalid = true;
         DONE(CAPTURE_ISOLATION);
@@ -239,6 +248,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     if (!recorded || !found)
         DONE(INVALID_HANDLE);
     recorded->capture = found->capture;
+    recorded->stream = found;
     recorded->recorded_ms = now_ms();
     return OK;
 }
@@ -260,7 +270,10 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 /* A GPU that computes nothing takes as long as the host does between the two. */
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
-    double elapsed = event_of(end)->recorded_ms - event_of(begin)->recorded_ms;
+    Event *from = event_of(begin), *to = event_of(end);
+    if (!from || !to || !from->recorded_ms || !to->recorded_ms)
+        DONE(INVALID_HANDLE);
+    double elapsed = to->recorded_ms - from->recorded_ms;
     *ms = elapsed > 1e-3 ? elapsed : 1e-3;
     DONE(sticky_error());
 }
@@ -286,6 +299,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     end_capture(of(stream));
     if (capture->is_invalid)
         DONE(CAPTURE_INVALIDATED);
+    if (capture->num_branches)
+        DONE(fault(CAPTURE_UNJOINED, "a capture ends before %d streams that joined it have come back", capture->num_branches));
     Graph *made = malloc(sizeof *made);
     made->nodes = capture->nodes;
     *graph = (cudaGraph_t)made;

@@ -25,6 +25,7 @@ def run(name: str, num_gpus: int = 1) -> subprocess.CompletedProcess[str]:
         ("memory_of_another_device", "memory of device 1, and the stream is of device 0"),
         ("stream_of_another_device", "on a stream of device 1, current is 0"),
         ("synchronising_in_a_capture", "cudaDeviceSynchronize while a stream is captured"),
+        ("stream_that_stays_in_a_capture", "before 1 streams that joined it have come back"),
         ("too_much_shared_memory", "300000 bytes of shared memory"),
     ],
 )

@@ -112,8 +112,9 @@ int synchronise(const char *name, Stream *stream) {
 void begin_capture(Stream *stream, bool is_global) {
     static unsigned long long id;
     Capture *capture = calloc(1, sizeof *capture);
-    *capture = (Capture){false, true, 0, ++id};
+    *capture = (Capture){.is_open = true, .id = ++id};
     stream->capture = capture;
+    stream->is_branch = false;
     if (is_global)
         global_capture = capture;
 }
