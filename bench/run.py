@@ -23,11 +23,11 @@ from ..errors import UserError
 from ..files import require_absent
 from ..train.device import resolve_device
 from .figures import columns, heading, tables, text
-from .jobs import Job, Row, lacks_time
+from .jobs import Row, lacks_time
 from .machine import describe
 from .results import mark, open_locked, read_run, settled, take_up
-from .stages import STAGES, Stage, chosen_stages
-from .tune import TuneConfig, tune_attention
+from .stages import Stage, chosen_stages, tune_stage
+from .tune import TuneConfig
 from .watch import Event, Had
 from .worker import run_here, run_in_workers
 
@@ -212,7 +212,8 @@ def _run(
         path = resume.resolve()
         first, had = _taken_up(machine, path)
     stages = {name: stage for name, stage in stages.items() if (name, None) not in had}
-    run = run_in_workers if is_gpu and stages.keys() <= STAGES.keys() else run_here
+    workers = partial(run_in_workers, tune=config) if isinstance(config, TuneConfig) else run_in_workers
+    run = workers if is_gpu else run_here
     with _Results(path) as results, closing(run(stages, device, _ends(stages, is_gpu, seconds), had)) as events:
         results.keep({"stage": "machine", **first})
         lacking = _record(events, results, console)
@@ -244,5 +245,4 @@ def run_tune(config: TuneConfig, console: Console | None = None) -> Path:
     device = resolve_device(config.device)
     if device.type != "cuda":
         raise UserError(f"device {device} cannot be tuned for: an NVIDIA GPU is needed, whose kernels are timed")
-    job = Job("tune", partial(tune_attention, config, device))
-    return _run({"tune": Stage("attention's launches", lambda on: iter([job]), 0)}, config, device, math.inf, console)
+    return _run({"tune": tune_stage(config)}, config, device, math.inf, console)

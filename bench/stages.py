@@ -23,6 +23,7 @@ from .memory import memory_jobs
 from .overhead import overhead_jobs
 from .tokenizer import LONG, bench_tokenizer
 from .training import training_jobs
+from .tune import TuneConfig, tune_jobs
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ STAGES: dict[str, Stage] = {
         limit_s=7200,
     ),
 }
+
+
+def tune_stage(config: TuneConfig) -> Stage:
+    """Return the tuning of a GPU, which is no part of the bench but runs as its stages do."""
+    return Stage("attention's launches", lambda on: tune_jobs(config, on.device), 0, limit_s=1200)
 
 
 def chosen_stages(names: Iterable[str], is_gpu: bool) -> dict[str, Stage]:

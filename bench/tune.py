@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ from ..kernels.attention.launch import (
 )
 from ..kernels.inspect import ARCHITECTURES, KernelCase, inspect
 from .attention_cases import TOLERANCE, AttentionCase, error_of, exact
+from .jobs import Job
 from .timing import Times, time_variants
 
 Results = dict[str, Tensor]
@@ -183,9 +185,7 @@ def tune_kernel(
             yield {"case": key, "variant": name, "not_measured": flaw}
 
 
-def tune_attention(config: TuneConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `tune_kernel` for each kernel and head dim asked for."""
+def tune_jobs(config: TuneConfig, device: torch.device) -> Iterator[Job]:
+    """Yield the tuning of each kernel and head dim asked for."""
     for kernel, head_dim in product(config.kernels, config.head_dims):
-        yield from tune_kernel(kernel, head_dim, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        yield Job(f"tune {kernel} {head_dim}", partial(tune_kernel, kernel, head_dim, device))

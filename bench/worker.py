@@ -17,7 +17,8 @@ from ..train.device import prepare_allocator
 from .ceilings import Device
 from .jobs import DeviceLost, ask, is_lost, lacks_time, run_job
 from .machine import state_row
-from .stages import STAGES, Stage
+from .stages import STAGES, Stage, tune_stage
+from .tune import TuneConfig
 from .watch import Event, Events, Had, left_out, report, watched
 
 # What a worker runs.
@@ -89,9 +90,10 @@ def run_here(
 def work(descriptor: int, request: str) -> None:
     """Be the worker that `_start` starts."""
     os.set_inheritable(descriptor, False)
-    names, device, ends, had = json.loads(request)
+    names, device, ends, had, tuned = json.loads(request)
     turns = frozenset((stage, case) for stage, case in had)
-    stages, status = {name: STAGES[name] for name in names}, 1
+    known = STAGES if tuned is None else {"tune": tune_stage(TuneConfig(**tuned))}
+    stages, status = {name: known[name] for name in names}, 1
     try:
         report(Connection(descriptor), run_here(stages, torch.device(device), ends, turns, limited=True))
         status = 0
@@ -107,14 +109,22 @@ def work(descriptor: int, request: str) -> None:
 
 
 def _start(
-    device: torch.device, ends: Mapping[str, float], connection: Connection, left: Sequence[str], had: Had
+    device: torch.device,
+    ends: Mapping[str, float],
+    tune: TuneConfig | None,
+    connection: Connection,
+    left: Sequence[str],
+    had: Had,
 ) -> subprocess.Popen[bytes]:
-    request = json.dumps([left, str(device), ends, sorted(had, key=str)])
+    tuned = tune and {"op": tune.op, "kernels": tune.kernels, "head_dims": tune.head_dims}
+    request = json.dumps([left, str(device), ends, sorted(had, key=str), tuned])
     command = [sys.executable, "-P", "-c", PROGRAM, str(connection.fileno()), request]
     sys.stdout.flush()
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(connection.fileno(),), start_new_session=True)
 
 
-def run_in_workers(stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], had: Had) -> Events:
-    """Run the stages in processes of their own: a kernel that hangs, or kills its process, costs its job alone."""
-    return watched(partial(_start, device, ends), [*stages], had)
+def run_in_workers(
+    stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], had: Had, tune: TuneConfig | None = None
+) -> Events:
+    """Run the stages, or what tunes, in other processes: a kernel that hangs, or kills its process, costs its job alone."""
+    return watched(partial(_start, device, ends, tune), [*stages], had)

@@ -176,6 +176,12 @@ def test_tuning_needs_a_gpu_and_head_dims_that_have_configurations():
             TuneConfig("attention", head_dims=(64, head_dim))
 
 
+def test_each_kernel_and_head_dim_is_a_job_of_its_own():
+    config = TuneConfig("attention", kernels=("forward", "decode"), head_dims=(64, 128))
+    cases = [job.case for job in tune.tune_jobs(config, torch.device("cpu"))]
+    assert cases == ["tune forward 64", "tune forward 128", "tune decode 64", "tune decode 128"]
+
+
 @pytest.mark.gpu
 def test_a_kernel_is_tuned_on_a_gpu(shipped, monkeypatch):
     everything = tune.candidates("forward", launch.generation_at(torch.device("cuda")), 64)

@@ -101,11 +101,11 @@ def turns(tmp_path, monkeypatch):
             )
             for name, names in of_stages.items()
         }
-        for module in (run, stages, worker):
+        for module in (stages, worker):
             monkeypatch.setattr(module, "STAGES", fakes)
         return lambda: [line.split(":") for line in path.read_text().splitlines()]
 
-    def start(device, ends, connection, left, had):
+    def start(device, ends, tune, connection, left, had):
         some = {name: worker.STAGES[name] for name in left}
         return Forked(lambda: watch.report(connection, worker.run_here(some, device, ends, had, limited=True)))
 
