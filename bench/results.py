@@ -126,6 +126,7 @@ def take_up(path: Path) -> Had:
     machine, *lines = _lines(path)
     if not any(is_mark(line) for line in lines) and any(line["stage"] != "machine" for line in lines):
         raise UserError(f"{path} cannot go on: it does not say which jobs had their turn, as files of older versions do not")
+    # Before the file is replaced, which a run that still writes to it would not notice.
     open_locked(path).close()
     kept, of_job = [machine], None
     had: set[tuple[str, str | None]] = set()

@@ -59,7 +59,7 @@ class BenchConfig:
     """File of the results, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
     minutes: float | None = None
     """Time of all stages together, each with its share; what does not fit is left out. On a GPU a job has at most 2 minutes, a
-    few have up to 10."""
+    few have more."""
     resume: Path | None = None
     """File of an earlier run here that goes on: jobs that have had their turn are not run again."""
 

@@ -38,9 +38,10 @@ def _records(said: Path) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _raising_signals() -> Iterator[None]:
     """Have signals that would end this process raise, so that what it has started ends too."""
-    # Python sets handlers in its main thread only; what is ignored, as by nohup, stays so.
+    # Python sets handlers in its main thread only. What is ignored, as by nohup, stays so; None is a handler set from C.
     is_main = threading.current_thread() is threading.main_thread()
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(n) is not signal.SIG_IGN]
+    kept = (signal.SIG_IGN, None)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(n) not in kept]
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
