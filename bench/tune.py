@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels import attention
 from ..kernels.attention.cases import COMPILED, kernel_case, shipped_cases
-from ..kernels.attention.launch import (
+from ..kernels.attention.configurations import (
     MAX_HEAD_DIM,
     Generation,
     Kernel,
@@ -39,7 +39,7 @@ Timer = Callable[[Mapping[str, Callable[[], object]], torch.device, int], Mappin
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """What to tune. Each kernel's fastest configuration is written to kernels/attention/launch.json as soon as it is known."""
+    """What to tune. The fastest configuration is written to kernels/attention/configurations.json as soon as it is known."""
 
     op: tyro.conf.Positional[Literal["attention"]]
     """Whose kernels; bfloat16 and float16 share their configurations, float32 keeps its own."""

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..kernels.device import gpu_of
-from ..kernels.dispatch import HAS_TRITON, interpreting, jit, on_device_of, tl
+from ..kernels.dispatch import HAS_TRITON, interpreting, jit, tl
 from ..kernels.inspect import KernelCase, inspect
+from ..kernels.launch import launch
 from .doctor_checks import Finding, guarded, one_line, output
 
 # Of attention's kernels, whose tiles are copied asynchronously and which compute in bfloat16.
@@ -86,9 +86,7 @@ def run_kernel(device: torch.device) -> list[Finding]:
     start = time.perf_counter()
     x = torch.arange(1000, dtype=torch.float32, device=device)
     y = torch.zeros_like(x)
-    kernel: Any = _kernel
-    with on_device_of(x):
-        kernel[(8,)](x, y, len(x), block=128)
+    launch(_kernel, 8, x, y, len(x), block=128)
     # Computed elsewhere, so that one who computes wrong does not judge himself.
     is_right = torch.equal(y.cpu(), 2 * torch.arange(1000, dtype=torch.float32) + 1)
     if not is_right:

@@ -3,9 +3,10 @@
 Knows no module and no model. `set_backend` chooses what runs; by default Triton on CUDA tensors, else the reference.
 """
 
-from .attention import attention, tiled_attention
+from .attention import attention
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
+from .flash_reference import tiled_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qk, rope_qkv

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import HAS_TRITON, jit, on_device_of, tl, use_triton
+from .dispatch import HAS_TRITON, jit, tl, use_triton
 from .inspect import KernelCase
+from .launch import launch
 from .reference import CrossEntropyOutput as CrossEntropyOutput
 from .reference import Reduction
 from .shared import count_no_flops, register_fake, tanh
@@ -135,12 +136,13 @@ def _load_target(targets_ptr, row, ignore_index, width):
 
 
 @jit
-def _forward_kernel(
+def cross_entropy_forward(
     logits_ptr, targets_ptr, losses_ptr, top_ptr, log_total_ptr, correct_ptr,
     logits_outer_stride, logits_inner_stride, inner_rows, width, ignore_index,
     label_smoothing: tl.constexpr, z_loss: tl.constexpr, softcap: tl.constexpr,
     READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """Write the loss of one row, and what its gradient is computed from."""
     row = tl.program_id(0)
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
     loss, top, log_total, correct = _row_loss(
@@ -156,13 +158,14 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def cross_entropy_backward(
     dlosses_ptr, logits_ptr, targets_ptr, top_ptr, log_total_ptr, dlogits_ptr,
     dlosses_stride, logits_outer_stride, logits_inner_stride, dlogits_outer_stride, dlogits_inner_stride,
     inner_rows, width, ignore_index,
     label_smoothing: tl.constexpr, z_loss: tl.constexpr, softcap: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradient of one block of columns of one row."""
     blocks = tl.cdiv(width, BLOCK)
     row = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK
@@ -182,11 +185,12 @@ def _backward_kernel(
 
 
 @jit
-def _fused_kernel(
+def cross_entropy_fused(
     logits_ptr, targets_ptr, losses_ptr, top_ptr, log_total_ptr, correct_ptr, logits_row_stride, width, ignore_index,
     label_smoothing: tl.constexpr, z_loss: tl.constexpr, softcap: tl.constexpr,
     READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """Write the loss of one row, and the gradient in the place of its logits."""
     # The gradient takes the place of the logits that it is computed from; of a short row the L2 cache serves the second read.
     row = tl.program_id(0)
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
@@ -255,13 +259,13 @@ def launch_forward(
 ) -> None:
     """Fill losses, top, log_total and correct, all contiguous, from logits (outer, inner, V) and contiguous targets."""
     if targets.numel() > 0:
-        with on_device_of(logits):
-            _forward_kernel[(targets.numel(),)](
-                logits, targets, losses, top, log_total, losses if correct is None else correct,
-                logits.stride(0), logits.stride(1), logits.shape[1], logits.shape[2], ignore_index,
-                label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-                READ_IGNORED=return_lse, ACCURACY=correct is not None, **launch_config(logits.shape[2], logits.dtype, softcap),
-            )  # fmt: skip
+        launch(
+            cross_entropy_forward, targets.numel(),
+            logits, targets, losses, top, log_total, losses if correct is None else correct,
+            logits.stride(0), logits.stride(1), logits.shape[1], logits.shape[2], ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            READ_IGNORED=return_lse, ACCURACY=correct is not None, **launch_config(logits.shape[2], logits.dtype, softcap),
+        )  # fmt: skip
 
 
 def launch_fused(
@@ -278,13 +282,13 @@ def launch_fused(
     return_lse: bool,
 ) -> None:
     """Do as `launch_forward` and overwrite logits (1, N, V) with the gradient of the sum of the losses."""
-    with on_device_of(logits):
-        _fused_kernel[(targets.numel(),)](
-            logits, targets, losses, top, log_total, losses if correct is None else correct,
-            logits.stride(1), logits.shape[2], ignore_index,
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            READ_IGNORED=return_lse, ACCURACY=correct is not None, **launch_config(logits.shape[2], logits.dtype, softcap),
-        )  # fmt: skip
+    launch(
+        cross_entropy_fused, targets.numel(),
+        logits, targets, losses, top, log_total, losses if correct is None else correct,
+        logits.stride(1), logits.shape[2], ignore_index,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        READ_IGNORED=return_lse, ACCURACY=correct is not None, **launch_config(logits.shape[2], logits.dtype, softcap),
+    )  # fmt: skip
 
 
 def launch_backward(
@@ -303,13 +307,13 @@ def launch_backward(
     dlosses, targets = dlosses.reshape(-1), targets.contiguous()
     config = launch_config(logits.shape[-1], logits.dtype, softcap)
     if targets.numel() > 0:
-        with on_device_of(logits):
-            _backward_kernel[(targets.numel() * -(-logits.shape[-1] // config["BLOCK"]),)](
-                dlosses, logits, targets, top, log_total, dlogits,
-                dlosses.stride(0), logits.stride(0), logits.stride(1), dlogits.stride(0), dlogits.stride(1),
-                logits.shape[1], logits.shape[2], ignore_index,
-                label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, **config,
-            )  # fmt: skip
+        launch(
+            cross_entropy_backward, targets.numel() * -(-logits.shape[-1] // config["BLOCK"]),
+            dlosses, logits, targets, top, log_total, dlogits,
+            dlosses.stride(0), logits.stride(0), logits.stride(1), dlogits.stride(0), dlogits.stride(1),
+            logits.shape[1], logits.shape[2], ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, **config,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("tilewright::cross_entropy", mutates_args=())
@@ -486,7 +490,7 @@ def cross_entropy(
 
 def kernel_case(name: str, width: int, dtype: torch.dtype, everything: bool) -> KernelCase:
     """Return one of the kernels with the launch configuration that ships, without or with every option."""
-    kernel = {"forward": _forward_kernel, "backward": _backward_kernel, "fused": _fused_kernel}[name]
+    kernel = {"forward": cross_entropy_forward, "backward": cross_entropy_backward, "fused": cross_entropy_fused}[name]
     label_smoothing, z_loss, softcap = (0.1, 1e-4, 30.0) if everything else (0.0, 0.0, None)
     config = launch_config(width, dtype, softcap)
     num_warps = config.pop("num_warps")

@@ -3,7 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -63,10 +63,15 @@ def interpreting() -> bool:
     return HAS_TRITON and triton.knobs.runtime.interpret
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether the op whose first input is `x` runs its Triton kernel; raises where the forced backend cannot run."""
-    if _backend == "reference":
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether the op with these inputs runs its Triton kernel; raises where the forced backend cannot run.
+
+    The first one's device decides. float64, which the kernels do not compute in, runs the reference.
+    """
+    if _backend == "reference" or any(x is not None and x.dtype == torch.float64 for x in tensors):
         return False
+    x = tensors[0]
+    assert x is not None
     if _backend == "auto":
         if x.is_cuda and not HAS_TRITON:
             warnings.warn("Triton cannot be imported: the slower PyTorch reference runs on the GPU", stacklevel=3)
@@ -78,8 +83,3 @@ def use_triton(x: Tensor) -> bool:
     if not (x.is_cuda or interpreting()):
         raise RuntimeError(f"backend 'triton' needs a CUDA tensor, or TRITON_INTERPRET=1; got a tensor on {x.device}")
     return True
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make the device of `x` current, because Triton launches on the current one."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import reference
 from .device import num_sms
-from .dispatch import jit, on_device_of, tl, use_triton
+from .dispatch import jit, tl, use_triton
 from .inspect import KernelCase
+from .launch import launch
 from .reference import Casting
 from .shared import as_rows, count_no_flops, register_fake
 
@@ -55,7 +56,7 @@ def _store_output(y_ptr, weight_ptr, x_hat, rows, width, columns, mask, offset: 
 
 
 @jit
-def _forward_kernel(
+def rms_norm_forward(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -73,6 +74,7 @@ def _forward_kernel(
     BLOCK_WIDTH: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
+    """Write the normalised rows of one tile, their sums with the residual stream, and 1 / rms of each."""
     row_numbers = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows = row_numbers.to(tl.int64)[:, None]
     row_mask = rows < num_rows
@@ -125,7 +127,7 @@ def _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, mask):
 
 
 @jit
-def _backward_kernel(
+def rms_norm_backward(
     dy_ptr,
     d_total_ptr,
     x_ptr,
@@ -144,6 +146,7 @@ def _backward_kernel(
     BLOCK_WIDTH: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
+    """Write the gradients of a share of all tiles, and the part of dw that they contribute."""
     # With xhat = x * rstd and g = dy * weight: dx = rstd * (g - xhat * mean(g * xhat)), dw = sum over rows of dy * xhat.
     # Persistent: each program walks over many tiles of rows and writes one partial dw, so that the final sum is short
     # and its order fixed.
@@ -256,13 +259,13 @@ def _rms_norm(
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows > 0:
         config = forward_config(width, x.element_size() + (0 if residual is None else residual.element_size()))
-        with on_device_of(x):
-            _forward_kernel[(-(-num_rows // config["BLOCK_ROWS"]),)](
-                rows, residual_rows, None if weight is None else weight.contiguous(),
-                y, None if residual is None else total, rstd,
-                rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), num_rows, width,
-                eps=eps, offset=offset, ROUND_FIRST=round_first, **config,
-            )  # fmt: skip
+        launch(
+            rms_norm_forward, -(-num_rows // config["BLOCK_ROWS"]),
+            rows, residual_rows, None if weight is None else weight.contiguous(),
+            y, None if residual is None else total, rstd,
+            rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), num_rows, width,
+            eps=eps, offset=offset, ROUND_FIRST=round_first, **config,
+        )  # fmt: skip
     return y, total, rstd
 
 
@@ -305,13 +308,13 @@ def _rms_norm_backward(
         allocate = torch.empty if config["ONE_BLOCK"] else torch.zeros
         dw_partial = allocate(num_programs, width, dtype=torch.float32, device=x.device)
     if num_rows > 0:
-        with on_device_of(x):
-            _backward_kernel[(num_programs,)](
-                dy_rows, d_total_rows, rows, None if weight is None else weight.contiguous(), rstd,
-                None if dx_dtype is None else dx, None if d_residual_dtype is None else d_residual, dw_partial,
-                dy_rows.stride(0), 0 if d_total_rows is None else d_total_rows.stride(0), rows.stride(0),
-                num_rows, width, offset=offset, **config,
-            )  # fmt: skip
+        launch(
+            rms_norm_backward, num_programs,
+            dy_rows, d_total_rows, rows, None if weight is None else weight.contiguous(), rstd,
+            None if dx_dtype is None else dx, None if d_residual_dtype is None else d_residual, dw_partial,
+            dy_rows.stride(0), 0 if d_total_rows is None else d_total_rows.stride(0), rows.stride(0),
+            num_rows, width, offset=offset, **config,
+        )  # fmt: skip
     if weight is None or dw_partial is None:
         return dx, d_residual, x.new_empty(0)
     return dx, d_residual, dw_partial.sum(dim=0).to(weight.dtype)
@@ -463,18 +466,18 @@ def compile_cases() -> Iterator[KernelCase]:
         backward_bytes = size[dtype] + size[residual] + size[residual or dtype]
         for kernel, dtypes, config, constants in (
             (
-                _forward_kernel,
+                rms_norm_forward,
                 forward,
                 forward_config(width, size[dtype] + size[residual]),
                 {"eps": 1e-5, "ROUND_FIRST": False},
             ),
-            (_backward_kernel, backward, backward_config(width, backward_bytes), {}),
+            (rms_norm_backward, backward, backward_config(width, backward_bytes), {}),
         ):
             num_warps = config.pop("num_warps")
             integers = [name for name in kernel.arg_names if name in (*strides, "num_rows", "width")]
             yield KernelCase(
                 name=f"{'rms_norm' if residual is None else f'add_rms_norm on {residual}'} "
-                f"{'forward' if kernel is _forward_kernel else 'backward'} {width} {dtype}",
+                f"{'forward' if kernel is rms_norm_forward else 'backward'} {width} {dtype}",
                 kernel=kernel,
                 types={f"{name}_ptr": f"*{t}" for name, t in dtypes.items() if t} | dict.fromkeys(integers, "i32"),
                 constants={f"{name}_ptr": None for name, t in dtypes.items() if not t} | {"offset": 0.0, **constants, **config},

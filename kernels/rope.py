@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import jit, on_device_of, tl, use_triton
+from .dispatch import jit, tl, use_triton
 from .inspect import KernelCase
+from .launch import launch
 from .reference import RopeLayout
 from .shared import count_no_flops, register_fake
 
@@ -49,7 +50,7 @@ def _rotate(
 
 
 @jit
-def _rope_kernel(
+def rope_forward(
     q_ptr,
     q_out_ptr,
     k_ptr,
@@ -94,6 +95,7 @@ def _rope_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    """Turn one block of heads of one block of tokens."""
     # Blocks of heads of the same tokens run side by side, so that all but the first find their angles in the L2 cache.
     num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
     num_k_blocks = tl.cdiv(num_k_heads, BLOCK_HEADS)
@@ -195,15 +197,15 @@ def _launch_kernel(
     config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, element_size)
     num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
     num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
-    with on_device_of(q):
-        _rope_kernel[(batch * num_token_blocks * num_head_blocks,)](
-            q, q_out, k, k_out, v, v_out, cos.contiguous(), sin.contiguous(), q if positions is None else positions,
-            *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3], *v.stride()[:3], *v_out.stride()[:3],
-            *((0, 0) if positions is None else positions.stride()),
-            q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks,
-            HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, HAS_K=len(xs) > 1, HAS_V=len(xs) > 2,
-            HAS_POSITIONS=positions is not None, **config,
-        )  # fmt: skip
+    launch(
+        rope_forward, batch * num_token_blocks * num_head_blocks,
+        q, q_out, k, k_out, v, v_out, cos.contiguous(), sin.contiguous(), q if positions is None else positions,
+        *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3], *v.stride()[:3], *v_out.stride()[:3],
+        *((0, 0) if positions is None else positions.stride()),
+        q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks,
+        HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, HAS_K=len(xs) > 1, HAS_V=len(xs) > 2,
+        HAS_POSITIONS=positions is not None, **config,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("tilewright::rope", mutates_args=())
@@ -460,9 +462,9 @@ def compile_cases() -> Iterator[KernelCase]:
                 }
                 types = {
                     name: f"*{dtype}" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "i32"
-                    for name in _rope_kernel.arg_names
+                    for name in rope_forward.arg_names
                     if name not in constants
                 } | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64"}
                 aligned = tuple(name for name in types if name.endswith("_stride") and not name.startswith("positions"))
                 name = f"rope {layout} H {num_q_heads}/{num_k_heads} T {num_tokens} K {head_dim} {dtype}"
-                yield KernelCase(name, _rope_kernel, types, constants, num_warps, aligned=aligned)
+                yield KernelCase(name, rope_forward, types, constants, num_warps, aligned=aligned)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import jit, on_device_of, tl, use_triton
+from .dispatch import jit, tl, use_triton
 from .inspect import KernelCase
+from .launch import launch
 from .shared import as_rows, count_no_flops, register_fake
 
 
@@ -23,7 +24,7 @@ def _tile(num_rows, width, num_column_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_WI
 
 
 @jit
-def _forward_kernel(
+def swiglu_forward(
     gate_ptr,
     up_ptr,
     y_ptr,
@@ -36,6 +37,7 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
+    """Write one tile of the result."""
     rows, columns, mask = _tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     gate = tl.load(gate_ptr + rows * gate_row_stride + columns, mask=mask).to(tl.float32)
     up = tl.load(up_ptr + rows * up_row_stride + columns, mask=mask).to(tl.float32)
@@ -44,7 +46,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def swiglu_backward(
     dy_ptr,
     gate_ptr,
     up_ptr,
@@ -61,6 +63,7 @@ def _backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
+    """Write one tile of both gradients."""
     # With s = sigmoid(gate): dup = dy * gate * s, dgate = dy * up * s * (1 + gate * (1 - s)).
     rows, columns, mask = _tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = tl.load(dy_ptr + rows * dy_row_stride + columns, mask=mask).to(tl.float32)
@@ -112,15 +115,14 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     num_rows, width = rows[0].shape
     config = launch_config(num_rows, width, max(x.element_size() for x in rows))
     num_column_blocks = -(-width // config["BLOCK_WIDTH"])
-    grid = (-(-num_rows // config["BLOCK_ROWS"]) * num_column_blocks,)
-    with on_device_of(first):
-        kernel[grid](*rows, *(x.stride(0) for x in rows), num_rows, width, num_column_blocks, **config)
+    num_programs = -(-num_rows // config["BLOCK_ROWS"]) * num_column_blocks
+    launch(kernel, num_programs, *rows, *(x.stride(0) for x in rows), num_rows, width, num_column_blocks, **config)
 
 
 @torch.library.custom_op("tilewright::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     y = _empty_result(gate, up)
-    _launch(_forward_kernel, _halves(gate, up), (y,))
+    _launch(swiglu_forward, _halves(gate, up), (y,))
     return y
 
 
@@ -135,7 +137,7 @@ def _empty_result(gate: Tensor, up: Tensor | None) -> Tensor:
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     gradients = _empty_gradients(dy, gate, up)
     # Both halves of a packed gradient are views of the one tensor that is returned.
-    _launch(_backward_kernel, (dy, *_halves(gate, up)), _halves(gradients[0], gradients[1] if up is not None else None))
+    _launch(swiglu_backward, (dy, *_halves(gate, up)), _halves(gradients[0], gradients[1] if up is not None else None))
     return gradients
 
 
@@ -203,7 +205,7 @@ def compile_cases() -> Iterator[KernelCase]:
                 num_warps = config.pop("num_warps")
                 # Triton makes a constant of an argument that is 1.
                 constants = config | ({"num_rows": 1} if num_rows == 1 else {})
-                for direction, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+                for direction, kernel in (("forward", swiglu_forward), ("backward", swiglu_backward)):
                     types = {
                         name: f"*{dtype}" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "i32"
                         for name in kernel.arg_names

@@ -15,7 +15,7 @@ from torch import Tensor
 from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention, backward, decode, forward, launch
-from tilewright.kernels.attention.launch import Generation, Kernel, Kind, LaunchConfig, key_of
+from tilewright.kernels.attention.configurations import Generation, Kernel, Kind, LaunchConfig, key_of
 
 # Without shrinking, which would interpret kernels for minutes before it shows a failure.
 some = partial(settings, derandomize=True, deadline=None, phases=[Phase.generate])

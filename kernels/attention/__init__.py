@@ -1,6 +1,5 @@
 """Exact softmax attention that never holds the matrix of scores: forward, backward, and decoding from a cache."""
 
 from .op import attention
-from .tiled import tiled_attention
 
-__all__ = ["attention", "tiled_attention"]
+__all__ = ["attention"]

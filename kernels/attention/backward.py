@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..device import num_sms
-from ..dispatch import jit, on_device_of, tl
+from ..dispatch import jit, tl
+from ..launch import launch
 from ..shared import LOG2_E, tanh
+from .configurations import launch_config, rows_at_once
 from .intervals import key_tile, query_tile
-from .launch import launch_config, rows_at_once
 from .options import Options
 from .tiles import (
     SIZES,
@@ -61,7 +62,7 @@ def add_to_dq(
 
 
 @jit(do_not_specialize=SIZES)
-def backward_q_kernel(
+def attention_backward_q(
     q, k, v, do, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
@@ -157,7 +158,7 @@ def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
 
 
 @jit(do_not_specialize=SIZES)
-def backward_kv_kernel(
+def attention_backward_kv(
     q, k, v, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
@@ -256,27 +257,28 @@ def launch_backward(
     inputs = (q, k, v, do)
     sizes = (num_queries, num_keys, options.window_of(num_queries, num_keys))
     strides = [stride for t in inputs for stride in load_strides(t)]
-    with on_device_of(q):
-        config = launch_config("backward_q", inputs, options)
-        backward_q_kernel[(batch * num_heads * -(-num_queries // config.block_m),)](
-            *as_tiles(inputs, "mnnm", config), o, lse, lse if dlse is None else dlse, delta, dq, *options.documents(q),
-            *strides, *load_strides(o), *dq.stride()[:3], options.document_stride,
-            batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
-            **options.constants(), DLSE=dlse is not None, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
-        )  # fmt: skip
-        config = launch_config("backward_kv", inputs, options)
-        num_tiles = -(-num_keys // config.block_n)
-        num_parts = parts_of(group_size, batch * num_kv_heads * num_tiles, q.device)
-        num_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
-        # One part writes the gradients themselves; several write float32, which is summed in order.
-        parts = [t if num_parts == 1 else t.new_empty(num_parts, *t.shape, dtype=torch.float32) for t in (dk, dv)]
-        part_stride = 0 if num_parts == 1 else parts[0].stride(0)
-        backward_kv_kernel[(num_rows * num_tiles,)](
-            *as_tiles(inputs, "mnnm", config), lse, delta, *parts, *options.documents(q),
-            *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
-            num_rows, num_kv_heads, num_parts, part_stride, part_size, *sizes, rows_at_once(q, part_size, num_rows),
-            **options.constants(), GROUPED=part_size > 1, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
-        )  # fmt: skip
+    config = launch_config("backward_q", inputs, options)
+    launch(
+        attention_backward_q, batch * num_heads * -(-num_queries // config.block_m),
+        *as_tiles(inputs, "mnnm", config), o, lse, lse if dlse is None else dlse, delta, dq, *options.documents(q),
+        *strides, *load_strides(o), *dq.stride()[:3], options.document_stride,
+        batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
+        **options.constants(), DLSE=dlse is not None, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+    )  # fmt: skip
+    config = launch_config("backward_kv", inputs, options)
+    num_tiles = -(-num_keys // config.block_n)
+    num_parts = parts_of(group_size, batch * num_kv_heads * num_tiles, q.device)
+    num_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
+    # One part writes the gradients themselves; several write float32, which is summed in order.
+    parts = [t if num_parts == 1 else t.new_empty(num_parts, *t.shape, dtype=torch.float32) for t in (dk, dv)]
+    part_stride = 0 if num_parts == 1 else parts[0].stride(0)
+    launch(
+        attention_backward_kv, num_rows * num_tiles,
+        *as_tiles(inputs, "mnnm", config), lse, delta, *parts, *options.documents(q),
+        *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
+        num_rows, num_kv_heads, num_parts, part_stride, part_size, *sizes, rows_at_once(q, part_size, num_rows),
+        **options.constants(), GROUPED=part_size > 1, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+    )  # fmt: skip
     if num_parts > 1:
         for t, part in zip((dk, dv), parts, strict=True):
             t.copy_(part.sum(dim=0))

@@ -5,16 +5,16 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from ..inspect import ARCHITECTURES, KernelCase
-from .backward import backward_kv_kernel, backward_q_kernel
-from .decode import BLOCK_SPLITS, combine_kernel, split_kernel
-from .forward import forward_kernel
-from .launch import WITHOUT_TMA, Kernel, Kind, LaunchConfig, block_k_of, key_of, read_configurations
+from .backward import attention_backward_kv, attention_backward_q
+from .configurations import WITHOUT_TMA, Kernel, Kind, LaunchConfig, block_k_of, key_of, read_configurations
+from .decode import BLOCK_SPLITS, attention_combine, attention_decode
+from .forward import attention_forward
 
 KERNELS: dict[Kernel, Any] = {
-    "forward": forward_kernel,
-    "backward_q": backward_q_kernel,
-    "backward_kv": backward_kv_kernel,
-    "decode": split_kernel,
+    "forward": attention_forward,
+    "backward_q": attention_backward_q,
+    "backward_kv": attention_backward_kv,
+    "decode": attention_decode,
 }
 COMPILED: dict[Kind, tuple[int, ...]] = {
     "half": (16, 32, 64, 80, 96, 128, 192, 256), "half_softcap": (128, 256), "tf32": (64, 128), "ieee": (64, 128),
@@ -110,5 +110,5 @@ def compile_cases() -> Iterator[KernelCase]:
     for head_dim in (64, 128):
         types = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "o_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
         constants = {"SINKS": False, "HEAD_DIM": head_dim, "BLOCK_SPLITS": BLOCK_SPLITS, "BLOCK_K": block_k_of(head_dim)}
-        sizes = {name: "i32" for name in combine_kernel.arg_names if name not in types and name not in constants}
-        yield KernelCase(f"attention combine {head_dim} bf16", combine_kernel, types | sizes, constants, 4)
+        sizes = {name: "i32" for name in attention_combine.arg_names if name not in types and name not in constants}
+        yield KernelCase(f"attention combine {head_dim} bf16", attention_combine, types | sizes, constants, 4)

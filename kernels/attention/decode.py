@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..device import num_sms
-from ..dispatch import jit, on_device_of, tl
+from ..dispatch import jit, tl
+from ..launch import launch
 from ..shared import LN_2, LOG2_E
+from .configurations import launch_config
 from .forward import add_tile
 from .intervals import keys_of
-from .launch import launch_config
 from .options import Options
 from .tiles import SIZES, aligned, load_base, load_strides, load_tile, stride_unit
 
@@ -25,7 +26,7 @@ BLOCK_SPLITS = 16
 
 
 @jit(do_not_specialize=SIZES)
-def split_kernel(
+def attention_decode(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, begins_ptr, ends_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, document_stride,
@@ -76,7 +77,7 @@ def split_kernel(
 
 
 @jit(do_not_specialize=SIZES)
-def combine_kernel(
+def attention_combine(
     part_ptr, part_lse_ptr, o_ptr, lse_ptr, sinks_ptr, o_batch_stride, o_head_stride, o_token_stride,
     num_heads, num_queries, num_splits,
     SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -139,14 +140,15 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks
     part = torch.empty(batch, num_heads, num_queries, num_splits, head_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     blocks = {**config.blocks(), "BLOCK_M": max(16, 1 << (group_size * num_queries - 1).bit_length())}
-    with on_device_of(q):
-        split_kernel[(batch * num_kv_heads * num_splits,)](
-            q, k, v, part, part_lse, *options.documents(q),
-            *load_strides(q), *load_strides(k), *load_strides(v), options.document_stride,
-            num_heads, group_size, num_queries, num_keys, options.window_of(num_queries, num_keys), num_splits,
-            **options.constants(), HEAD_DIM=head_dim, **blocks,
-        )  # fmt: skip
-        combine_kernel[(batch * num_heads * num_queries,)](
-            part, part_lse, o, lse, q if sinks is None else sinks, *o.stride()[:3], num_heads, num_queries, num_splits,
-            SINKS=sinks is not None, HEAD_DIM=head_dim, BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_K=config.block_k, num_warps=4,
-        )  # fmt: skip
+    launch(
+        attention_decode, batch * num_kv_heads * num_splits,
+        q, k, v, part, part_lse, *options.documents(q),
+        *load_strides(q), *load_strides(k), *load_strides(v), options.document_stride,
+        num_heads, group_size, num_queries, num_keys, options.window_of(num_queries, num_keys), num_splits,
+        **options.constants(), HEAD_DIM=head_dim, **blocks,
+    )  # fmt: skip
+    launch(
+        attention_combine, batch * num_heads * num_queries,
+        part, part_lse, o, lse, q if sinks is None else sinks, *o.stride()[:3], num_heads, num_queries, num_splits,
+        SINKS=sinks is not None, HEAD_DIM=head_dim, BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_K=config.block_k, num_warps=4,
+    )  # fmt: skip

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from ..dispatch import jit, on_device_of, tl
+from ..dispatch import jit, tl
+from ..launch import launch
 from ..shared import LN_2, LOG2_E, tanh
+from .configurations import launch_config, rows_at_once
 from .intervals import query_tile
-from .launch import launch_config, rows_at_once
 from .options import Options
 from .tiles import (
     SIZES,
@@ -59,7 +60,7 @@ def add_tile(
 
 
 @jit(do_not_specialize=SIZES)
-def forward_kernel(
+def attention_forward(
     q, k, v, o_ptr, lse_ptr, sinks_ptr, begins_ptr, ends_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
@@ -124,11 +125,11 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sink
     num_kv_heads, num_keys = k.shape[1:3]
     q, k, v = (aligned(t) for t in (q, k, v))
     config = launch_config("forward", (q, k, v), options)
-    with on_device_of(q):
-        forward_kernel[(batch * num_heads * -(-num_queries // config.block_m),)](
-            *as_tiles((q, k, v), "mnn", config), o, lse, q if sinks is None else sinks, *options.documents(q),
-            *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
-            batch * num_heads, num_heads, num_heads // num_kv_heads, num_queries, num_keys,
-            options.window_of(num_queries, num_keys), rows_at_once(k, num_kv_heads / num_heads, batch * num_heads),
-            **options.constants(), SINKS=sinks is not None, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
-        )  # fmt: skip
+    launch(
+        attention_forward, batch * num_heads * -(-num_queries // config.block_m),
+        *as_tiles((q, k, v), "mnn", config), o, lse, q if sinks is None else sinks, *options.documents(q),
+        *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
+        batch * num_heads, num_heads, num_heads // num_kv_heads, num_queries, num_keys,
+        options.window_of(num_queries, num_keys), rows_at_once(k, num_kv_heads / num_heads, batch * num_heads),
+        **options.constants(), SINKS=sinks is not None, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+    )  # fmt: skip

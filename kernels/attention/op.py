@@ -12,10 +12,10 @@ from .. import reference
 from ..dispatch import use_triton
 from ..shared import register_fake
 from .backward import launch_backward
+from .configurations import MAX_HEAD_DIM
 from .decode import fits_decode, launch_decode
 from .forward import launch_forward
 from .intervals import cu_seqlens_bounds, document_bounds
-from .launch import MAX_HEAD_DIM
 from .options import Options
 from .tiles import with_unit_stride
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dispatch import jit, tl
 
 if TYPE_CHECKING:
-    from .launch import LaunchConfig
+    from .configurations import LaunchConfig
 
 # Arguments whose divisibility helps no load: without this, each new length of a growing cache could mean a new compilation.
 SIZES = (

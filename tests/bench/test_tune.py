@@ -13,7 +13,12 @@ from tilewright.bench.timing import Times
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
 from tilewright.kernels.attention import launch
-from tilewright.kernels.attention.launch import LaunchConfig, read_configurations, use_configuration, write_configurations
+from tilewright.kernels.attention.configurations import (
+    LaunchConfig,
+    read_configurations,
+    use_configuration,
+    write_configurations,
+)
 from tilewright.kernels.dispatch import HAS_TRITON
 
 KEY = "sm_90 forward half 16"
@@ -27,7 +32,7 @@ interpreted = pytest.mark.skipif(
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     """A copy of the shipped file, which the functions write to instead."""
-    path = tmp_path / "launch.json"
+    path = tmp_path / "configurations.json"
     shutil.copyfile(launch.CONFIGURATIONS, path)
     monkeypatch.setattr(launch, "CONFIGURATIONS", path)
     read_configurations.cache_clear()
@@ -154,7 +159,7 @@ def test_an_interruption_leaves_the_file(shipped, small):
     with pytest.raises(KeyboardInterrupt):
         list(tune.tune_kernel("forward", 16, torch.device("cpu"), no_flaw, interrupted))
     assert shipped.read_bytes() == before
-    assert [path.name for path in shipped.parent.iterdir()] == ["launch.json"]
+    assert [path.name for path in shipped.parent.iterdir()] == ["configurations.json"]
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "decode"])

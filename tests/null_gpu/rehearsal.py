@@ -122,7 +122,7 @@ def _bench(name: str, *arguments: str, flaw: Callable[[Path], str | None], **res
 
 # Only one op, neither the first nor the last that is measured, has kernels of this name.
 LOST = {"hangs": ("NULL_GPU_HANGS_AT", "hung: killed after"), "breaks": ("NULL_GPU_BREAKS_AT", "broke the GPU's context")}
-LOST_KERNEL = "_rope_kernel"
+LOST_KERNEL = "rope_forward"
 
 # So long that a signal comes before the last step.
 LONGER = "--steps 60 --eval-every 30 --checkpoint-every 30"

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.kernels import reference
-from tilewright.kernels.attention import tiled_attention
+from tilewright.kernels import reference, tiled_attention
 
 
 def results(function, inputs, do, **options):

@@ -1,4 +1,4 @@
-"""Launch configurations, from `launch.json`: by GPU generation, kernel, kind of product and head dim."""
+"""Launch configurations, from `configurations.json`: by GPU generation, kernel, kind of product and head dim."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ Kernel = Literal["forward", "backward_q", "backward_kv", "decode"]
 Kind = Literal["half", "half_softcap", "tf32", "ieee"]
 Generation = Literal["sm_80", "sm_86", "sm_90", "sm_100"]
 
-CONFIGURATIONS = Path(__file__).parent / "launch.json"
+CONFIGURATIONS = Path(__file__).parent / "configurations.json"
 MAX_HEAD_DIM = 256
 # Whose configurations serve where descriptors cannot: those with the least shared memory, which run everywhere.
 WITHOUT_TMA: Generation = "sm_86"
