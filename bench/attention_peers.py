@@ -1,6 +1,5 @@
-"""Other people's attention, each as a function of q, k and v for one shape; what a peer cannot do it says by raising."""
+"""Other people's attention, each as a function of q, k and v for one shape."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import kernels
-from .attention_cases import AttentionCase
-from .peers import Missing, find
+from ..kernels import reference
+from ..kernels.op import Sizes
+from .peers import Unsupported, find
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B, H, T, K), k, v (B, Hkv, S, K) -> o (B, H, T, K)."""
-Peer = Callable[[AttentionCase, torch.device], Attention]
+Peer = Callable[[Sizes, torch.device], Attention]
 """Makes ready for one shape: masks are made here, not in the time of a call."""
 
 # The written-out form holds several copies of the scores; a mask holds a byte or two a pair.
@@ -25,31 +24,34 @@ MAX_EFFICIENT_TOKENS = 2**14
 FLEX_SHAPE = (16, 16, 16_384)
 
 
-class Unsupported(Exception):
-    """A shape that a peer does not have, or that is left out; the message says why."""
-
-
-def _tilewright(case: AttentionCase, device: torch.device) -> Attention:
-    cu_seqlens = case.cu_seqlens(device)
-    return lambda q, k, v: kernels.attention(q, k, v, window=case.window, cu_seqlens=cu_seqlens)
+def document_ids(sizes: Sizes, device: torch.device) -> Tensor | None:
+    """Return the number of each token's document (S), int64, or None without documents."""
+    lengths = sizes.get("document_lengths")
+    if lengths is None:
+        return None
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
 
 def _sdpa(backend: SDPBackend) -> Peer:
-    def make(case: AttentionCase, device: torch.device) -> Attention:
-        if backend == SDPBackend.MATH and case.score_bytes > MAX_SCORE_BYTES:
-            raise Unsupported(f"its scores take {case.score_bytes / 1e9:.0f} GB, more than once")
-        if backend == SDPBackend.EFFICIENT_ATTENTION and case.num_queries > MAX_EFFICIENT_TOKENS:
+    def make(sizes: Sizes, device: torch.device) -> Attention:
+        score_bytes = 4 * sizes["batch"] * sizes["num_heads"] * sizes["num_queries"] * sizes["num_keys"]
+        if backend == SDPBackend.MATH and score_bytes > MAX_SCORE_BYTES:
+            raise Unsupported(f"its scores take {score_bytes / 1e9:.0f} GB, more than once")
+        if backend == SDPBackend.EFFICIENT_ATTENTION and sizes["num_queries"] > MAX_EFFICIENT_TOKENS:
             raise Unsupported("slow at this length: left out for the time it takes")
         mask = None
-        if case.window is not None or case.document_lengths is not None:
+        if "window" in sizes or "document_lengths" in sizes:
             if backend == SDPBackend.FLASH_ATTENTION:
                 raise Unsupported("takes no mask")
-            if case.num_queries * case.num_keys > MAX_MASKED_PAIRS:
+            if sizes["num_queries"] * sizes["num_keys"] > MAX_MASKED_PAIRS:
                 raise Unsupported("its mask has T x S entries")
-            mask = case.mask(device)
+            ids = document_ids(sizes, device)
+            mask = reference.attention_mask(
+                sizes["num_queries"], sizes["num_keys"], True, sizes.get("window"), None if ids is None else ids[None], device
+            ).view(sizes["num_queries"], sizes["num_keys"])
         # Its causal mask is aligned to the first key; a single query sees all of them.
-        options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None and case.num_queries > 1}
-        options["enable_gqa"] = case.num_kv_heads != case.num_heads
+        options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None and sizes["num_queries"] > 1}
+        options["enable_gqa"] = sizes["num_kv_heads"] != sizes["num_heads"]
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
@@ -60,47 +62,47 @@ def _sdpa(backend: SDPBackend) -> Peer:
     return make
 
 
-def _flex(case: AttentionCase, device: torch.device) -> Attention:
-    if (case.num_heads, case.num_kv_heads, case.num_queries) != FLEX_SHAPE:
+def _flex(sizes: Sizes, device: torch.device) -> Attention:
+    if (sizes["num_heads"], sizes["num_kv_heads"], sizes["num_queries"]) != FLEX_SHAPE:
         raise Unsupported("compiles for seconds at each shape: left out but for 16 heads and 16,384 tokens")
     from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
     masks: list[Callable[..., Tensor]] = [lambda batch, head, query, key: query >= key]
-    if case.window is not None:
-        window = case.window
+    if "window" in sizes:
+        window = sizes["window"]
         masks.append(lambda batch, head, query, key: query - key < window)
-    document = case.document_ids(device)
+    document = document_ids(sizes, device)
     if document is not None:
         masks.append(lambda batch, head, query, key: document[query] == document[key])
     visible = masks[0] if len(masks) == 1 else and_masks(*masks)
-    block_mask = create_block_mask(visible, None, None, case.num_queries, case.num_keys, device=device)
+    block_mask = create_block_mask(visible, None, None, sizes["num_queries"], sizes["num_keys"], device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)  # pyright: ignore[reportReturnType]
 
 
-def _packed(function: Callable[..., Any], case: AttentionCase, device: torch.device, **options: Any) -> Attention:
+def _packed(function: Callable[..., Any], sizes: Sizes, device: torch.device, **options: Any) -> Attention:
     """Call a function of tokens (B T, H, K) with the cumulative and the largest lengths of its sequences."""
-    lengths = case.document_lengths or (case.num_queries,)
-    one = torch.tensor(lengths, device=device).repeat(case.batch)
+    lengths = sizes.get("document_lengths") or (sizes["num_queries"],)
+    one = torch.tensor(lengths, device=device).repeat(sizes["batch"])
     borders = F.pad(one.cumsum(0), (1, 0)).to(torch.int32)
-    sizes = (borders, borders, max(lengths), max(lengths))
+    borders_and_longest = (borders, borders, max(lengths), max(lengths))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)), *sizes, **options)
+        out = function(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)), *borders_and_longest, **options)
         out = out[0] if isinstance(out, tuple) else out
-        return out.unflatten(0, (case.batch, case.num_queries)).transpose(1, 2)
+        return out.unflatten(0, (sizes["batch"], sizes["num_queries"])).transpose(1, 2)
 
     return run
 
 
 def _flash_attention(module: str) -> Peer:
-    def make(case: AttentionCase, device: torch.device) -> Attention:
-        library = importlib.import_module(module)
+    def make(sizes: Sizes, device: torch.device) -> Attention:
+        library = find(module)
         options: dict[str, Any] = {"causal": True}
-        if case.window is not None:
-            options["window_size"] = (case.window - 1, 0)
-        if case.document_lengths is not None:
-            return _packed(library.flash_attn_varlen_func, case, device, **options)
+        if "window" in sizes:
+            options["window_size"] = (sizes["window"] - 1, 0)
+        if "document_lengths" in sizes:
+            return _packed(library.flash_attn_varlen_func, sizes, device, **options)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = library.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
@@ -111,17 +113,16 @@ def _flash_attention(module: str) -> Peer:
     return make
 
 
-def _varlen(case: AttentionCase, device: torch.device) -> Attention:
-    if case.window is None and case.document_lengths is None:
+def _varlen(sizes: Sizes, device: torch.device) -> Attention:
+    if "window" not in sizes and "document_lengths" not in sizes:
         raise Unsupported("the same as SDPA flash without a window or documents")
     from torch.nn.attention.varlen import varlen_attn
 
-    back = -1 if case.window is None else case.window - 1
-    return _packed(varlen_attn, case, device, window_size=(back, 0))
+    back = -1 if "window" not in sizes else sizes["window"] - 1
+    return _packed(varlen_attn, sizes, device, window_size=(back, 0))
 
 
-PEERS: Mapping[str, Peer] = {
-    "tilewright": _tilewright,
+ATTENTION_PEERS: Mapping[str, Peer] = {
     "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
@@ -131,12 +132,3 @@ PEERS: Mapping[str, Peer] = {
     "flash-attn 2": _flash_attention("flash_attn"),
     "flash-attn 3": _flash_attention("flash_attn_interface"),
 }
-MODULES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}
-"""What has to be installed for a peer beyond PyTorch."""
-
-
-def installed_peers() -> tuple[dict[str, Peer], dict[str, str]]:
-    """Return the peers that can be imported, and of the others the reason."""
-    found = {name: find(module) for name, module in MODULES.items()}
-    missing = {name: module.reason for name, module in found.items() if isinstance(module, Missing)}
-    return {name: peer for name, peer in PEERS.items() if name not in missing}, missing

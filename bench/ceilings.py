@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.costs import Cost
 from ..kernels.device import GPU, gpu_of
+from ..kernels.op import Cost
 from .timing import time_variants
 
 

@@ -8,7 +8,7 @@ compared in groups of one size.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -119,46 +119,60 @@ class Right:
         return note
 
 
-def compute(variant: Callable[..., Any], inputs: tuple[Tensor, ...], backward: bool) -> dict[str, Tensor]:
-    """Return the outputs of a variant; with `backward` also the gradients of those inputs that require them.
+class Judge(Protocol):
+    """Knows what a tensor must be."""
 
-    The gradients of the outputs are the same random ones for all variants; that of a scalar is 1.
-    """
-    trained = [t.requires_grad for t in inputs]
-    outputs = variant(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
-    if not backward:
-        return results
-    generator = torch.Generator(inputs[0].device).manual_seed(1)
+    def check(self, own: Tensor, what: str) -> str | None:
+        """Return a note on a tensor that is less exact than it may be; a wrong one is `WrongError`."""
+        ...
+
+
+def output_gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Draw the gradients of the outputs, the same for all variants; that of a scalar is 1."""
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
 
     def draw(y: Tensor) -> Tensor:
         drawn = torch.randn(y.shape, generator=generator, device=y.device).bfloat16()
         return drawn.to(y.dtype) if y.dim() else torch.ones_like(y)
 
-    wanted = [t for t, is_trained in zip(inputs, trained, strict=True) if is_trained]
+    return tuple(map(draw, outputs))
+
+
+def compute(variant: Callable[..., Any], inputs: tuple[Any, ...], backward: bool) -> dict[str, Tensor]:
+    """Return the outputs of a variant; with `backward` also the gradients of those inputs that require them."""
+    outputs = variant(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
+    if not backward:
+        return results
+    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     # A compiled variant keeps its buffers from its first backward pass on only where that retains them.
-    gradients = torch.autograd.grad(outputs, wanted, tuple(map(draw, outputs)), retain_graph=True)
+    gradients = torch.autograd.grad(outputs, wanted, output_gradients(outputs), retain_graph=True)
     return results | {f"gradient {i}": dx for i, dx in enumerate(gradients)}
 
 
-def copies(inputs: tuple[Tensor, ...], exactly: bool = False, backward: bool = True) -> tuple[Tensor, ...]:
-    """Return copies of `inputs`, `exactly` in float64; with `backward` those of half precision get gradients.
+def copies(inputs: tuple[Any, ...], exactly: bool = False, backward: bool = True) -> tuple[Any, ...]:
+    """Return copies of `inputs`, `exactly` in float64; without `backward` none wants a gradient.
 
-    Tables in float32, such as RoPE's, get none. Some variants write into their inputs: each is given copies of its own.
+    Some variants write into their inputs: each is given copies of its own.
     """
-    trained = [backward and t.dtype in (torch.bfloat16, torch.float16) for t in inputs]
-    made = [t.double() if exactly and t.is_floating_point() else t.clone() for t in inputs]
-    return tuple(t.detach().requires_grad_(wanted) for t, wanted in zip(made, trained, strict=True))
+
+    def copy(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        made = x.detach().double() if exactly and x.is_floating_point() else x.detach().clone()
+        return made.requires_grad_(backward and x.requires_grad)
+
+    return tuple(map(copy, inputs))
 
 
-def what_is_right(oracle: Callable[..., Any], torch_form: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, Right]:
+def what_is_right(oracle: Callable[..., Any], torch_form: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, Right]:
     """Return what the results and the gradients of an op must be, by `oracle` in float64 and by PyTorch's own form."""
     exact = compute(oracle, copies(inputs, exactly=True), True)
     return {name: Right(exact.pop(name), own) for name, own in compute(torch_form, copies(inputs), True).items()}
 
 
-def check(variant: Callable[..., Any], inputs: tuple[Tensor, ...], right: Mapping[str, Right], backward: bool) -> str | None:
+def check(variant: Callable[..., Any], inputs: tuple[Any, ...], right: Mapping[str, Judge], backward: bool) -> str | None:
     """Return what is to be noted on the results of `variant`, or with `backward` also its gradients; wrong ones raise."""
     found = compute(variant, copies(inputs, backward=backward), backward)
     return "; ".join(note for name, own in found.items() if (note := right[name].check(own, name))) or None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..kernels.op import ALL
 from .jobs import Row
 from .results import Run
 
@@ -111,14 +112,15 @@ def _tokenizer(beginning: str) -> Callable[[Sequence[Row]], str]:
 _LINES: tuple[tuple[str, str, bool, Callable[[Sequence[Row]], str]], ...] = (
     ("ceilings", "ceilings", True, _ceilings),
     ("GPU-marked tests", "tests", True, _tests),
-    ("`rms_norm`", "kernels", True, _op("rms_norm")),
-    ("`add_rms_norm`", "kernels", True, _op("add_rms_norm")),
-    ("`swiglu`", "kernels", True, _op("swiglu")),
-    ("`rope`", "kernels", True, _op("rope_qk")),
-    ("`cross_entropy`", "kernels", True, _op("cross_entropy")),
-    ("`linear_cross_entropy`", "kernels", True, _op("linear_cross_entropy", by_flops=True)),
-    ("`attention`, head dim 128, causal", "attention", True, _op("attention K128", by_flops=True)),
-    ("`attention`, head dim 64, causal", "attention", True, _op("attention K64", by_flops=True)),
+    *(
+        (f"`{op.name}`", "kernels", True, _op(op.name, by_flops=op.bound_by == "flops"))
+        for op in ALL.values()
+        if op.group == "own"
+    ),
+    *(
+        (f"`attention`, head dim {head_dim}, causal", "attention", True, _op(f"attention K{head_dim}", by_flops=True))
+        for head_dim in (128, 64)
+    ),
     ("training", "training", True, _training),
     ("generation", "generation", True, _generation),
     ("peak memory", "memory", True, _memory),

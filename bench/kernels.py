@@ -1,6 +1,7 @@
 """Times of the kernel library's ops, as shares of the roofline that the ceilings of the same run draw."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -9,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.costs import Cost
+from ..kernels.op import Cost
 from .ceilings import Ceilings
-from .check import Right, WrongError, check, copies, what_is_right
+from .check import Judge, WrongError, check, copies
 from .jobs import Job, Row, Rows
-from .ops import OpCase, Variant, op_cases
+from .ops import Case, Variant, cases
+from .peers import Unsupported
 from .timing import time_variants
 
 # No CPU takes so long to launch a call.
 LONG_MS = 10.0
+# A call that takes so long at the ceiling is steady, and repeating it takes the time of other shapes.
+LONG_SECONDS = 2e-2
 
 
 def _tensors(outputs: Any) -> tuple[Tensor, ...]:
@@ -32,22 +36,22 @@ def _gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class _Calls:
     """The calls to time for one variant."""
 
-    def __init__(self, variant: Variant, inputs: tuple[Tensor, ...]) -> None:
-        self.variant, self.inputs = variant, copies(inputs)
-        self.wanted = [t for t in self.inputs if t.requires_grad]
+    def __init__(self, variant: Variant, positional: tuple[Any, ...]) -> None:
+        self.variant, self.args = variant, copies(positional)
+        self.wanted = [x for x in self.args if isinstance(x, Tensor) and x.requires_grad]
 
     def forward(self) -> Callable[[], object]:
-        detached = [t.detach() for t in self.inputs]
+        detached = copies(self.args, backward=False)
         return lambda: self.variant(*detached)
 
     def backward(self) -> Callable[[], object]:
-        outputs = _tensors(self.variant(*self.inputs))
+        outputs = _tensors(self.variant(*self.args))
         gradients = _gradients(outputs)
         return lambda: torch.autograd.grad(outputs, self.wanted, gradients, retain_graph=True)
 
     def both(self) -> Callable[[], object]:
-        gradients = _gradients(_tensors(self.variant(*self.inputs)))
-        return lambda: torch.autograd.grad(_tensors(self.variant(*self.inputs)), self.wanted, gradients)
+        gradients = _gradients(_tensors(self.variant(*self.args)))
+        return lambda: torch.autograd.grad(_tensors(self.variant(*self.args)), self.wanted, gradients)
 
 
 def _peak_gb(call: Callable[[], object], device: torch.device) -> float:
@@ -71,6 +75,7 @@ def _enqueue_ms(call: Callable[[], object]) -> float:
 class _Progress:
     """What is known of a case's variants so far."""
 
+    ready: dict[str, Variant] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     ready_s: dict[str, float] = field(default_factory=dict)
     """Seconds until a variant had been compiled, checked and called once."""
@@ -78,47 +83,48 @@ class _Progress:
 
 
 def prepare(
-    case: OpCase, direction: str, name: str, inputs: tuple[Tensor, ...], right: Mapping[str, Right] | None
+    variant: Variant, direction: str, positional: tuple[Any, ...], right: Mapping[str, Judge] | None
 ) -> tuple[Callable[[], object], str | None]:
     """Return the call to time for one variant, tried once, and what is to be noted on its results and gradients.
 
     Wrong ones are a `WrongError`; without `right` they were looked at before.
     """
-    variant = case.variants[name]
-    note = check(variant, inputs, right, backward=direction != "forward") if right is not None else None
-    call = getattr(_Calls(variant, inputs), direction)()
+    note = check(variant, positional, right, backward=direction != "forward") if right is not None else None
+    call = getattr(_Calls(variant, positional), direction)()
     call()
     return call, note
 
 
-def directions(case: OpCase) -> dict[str, Cost]:
-    """Return what is timed of a case, and its cost."""
-    costs = {"forward": case.forward, "backward": case.backward, "both": case.both}
-    return {direction: cost for direction, cost in costs.items() if cost is not None}
-
-
-def _ready(
-    case: OpCase, direction: str, inputs: tuple[Tensor, ...], right: Mapping[str, Right], so_far: _Progress
+def _calls(
+    case: Case, direction: str, positional: tuple[Any, ...], right: Mapping[str, Judge], so_far: _Progress, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """Return the call of each variant; one that fails or disagrees goes into `failed` with its reason."""
-    ready = {}
-    for name in case.variants:
-        if name in so_far.failed or (name in case.fused and direction != "both"):
+    calls = {}
+    for name, make in case.forms(device).items():
+        if name in so_far.failed or not case.is_timed(name, direction):
             continue
         start = time.perf_counter()
-        try:
-            # Both ways together it computes what it did backward.
-            known = direction == "both" and name in so_far.ready_s and "backward" in directions(case)
-            ready[name], note = prepare(case, direction, name, inputs, None if known else right)
-            so_far.notes[name] = so_far.notes[name] if known else note
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize(inputs[0].device)
-            so_far.ready_s[name] = time.perf_counter() - start
-        except WrongError as error:
-            so_far.failed[name] = f"wrong: {error}"
-        except Exception as error:  # a peer's failure, or a lack of memory, is a result and not the end of the bench
-            so_far.failed[name] = f"{type(error).__name__}: {error}"[:200]
-    return ready
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                if name not in so_far.ready:
+                    so_far.ready[name] = make()
+                # Both ways together it computes what it did backward.
+                known = direction == "both" and name in so_far.ready_s and "backward" in case.costs()
+                calls[name], note = prepare(so_far.ready[name], direction, positional, None if known else right)
+                so_far.notes[name] = so_far.notes[name] if known else note
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                so_far.ready_s[name] = time.perf_counter() - start
+            except Unsupported as reason:
+                so_far.failed[name] = str(reason)
+            except WrongError as error:
+                so_far.failed[name] = f"wrong: {error}"
+            except Exception as error:  # a peer's failure, or a lack of memory, is a result and not the end of the bench
+                # SDPA warns of what a backend lacks before it gives up.
+                reasons = [f"{type(error).__name__}: {error}", *(str(warning.message) for warning in said)]
+                so_far.failed[name] = "; ".join(reason.split(" (Triggered")[0] for reason in reasons)[:300]
+    return calls
 
 
 def timed_rows(
@@ -127,10 +133,9 @@ def timed_rows(
     cost: Cost,
     device: torch.device,
     ceilings: Ceilings,
-    memory: bool = False,
     rounds: int = 5,
 ) -> Rows:
-    """Yield the row of each of `calls`, timed in turn; `memory` adds the peak of what a call holds beyond its inputs.
+    """Yield the row of each of `calls`, timed in turn, on a GPU with the peak of what a call holds beyond its inputs.
 
     One that fails meanwhile, for lack of memory for one, is named with the reason.
     """
@@ -150,37 +155,38 @@ def timed_rows(
             torch.cuda.synchronize(device)
             if row["enqueue_ms"] > times.p50_ms / 2:
                 row.setdefault("suspicious", "the CPU's launches may be what was timed")
-        if device.type == "cuda" and memory:
+        if device.type == "cuda":
             row["peak_gb"] = _peak_gb(calls[name], device)
         yield row
     for name, reason in failed.items():
         yield {"case": case, "variant": name, "not_measured": reason}
 
 
-def bench_case(case: OpCase, device: torch.device, ceilings: Ceilings) -> Rows:
-    """Yield the times of one op's variants, forward, backward and both; a variant that errs is named instead of timed."""
-    torch.manual_seed(0)
-    inputs = case.make(device)
+def bench_case(case: Case, device: torch.device, ceilings: Ceilings) -> Rows:
+    """Yield the times of one op's variants in each direction; a variant that errs is named instead of timed."""
+    positional = case.arguments(device).positional
+    right = case.right(positional, device)
     so_far = _Progress()
-    right = what_is_right(case.oracle, case.variants["torch"], inputs)
-    for name, reason in case.missing.items():
-        yield {"case": case.name, "variant": name, "not_measured": reason}
-    for direction, cost in directions(case).items():
-        reported = set(so_far.failed)
-        ready = _ready(case, direction, inputs, right, so_far)
-        for name in so_far.failed.keys() - reported:
-            yield {"case": f"{case.name} {direction}", "variant": name, "not_measured": so_far.failed[name]}
-        for row in timed_rows(f"{case.name} {direction}", ready, cost, device, ceilings, memory=direction == "both"):
+    series = case.op.series(case.sizes) if case.op.series else case.op.name
+    for direction, cost in case.costs().items():
+        name, reported = f"{case.name} {direction}", {*so_far.failed}
+        calls = _calls(case, direction, positional, right, so_far, device)
+        for variant in so_far.failed.keys() - reported:
+            yield {"case": name, "variant": variant, "not_measured": so_far.failed[variant]}
+        rounds = 2 if cost.seconds(ceilings.copy, ceilings.matmul) > LONG_SECONDS else 5
+        for row in timed_rows(name, calls, cost, device, ceilings, rounds):
             if "not_measured" in row:
                 yield row
                 continue
             note = so_far.notes[row["variant"]]
-            noted = {"suspicious": "; ".join(filter(None, (row.get("suspicious"), note)))} if note else {}
-            ready_s = so_far.ready_s[row["variant"]]
-            yield row | noted | {"ready_s": ready_s, "op": f"{case.op} {direction}", "size": case.size}
+            row |= {"suspicious": "; ".join(filter(None, (row.get("suspicious"), note)))} if note else {}
+            if case.op.bound_by == "flops":
+                row["share_of_matmul"] = cost.flops / ceilings.matmul / (row["p50_ms"] * 1e-3)
+            row |= {"op": f"{series} {direction}", "size": case.size} if series else {}
+            yield row | {"ready_s": so_far.ready_s[row["variant"]]}
 
 
-def kernel_jobs(device: torch.device, ceilings: Ceilings) -> Iterator[Job]:
-    """Yield the measuring of every op at every shape."""
-    for case in op_cases():
+def kernel_jobs(group: str, device: torch.device, ceilings: Ceilings) -> Iterator[Job]:
+    """Yield the measuring of every op of a group at every shape."""
+    for case in cases(group):
         yield Job(case.name, partial(bench_case, case, device, ceilings))

@@ -1,8 +1,6 @@
 """Other people's kernels: optional packages, each found by name, or with the reason why it is not there."""
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,28 +14,27 @@ REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Why a peer cannot be measured here."""
-
-    reason: str
+class Unsupported(Exception):
+    """A peer that is not here, or a shape that it does not have, or that is left out; the message says why."""
 
 
 @cache
-def find(module: str, name: str | None = None) -> Any:
-    """Return a module of a peer, or what it calls `name`; else `Missing`."""
+def _find(module: str, name: str | None) -> Any:
     package = module.split(".")[0]
     try:
         found = importlib.import_module(module)
         return found if name is None else getattr(found, name)
     except ModuleNotFoundError as error:
         if error.name == package:
-            return Missing(f"not installed: {REMEDIES.get(package, f'pip install {package}')}")
-        return Missing(f"{type(error).__name__}: {error}"[:200])
+            return Unsupported(f"not installed: {REMEDIES.get(package, f'pip install {package}')}")
+        return Unsupported(f"{type(error).__name__}: {error}"[:200])
     except Exception as error:  # compiled for another PyTorch, or without a GPU, a peer fails in ways of its own
-        return Missing(f"{type(error).__name__}: {error}"[:200])
+        return Unsupported(f"{type(error).__name__}: {error}"[:200])
 
 
-def adapt(peer: Any, adapter: Callable[[Any], Callable[..., Any]]) -> Any:
-    """Return `adapter(peer)`, the form in which a peer can be compared; a missing one stays missing."""
-    return peer if isinstance(peer, Missing) else adapter(peer)
+def find(module: str, name: str | None = None) -> Any:
+    """Return a module of a peer, or what it calls `name`; `Unsupported` where it cannot be imported."""
+    found = _find(module, name)
+    if isinstance(found, Unsupported):
+        raise found
+    return found

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ..kernels.inspect import ARCHITECTURES, all_cases, inspect
 from .accounting import accounting_jobs
-from .attention import attention_jobs
 from .ceilings import Device
 from .generation import generation_jobs
 from .jobs import Job, Row, Rows, TimeOver
@@ -123,13 +122,13 @@ STAGES: dict[str, Stage] = {
     "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", _tests)]), 75, limit_s=600),
     "kernels": Stage(
         "the ops beside PyTorch, torch.compile, Liger-Kernel, cut-cross-entropy and quack",
-        lambda on: kernel_jobs(on.device, on.ceilings),
+        lambda on: kernel_jobs("own", on.device, on.ceilings),
         90,
         needs=_CEILINGS,
     ),
     "attention": Stage(
         "attention and decoding beside SDPA's backends, flex_attention and flash-attn",
-        lambda on: attention_jobs(on.device, on.ceilings),
+        lambda on: kernel_jobs("attention", on.device, on.ceilings),
         90,
         needs=_CEILINGS,
     ),

@@ -1,6 +1,6 @@
 """Finds the fastest launch configuration of attention's kernels on the GPU at hand, and ships it from then on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import attention
-from ..kernels.attention.cases import COMPILED, kernel_case, shipped_cases
 from ..kernels.attention.configurations import (
     MAX_HEAD_DIM,
     Generation,
@@ -27,8 +26,10 @@ from ..kernels.attention.configurations import (
     use_configuration,
     write_configurations,
 )
-from ..kernels.inspect import ARCHITECTURES, KernelCase, inspect
-from .attention_cases import TOLERANCE, AttentionCase, error_of, exact
+from ..kernels.inspect import ARCHITECTURES, KernelCase, inspect, launches
+from ..kernels.op import ALL, Sizes
+from .attention_oracle import TOLERANCE, error_of, exact
+from .check import output_gradients
 from .jobs import Job
 from .timing import Times, time_variants
 
@@ -88,12 +89,32 @@ def flaw_of(case: KernelCase, generation: Generation) -> str | None:
     return f"takes {report.shared_bytes} bytes of shared memory of {limit}" if report.shared_bytes > limit else None
 
 
-def case_of(kernel: Kernel, head_dim: int) -> AttentionCase:
+ATTENTION = ALL["attention"]
+# What is timed; its configurations serve float16, too.
+DTYPE = torch.bfloat16
+# The kernel of a trace that each configuration is for.
+KERNELS: dict[Kernel, str] = {
+    "forward": "attention_forward", "backward_q": "attention_backward_q", "backward_kv": "attention_backward_kv",
+    "decode": "attention_decode",
+}  # fmt: skip
+
+
+def sizes_of(kernel: Kernel, head_dim: int) -> Sizes:
     """Return the shape at which a kernel is timed: causal and long, or a step of decoding for many sequences."""
-    if kernel == "decode":
-        return AttentionCase(32, 32, 4, 1, 16_384, head_dim)
     heads = 2048 // head_dim
-    return AttentionCase(1, heads, heads, 8192, 8192, head_dim)
+    batch, heads, kv_heads, queries, keys = (32, 32, 4, 1, 16_384) if kernel == "decode" else (1, heads, heads, 8192, 8192)
+    sizes = {"batch": batch, "num_heads": heads, "num_kv_heads": kv_heads, "num_queries": queries, "num_keys": keys}
+    return sizes | {"head_dim": head_dim}
+
+
+def compiled(
+    kernel: Kernel, generation: Generation, key: str, config: LaunchConfig, shapes: Iterable[Sizes]
+) -> Iterator[KernelCase]:
+    """Yield a kernel as calls of these shapes would launch it with another configuration."""
+    with use_configuration(key, config):
+        for sizes in shapes:
+            cases = launches(ATTENTION, {"dtype": torch.bfloat16, **sizes}, generation)
+            yield from (case for case in cases if case.kernel.__name__ == KERNELS[kernel])
 
 
 def _name(config: LaunchConfig) -> str:
@@ -103,11 +124,10 @@ def _name(config: LaunchConfig) -> str:
 
 def _call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callable[[], Results]:
     if kernel in ("forward", "decode"):
-        return lambda: {"o": attention(q, k, v)}
-    o, lse = attention(q, k, v, return_lse=True)
-    backward = torch.ops.tilewright.attention_backward
-    rest = (None, None, None, True, q.shape[-1] ** -0.5, None, None, "ieee")
-    return lambda: dict(zip(("dq", "dk", "dv"), backward(do, None, q, k, v, o, lse, *rest), strict=False))
+        return lambda: {"result 0": attention(q.detach(), k.detach(), v.detach())}
+    o = attention(q, k, v)
+    names = ("gradient 0", "gradient 1", "gradient 2")
+    return lambda: dict(zip(names, torch.autograd.grad(o, (q, k, v), do, retain_graph=True), strict=True))
 
 
 def _under(key: str, config: LaunchConfig, call: Callable[[], Results]) -> Callable[[], Results]:
@@ -142,12 +162,14 @@ def tune_kernel(
     shipped = read_configurations()[key]
     tried = {_name(config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
     with ThreadPoolExecutor() as pool:
-        cases = [kernel_case(generation, kernel, "half", head_dim, config) for config in tried.values()]
+        sizes = sizes_of(kernel, head_dim)
+        cases = [next(compiled(kernel, generation, key, config, [sizes])) for config in tried.values()]
         flaws = dict(zip(tried, pool.map(lambda case: inspector(case, generation), cases), strict=True))
 
-    case = case_of(kernel, head_dim)
-    q, k, v, do = case.make(device)
-    right = exact(case, q, k, v, do)
+    torch.manual_seed(0)
+    q, k, v = ATTENTION.arguments(device, DTYPE, **sizes).positional
+    (do,) = output_gradients((q.detach(),))
+    right = exact(sizes, q, k, v, do)
     call = _call(kernel, q, k, v, do)
     calls = {name: _under(key, config, call) for name, config in tried.items() if flaws[name] is None}
     flaws |= {name: _error(run, right) for name, run in calls.items()}
@@ -156,8 +178,9 @@ def tune_kernel(
 
     def flaw_in_service(name: str) -> str | None:
         # Of every head dim that the configuration would serve, with every option.
-        served = [size for size in COMPILED["half"] if block_k_of(size) == head_dim]
-        ships = (one for size in served for one in shipped_cases(generation, kernel, "half", size, tried[name]))
+        half = [each for each in ATTENTION.compiled if each["dtype"] == torch.bfloat16 and "softcap" not in each]
+        served = [each for each in half if block_k_of(each["head_dim"]) == head_dim]
+        ships = compiled(kernel, generation, key, tried[name], served)
         return next((f"{one.name}: {flaw}" for one in ships if (flaw := inspector(one, generation))), None)
 
     ranked = sorted(times, key=lambda name: times[name].p50_ms)
@@ -168,7 +191,9 @@ def tune_kernel(
             if tried[name] != shipped:
                 write_configurations({**read_configurations(), key: tried[name]})
             break
-    cost = case.costs["backward" if kernel.startswith("backward") else "forward"]
+    costs = ATTENTION.cost(DTYPE.itemsize, **sizes)
+    cost = costs.backward if kernel.startswith("backward") else costs.forward
+    assert cost is not None
     for name in ranked:
         seconds = times[name].p50_ms * 1e-3
         yield {

@@ -16,8 +16,8 @@ import torch
 
 from ..kernels.device import gpu_of
 from ..kernels.dispatch import HAS_TRITON, interpreting, jit, tl
-from ..kernels.inspect import KernelCase, inspect
-from ..kernels.launch import launch
+from ..kernels.inspect import inspect, kernel_case
+from ..kernels.launch import launch, recording
 from .doctor_checks import Finding, guarded, one_line, output
 
 # Of attention's kernels, whose tiles are copied asynchronously and which compute in bfloat16.
@@ -101,7 +101,10 @@ def run_kernel(device: torch.device) -> list[Finding]:
 def compile_kernel() -> list[Finding]:
     """Compile the kernel for a GPU that is not there."""
     start = time.perf_counter()
-    case = KernelCase("doctor", _kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32", "size": "i32"}, {"block": 128}, num_warps=4)
+    x = torch.empty(1000, device="meta")
+    with recording((9, 0)) as recorded:
+        launch(_kernel, 8, x, x, len(x), block=128)
+    case = kernel_case(recorded[0], "doctor")
     try:
         report = inspect(case, ARCHITECTURE)
     except Exception as error:

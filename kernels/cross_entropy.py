@@ -4,19 +4,20 @@ The statistics of a row are kept per group of `VECTOR` neighbouring columns, whi
 there is one exponential a logit, no barrier and no exchange between threads.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .dispatch import HAS_TRITON, jit, tl, use_triton
-from .inspect import KernelCase
 from .launch import launch
+from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .reference import CrossEntropyOutput as CrossEntropyOutput
 from .reference import Reduction
-from .shared import count_no_flops, register_fake, tanh
+from .registration import count_no_flops, custom_op
+from .shared import tanh
 
 # What the running maximum begins with: finite, so that a row that begins with -inf gives exp(-inf) and not NaN.
 LOWEST: Any = tl.constexpr(torch.finfo(torch.float32).min) if HAS_TRITON else None
@@ -316,7 +317,7 @@ def launch_backward(
         )  # fmt: skip
 
 
-@torch.library.custom_op("tilewright::cross_entropy", mutates_args=())
+@custom_op("cross_entropy")
 def _cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -337,12 +338,12 @@ def _cross_entropy(
     return losses, top, log_total, correct
 
 
-@register_fake(_cross_entropy)
+@_cross_entropy.register_fake
 def _(logits, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy, inplace_backward):
     return empty_outputs(targets, return_accuracy)
 
 
-@torch.library.custom_op("tilewright::cross_entropy_backward", mutates_args=())
+@custom_op("cross_entropy_backward")
 def _cross_entropy_backward(
     dlosses: Tensor,
     logits: Tensor,
@@ -360,12 +361,12 @@ def _cross_entropy_backward(
     return dlogits.view(logits.shape)
 
 
-@register_fake(_cross_entropy_backward)
+@_cross_entropy_backward.register_fake
 def _(dlosses, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("tilewright::cross_entropy_backward_", mutates_args=("logits",))
+@custom_op("cross_entropy_backward_", mutates_args=("logits",))
 def _cross_entropy_backward_(
     dlosses: Tensor,
     logits: Tensor,
@@ -383,7 +384,7 @@ def _cross_entropy_backward_(
         logits.copy_(batches.view(logits.shape))
 
 
-@register_fake(_cross_entropy_backward_)
+@_cross_entropy_backward_.register_fake
 def _(dlosses, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
     return None
 
@@ -400,9 +401,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _backward(ctx, dlosses: Tensor, *_):
     saved = ctx.saved_tensors
     if ctx.inplace_backward:
-        torch.ops.tilewright.cross_entropy_backward_(dlosses, *saved, *ctx.options)
+        _cross_entropy_backward_(dlosses, *saved, *ctx.options)
         return saved[0], *(None,) * 8
-    return torch.ops.tilewright.cross_entropy_backward(dlosses, *saved, *ctx.options), *(None,) * 8
+    return _cross_entropy_backward(dlosses, *saved, *ctx.options), *(None,) * 8
 
 
 # No autocast rule: PyTorch's op runs in float32 under autocast, and this one always does, without a float32 copy of the logits.
@@ -410,9 +411,9 @@ _cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 count_no_flops(
-    torch.ops.tilewright.cross_entropy,
-    torch.ops.tilewright.cross_entropy_backward,
-    torch.ops.tilewright.cross_entropy_backward_,
+    _cross_entropy,
+    _cross_entropy_backward,
+    _cross_entropy_backward_,
 )
 
 
@@ -476,7 +477,7 @@ def cross_entropy(
             return_lse=return_lse, return_accuracy=return_accuracy,
         )  # fmt: skip
     check_dtype("logits", logits)
-    losses, top, log_total, correct = torch.ops.tilewright.cross_entropy(
+    losses, top, log_total, correct = _cross_entropy(
         logits, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy, inplace_backward
     )
     return reference.reduce_losses(
@@ -488,36 +489,41 @@ def cross_entropy(
     )
 
 
-def kernel_case(name: str, width: int, dtype: torch.dtype, everything: bool) -> KernelCase:
-    """Return one of the kernels with the launch configuration that ships, without or with every option."""
-    kernel = {"forward": cross_entropy_forward, "backward": cross_entropy_backward, "fused": cross_entropy_fused}[name]
-    label_smoothing, z_loss, softcap = (0.1, 1e-4, 30.0) if everything else (0.0, 0.0, None)
-    config = launch_config(width, dtype, softcap)
-    num_warps = config.pop("num_warps")
-    flags = {"READ_IGNORED": everything, "ACCURACY": everything}
-    constants = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, **flags, **config}
-    short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    pointers = {"logits_ptr": f"*{short}", "dlogits_ptr": f"*{short}", "targets_ptr": "*i64", "correct_ptr": "*i1"}
-    types = {}
-    for argument in kernel.arg_names:
-        if argument not in constants:
-            scalar = "i64" if argument.endswith("_stride") else "i32"
-            types[argument] = pointers.get(argument, "*fp32") if argument.endswith("_ptr") else scalar
-    aligned = [argument for argument in types if "logits" in argument and argument.endswith("_stride")]
-    return KernelCase(
-        f"cross_entropy {name}, V {width}, {short}{', all options' if everything else ''}",
-        kernel,
-        types,
-        {key: value for key, value in constants.items() if key in kernel.arg_names},
-        num_warps,
-        aligned=tuple(aligned + ["width"] * (width % 16 == 0)),
+def _costs(itemsize: int, rows: int, vocab_size: int) -> Costs:
+    # Read the logits; read them again and write their gradient. Targets are int64.
+    elements = rows * vocab_size
+    forward = Cost(elements * itemsize + 12 * rows, 4 * elements)
+    return Costs.of(forward, Cost(2 * elements * itemsize + 16 * rows, 4 * elements))
+
+
+EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "return_lse": True, "return_accuracy": True}
+
+
+def _arguments(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, every_option: bool = False) -> Arguments:
+    targets = torch.randint(vocab_size, (rows,), device=device)
+    return Arguments((draw(device, dtype, rows, vocab_size), targets), EVERY_OPTION if every_option else {})
+
+
+record(
+    Op(
+        function=cross_entropy,
+        reference=reference.cross_entropy,
+        kernels=(cross_entropy_forward, cross_entropy_backward),
+        arguments=_arguments,
+        cost=_costs,
+        shapes=tuple({"rows": 8192, "vocab_size": vocab_size} for vocab_size in (128_256, 32_000, 50_304, 262_144)),
+        examples=({"rows": 6, "vocab_size": 100},),
+        # From Llama 2 and GPT-2, padded and as it is, to Gemma.
+        compiled=tuple(
+            grid(
+                rows=(8192,),
+                vocab_size=(32_000, 50_257, 50_304, 128_256, 262_144),
+                every_option=(False, True),
+                dtype=(torch.bfloat16, torch.float32),
+            )
+        ),
+        baseline=lambda logits, targets: F.cross_entropy(logits.float(), targets),
+        over="vocab_size",
+        huge={"rows": 2**15 + 1, "vocab_size": 2**16},
     )
-
-
-def compile_cases() -> Iterator[KernelCase]:
-    """Yield the kernels as they ship, for vocabularies from Llama 2 and GPT-2 to Gemma."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for width in (32000, 50304, 128256, 262144):
-            for everything in (False, True):
-                yield kernel_case("forward", width, dtype, everything)
-                yield kernel_case("backward", width, dtype, everything)
+)

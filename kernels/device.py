@@ -72,6 +72,8 @@ def device_name(device: torch.device | str) -> str:
 @cache
 def num_sms(device: torch.device) -> int:
     """Return the number of streaming multiprocessors; 2 where kernels are interpreted, enough to exercise the persistence."""
+    if device.type == "meta":
+        return 132
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

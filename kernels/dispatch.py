@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .launch import is_recording
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -57,18 +60,36 @@ def use_backend(backend: Backend) -> Iterator[None]:
         set_backend(before)
 
 
-@torch.compiler.assume_constant_result
+# Read once, as `jit` reads it where a kernel is defined.
+_INTERPRETING: bool = HAS_TRITON and triton.knobs.runtime.interpret
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return HAS_TRITON and triton.knobs.runtime.interpret
+    return _INTERPRETING
+
+
+def _is_transformed() -> bool:
+    # Dynamo traces through the transforms of torch.func itself.
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
     """Whether the op with these inputs runs its Triton kernel; raises where the forced backend cannot run.
 
-    The first one's device decides. float64, which the kernels do not compute in, runs the reference.
+    The first one's device decides. The reference runs what the kernels do not have: float64, and the transforms of `torch.func`
+    (vmap, grad, jvp) and forward-mode derivatives.
     """
-    if _backend == "reference" or any(x is not None and x.dtype == torch.float64 for x in tensors):
+    if _backend == "reference":
+        return False
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return False
+    if is_recording():
+        return True
+    if _is_transformed():
         return False
     x = tensors[0]
     assert x is not None
@@ -83,3 +104,12 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if not (x.is_cuda or interpreting()):
         raise RuntimeError(f"backend 'triton' needs a CUDA tensor, or TRITON_INTERPRET=1; got a tensor on {x.device}")
     return True
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast wants products of `x`, or None without it, and for float64."""
+    kind = x.device.type
+    # Of the devices that hold tensors "meta" alone has no autocast. PyTorch 2.11 cannot compile a question whether one has.
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -3,35 +3,38 @@
 Run as `tilewright bench inspect`. It needs a process without TRITON_INTERPRET, which replaces the compiler.
 """
 
-import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .dispatch import HAS_TRITON, interpreting
+import torch
+from torch import Tensor
 
-OPS = ("rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy", "attention.cases")
+from .dispatch import HAS_TRITON, interpreting
+from .launch import Launch, recording
+from .op import ALL, DTYPES, Op, Sizes
+
+# The arguments of a launch that are the compiler's options and no arguments of the kernel.
+OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel with the launch configuration that ships for one shape and dtype."""
+    """A kernel as one launch would compile it."""
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: tuple[tuple[str, str], ...]
     """Triton type of each argument that is not a constant: "*bf16", "i64", ..."""
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int = 3
-    aligned: tuple[str, ...] = field(default=())
-    """Integer arguments that are multiples of 16, as Triton would find at launch."""
-    architectures: tuple[str, ...] = ()
-    """Those that the configuration ships for; none means all."""
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    """Arguments that are multiples of 16."""
+    num_warps: int = OPTIONS["num_warps"]
+    num_stages: int = OPTIONS["num_stages"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,64 @@ class Report:
     """What multiplies matrices: `wgmma`, `tcgen05`, `mma`, or nothing."""
 
 
-def all_cases(architecture: str) -> Iterator[KernelCase]:
-    """Yield every kernel with every launch configuration that ships for one of `ARCHITECTURES` and matters."""
-    for op in OPS:
-        for case in importlib.import_module(f".{op}", __package__).compile_cases():
-            if not case.architectures or architecture in case.architectures:
-                yield case
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", **DTYPES}[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    # A TMA descriptor of tiles.
+    return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+
+
+def kernel_case(launch: Launch, name: str) -> KernelCase:
+    """Return what Triton would compile for a launch: of integers it sees whether they are 1, and whether 16 divides them."""
+    kernel, options = launch.kernel, dict(launch.constants)
+    compiler = {option: options.pop(option, default) for option, default in OPTIONS.items()}
+    values = dict(zip(kernel.arg_names, launch.args, strict=False)) | options
+    constants, types, aligned = {}, {}, []
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        specialises = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialises and type(value) is int and value == 1):
+            constants[parameter.name] = value
+            continue
+        types[parameter.name] = _type_of(value)
+        # Tensors without contents have the address 0, as those of PyTorch's allocator begin on 512 bytes.
+        address = value.data_ptr() if isinstance(value, Tensor) else value
+        if specialises and type(address) is int and address % 16 == 0:
+            aligned.append(parameter.name)
+    return KernelCase(name, kernel, tuple(types.items()), tuple(constants.items()), tuple(aligned), **compiler)
+
+
+def launches(op: Op, sizes: Sizes, architecture: str) -> Iterator[KernelCase]:
+    """Yield what a call and its backward pass launch on a GPU of `ARCHITECTURES`, as it ships."""
+    sizes = dict(sizes)
+    name = op.label(sizes)
+    with recording(divmod(ARCHITECTURES[architecture].capability, 10)) as recorded:
+        positional, options = op.arguments(torch.device("meta"), sizes.pop("dtype"), **sizes)
+        outputs = op.function(*positional, **options)
+        outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None and y.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    for launch in recorded:
+        yield kernel_case(launch, f"{launch.kernel.__name__} {name}")
+
+
+def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[KernelCase]:
+    """Yield every kernel with every launch that ships for one of `ARCHITECTURES` and matters, each once."""
+    seen = set()
+    for op in ALL.values() if ops is None else ops:
+        for sizes in op.compiled:
+            for case in launches(op, sizes, architecture):
+                key = (
+                    case.kernel.__name__,
+                    *(getattr(case, field) for field in case.__dataclass_fields__ if field not in ("name", "kernel")),
+                )
+                if key not in seen:
+                    seen.add(key)
+                    yield case
 
 
 def _occupancy(architecture: Architecture, registers: int, shared_bytes: int, num_warps: int) -> float:
@@ -120,16 +175,12 @@ def inspect(case: KernelCase, architecture_name: str) -> Report:
 
     architecture = ARCHITECTURES[architecture_name]
     names = case.kernel.arg_names
-    missing = set(names) ^ (case.types.keys() | case.constants.keys())
-    if missing:
-        raise ValueError(f"{case.name}: types and constants differ from the kernel's arguments in {sorted(missing)}")
-    signature = {name: case.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.aligned]
+    signature = dict.fromkeys(names, "constexpr") | dict(case.types)
     source = ASTSource(
         fn=case.kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in case.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        constexprs={(names.index(name),): value for name, value in case.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture.capability, 32), options=options)

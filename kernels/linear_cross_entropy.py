@@ -4,28 +4,32 @@ For each chunk: logits = x weight^T into one buffer, one kernel turns them into 
 two more products give the gradients of x and weight. The backward pass only scales those by the gradient of the loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .cross_entropy import (
+    EVERY_OPTION,
     check_dtype,
     check_options,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    cross_entropy_fused,
     empty_outputs,
-    kernel_case,
     launch_backward,
     launch_forward,
     launch_fused,
 )
-from .dispatch import use_triton
-from .inspect import KernelCase
+from .dispatch import autocast_dtype, use_triton
+from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .reference import Reduction
-from .shared import count_no_flops, register_fake
+from .registration import count_no_flops, custom_op
 
 # Rows of a chunk come in tiles of the matrix product, and rows of the buffer begin on a cache line whatever the vocabulary.
 TILE_ROWS = 128
@@ -128,7 +132,7 @@ def _statistics(x, weight, targets, launch, options, return_lse, return_accuracy
     return losses, top, log_total, correct, *gradients
 
 
-@torch.library.custom_op("tilewright::linear_cross_entropy_sum", mutates_args=())
+@custom_op("linear_cross_entropy_sum")
 def _sum(
     x: Tensor,
     weight: Tensor,
@@ -152,7 +156,7 @@ def _sum(
     return losses.sum(), top, log_total, correct, dx, dw
 
 
-@register_fake(_sum)
+@_sum.register_fake
 def _(
     x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy,
     memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw,
@@ -164,7 +168,7 @@ def _(
     return losses.sum(), *statistics, dx, dw
 
 
-@torch.library.custom_op("tilewright::linear_cross_entropy_sum_backward", mutates_args=())
+@custom_op("linear_cross_entropy_sum_backward")
 def _sum_backward(dloss: Tensor, dx: Tensor, dw: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     # x is passed so that a second differentiation, of which dx and dw know nothing, is an error and not a silent zero.
     # One rounding, after the scaling. With one dimension dloss takes part in type promotion: the factor is not rounded.
@@ -172,7 +176,7 @@ def _sum_backward(dloss: Tensor, dx: Tensor, dw: Tensor, x: Tensor, weight: Tens
     return torch.mul(dx, dloss, out=torch.empty_like(dx)), torch.mul(dw, dloss, out=scaled_dw)
 
 
-@register_fake(_sum_backward)
+@_sum_backward.register_fake
 def _(dloss, dx, dw, x, weight):
     return torch.empty_like(dx), torch.empty(dw.shape, dtype=weight.dtype, device=dw.device)
 
@@ -187,7 +191,7 @@ def _save_sum(ctx, inputs, output) -> None:
 
 
 def _backward_of_sum(ctx, dloss: Tensor, *_):
-    dx, dw = torch.ops.tilewright.linear_cross_entropy_sum_backward(dloss, *ctx.saved_tensors)
+    dx, dw = _sum_backward(dloss, *ctx.saved_tensors)
     want_dx, want_dw = ctx.wanted
     return dx if want_dx else None, dw if want_dw else None, *(None,) * 12
 
@@ -195,7 +199,7 @@ def _backward_of_sum(ctx, dloss: Tensor, *_):
 _sum.register_autograd(_backward_of_sum, setup_context=_save_sum)
 
 
-@torch.library.custom_op("tilewright::linear_cross_entropy", mutates_args=())
+@custom_op("linear_cross_entropy")
 def _rows(
     x: Tensor,
     weight: Tensor,
@@ -216,7 +220,7 @@ def _rows(
     )[:4]  # fmt: skip
 
 
-@register_fake(_rows)
+@_rows.register_fake
 def _(
     x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy,
     memory_budget, accumulate_in_float32, num_classes,
@@ -224,7 +228,7 @@ def _(
     return empty_outputs(targets, return_accuracy)
 
 
-@torch.library.custom_op("tilewright::linear_cross_entropy_backward", mutates_args=())
+@custom_op("linear_cross_entropy_backward")
 def _rows_backward(
     dlosses: Tensor,
     x: Tensor,
@@ -253,7 +257,7 @@ def _rows_backward(
     return dx, dw.to(weight.dtype)
 
 
-@register_fake(_rows_backward)
+@_rows_backward.register_fake
 def _(
     dlosses, x, weight, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
     memory_budget, accumulate_in_float32, num_classes, want_dx, want_dw,
@@ -275,7 +279,7 @@ def _save_rows(ctx, inputs, output) -> None:
 
 def _backward_of_rows(ctx, dlosses: Tensor, *_):
     want_dx, want_dw = ctx.needs_input_grad[:2]
-    dx, dw = torch.ops.tilewright.linear_cross_entropy_backward(dlosses, *ctx.saved_tensors, *ctx.options, want_dx, want_dw)
+    dx, dw = _rows_backward(dlosses, *ctx.saved_tensors, *ctx.options, want_dx, want_dw)
     return dx if want_dx else None, dw if want_dw else None, *(None,) * 10
 
 
@@ -288,7 +292,7 @@ def _sum_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * x_shape.numel() * weight_shape[0] * (1 + want_dx + want_dw)
 
 
-count_no_flops(torch.ops.tilewright.linear_cross_entropy_sum_backward)
+count_no_flops(_sum_backward)
 
 
 @register_flop_formula(torch.ops.tilewright.linear_cross_entropy)
@@ -345,18 +349,15 @@ def linear_cross_entropy(
         )  # fmt: skip
     check_dtype("x", x)
     check_dtype("weight", weight)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x) or x.dtype)
     options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
     options = (*options, memory_budget, accumulate_in_float32, classes)
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if trains and reduction != "none":
         wanted = x.requires_grad, weight.requires_grad
-        losses, top, log_total, correct, *_ = torch.ops.tilewright.linear_cross_entropy_sum(
-            x, weight, targets, *options, *wanted
-        )
+        losses, top, log_total, correct, *_ = _sum(x, weight, targets, *options, *wanted)
     else:
-        losses, top, log_total, correct = torch.ops.tilewright.linear_cross_entropy(x, weight, targets, *options)
+        losses, top, log_total, correct = _rows(x, weight, targets, *options)
     return reference.reduce_losses(
         losses,
         targets != ignore_index,
@@ -366,9 +367,43 @@ def linear_cross_entropy(
     )
 
 
-def compile_cases() -> Iterator[KernelCase]:
-    """Yield the fused kernel as it ships, for vocabularies from GPT-2 (rows of the buffer are padded) to Gemma."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for width in (50257, 128256, 262144):
-            for everything in (False, True):
-                yield kernel_case("fused", width, dtype, everything)
+def _costs(itemsize: int, rows: int, d_model: int, vocab_size: int) -> Costs:
+    # Three matrix products; x and weight in, their gradients out, no logits. The forward pass computes the gradients.
+    moved = 2 * (rows + vocab_size) * d_model * itemsize + 12 * rows
+    return Costs(None, None, Cost(moved, 3 * 2 * rows * d_model * vocab_size))
+
+
+def _arguments(
+    device: torch.device, dtype: torch.dtype, rows: int, d_model: int, vocab_size: int, every_option: bool = False
+) -> Arguments:
+    x, weight = draw(device, dtype, rows, d_model), draw(device, dtype, vocab_size, d_model, scale=d_model**-0.5)
+    targets = torch.randint(vocab_size, (rows,), device=device)
+    return Arguments((x, weight, targets), EVERY_OPTION if every_option else {})
+
+
+record(
+    Op(
+        function=linear_cross_entropy,
+        reference=reference.linear_cross_entropy,
+        kernels=(cross_entropy_forward, cross_entropy_backward, cross_entropy_fused),
+        arguments=_arguments,
+        cost=_costs,
+        shapes=tuple(
+            {"rows": 8192, "d_model": d_model, "vocab_size": vocab_size}
+            for d_model, vocab_size in ((4096, 128_256), (768, 50_304), (2304, 262_144))
+        ),
+        examples=({"rows": 6, "d_model": 16, "vocab_size": 100},),
+        compiled=tuple(
+            grid(
+                rows=(8192,),
+                d_model=(64,),
+                vocab_size=(50_257, 128_256, 262_144),
+                every_option=(False, True),
+                dtype=(torch.bfloat16, torch.float32),
+            )
+        ),
+        baseline=lambda x, weight, targets: F.cross_entropy((x @ weight.T).float(), targets),
+        over="vocab_size",
+        bound_by="flops",
+    )
+)

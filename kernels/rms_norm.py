@@ -4,20 +4,20 @@ The pattern that every op's file follows: kernels, launch, registered ops, publi
 One pair of kernels serves every form; an argument that a form lacks is None, which Triton compiles away.
 """
 
-from collections.abc import Iterator
-from itertools import product
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .device import num_sms
 from .dispatch import jit, tl, use_triton
-from .inspect import KernelCase
 from .launch import launch
+from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .reference import Casting
-from .shared import as_rows, count_no_flops, register_fake
+from .registration import count_no_flops, custom_op
+from .shared import as_rows
 
 
 @jit
@@ -240,7 +240,7 @@ def backward_config(width: int, element_bytes: int) -> dict[str, int]:
     return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "ONE_BLOCK": 1, "num_warps": num_warps}
 
 
-@torch.library.custom_op("tilewright::rms_norm", mutates_args=())
+@custom_op("rms_norm")
 def _rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -269,7 +269,7 @@ def _rms_norm(
     return y, total, rstd
 
 
-@register_fake(_rms_norm)
+@_rms_norm.register_fake
 def _(x, residual, weight, eps, offset, round_first, y_dtype):
     return (
         torch.empty(x.shape, dtype=y_dtype, device=x.device),
@@ -282,7 +282,7 @@ def _empty_gradient(like: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(0 if dtype is None else like.shape, dtype=dtype, device=like.device)
 
 
-@torch.library.custom_op("tilewright::rms_norm_backward", mutates_args=())
+@custom_op("rms_norm_backward")
 def _rms_norm_backward(
     dy: Tensor,
     d_total: Tensor | None,
@@ -320,7 +320,7 @@ def _rms_norm_backward(
     return dx, d_residual, dw_partial.sum(dim=0).to(weight.dtype)
 
 
-@register_fake(_rms_norm_backward)
+@_rms_norm_backward.register_fake
 def _(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw else x.new_empty(0)
     return _empty_gradient(x, dx_dtype), _empty_gradient(x, d_residual_dtype), dw
@@ -344,7 +344,7 @@ def _backward(ctx, dy: Tensor | None, d_total: Tensor | None, _):
     if dy is None:
         return None if d_total is None else d_total.to(x_dtype), d_total, None, *rest
     one_tensor = x_dtype == residual_dtype
-    dx, d_residual, dw = torch.ops.tilewright.rms_norm_backward(
+    dx, d_residual, dw = _rms_norm_backward(
         dy,
         d_total,
         x,
@@ -363,7 +363,7 @@ def _backward(ctx, dy: Tensor | None, d_total: Tensor | None, _):
 _rms_norm.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-count_no_flops(torch.ops.tilewright.rms_norm, torch.ops.tilewright.rms_norm_backward)
+count_no_flops(_rms_norm, _rms_norm_backward)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -415,7 +415,7 @@ def rms_norm(
     dtype = _result_dtype(x)
     if use_triton(x):
         _check_dtypes(x=x, weight=weight)
-        return torch.ops.tilewright.rms_norm(x, None, weight, eps, offset, casting == "llama", dtype)[0]
+        return _rms_norm(x, None, weight, eps, offset, casting == "llama", dtype)[0]
     return reference.rms_norm(x.to(dtype), weight, eps, casting=casting, offset=offset)
 
 
@@ -437,50 +437,82 @@ def add_rms_norm(
     _check(x, residual, weight, casting, offset)
     if use_triton(x):
         _check_dtypes(x=x, residual=residual, weight=weight)
-        y, total, _ = torch.ops.tilewright.rms_norm(x, residual, weight, eps, offset, casting == "llama", x.dtype)
+        y, total, _ = _rms_norm(x, residual, weight, eps, offset, casting == "llama", x.dtype)
         return y, total
     return reference.add_rms_norm(x, residual, weight, eps, casting=casting, offset=offset)
 
 
-def compile_cases() -> Iterator[KernelCase]:
-    """Yield both kernels with the launches that ship, alone and with a residual stream."""
-    strides = ("x_row_stride", "residual_row_stride", "dy_row_stride", "d_total_row_stride")
-    # A head, GPT-2 small and XL, Llama-3 8B and 405B, and the widths on both sides of each change of the launch.
-    widths = (64, 768, 1600, 2048, 4096, 8192, 16384, 32768, 65536)
-    # x, residual, weight; the third of the five is what autocast trains.
-    streams = (
-        ("bf16", None, "bf16"),
-        ("bf16", "bf16", "bf16"),
-        ("bf16", "fp32", "fp32"),
-        ("fp32", None, "fp32"),
-        ("fp32", "fp32", "fp32"),
+def _costs(itemsize: int, rows: int, width: int, weight_itemsize: int | None = None) -> Costs:
+    # Read x and write y; read x and dy, write dx; weights and float32 statistics besides.
+    elements, weight = rows * width, width * (weight_itemsize or itemsize)
+    forward = Cost(2 * elements * itemsize + weight + 4 * rows, 4 * elements)
+    return Costs.of(forward, Cost(3 * elements * itemsize + 2 * weight + 4 * rows, 11 * elements))
+
+
+def _add_costs(
+    itemsize: int, rows: int, width: int, weight_itemsize: int | None = None, residual_itemsize: int | None = None
+) -> Costs:
+    # One more stream in and out, and one gradient for both inputs, written twice where x and the residual differ in dtype.
+    elements, weight = rows * width, width * (weight_itemsize or itemsize)
+    residual = elements * (residual_itemsize or itemsize)
+    forward = Cost(2 * elements * itemsize + 2 * residual + weight + 4 * rows, 5 * elements)
+    written = residual if residual_itemsize in (None, itemsize) else residual + elements * itemsize
+    backward = Cost(elements * itemsize + 2 * residual + written + 2 * weight + 4 * rows, 12 * elements)
+    return Costs.of(forward, backward)
+
+
+def _arguments(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, weight_dtype: torch.dtype | None = None
+) -> Arguments:
+    return Arguments((draw(device, dtype, rows, width), draw(device, weight_dtype or dtype, width)), {})
+
+
+def _add_arguments(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, stream_dtype: torch.dtype | None = None
+) -> Arguments:
+    # `stream_dtype` is that of the residual stream and of the weight.
+    stream_dtype = stream_dtype or dtype
+    x, residual = draw(device, dtype, rows, width), draw(device, stream_dtype, rows, width)
+    return Arguments((x, residual, draw(device, stream_dtype, width)), {})
+
+
+# Fewer rows of the widest: in float64 all of them would take more memory than there is.
+_SHAPES = [{"rows": 2**16, "width": width} for width in (4096, 768, 1024, 1280, 1600, 2048, 8192)]
+_SHAPES += [{"rows": 2**29 // width, "width": width} for width in (16384, 32768)]
+# A head, GPT-2 small and XL, Llama-3 8B and 405B, and the widths on both sides of each change of the launch.
+_WIDTHS = (64, 768, 1600, 2048, 4096, 8192, 16384, 32768, 65536)
+_HALF, _FULL = torch.bfloat16, torch.float32
+
+record(
+    Op(
+        function=rms_norm,
+        reference=reference.rms_norm,
+        kernels=(rms_norm_forward, rms_norm_backward),
+        arguments=_arguments,
+        cost=_costs,
+        shapes=tuple(_SHAPES),
+        examples=({"rows": 6, "width": 96},),
+        compiled=tuple(grid(rows=(8192,), width=_WIDTHS, dtype=(_HALF, _FULL))),
+        baseline=lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5),
+        over="width",
+        huge={"rows": 2**18 + 1, "width": 8192},
     )
-    size = {None: 0, "bf16": 2, "fp32": 4}
-    for width, (dtype, residual, weight) in product(widths, streams):
-        d_residual = None if residual == dtype else residual
-        forward = {"x": dtype, "residual": residual, "weight": weight, "y": dtype, "total": residual, "rstd": "fp32"}
-        backward = {
-            "dy": dtype, "d_total": residual, "x": residual or dtype, "weight": weight, "rstd": "fp32",
-            "dx": dtype, "d_residual": d_residual, "dw_partial": "fp32",
-        }  # fmt: skip
-        backward_bytes = size[dtype] + size[residual] + size[residual or dtype]
-        for kernel, dtypes, config, constants in (
-            (
-                rms_norm_forward,
-                forward,
-                forward_config(width, size[dtype] + size[residual]),
-                {"eps": 1e-5, "ROUND_FIRST": False},
-            ),
-            (rms_norm_backward, backward, backward_config(width, backward_bytes), {}),
-        ):
-            num_warps = config.pop("num_warps")
-            integers = [name for name in kernel.arg_names if name in (*strides, "num_rows", "width")]
-            yield KernelCase(
-                name=f"{'rms_norm' if residual is None else f'add_rms_norm on {residual}'} "
-                f"{'forward' if kernel is rms_norm_forward else 'backward'} {width} {dtype}",
-                kernel=kernel,
-                types={f"{name}_ptr": f"*{t}" for name, t in dtypes.items() if t} | dict.fromkeys(integers, "i32"),
-                constants={f"{name}_ptr": None for name, t in dtypes.items() if not t} | {"offset": 0.0, **constants, **config},
-                num_warps=num_warps,
-                aligned=(*strides, "width"),
-            )
+)
+record(
+    Op(
+        function=add_rms_norm,
+        reference=reference.add_rms_norm,
+        kernels=(rms_norm_forward, rms_norm_backward),
+        arguments=_add_arguments,
+        cost=_add_costs,
+        shapes=tuple(shape for shape in _SHAPES if shape["width"] in (4096, 1600, 8192)),
+        examples=({"rows": 6, "width": 96},),
+        # A stream in float32 beside bfloat16 is what autocast trains.
+        compiled=(
+            *grid(rows=(8192,), width=_WIDTHS, dtype=(_HALF,), stream_dtype=(_HALF, _FULL)),
+            *grid(rows=(8192,), width=_WIDTHS, dtype=(_FULL,), stream_dtype=(_FULL,)),
+        ),
+        over="width",
+        huge={"rows": 2**18 + 1, "width": 8192},
+    )
+)

@@ -5,17 +5,19 @@ without a concatenation, and nothing keeps the projection alive. A program holds
 the angles are loaded once a token and serve all its heads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .dispatch import jit, tl, use_triton
-from .inspect import KernelCase
 from .launch import launch
+from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .reference import RopeLayout
-from .shared import count_no_flops, register_fake
+from .registration import count_no_flops, custom_op
 
 
 @jit
@@ -208,48 +210,45 @@ def _launch_kernel(
     )  # fmt: skip
 
 
-@torch.library.custom_op("tilewright::rope", mutates_args=())
+@custom_op("rope")
 def _rope(
-    xs: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     interleaved: bool,
     inverse: bool,
-    tokens_first: Sequence[bool],
-) -> list[Tensor]:
+    q_tokens_first: bool,
+    k_tokens_first: bool,
+) -> tuple[Tensor, Tensor]:
     """Rotate one or two tensors (B, H, T, K); each result is laid out as (B, T, H, K) where `tokens_first` says so."""
-    ys = _empty_results(xs, cos, sin, positions, interleaved, inverse, tokens_first)
-    _launch_kernel(xs, ys, cos, sin, positions, interleaved, inverse)
+    ys = _empty_results(q, k, cos, sin, positions, interleaved, inverse, q_tokens_first, k_tokens_first)
+    xs = [q] if k is None else [q, k]
+    _launch_kernel(xs, ys[: len(xs)], cos, sin, positions, interleaved, inverse)
     return ys
 
 
-@register_fake(_rope)
-def _empty_results(
-    xs: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-    tokens_first: Sequence[bool],
-) -> list[Tensor]:
+@_rope.register_fake
+def _empty_results(q, k, cos, sin, positions, interleaved, inverse, q_tokens_first, k_tokens_first) -> tuple[Tensor, Tensor]:
     def like(x: Tensor, first: bool) -> Tensor:
         batch, heads, tokens, head_dim = x.shape
         return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if first else x.new_empty(x.shape)
 
-    return [like(x, first) for x, first in zip(xs, tokens_first, strict=True)]
+    return like(q, q_tokens_first), q.new_empty(0) if k is None else like(k, k_tokens_first)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    _, cos, sin, positions, ctx.interleaved, ctx.inverse, ctx.tokens_first = inputs
+    _, k, cos, sin, positions, *ctx.options = inputs
+    ctx.has_k = k is not None
     ctx.save_for_backward(cos, sin, positions)
 
 
-def _backward(ctx, dys: list[Tensor]) -> tuple[list[Tensor], None, None, None, None, None, None]:
+def _backward(ctx, dq: Tensor, dk: Tensor):
     # A rotation's gradient is the rotation back, which the same op computes; so it can be differentiated again.
-    dxs = torch.ops.tilewright.rope(dys, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse, ctx.tokens_first)
-    return dxs, None, None, None, None, None, None
+    interleaved, inverse, *tokens_first = ctx.options
+    dq, dk = _rope(dq, dk if ctx.has_k else None, *ctx.saved_tensors, interleaved, not inverse, *tokens_first)
+    return dq, dk if ctx.has_k else None, *(None,) * 7
 
 
 # No autocast rule: x keeps its dtype, as under PyTorch's multiplications.
@@ -262,7 +261,7 @@ def _part(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
     return list(heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1))
 
 
-@torch.library.custom_op("tilewright::rope_qkv", mutates_args=())
+@custom_op("rope_qkv")
 def _rope_qkv(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +272,7 @@ def _rope_qkv(
     return ys
 
 
-@register_fake(_rope_qkv)
+@_rope_qkv.register_fake
 def _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads):
     batch, tokens, width = qkv.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
@@ -281,7 +280,7 @@ def _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads)
     return q, k, v
 
 
-@torch.library.custom_op("tilewright::rope_qkv_backward", mutates_args=())
+@custom_op("rope_qkv_backward")
 def _rope_qkv_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> Tensor:
@@ -290,7 +289,7 @@ def _rope_qkv_backward(
     return dqkv
 
 
-@register_fake(_rope_qkv_backward)
+@_rope_qkv_backward.register_fake
 def _empty_packed(dq, dk, dv, cos, sin, positions, interleaved):
     batch, heads, tokens, head_dim = dq.shape
     return dq.new_empty(batch, tokens, (heads + 2 * dk.shape[1]) * head_dim)
@@ -302,13 +301,13 @@ def _save_qkv(ctx, inputs, output) -> None:
 
 
 def _backward_qkv(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-    return torch.ops.tilewright.rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.interleaved), *(None,) * 6
+    return _rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.interleaved), *(None,) * 6
 
 
 _rope_qkv.register_autograd(_backward_qkv, setup_context=_save_qkv)
 
 
-count_no_flops(torch.ops.tilewright.rope, torch.ops.tilewright.rope_qkv, torch.ops.tilewright.rope_qkv_backward)
+count_no_flops(_rope, _rope_qkv, _rope_qkv_backward)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -358,12 +357,12 @@ def _placed(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offse
     return (cos[offset:], sin[offset:], None) if offset else (cos, sin, None)
 
 
-def _launch(
-    xs: list[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int
-) -> list[Tensor]:
-    tokens_first = [_is_tokens_first(x) for x in xs]
-    tables = _placed(xs[0], cos, sin, positions, offset)
-    return torch.ops.tilewright.rope(xs, *tables, layout == "interleaved", False, tokens_first)
+def _turn(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int
+) -> tuple[Tensor, Tensor]:
+    tables = _placed(q, cos, sin, positions, offset)
+    tokens_first = _is_tokens_first(q), k is not None and _is_tokens_first(k)
+    return _rope(q, k, *tables, layout == "interleaved", False, *tokens_first)
 
 
 def rope(
@@ -390,8 +389,7 @@ def rope(
     if not use_triton(x) or x.dtype == torch.float64:
         return reference.rope(x, cos, sin, positions, layout, offset)
     flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
-    (rotated,) = _launch([flat], cos, sin, positions, layout, offset)
-    return rotated.view(x.shape)
+    return _turn(flat, None, cos, sin, positions, layout, offset)[0].view(x.shape)
 
 
 def rope_qk(
@@ -410,8 +408,7 @@ def rope_qk(
         raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (B, H, T, K) and (B, Hkv, T, K)")
     if not use_triton(q) or torch.float64 in (q.dtype, k.dtype):
         return reference.rope_qk(q, k, cos, sin, positions, layout, offset)
-    q, k = _launch([q, k], cos, sin, positions, layout, offset)
-    return q, k
+    return _turn(q, k, cos, sin, positions, layout, offset)
 
 
 def rope_qkv(
@@ -440,31 +437,98 @@ def rope_qkv(
         return reference.rope_qkv(qkv, cos, sin, num_heads, num_kv_heads, positions, layout, offset)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     tables = _placed(qkv[:, :, None].transpose(1, 2), cos, sin, positions, offset)
-    return torch.ops.tilewright.rope_qkv(qkv, *tables, layout == "interleaved", num_heads, num_kv_heads)
+    return _rope_qkv(qkv, *tables, layout == "interleaved", num_heads, num_kv_heads)
 
 
-def compile_cases() -> Iterator[KernelCase]:
-    """Yield the kernel as it is launched for GPT-2 small and XL, Llama 3 8B, Gemma's head dim, and one decoded token."""
-    for num_q_heads, num_k_heads, num_tokens, head_dim in (
-        (12, 12, 1024, 64), (25, 25, 1024, 64), (32, 8, 8192, 128), (8, 4, 8192, 256), (32, 8, 8192, 96), (32, 8, 1, 128)
-    ):  # fmt: skip
-        for dtype, element_size in (("bf16", 2), ("fp32", 4)):
-            config = launch_config(max(num_q_heads, num_k_heads), num_tokens, head_dim, element_size)
-            num_warps = config.pop("num_warps")
-            for layout in LAYOUTS:
-                constants = config | {
-                    "HEAD_DIM": head_dim,
-                    "INTERLEAVED": layout == "interleaved",
-                    "INVERSE": False,
-                    "HAS_K": True,
-                    "HAS_V": num_q_heads == num_k_heads,
-                    "HAS_POSITIONS": num_tokens == 1,
-                }
-                types = {
-                    name: f"*{dtype}" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "i32"
-                    for name in rope_forward.arg_names
-                    if name not in constants
-                } | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64"}
-                aligned = tuple(name for name in types if name.endswith("_stride") and not name.startswith("positions"))
-                name = f"rope {layout} H {num_q_heads}/{num_k_heads} T {num_tokens} K {head_dim} {dtype}"
-                yield KernelCase(name, rope_forward, types, constants, num_warps, aligned=aligned)
+def _costs(itemsize: int, batch: int, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> Costs:
+    # Both directions alike: read and write all heads of q and k together, read cos and sin once.
+    elements = batch * num_tokens * (num_heads + num_kv_heads) * head_dim
+    cost = Cost(2 * elements * itemsize + 4 * batch * num_tokens * head_dim, 3 * elements)
+    return Costs.of(cost, cost)
+
+
+def _qkv_costs(itemsize: int, batch: int, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> Costs:
+    # The values are moved along, but not turned.
+    cost, _, _ = _costs(itemsize, batch, num_tokens, num_heads, num_kv_heads, head_dim)
+    assert cost is not None
+    moved = Cost(2 * batch * num_tokens * num_kv_heads * head_dim * itemsize, 0)
+    return Costs.of(cost + moved, cost + moved)
+
+
+def _arguments(
+    form: Literal["x", "q k", "qkv"],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    layout: RopeLayout = "interleaved",
+) -> Arguments:
+    frequencies = 1e4 ** -torch.arange(0, 1, 2 / head_dim, device=device)
+    angles = torch.outer(torch.arange(num_tokens, device=device).float(), frequencies)
+    tables, options = (angles.cos(), angles.sin()), {"layout": layout}
+    if form == "qkv":
+        qkv = draw(device, dtype, batch, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+        return Arguments((qkv, *tables, num_heads, num_kv_heads), options)
+    # As a projection leaves them: (B, T, H, K) in memory, (B, H, T, K) in shape.
+    q, k = (draw(device, dtype, batch, num_tokens, h, head_dim, heads_first=True) for h in (num_heads, num_kv_heads))
+    return Arguments((q, *tables) if form == "x" else (q, k, *tables), options)
+
+
+_ALONE = {"batch": 16, "num_tokens": 4096, "num_heads": 32, "num_kv_heads": 0, "head_dim": 128}
+_LLAMA = _ALONE | {"num_kv_heads": 8}
+_SMALL = {"batch": 2, "num_tokens": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+_HUGE = {"batch": 1, "num_tokens": 2**19 + 1, "num_heads": 24, "num_kv_heads": 8, "head_dim": 128}
+# GPT-2 small and XL, Llama 3 8B, Gemma's head dim and one that is no power of two, and one decoded token.
+_COMPILED = tuple(
+    {"batch": 8, "num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim} | other
+    for heads, kv_heads, tokens, head_dim in (
+        (12, 12, 1024, 64), (25, 25, 1024, 64), (32, 8, 8192, 128), (8, 4, 8192, 256), (32, 8, 8192, 96), (32, 8, 1, 128),
+    )
+    for other in grid(layout=("interleaved", "half"), dtype=(torch.bfloat16, torch.float32))
+)  # fmt: skip
+
+record(
+    Op(
+        function=rope,
+        reference=reference.rope,
+        kernels=(rope_forward,),
+        arguments=partial(_arguments, "x"),
+        cost=_costs,
+        shapes=(_ALONE,),
+        examples=(_SMALL | {"num_kv_heads": 0},),
+        compiled=({**_ALONE, "dtype": torch.bfloat16},),
+        over="num_heads",
+        huge=_HUGE | {"num_heads": 32, "num_kv_heads": 0},
+    )
+)
+record(
+    Op(
+        function=rope_qk,
+        reference=reference.rope_qk,
+        kernels=(rope_forward,),
+        arguments=partial(_arguments, "q k"),
+        cost=_costs,
+        shapes=(_LLAMA, _LLAMA | {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}),
+        examples=(_SMALL,),
+        compiled=_COMPILED,
+        over="num_heads",
+        huge=_HUGE,
+    )
+)
+record(
+    Op(
+        function=rope_qkv,
+        reference=reference.rope_qkv,
+        kernels=(rope_forward,),
+        arguments=partial(_arguments, "qkv"),
+        cost=_qkv_costs,
+        shapes=(_LLAMA, _LLAMA | {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}),
+        examples=(_SMALL,),
+        compiled=_COMPILED,
+        over="num_heads",
+        huge=_HUGE,
+    )
+)

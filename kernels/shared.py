@@ -1,14 +1,9 @@
-"""What several ops share: inputs as rows, the FLOP formula of those that multiply no matrices, and maths inside kernels."""
+"""What several ops share: inputs as rows, and maths inside kernels."""
 
-import functools
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import HAS_TRITON, jit, tl
 
@@ -24,38 +19,6 @@ def as_rows(x: Tensor) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-def count_no_flops(*ops: Any) -> None:
-    """Register a formula of 0: FlopCounterMode counts matrix products only, and this says that the ops were not forgotten."""
-    register_flop_formula(ops)(lambda *args, **kwargs: 0)
-
-
-def register_fake(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what `op` returns on tensors that hold nothing, as `op.register_fake` does."""
-    # For an op that it does not know, Inductor of PyTorch 2.11 writes a message of all that the arguments are computed from,
-    # each use anew: its length is exponential in the layers below the loss. An op is traced before it is lowered, so that
-    # Inductor can be told of it in time.
-    if torch.__version__ >= "2.13":
-        return op.register_fake
-
-    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
-        @op.register_fake
-        @functools.wraps(fake)
-        def known_to_inductor(*args: Any, **kwargs: Any) -> Any:
-            _tell_inductor(op._opoverload)
-            return fake(*args, **kwargs)
-
-        return fake
-
-    return register
-
-
-def _tell_inductor(op: torch._ops.OpOverload) -> None:
-    lowering: Any = sys.modules.get("torch._inductor.lowering")
-    if lowering is not None and op not in lowering.lowerings:
-        tag = lowering.get_layout_constraint_tag(op, with_default=True)
-        lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag))
 
 
 @jit

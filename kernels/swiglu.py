@@ -1,16 +1,17 @@
 """SwiGLU: y = silu(gate) * up, forward and backward in one pass over memory each, split or packed."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .dispatch import jit, tl, use_triton
-from .inspect import KernelCase
 from .launch import launch
-from .shared import as_rows, count_no_flops, register_fake
+from .op import Arguments, Cost, Costs, Op, draw, grid, record
+from .registration import count_no_flops, custom_op
+from .shared import as_rows
 
 
 @jit
@@ -119,21 +120,21 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     launch(kernel, num_programs, *rows, *(x.stride(0) for x in rows), num_rows, width, num_column_blocks, **config)
 
 
-@torch.library.custom_op("tilewright::swiglu", mutates_args=())
+@custom_op("swiglu")
 def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     y = _empty_result(gate, up)
     _launch(swiglu_forward, _halves(gate, up), (y,))
     return y
 
 
-@register_fake(_swiglu)
+@_swiglu.register_fake
 def _empty_result(gate: Tensor, up: Tensor | None) -> Tensor:
     if up is None:
         return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2))
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-@torch.library.custom_op("tilewright::swiglu_backward", mutates_args=())
+@custom_op("swiglu_backward")
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     gradients = _empty_gradients(dy, gate, up)
     # Both halves of a packed gradient are views of the one tensor that is returned.
@@ -141,7 +142,7 @@ def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor
     return gradients
 
 
-@register_fake(_swiglu_backward)
+@_swiglu_backward.register_fake
 def _empty_gradients(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (gate, up) if x is not None]
 
@@ -151,7 +152,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-    gradients = torch.ops.tilewright.swiglu_backward(dy, *ctx.saved_tensors)
+    gradients = _swiglu_backward(dy, *ctx.saved_tensors)
     return gradients[0], gradients[1] if len(gradients) == 2 else None
 
 
@@ -159,7 +160,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
 _swiglu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-count_no_flops(torch.ops.tilewright.swiglu, torch.ops.tilewright.swiglu_backward)
+count_no_flops(_swiglu, _swiglu_backward)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -191,26 +192,37 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     _check(gate, up)
     is_double = torch.float64 in (gate.dtype, None if up is None else up.dtype)
     if use_triton(gate) and not is_double:
-        return torch.ops.tilewright.swiglu(gate, up)
+        return _swiglu(gate, up)
     return reference.swiglu(gate, up)
 
 
-def compile_cases() -> Iterator[KernelCase]:
-    """Yield both kernels as they are launched for GPT-2 small and XL and Llama 3 8B, 8192 tokens, split and packed."""
-    tokens = 8192
-    for dtype, element_size in (("bf16", 2), ("fp32", 4)):
-        for d_ff in (3072, 6400, 14336):
-            for form, num_rows, width in (("split", 1, tokens * d_ff), ("packed", tokens, d_ff)):
-                config = launch_config(num_rows, width, element_size)
-                num_warps = config.pop("num_warps")
-                # Triton makes a constant of an argument that is 1.
-                constants = config | ({"num_rows": 1} if num_rows == 1 else {})
-                for direction, kernel in (("forward", swiglu_forward), ("backward", swiglu_backward)):
-                    types = {
-                        name: f"*{dtype}" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "i32"
-                        for name in kernel.arg_names
-                        if name not in constants
-                    }
-                    aligned = ("width", *(name for name in types if name.endswith("_stride")))
-                    name = f"swiglu {direction} {form} F {d_ff} {dtype}"
-                    yield KernelCase(name, kernel, types, constants, num_warps, aligned=aligned)
+def _costs(itemsize: int, rows: int, width: int, packed: bool = False) -> Costs:
+    # Read gate and up, write one; read gate, up and dy, write two. `width` is F.
+    elements = rows * width
+    return Costs.of(Cost(3 * elements * itemsize, 5 * elements), Cost(5 * elements * itemsize, 12 * elements))
+
+
+def _arguments(device: torch.device, dtype: torch.dtype, rows: int, width: int, packed: bool = False) -> Arguments:
+    if packed:
+        return Arguments((draw(device, dtype, rows, 2 * width),), {})
+    return Arguments((draw(device, dtype, rows, width), draw(device, dtype, rows, width)), {})
+
+
+record(
+    Op(
+        function=swiglu,
+        reference=reference.swiglu,
+        kernels=(swiglu_forward, swiglu_backward),
+        arguments=_arguments,
+        cost=_costs,
+        shapes=tuple({"rows": 2**16, "width": width} for width in (14336, 3072, 6400)),
+        examples=({"rows": 6, "width": 96},),
+        # GPT-2 small and XL, Llama 3 8B.
+        compiled=tuple(
+            grid(rows=(8192,), width=(3072, 6400, 14336), packed=(False, True), dtype=(torch.bfloat16, torch.float32))
+        ),
+        baseline=lambda gate, up: F.silu(gate) * up,
+        over="width",
+        huge={"rows": 2**17 + 1, "width": 8192, "packed": True},
+    )
+)

@@ -217,6 +217,7 @@ def test_a_kernel_that_does_not_compile_is_a_warning_where_none_would_run(monkey
         raise RuntimeError("Internal Triton PTX codegen error\n`ptxas` stderr:\nfatal")
 
     monkeypatch.setattr(doctor_gpu, "inspect", inspect)
+    monkeypatch.setattr(doctor_gpu, "kernel_case", lambda launch, name: name)
     [finding] = doctor_gpu.compile_kernel()
     assert finding.status == "warning"
     assert finding.text.endswith("RuntimeError: Internal Triton PTX codegen error `ptxas` stderr: fatal")

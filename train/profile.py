@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+
+from ..kernels.op import ALL
 
 Group = Literal["matmul", "attention", "own", "elementwise", "optimizer", "copy", "communication", "idle"]
 """own are the other kernels of this project: norms, SwiGLU, RoPE, cross-entropy; elementwise is all else that is bound by
@@ -21,10 +24,7 @@ _PATTERNS: tuple[tuple[Group, str], ...] = (
     ("communication", r"nccl|c10d|all_?reduce|all_?gather|reduce_?scatter"),
     ("copy", r"memcpy|memset|^aten::(copy_|_to_copy|zero_|fill_)$"),
     ("optimizer", r"multi_tensor_apply|adamw?|_foreach_|triton_for_|muon|newton_?schulz"),
-    # The project's own kernels of attention have these names; those of all other ops begin with an underscore.
-    ("attention", r"^(forward|backward_q|backward_kv|split|combine)_kernel"),
-    ("attention", r"attention|flash_|fmha|sdpa|tilewright::attention"),
-    ("own", r"^_(forward|backward|fused|rope)_kernel|tilewright::"),
+    ("attention", r"attention|flash_|fmha|sdpa"),
     ("matmul", r"gemm|gemv|nvjet|cublas|cutlass|xmma|splitk|(_|^)mm(_|$)|wgmma|matmul"),
     ("matmul", r"^aten::(mm|bmm|addmm|baddbmm|linear|_scaled_mm)$|mkldnn_linear"),
 )
@@ -42,8 +42,18 @@ class Event:
     end: float
 
 
+@cache
+def _own_groups() -> dict[str, Group]:
+    return {kernel.__name__: op.group for op in ALL.values() for kernel in op.kernels}
+
+
 def classify(kernel_name: str) -> Group:
     """Return the group of a kernel or operator by its name."""
+    own = _own_groups().get(kernel_name)
+    if own is not None:
+        return own
+    if kernel_name.startswith("tilewright::"):
+        return "attention" if kernel_name.startswith("tilewright::attention") else "own"
     for group, pattern in _COMPILED:
         if pattern.search(kernel_name):
             return group

@@ -1,5 +1,5 @@
 """Exact softmax attention that never holds the matrix of scores: forward, backward, and decoding from a cache."""
 
-from .op import attention
+from .record import attention
 
 __all__ = ["attention"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...files import write_text
 from ..device import l2_bytes
+from ..launch import recorded_capability
 from .options import Options
 from .tiles import fits_tma
 
@@ -106,9 +107,11 @@ def use_configuration(key: str, config: LaunchConfig) -> Iterator[None]:
         configurations[key] = shipped
 
 
-@cache
 def generation_at(device: torch.device) -> Generation:
     """Return whose configurations serve `device`: interpreted kernels run with those of Hopper, descriptors included."""
+    recorded = recorded_capability()
+    if recorded is not None:
+        return generation_of(recorded)
     return generation_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..dispatch import use_triton
-from ..shared import register_fake
+from ..registration import custom_op
 from .backward import launch_backward
 from .configurations import MAX_HEAD_DIM
 from .decode import fits_decode, launch_decode
@@ -30,7 +30,7 @@ def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:
     return x.new_empty(shape)
 
 
-@torch.library.custom_op("tilewright::attention", mutates_args=())
+@custom_op("attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -54,12 +54,12 @@ def _attention(
     return o, lse
 
 
-@register_fake(_attention)
+@_attention.register_fake
 def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_like(q, q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("tilewright::attention_backward", mutates_args=())
+@custom_op("attention_backward")
 def _attention_backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -92,7 +92,7 @@ def _attention_backward(
     return dq, dk, dv, dsinks
 
 
-@register_fake(_attention_backward)
+@_attention_backward.register_fake
 def _empty_gradients(do, dlse, q, k, v, o, lse, sinks, *_):
     return (
         _empty_like(q, q.shape),
@@ -112,7 +112,7 @@ def _backward(ctx, do: Tensor | None, dlse: Tensor | None):
     q, k, v, o, lse, sinks, begins, ends = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    dq, dk, dv, dsinks = torch.ops.tilewright.attention_backward(do, dlse, q, k, v, o, lse, sinks, begins, ends, *ctx.options)
+    dq, dk, dv, dsinks = _attention_backward(do, dlse, q, k, v, o, lse, sinks, begins, ends, *ctx.options)
     return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 7
 
 
@@ -212,7 +212,7 @@ def attention(
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else float(softcap)
     precision = "tf32" if allow_tf32 else "ieee"
-    o, lse = torch.ops.tilewright.attention(q, k, v, sinks, begins, ends, causal, scale, window, softcap, precision)
+    o, lse = _attention(q, k, v, sinks, begins, ends, causal, scale, window, softcap, precision)
     return (o, lse) if return_lse else o
 
 

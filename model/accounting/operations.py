@@ -7,10 +7,12 @@ FLOPs are those of matrix products, as `torch.utils.flop_counter` counts them: (
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import UserError
-from ...kernels import costs
+from ...kernels.attention.record import attention_pairs
 from ...kernels.linear_cross_entropy import chunk_shape
+from ...kernels.op import ALL, Cost
 from ..checkpointing import num_checkpointed_blocks
 from ..config import ModelConfig
 from .policy import ITEMSIZE, Policy, stream_itemsize
@@ -61,13 +63,20 @@ class Operation:
         return self.parameters + self.padding
 
 
+def _costs(op: str, itemsize: int, **sizes: Any) -> tuple[Cost, Cost]:
+    forward, backward, _ = ALL[op].cost(itemsize, **sizes)
+    assert forward is not None
+    assert backward is not None
+    return forward, backward
+
+
 def attended_pairs(context: int, window: int | None = None, exact_causal: bool = False) -> int:
     """Return the pairs of query and key that one head computes: all T min(T, window), or only those that causality leaves.
 
     Exactly, query i of T sees min(i, window) keys: T (T + 1) / 2 without a window.
     """
     if exact_causal:
-        return costs.attention_pairs(context, context, window=window)
+        return attention_pairs(context, context, window=window)
     return context * (context if window is None else min(window, context))
 
 
@@ -121,7 +130,10 @@ class _Lister:
     def norm(self, layer: int | None, name: str, adds: bool) -> list[Operation]:
         """RMSNorm of the stream; `adds` a branch to it first."""
         rows, d, s = self.rows, self.d, self.s
-        norm, add = costs.rms_norm(rows, d, s), costs.add_rms_norm(rows, d, self.a, s)
+        norm, add = (
+            _costs("rms_norm", s, rows=rows, width=d),
+            _costs("add_rms_norm", self.a, rows=rows, width=d, residual_itemsize=s),
+        )
         if self.fused:
             forward, backward = add if adds else norm
             # Kept: what was normalised (the stream itself) and 1 / rms, 4 bytes a row.
@@ -150,7 +162,7 @@ class _Lister:
             return
         for name, width in (("q_norm", d), ("k_norm", e)):
             heads = rows * width // head_dim
-            forward, backward = costs.rms_norm(heads, head_dim, a)
+            forward, backward = _costs("rms_norm", a, rows=heads, width=head_dim)
             # Kept: 1 / rms, and the projection, if joined with the values in it; eager in float32 x / rms, and x where it
             # is not float32 already.
             packed = a * rows * (d + 2 * e) if name == "q_norm" else 0
@@ -173,9 +185,10 @@ class _Lister:
             # Values that were not copied out of the projection are kept with it, where the norms of q and k keep it.
             kept = qkv - a * rows * e if self.config.qk_norm and self.policy.projections == "joined" else qkv
             pairs = self.pairs // (self.batch * heads)
-            forward, backward = costs.attention(
-                self.batch, heads, self.config.kv_heads, self.context, self.context, head_dim, pairs, a
-            )
+            forward, backward = _costs(
+                "attention", a, batch=self.batch, num_heads=heads, num_kv_heads=self.config.kv_heads, num_queries=self.context,
+                num_keys=self.context, head_dim=head_dim, pairs=pairs,
+            )  # fmt: skip
             # Of the five products of the backward pass, the first computes the scores again.
             return [Operation("attention", "attention", layer, shape, forward_flops=forward.flops, backward_flops=4 * matmul,
                               recomputed_flops=backward.flops - 4 * matmul, forward_bytes=forward.bytes,
@@ -216,7 +229,8 @@ class _Lister:
         yield from self.qkv(layer)
         if self.config.rope:
             heads = self.config.num_heads + self.config.kv_heads
-            rope, _ = costs.rope(self.context, heads, self.config.head_dim, a)
+            sizes = {"num_tokens": self.context, "num_heads": heads, "num_kv_heads": 0, "head_dim": self.config.head_dim}
+            rope, _ = _costs("rope", a, batch=1, **sizes)
             # Only the model's tables of cos and sin are needed again.
             turned = 2 * a * rows * (d + e) + rope.bytes - 2 * a * self.context * heads * self.config.head_dim
             yield Operation("rope", "rope", layer, (rows, d + e), forward_bytes=turned, backward_bytes=turned,
@@ -238,7 +252,7 @@ class _Lister:
             if gated:
                 yield self.product("w3", "feed-forward", layer, d, f)
         if gated:
-            forward, backward = costs.swiglu(rows, f, a)
+            forward, backward = _costs("swiglu", a, rows=rows, width=f)
             wide = a if self.fused else 4
             # Kept: gate and up; eager also silu(gate), in float32 all three.
             saved = rows * f * (2 * a if self.fused else 12)
@@ -280,7 +294,7 @@ class _Lister:
                 # The logits of the vocabulary are a view; their gradient is copied into one of all rows.
                 copied = a * rows * (v + held_v)
                 yield Operation("cut", "head", None, (rows, v), backward_bytes=copied, backward_temporary=copied)
-            forward, backward = costs.cross_entropy(rows, v, a)
+            forward, backward = _costs("cross_entropy", a, rows=rows, vocab_size=v)
             # Fused: the logits, their maximum and log-sum; eager: log-softmax in float32, the (unit) sum of class weights.
             # Both: the targets.
             kept = a * rows * held_v + 8 * rows if self.fused else 4 * rows * v + 4
@@ -291,7 +305,7 @@ class _Lister:
                             forward_temporary=0 if self.fused else a * rows * held_v, backward_temporary=held + 4)  # fmt: skip
             return
         product = self.head("linear_cross_entropy")
-        moved = costs.linear_cross_entropy(rows, d, held_v, a).bytes
+        moved = ALL["linear_cross_entropy"].cost(a, rows=rows, d_model=d, vocab_size=held_v).both.bytes
         cast = a * held_v * d if self.a != self.w else 0
         if self.fused:
             # The gradients of x, and in float32 of the weight, are computed beside the loss, chunk by chunk, and kept with x;

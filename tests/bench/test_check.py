@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tilewright.bench import check, ops
+from tilewright.bench import check
 from tilewright.bench.check import Right, WrongError, compute, copies, what_is_right
+from tilewright.bench.ops import Case
 from tilewright.kernels import reference
+from tilewright.kernels.op import ALL
 
 
 def right_of(exact, reference=None):
@@ -19,7 +21,7 @@ def right_of(exact, reference=None):
 def losses():
     """Logits of a vocabulary as long as real ones, their targets, and what the loss and its gradient must be."""
     torch.manual_seed(0)
-    inputs = torch.randn(16, 50_000).bfloat16(), torch.randint(50_000, (16,))
+    inputs = torch.randn(16, 50_000).bfloat16().requires_grad_(), torch.randint(50_000, (16,))
     return inputs, what_is_right(reference.cross_entropy, lambda x, t: F.cross_entropy(x.float(), t), inputs)
 
 
@@ -99,11 +101,12 @@ def test_another_shape_is_wrong():
 
 
 def test_copies():
-    inputs = (torch.randn(3).bfloat16(), torch.randn(3), torch.arange(3))
-    exact = copies(inputs, exactly=True)
+    inputs = (torch.randn(3).bfloat16().requires_grad_(), torch.randn(3), torch.arange(3), 7)
+    *exact, number = copies(inputs, exactly=True)
     assert [t.dtype for t in exact] == [torch.float64, torch.float64, torch.int64]
     assert [t.requires_grad for t in exact] == [True, False, False]
-    assert not any(t.requires_grad for t in copies(inputs, backward=False))
+    assert number == 7
+    assert not any(t.requires_grad for t in copies(inputs, backward=False)[:3])
     copies(inputs)[0].data.zero_()
     assert inputs[0].any()
 
@@ -132,20 +135,22 @@ class Held(TorchDispatchMode):
 
 # The op's shapes that hold most, with a share of their rows.
 @pytest.mark.parametrize(
-    ("case", "share"),
+    ("name", "size", "share"),
     [
-        (ops._cross_entropy(262_144, 8192 // 1024), 1024),
-        (ops._swiglu(14336, ops.TOKENS // 4096), 4096),
-        (ops._add_rms_norm(8192, ops.TOKENS // 4096), 4096),
-        (ops._rms_norm(32768, ops.TOKENS // 4 // 1024), 1024),
+        ("cross_entropy", {"vocab_size": 262_144}, 1024),
+        ("swiglu", {"width": 14336}, 4096),
+        ("add_rms_norm", {"width": 8192}, 4096),
+        ("rms_norm", {"width": 32768}, 1024),
     ],
-    ids=lambda value: value.op if isinstance(value, ops.OpCase) else "",
 )
-def test_an_h200_has_room_for_what_is_right(monkeypatch, case, share):
+def test_an_h200_has_room_for_what_is_right(monkeypatch, name, size, share):
     monkeypatch.setattr(check, "CHUNK", check.CHUNK // share)
+    sizes = next(sizes for sizes in ALL[name].shapes if size.items() <= sizes.items())
+    case = Case(ALL[name], {**sizes, "rows": sizes["rows"] // share})
+    device = torch.device("cpu")
     with Held() as held:
-        inputs = case.make(torch.device("cpu"))
-        right = what_is_right(case.oracle, case.variants["torch"], inputs)
+        inputs = case.arguments(device).positional
+        right = case.right(inputs, device)
     # 139 GiB, of which a context and libraries take some.
     assert sum(t.nbytes for t in inputs) < held.now < held.peak < 120e9 / share, held.peak * share / 1e9
     assert right

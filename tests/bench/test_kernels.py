@@ -1,6 +1,8 @@
 import re
 import sys
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,40 +10,66 @@ import torch
 from tilewright.bench import ops, peers
 from tilewright.bench.ceilings import Ceilings
 from tilewright.bench.kernels import bench_case, kernel_jobs
-from tilewright.bench.ops import OpCase
+from tilewright.bench.ops import Case, cases, small_cases
+from tilewright.bench.peers import Unsupported
 from tilewright.kernels import reference
-from tilewright.kernels.costs import Cost
+from tilewright.kernels.op import ALL, Arguments, Cost, Costs, Op, draw
 
+CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=1e9, matmul=1e9)
 COST = Cost(bytes=1000, flops=1000)
 
 
-def case(missing=(), **variants):
-    own = {"torch": lambda x: x * 2, **variants}
-    return OpCase(
-        "double 4x8",
-        lambda device: (torch.randn(4, 8).bfloat16(),),
-        own,
-        lambda x: x * 2,
-        COST,
-        COST,
-        COST,
-        (),
-        dict(missing),
-        8,
-    )
+def double(x):
+    """Twice x."""
+    return x * 2
+
+
+DOUBLE = Op(
+    function=double,
+    reference=double,
+    kernels=(),
+    arguments=lambda device, dtype, rows, width: Arguments((draw(device, dtype, rows, width),), {}),
+    cost=lambda itemsize, rows, width: Costs.of(COST, COST),
+    shapes=(),
+    examples=(),
+    compiled=(),
+    over="width",
+)
+
+
+@dataclass(frozen=True)
+class Doubled(Case):
+    """A case whose peers are given."""
+
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def forms(self, device):
+        """Return PyTorch's form and the peers'."""
+
+        def missing(reason):
+            raise Unsupported(reason)
+
+        forms = {"torch": lambda: double}
+        for name, peer in self.others.items():
+            forms[name] = (lambda peer=peer: missing(peer)) if isinstance(peer, str) else (lambda peer=peer: peer)
+        return forms
+
+
+def case(**others):
+    return Doubled(DOUBLE, {"rows": 4, "width": 8}, others)
 
 
 def test_every_direction_of_every_variant_is_timed(device):
-    rows = list(bench_case(case(other=lambda x: x + x), torch.device("cpu"), CEILINGS))
-    assert {(row["case"], row["variant"]) for row in rows} == {
-        (f"double 4x8 {direction}", variant) for direction in ("forward", "backward", "both") for variant in ("torch", "other")
-    }
+    rows = list(bench_case(case(other=lambda x: x + x), CPU, CEILINGS))
+    named = {(row["case"].removeprefix("double rows 4 width 8 "), row["variant"]) for row in rows}
+    assert named == {(way, variant) for way in ("forward", "backward", "both") for variant in ("torch", "other")}
     for row in rows:
         seconds = row["p50_ms"] * 1e-3
-        assert row["gb_per_s"] == pytest.approx(1e-6 / seconds)
-        assert row["share_of_roofline"] == pytest.approx(1e-6 / seconds)
-        assert (row["op"], row["size"]) == (row["case"].replace(" 4x8", ""), 8)
+        bytes = 2000 if row["case"].endswith("both") else 1000
+        assert row["gb_per_s"] == pytest.approx(bytes * 1e-9 / seconds)
+        assert row["share_of_roofline"] == pytest.approx(bytes * 1e-9 / seconds)
+        assert (row["op"], row["size"]) == (row["case"].replace(" rows 4 width 8", ""), 8)
         assert row["ready_s"] > 0
 
 
@@ -60,7 +88,7 @@ def test_a_wrong_or_failing_variant_is_named_instead_of_timed():
 
     variants = {"wrong": lambda x: x * 3, "nan": lambda x: x * torch.nan, "failing": failing}
     variants["wrong gradient"] = WrongGradient.apply
-    rows = list(bench_case(case({"peer": "not installed"}, **variants), torch.device("cpu"), CEILINGS))
+    rows = list(bench_case(case(peer="not installed", **variants), CPU, CEILINGS))
     reasons = {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row}
     assert reasons == {
         "peer": "not installed",
@@ -78,7 +106,7 @@ def test_a_wrong_or_failing_variant_is_named_instead_of_timed():
 
 
 def test_a_variant_that_is_less_exact_than_rounding_is_timed_with_a_note():
-    rows = list(bench_case(case(rounded=lambda x: x * 2 * 1.02), torch.device("cpu"), Ceilings(1e12, 1e12)))
+    rows = list(bench_case(case(rounded=lambda x: x * 2 * 1.02), CPU, Ceilings(1e12, 1e12)))
     notes = {row["variant"]: row.get("suspicious") for row in rows if row["case"].endswith("both")}
     assert notes["torch"] is None
     assert re.match(r"result 0 is off by [\d.]+ times .*; gradient 0 is off by", notes["rounded"])
@@ -93,45 +121,48 @@ def test_a_variant_that_fails_while_it_is_timed_is_named():
             raise torch.cuda.OutOfMemoryError("of late")
         return x * 2
 
-    rows = list(bench_case(case(tiring=tiring), torch.device("cpu"), CEILINGS))
+    rows = list(bench_case(case(tiring=tiring), CPU, CEILINGS))
     assert [row for row in rows if "not_measured" in row] == [
-        {"case": "double 4x8 forward", "variant": "tiring", "not_measured": "OutOfMemoryError: of late"}
+        {"case": "double rows 4 width 8 forward", "variant": "tiring", "not_measured": "OutOfMemoryError: of late"}
     ]
     assert sum(row["variant"] == "torch" for row in rows) == 3
 
 
 def test_a_result_above_the_ceiling_is_flagged():
-    rows = list(bench_case(case(), torch.device("cpu"), Ceilings(copy=1e3, matmul=1e3)))
+    rows = list(bench_case(case(), CPU, Ceilings(copy=1e3, matmul=1e3)))
     assert all(row["suspicious"] == "above the ceiling" for row in rows)
 
 
-def test_every_case_can_be_made_and_agrees_with_pytorch(monkeypatch):
+@pytest.mark.parametrize("small", [*small_cases("own"), *small_cases("attention")], ids=lambda case: case.name)
+def test_every_op_can_be_measured_beside_pytorch(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    for made in ops.small_cases():
-        rows = list(bench_case(made, torch.device("cpu"), CEILINGS))
-        assert {row["variant"] for row in rows if "p50_ms" in row} >= {"tilewright", "torch", "torch.compile"}, rows
-        named = {row["variant"]: row["not_measured"] for row in rows if "p50_ms" not in row}
-        assert all(named[peer] == reason for peer, reason in made.missing.items())
+    rows = list(bench_case(small, CPU, CEILINGS))
+    timed = {row["variant"] for row in rows if "p50_ms" in row}
+    beside = {"SDPA math"} if small.op.group == "attention" else {"torch", "torch.compile"}
+    assert timed >= {"tilewright"} | beside, rows
 
 
-def test_a_bench_whose_time_ends_has_seen_every_op():
-    cases = list(ops.op_cases())
-    names = [case.op for case in cases]
-    assert set(names[:6]) == set(names) == {case.op for case in ops.small_cases()}
-    assert len({case.name for case in cases}) == len(cases)
-    assert [job.case for job in kernel_jobs(torch.device("cpu"), CEILINGS)] == [case.name for case in cases]
+@pytest.mark.parametrize("group", ["own", "attention"])
+def test_a_bench_whose_time_ends_has_seen_every_op(group):
+    found = list(cases(group))
+    names = [case.op.name for case in found]
+    first = len(set(names))
+    assert set(names[:first]) == set(names) == {name for name, op in ALL.items() if op.group == group}
+    assert len({case.name for case in found}) == len(found)
+    assert [job.case for job in kernel_jobs(group, CPU, CEILINGS)] == [case.name for case in found]
 
 
 def test_a_peer_that_is_not_there_is_named_with_its_remedy(monkeypatch):
-    assert peers.find("no_such_peer").reason == "not installed: pip install no_such_peer"
+    with pytest.raises(Unsupported, match="not installed: pip install no_such_peer"):
+        peers.find("no_such_peer")
     monkeypatch.setitem(sys.modules, "quack", SimpleNamespace())
-    peers.find.cache_clear()
-    assert peers.find("quack", "rmsnorm").reason.startswith("AttributeError")
+    peers._find.cache_clear()
+    with pytest.raises(Unsupported, match="AttributeError"):
+        peers.find("quack", "rmsnorm")
     monkeypatch.setitem(sys.modules, "quack", SimpleNamespace(rmsnorm=abs))
-    peers.find.cache_clear()
+    peers._find.cache_clear()
     assert peers.find("quack", "rmsnorm") is abs
-    assert peers.adapt(abs, lambda peer: peer) is abs
-    peers.find.cache_clear()
+    peers._find.cache_clear()
 
 
 def rmsnorm(x, weight, residual=None, eps=1e-6, prenorm=False):
@@ -142,23 +173,27 @@ def rmsnorm(x, weight, residual=None, eps=1e-6, prenorm=False):
 
 
 def test_the_adapters_of_quack(monkeypatch):
-    def cross_entropy(x, target):
-        return reference.cross_entropy(x, target)
-
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setitem(sys.modules, "quack", SimpleNamespace(rmsnorm=rmsnorm, cross_entropy=cross_entropy))
-    peers.find.cache_clear()
-    adapted = [case for case in ops.small_cases() if "quack" in case.variants]
-    peers.find.cache_clear()
-    assert [case.op for case in adapted] == ["rms_norm", "add_rms_norm", "cross_entropy"]
-    for made in adapted:
-        rows = [row for row in bench_case(made, torch.device("cpu"), CEILINGS) if row["variant"] == "quack"]
+    quack = SimpleNamespace(rmsnorm=rmsnorm, cross_entropy=lambda x, target: reference.cross_entropy(x, target))
+    monkeypatch.setitem(sys.modules, "quack", quack)
+    peers._find.cache_clear()
+    for small in (Case(ALL[name], ALL[name].examples[0]) for name in ("rms_norm", "add_rms_norm", "cross_entropy")):
+        rows = [row for row in bench_case(small, CPU, CEILINGS) if row["variant"] == "quack"]
         assert len(rows) == 3
         assert all("p50_ms" in row for row in rows), rows
+    peers._find.cache_clear()
+
+
+def test_a_peer_that_computes_gradients_forward_is_timed_both_ways_only():
+    swiglu = Case(ALL["swiglu"], ALL["swiglu"].examples[0])
+    assert [way for way in swiglu.costs() if swiglu.is_timed("liger", way)] == ["both"]
+    assert [way for way in swiglu.costs() if swiglu.is_timed("torch", way)] == ["forward", "backward", "both"]
+    assert list(Case(ALL["linear_cross_entropy"], ALL["linear_cross_entropy"].shapes[0]).costs()) == ["both"]
 
 
 @pytest.mark.gpu
-def test_a_case_is_measured_on_a_gpu():
-    rows = list(bench_case(ops._rms_norm(1024), torch.device("cuda"), Ceilings(4.8e12, 1e15)))
-    assert {row["variant"] for row in rows} >= {"tilewright", "torch", "torch.compile"}
-    assert all(0 < row["share_of_roofline"] <= 1 for row in rows)
+@pytest.mark.parametrize("op", [op for op in ALL.values() if op.group == "own"], ids=lambda op: op.name)
+def test_a_case_is_measured_on_a_gpu(op):
+    rows = list(bench_case(ops.Case(op, op.shapes[-1]), torch.device("cuda"), Ceilings(4.8e12, 1e15)))
+    assert {row["variant"] for row in rows if "p50_ms" in row} >= {"tilewright", "torch", "torch.compile"}
+    assert all(0 < row["share_of_roofline"] <= 1 for row in rows if "p50_ms" in row)

@@ -2,17 +2,17 @@ import dataclasses
 import io
 import json
 import shutil
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from rich.console import Console
 
 from tilewright.bench import TuneConfig, run_tune, tune
-from tilewright.bench.attention_cases import AttentionCase
 from tilewright.bench.timing import Times
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
-from tilewright.kernels.attention import launch
+from tilewright.kernels.attention import configurations
 from tilewright.kernels.attention.configurations import (
     LaunchConfig,
     read_configurations,
@@ -33,25 +33,34 @@ interpreted = pytest.mark.skipif(
 def shipped(tmp_path, monkeypatch):
     """A copy of the shipped file, which the functions write to instead."""
     path = tmp_path / "configurations.json"
-    shutil.copyfile(launch.CONFIGURATIONS, path)
-    monkeypatch.setattr(launch, "CONFIGURATIONS", path)
+    shutil.copyfile(configurations.CONFIGURATIONS, path)
+    monkeypatch.setattr(configurations, "CONFIGURATIONS", path)
     read_configurations.cache_clear()
     yield path
     read_configurations.cache_clear()
 
 
-class HalfCase(AttentionCase):
-    """In float16, which the interpreter multiplies rightly."""
+class Compiled(NamedTuple):
+    """In place of a kernel that is compiled: what it would be compiled for."""
 
-    def make(self, device, seed=0):
-        return tuple(t.half() for t in super().make(device, seed))
+    name: str
+    config: LaunchConfig
+    sizes: dict[str, Any]
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda *_: GRID)
+    # The interpreter multiplies float16 rightly, and bfloat16 not.
+    monkeypatch.setattr(tune, "DTYPE", torch.float16)
     monkeypatch.setattr(
-        tune, "case_of", lambda kernel, head_dim: HalfCase(1, 2, 1, 1 if kernel == "decode" else 40, 40, head_dim)
+        tune, "compiled", lambda kernel, generation, key, config, shapes: (Compiled("served", config, each) for each in shapes)
+    )
+    sizes = {"batch": 1, "num_heads": 2, "num_kv_heads": 1, "num_keys": 40}
+    monkeypatch.setattr(
+        tune,
+        "sizes_of",
+        lambda kernel, head_dim: sizes | {"num_queries": 1 if kernel == "decode" else 40, "head_dim": head_dim},
     )
     with use_backend("triton"):
         yield
@@ -113,20 +122,18 @@ def test_the_fastest_is_written_and_no_other_line_changes(kernel, shipped, small
 @interpreted
 def test_what_the_compiler_spoils_is_not_timed_nor_shipped(shipped, small, monkeypatch):
     before = shipped.read_bytes()
-    monkeypatch.setitem(tune.COMPILED, "half", (8, 16))
 
     def inspector(case, generation):
         assert generation == "sm_90"
-        blocks = case.constants["BLOCK_M"], case.constants["BLOCK_N"]
-        if blocks == (16, 16):
+        if case.config == GRID[0]:
             return "spills 8 bytes"
         # Fine as it is timed, but not with every option that it would ship with.
-        return "spills 4 bytes" if blocks in ((32, 16), (16, 32)) and case.constants["HEAD_DIM"] == 8 else None
+        return "spills 4 bytes" if case.config in GRID[1:] and "dtype" in case.sizes else None
 
     rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), inspector, timer(*names(GRID))))
     assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {names(GRID)[0]: "spills 8 bytes"}
-    spoilt = [f"attention forward 8 bf16 {form}causal: spills 4 bytes" for form in ("", "tma ")]
-    assert [(row["verdict"], row["shipped"]) for row in rows[:3]] == [(spoilt[0], False), (spoilt[1], False), ("chosen", True)]
+    spoilt = "served: spills 4 bytes"
+    assert [(row["verdict"], row["shipped"]) for row in rows[:3]] == [(spoilt, False), (spoilt, False), ("chosen", True)]
     assert shipped.read_bytes() == before
 
 
@@ -144,7 +151,7 @@ def test_a_wrong_or_failing_configuration_is_not_timed(shipped, small, monkeypat
     monkeypatch.setattr(tune, "attention", attention)
     rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), no_flaw, timer(*names(GRID))))
     assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {
-        names(GRID)[0]: "RuntimeError: out of resources", names(GRID)[1]: "wrong: o of a token is off by nan%",
+        names(GRID)[0]: "RuntimeError: out of resources", names(GRID)[1]: "wrong: result 0 of a token is off by nan%",
     }  # fmt: skip
     assert read_configurations()[KEY] == GRID[2]
 
@@ -189,7 +196,7 @@ def test_each_kernel_and_head_dim_is_a_job_of_its_own():
 
 @pytest.mark.gpu
 def test_a_kernel_is_tuned_on_a_gpu(shipped, monkeypatch):
-    everything = tune.candidates("forward", launch.generation_at(torch.device("cuda")), 64)
+    everything = tune.candidates("forward", configurations.generation_at(torch.device("cuda")), 64)
     monkeypatch.setattr(tune, "candidates", lambda *_: everything[:4])
     rows = list(tune.tune_kernel("forward", 64, torch.device("cuda")))
     assert [row["verdict"] for row in rows].count("chosen") == 1

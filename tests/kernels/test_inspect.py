@@ -9,6 +9,7 @@ import pytest
 
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, _occupancy
+from tilewright.kernels.op import ALL
 
 SCRIPT = """
 import dataclasses, json, re, sys
@@ -19,8 +20,8 @@ for case in all_cases(sys.argv[1]):
 """
 # sm_86 has the instructions of sm_80 and less shared memory, which only the widest tiles ask for. All its
 # kernels would take the compiler another minute; `tilewright bench inspect` shows them.
-CHOSEN = {"sm_80": "", "sm_86": r"attention (forward|backward_\w+) (128|256) ", "sm_90": "", "sm_100": ""}
-OPS = {"rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy", "attention"}
+CHOSEN = {"sm_80": "", "sm_86": r"attention_(forward|backward_\w+) .* K(128|256) ", "sm_90": "", "sm_100": ""}
+ATTENTION = {"attention_forward", "attention_backward_q", "attention_backward_kv"}
 # What multiplies matrices of half precision in attention's kernels.
 MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}}
 
@@ -40,17 +41,16 @@ def compile_all(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_asks_for_too_much(architecture):
     reports = compile_all(architecture)
-    assert {report["name"].split()[0] for report in reports} == ({"attention"} if CHOSEN[architecture] else OPS)
+    kernels = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
+    assert {report["name"].split()[0] for report in reports} == (ATTENTION if CHOSEN[architecture] else kernels)
     for report in reports:
         assert report["spilled_bytes"] == 0, report
         assert report["shared_bytes"] <= ARCHITECTURES[architecture].shared_bytes_per_program, report
         assert report["registers"] <= 255, report
         assert report["occupancy"] > 0, report
-        words = report["name"].split()
-        if words[0] == "attention" and words[1] != "combine" and words[3] == "bf16":
-            # Hopper's wants 64 rows, which decoding does not always have.
-            allowed = MATRIX_INSTRUCTIONS[architecture] | ({"mma"} if words[1] == "decode" else set())
-            assert report["matrix_instruction"] in allowed, report
+        kernel, *_, dtype = report["name"].split()
+        if kernel in ATTENTION and dtype == "bf16":
+            assert report["matrix_instruction"] in MATRIX_INSTRUCTIONS[architecture], report
 
 
 def test_occupancy_by_hand():
@@ -74,3 +74,29 @@ def test_occupancy_by_hand():
 )
 def test_the_width_of_loads_is_read_from_ptx(ptx, width):
     assert _load_bytes(ptx) == width
+
+
+TYPES = """
+import torch
+from tilewright.kernels.inspect import kernel_case, launches
+from tilewright.kernels.launch import Launch
+from tilewright.kernels.op import ALL
+from tilewright.kernels.swiglu import swiglu_forward
+x, odd = torch.empty(4, 32, dtype=torch.bfloat16, device="meta"), torch.empty(33, device="meta")[1:]
+launch = Launch(swiglu_forward, (x, odd, x, 32, 2**31, 7, 1, 32, 3), {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 32, "num_warps": 2})
+case = kernel_case(launch, "name")
+assert dict(case.types)["gate_ptr"] == "*bf16" and dict(case.types)["up_ptr"] == "*fp32", case
+assert dict(case.types)["gate_row_stride"] == "i32" and dict(case.types)["up_row_stride"] == "i64", case
+assert {"gate_ptr", "gate_row_stride"} <= set(case.aligned) and "y_row_stride" not in case.aligned, case
+assert case.num_warps == 2 and dict(case.constants)["BLOCK_ROWS"] == 4, case
+sizes = {"rows": 64, "width": 2048, "dtype": torch.bfloat16}
+names = [case.kernel.__name__ for case in launches(ALL["swiglu"], sizes, "sm_90")]
+assert names == ["swiglu_forward", "swiglu_backward"], names
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+def test_what_is_compiled_is_what_a_call_launches():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    shown = subprocess.run([sys.executable, "-c", TYPES], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr[-2000:]

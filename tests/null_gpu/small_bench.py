@@ -5,15 +5,15 @@ workers are processes of their own, which get the same changes.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from tilewright.bench import attention, attention_cases, attention_peers, check, kernels, ops, training, tune, worker
-from tilewright.bench.attention_cases import AttentionCase
+from tilewright.bench import attention_oracle, check, kernels, op_peers, ops, training, tune, worker
 from tilewright.cli import main
+from tilewright.kernels.op import Sizes
 from tilewright.train.trainer import Trainer
 
 
@@ -29,28 +29,15 @@ class _Shape:
             raise check.WrongError(f"{what} is {own.dtype} {tuple(own.shape)} instead of {self.dtype} {tuple(self.shape)}")
 
 
-def _check_attention(own: Sequence[Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    for tensor, name in zip(own, names, strict=True):
-        if tensor.shape != right[name].shape:
-            raise attention_peers.Unsupported(f"wrong: {name} has the shape {tuple(tensor.shape)}")
-
-
 def _no_error(own: Tensor, right: Tensor) -> float:
     assert own.shape == right.shape
     return 0.0
 
 
-def _exact(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
+def _exact(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
     # The reference loops over pieces of long sequences: minutes of a host for values that nobody looks at.
-    results = {"o": q} | ({"dq": q, "dk": k, "dv": v} if "backward" in case.costs else {})
-    return {name: like.new_zeros(like.shape) for name, like in results.items()}
-
-
-def _installed_peers() -> tuple[dict[str, attention_peers.Peer], dict[str, str]]:
-    """Return the peers without cuDNN."""
-    peers, missing = attention_peers.installed_peers()
-    del peers["SDPA cuDNN"]
-    return peers, missing
+    names = ("result 0", "gradient 0", "gradient 1", "gradient 2") if q.requires_grad else ("result 0",)
+    return {name: like.new_zeros(like.shape) for name, like in zip(names, (q, q, k, v), strict=False)}
 
 
 def _shares(trainer: Trainer, step_s: float) -> dict[str, float]:
@@ -58,34 +45,35 @@ def _shares(trainer: Trainer, step_s: float) -> dict[str, float]:
     return {"matmul": 0.5, "attention": 0.25, "idle": 0.25}
 
 
-def _attention_cases() -> list[AttentionCase]:
-    """Return one shape of each kind, at full size: memory costs nothing here."""
-    first_of_kind = {}
-    for case in attention_cases.attention_cases():
-        kind = (case.head_dim, case.window is None, case.document_lengths is None, case.num_queries == 1, case.num_kv_heads)
-        first_of_kind.setdefault(kind, case)
-    return [*first_of_kind.values()]
-
-
-def _op_cases() -> list[ops.OpCase]:
-    """Return one shape of each op, at full size."""
-    first_of_op: dict[str, ops.OpCase] = {}
-    for case in ops.op_cases():
-        first_of_op.setdefault(case.op, case)
-    return [*first_of_op.values()]
+def _cases(group: str) -> Iterator[ops.Case]:
+    """Yield one shape of each kind, at full size: memory costs nothing here."""
+    kinds = set()
+    for case in ops.cases(group):
+        sizes = case.sizes
+        special = [name in sizes for name in ("window", "document_lengths")]
+        kind = (
+            case.op.name,
+            *special,
+            *(sizes.get(name) for name in ("head_dim", "num_kv_heads")),
+            sizes.get("num_queries") == 1,
+        )
+        if kind not in kinds:
+            kinds.add(kind)
+            yield case
 
 
 def change() -> None:
     """Leave out the checks of values, and what takes a host minutes, in this process and in its workers."""
     # Where cuDNN makes no plan, as here, PyTorch dereferences a null pointer at the second call.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    attention = {name: peer for name, peer in op_peers.PEERS["attention"].items() if name != "SDPA cuDNN"}
+    peers = {**op_peers.PEERS, "attention": attention}
     for owner, name, instead in (
         (check, "Right", _Shape),
-        (attention, "_check", _check_attention),
-        (attention, "exact", _exact),
-        (attention, "attention_cases", _attention_cases),
-        (attention, "installed_peers", _installed_peers),
-        (kernels, "op_cases", _op_cases),
+        (attention_oracle, "exact", _exact),
+        (attention_oracle, "error_of", _no_error),
+        (ops, "PEERS", peers),
+        (kernels, "cases", _cases),
         (training, "_profile", _shares),
         (tune, "exact", _exact),
         (tune, "error_of", _no_error),

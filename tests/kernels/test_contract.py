@@ -1,0 +1,325 @@
+"""What every op promises, whatever it computes: an op that enters `ALL` is held to all of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import oracle
+import tilewright.kernels
+from tilewright.kernels import use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.op import ALL, Op, Sizes
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+EXAMPLES = [pytest.param(op, sizes, id=op.label(sizes)) for op in ALL.values() for sizes in op.examples]
+OPS = [pytest.param(op, id=op.name) for op in ALL.values()]
+every_example = pytest.mark.parametrize(("op", "sizes"), EXAMPLES)
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def drawn_like(results: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same random gradients each time."""
+    generator = torch.Generator(results[0].device).manual_seed(1)
+    return [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in results]
+
+
+class Call:
+    """A call of an op with drawn arguments."""
+
+    def __init__(self, op: Op, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.op = op
+        positional, self.options = op.arguments(device, dtype, **sizes)
+        # Sinks are an option that is trained.
+        self.values = [*positional, *self.options.values()]
+        self.num_positional = len(positional)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The tensors that want a gradient."""
+        return [x for x in self.values if isinstance(x, Tensor) and x.requires_grad]
+
+    def run(self, *values: Any, function: Any = None) -> tuple[Tensor, ...]:
+        """Return the results, for `values` in the place of those drawn."""
+        values = values or tuple(self.values)
+        options = dict(zip(self.options, values[self.num_positional :], strict=True))
+        results = (function or self.op.function)(*values[: self.num_positional], **options)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(y for y in results if y is not None)
+
+    def gradients(self, results: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
+        """Return the gradients of the differentiable results by all that is trained."""
+        results = [y for y in results if y.requires_grad]
+        return torch.autograd.grad(results, self.trained, drawn_like(results), **options)
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with use_backend("triton"):
+        yield
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether tensors have equal bits."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def close(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Whether tensors differ by rounding only."""
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the calls of the project's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tilewright":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_public_op_has_a_record():
+    functions = {name for name in dir(tilewright.kernels) if name in ALL}
+    assert functions == ALL.keys()
+    for op in ALL.values():
+        assert getattr(tilewright.kernels, op.name) is op.function
+        assert op.function.__doc__
+        assert op.examples
+        assert op.shapes
+        assert op.compiled
+
+
+@every_op
+def test_a_trace_says_whose_a_kernel_is(op):
+    names = tuple(ALL)
+    assert op.kernels
+    for kernel in op.kernels:
+        assert kernel.__name__.startswith(names)
+        assert ALL[max((name for name in names if kernel.__name__.startswith(name)), key=len)].group == op.group
+
+
+@every_op
+def test_costs_are_those_of_the_sizes(op):
+    for sizes in op.shapes:
+        forward, backward, both = op.cost(2, **sizes)
+        assert both.bytes > 0
+        assert both.flops > 0
+        if forward is not None and backward is not None:
+            assert both == forward + backward
+    assert len({op.label(sizes) for sizes in op.shapes}) == len(op.shapes)
+    assert {op.over} <= op.shapes[0].keys()
+
+
+@every_example
+def test_it_launches_its_kernels_and_no_other(op, sizes, device, monkeypatch):
+    launched = set()
+    for kernel in {kernel.__name__: kernel for other in ALL.values() for kernel in other.kernels}.values():
+        kernel.add_pre_run_hook(lambda *args, name=kernel.__name__, **kwargs: launched.add(name))
+    try:
+        call = Call(op, sizes, device)
+        call.gradients(call.run())
+    finally:
+        for other in ALL.values():
+            for kernel in other.kernels:
+                kernel.pre_run_hooks.clear()
+    assert launched
+    assert launched <= {kernel.__name__ for kernel in op.kernels}
+
+
+@pytest.mark.slow
+@every_example
+def test_its_ops_are_registered_as_pytorch_asks(op, sizes, device):
+    call = Call(op, sizes, device)
+    with Seen() as seen:
+        call.gradients(call.run())
+    assert seen.calls
+    for function, args in seen.calls:
+        torch.library.opcheck(function, tuple(x.detach() if isinstance(x, Tensor) else x for x in args))
+    forward, args = seen.calls[0]
+    trained = {id(x) for x in call.trained}
+    leaves = (x.detach().requires_grad_() if isinstance(x, Tensor) and id(x) in trained else x for x in args)
+    torch.library.opcheck(forward, tuple(leaves))
+
+
+@every_example
+def test_results_that_hold_nothing_have_the_layout_of_real_ones(op, sizes, device):
+    call = Call(op, sizes, device)
+    real = call.run()
+    real_gradients = call.gradients(real)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {id(x): mode.from_tensor(x) for x in call.values if isinstance(x, Tensor)}
+        fake = Call(op, sizes, device)
+        fake.values = [fakes.get(id(x), x) for x in call.values]
+        results = fake.run()
+        gradients = fake.gradients(results)
+    for own, right in zip((*results, *gradients), (*real, *real_gradients), strict=True):
+        assert (own.shape, own.dtype, own.stride()) == (right.shape, right.dtype, right.stride())
+
+
+@every_example
+def test_on_the_device_meta(op, sizes, device):
+    with use_backend("auto"):
+        call, real = Call(op, sizes, torch.device("meta")), Call(op, sizes, device)
+        for own, right in zip(call.run(), real.run(), strict=True):
+            assert own.is_meta
+            assert (own.shape, own.dtype) == (right.shape, right.dtype)
+
+
+@pytest.mark.slow
+@every_example
+def test_compiled_as_one_graph_it_gives_the_same_bits(op, sizes, device):
+    call = Call(op, sizes, device)
+    compiled = torch.compile(call.op.function, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    expected, actual = call.run(), call.run(function=compiled)
+    assert equal(actual, expected)
+    assert equal(call.gradients(actual), call.gradients(expected))
+
+
+@every_example
+def test_equal_calls_give_equal_bits(op, sizes, device):
+    call = Call(op, sizes, device)
+    first, second = call.run(), call.run()
+    assert equal(first, second)
+    assert equal(call.gradients(first), call.gradients(second))
+
+
+@every_example
+def test_a_second_derivative_is_an_error_and_no_zero(op, sizes, device):
+    call = Call(op, sizes, device)
+    gradients = call.gradients(call.run(), create_graph=True)
+    total = sum((gradient.square().sum() for gradient in gradients), torch.zeros((), device=device))
+    if not total.requires_grad:
+        # A linear op, whose gradient does not depend on its inputs.
+        return
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        torch.autograd.grad(total, call.trained)
+
+
+@every_example
+def test_forward_mode_gives_the_tangents_of_the_reference(op, sizes, device):
+    call = Call(op, sizes, device)
+    at = [i for i, x in enumerate(call.values) if isinstance(x, Tensor) and x.requires_grad]
+
+    def of_trained(*trained: Tensor) -> tuple[Tensor, ...]:
+        values = list(call.values)
+        for i, x in zip(at, trained, strict=True):
+            values[i] = x
+        return tuple(y for y in call.run(*values) if y.is_floating_point())
+
+    primals = tuple(x.detach() for x in call.trained)
+    tangents = tuple(torch.randn_like(x) for x in primals)
+    _, actual = torch.func.jvp(of_trained, primals, tangents)
+    assert any(tangent.abs().max() > 0 for tangent in actual)
+    with use_backend("reference"):
+        close(actual, torch.func.jvp(of_trained, primals, tangents)[1])
+
+
+@every_example
+def test_the_transforms_of_torch_func(op, sizes, device):
+    calls = [Call(op, sizes, device, seed=seed) for seed in (0, 1)]
+    first = calls[0]
+    tensors = [isinstance(x, Tensor) for x in first.values]
+    stacked = [torch.stack([c.values[i].detach() for c in calls]) if of else first.values[i] for i, of in enumerate(tensors)]
+    mapped = torch.func.vmap(first.run, in_dims=tuple(0 if of else None for of in tensors))(*stacked)
+    close(mapped, [torch.stack(results) for results in zip(*(c.run() for c in calls), strict=True)])
+
+    def loss(x: Tensor) -> Tensor:
+        return sum(y.square().sum() for y in first.run(x, *first.values[1:]) if y.is_floating_point())  # pyright: ignore
+
+    x = first.values[0].detach().requires_grad_()
+    close([torch.func.grad(loss)(x.detach())], torch.autograd.grad(loss(x), x))
+
+
+@every_example
+def test_nothing_at_all(op, sizes, device):
+    first = next(iter(sizes))
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            call = Call(op, {**sizes, first: 0}, device)
+            results = call.run()
+            assert all(torch.isfinite(y).all() for y in results)
+            assert all(gradient.count_nonzero() == 0 for gradient in call.gradients(results))
+
+
+@every_example
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(op, sizes, device, use_reentrant):
+    call = Call(op, sizes, device)
+    results = call.run()
+    again = checkpoint(call.run, *call.values, use_reentrant=use_reentrant)
+    assert equal(again, results)
+    expected = call.gradients(results)
+    for x in call.trained:
+        x.grad = None
+    differentiable = [y for y in again if y.requires_grad]
+    torch.autograd.backward(differentiable, drawn_like(differentiable))
+    assert equal([x.grad for x in call.trained], expected)
+
+
+@every_example
+def test_products_alone_are_counted_as_flops(op, sizes, device):
+    call = Call(op, sizes, device)
+    with FlopCounterMode(display=False) as counter:
+        call.gradients(call.run())
+    assert (counter.get_total_flops() > 0) == (op.bound_by == "flops")
+
+
+@every_example
+def test_tensors_of_two_devices_are_refused(op, sizes, device):
+    call = Call(op, sizes, device)
+    for backend in ("triton", "reference"):
+        for i, x in enumerate(call.values[1:], 1):
+            if isinstance(x, Tensor):
+                values = list(call.values)
+                values[i] = x.detach().to("meta")
+                with use_backend(backend), pytest.raises(ValueError, match="on meta: allowed is"):
+                    call.run(*values)
+
+
+@every_example
+def test_float64_runs_the_reference_and_integers_are_refused(op, sizes, device):
+    call = Call(op, sizes, device, torch.float64)
+    results = call.run()
+    with use_backend("reference"):
+        assert equal(results, call.run())
+    for backend in ("triton", "reference"):
+        with use_backend(backend), pytest.raises(ValueError, match=r"dtype torch\.int64: allowed is torch\.float32"):
+            call.run(call.values[0].detach().long(), *call.values[1:])
+
+
+@pytest.mark.gpu
+@every_example
+def test_it_runs_inside_a_cuda_graph_without_synchronising(op, sizes, device):
+    call = Call(op, sizes, device, torch.bfloat16)
+
+    def step() -> tuple[Tensor, ...]:
+        results = call.run()
+        return *(y.detach() for y in results), *call.gradients(results)
+
+    oracle.assert_replays(step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ALL.values() if op.huge])
+def test_more_elements_than_32_bits_count(op):
+    device = torch.device("cuda")
+    call = Call(op, op.huge, device, torch.bfloat16)
+    # The last of the first dimension alone: what comes before it must not matter.
+    result = call.run()[0]
+    (gradient, *_) = call.gradients([result])
+    assert result.numel() > 2**31 or call.values[0].numel() > 2**31
+    assert torch.isfinite(result[-1]).all()
+    assert torch.isfinite(gradient[-1]).all()
+    assert gradient[-1].count_nonzero() > gradient[-1].numel() // 2
