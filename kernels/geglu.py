@@ -1,0 +1,181 @@
+"""GEGLU: y = gelu(gate) * up, forward and backward in one pass over memory each, split or packed."""
+
+from collections.abc import Iterator
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_choice
+from .dispatch import jit, tl, use_triton
+from .gated import (
+    SIZES,
+    check_gated,
+    empty_gradients,
+    empty_result,
+    gated_tile,
+    halves,
+    launch_config,
+    launch_gated,
+    load_tile,
+    store_tile,
+    wanted_halves,
+)
+from .inspect import KernelCase
+from .reference import GeluApproximation
+from .shared import count_no_flops, register_fake
+
+
+@jit
+def _gelu(gate, TANH: tl.constexpr):
+    # Returns p and gate * p' where gelu(gate) = gate * p, p the share of a normal distribution below gate.
+    if TANH:
+        # (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (gate + 0.044715 gate^3): loses nothing where tanh is near -1.
+        square = gate * gate
+        share = 1.0 / (1.0 + tl.exp(-gate * (1.5957691216057308 + 0.07135481282605887 * square)))
+        slope = gate * share * (1.0 - share) * (1.5957691216057308 + 0.2140644384781766 * square)
+    else:
+        share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+        slope = gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    return share, slope
+
+
+@jit(do_not_specialize=SIZES)
+def geglu_forward(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    gate_row_stride,
+    up_row_stride,
+    y_row_stride,
+    num_rows,
+    width,
+    num_column_blocks,
+    TANH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Write one tile of the result."""
+    rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
+    gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
+    up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
+    share, _ = _gelu(gate, TANH)
+    store_tile(y_ptr, rows, y_row_stride, columns, gate * share * up, mask)
+
+
+@jit(do_not_specialize=SIZES)
+def geglu_backward(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    dy_row_stride,
+    gate_row_stride,
+    up_row_stride,
+    dgate_row_stride,
+    dup_row_stride,
+    num_rows,
+    width,
+    num_column_blocks,
+    TANH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Write one tile of the gradients; that of gate or of up is None where it is not needed."""
+    rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
+    dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
+    gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
+    if dgate_ptr is not None:
+        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
+    # With gelu(gate) = gate * p: dup = dy * gate * p, dgate = dy * up * (p + gate * p').
+    share, slope = _gelu(gate, TANH)
+    if dgate_ptr is not None:
+        store_tile(dgate_ptr, rows, dgate_row_stride, columns, dy * up * (share + slope), mask)
+    if dup_ptr is not None:
+        store_tile(dup_ptr, rows, dup_row_stride, columns, dy * gate * share, mask)
+
+
+@torch.library.custom_op("tilewright::geglu", mutates_args=())
+def _geglu(gate: Tensor, up: Tensor | None, approximate: str) -> Tensor:
+    y = empty_result(gate, up)
+    launch_gated(geglu_forward, halves(gate, up), (y,), TANH=approximate == "tanh")
+    return y
+
+
+@register_fake(_geglu)
+def _(gate, up, approximate):
+    return empty_result(gate, up)
+
+
+@torch.library.custom_op("tilewright::geglu_backward", mutates_args=())
+def _geglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor | None, approximate: str, needs_gate: bool, needs_up: bool
+) -> tuple[Tensor, Tensor]:
+    gradients = empty_gradients(gate, up, needs_gate, needs_up)
+    outputs = wanted_halves(gradients, up is None, needs_gate, needs_up)
+    launch_gated(geglu_backward, (dy, *halves(gate, up)), outputs, TANH=approximate == "tanh")
+    return gradients
+
+
+@register_fake(_geglu_backward)
+def _(dy, gate, up, approximate, needs_gate, needs_up):
+    return empty_gradients(gate, up, needs_gate, needs_up)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.approximate = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy: Tensor):
+    needs_gate, needs_up = ctx.needs_input_grad[:2]
+    dgate, dup = torch.ops.tilewright.geglu_backward(dy, *ctx.saved_tensors, ctx.approximate, needs_gate, needs_up)
+    return dgate if needs_gate else None, dup if needs_up else None, None
+
+
+# No autocast rule: gelu and mul have none in PyTorch either, they compute in the dtypes that they are given.
+_geglu.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+count_no_flops(torch.ops.tilewright.geglu, torch.ops.tilewright.geglu_backward)
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, approximate: GeluApproximation = "tanh") -> Tensor:
+    """Return gelu(gate) * up (Shazeer 2020, eq. 7), elementwise, computed in float32 and rounded once.
+
+    approximate="tanh" is the form of GPT-2 and Gemma, "none" the error function, as in torch.nn.functional.gelu (Hendrycks &
+    Gimpel 2016, section 2).
+
+    gate, up (..., F) -> (..., F); with `up` omitted, `gate` is packed (..., 2F), gate before up, and so is its gradient,
+    which the backward kernel writes in place of a concatenation. float32, float16, bfloat16; where gate and up differ, the
+    result has the dtype that PyTorch promotes both to. float64 runs the reference. Only the inputs are kept for the backward
+    pass, which computes the gradients that are needed. Slices and repeated rows are read in place; rows that no one stride
+    reaches, or whose elements are no neighbours, are copied.
+    """
+    check_gated(gate, up)
+    check_choice("approximate", approximate, get_args(GeluApproximation))
+    if use_triton(gate, up):
+        return torch.ops.tilewright.geglu(gate, up, approximate)
+    return reference.geglu(gate, up, approximate)
+
+
+def compile_cases() -> Iterator[KernelCase]:
+    """Yield both kernels as they are launched for GPT-2 small and XL and Llama 3 8B, 8192 tokens, split and packed."""
+    tokens = 8192
+    for dtype, element_size in (("bf16", 2), ("fp32", 4)):
+        for d_ff in (3072, 6400, 14336):
+            for form, num_rows, width in (("split", 1, tokens * d_ff), ("packed", tokens, d_ff)):
+                config = launch_config(num_rows, width, element_size)
+                num_warps = config.pop("num_warps")
+                constants = config | {"TANH": True}
+                for direction, kernel in (("forward", geglu_forward), ("backward", geglu_backward)):
+                    types = {
+                        name: f"*{dtype}" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "i32"
+                        for name in kernel.arg_names
+                        if name not in constants
+                    }
+                    aligned = ("width", *(name for name in types if name.endswith("_stride")))
+                    name = f"geglu {direction} {form} F {d_ff} {dtype}"
+                    yield KernelCase(name, kernel, types, constants, num_warps, aligned=aligned)
