@@ -31,10 +31,14 @@ from .shared import count_no_flops, register_fake
 def _gelu(gate, TANH: tl.constexpr):
     # Returns p and gate * p' where gelu(gate) = gate * p, p the share of a normal distribution below gate.
     if TANH:
-        # (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (gate + 0.044715 gate^3): loses nothing where tanh is near -1.
+        # (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (gate + 0.044715 gate^3); with e = exp(-2 abs(u)) neither the
+        # share nor its slope is a difference of almost equal numbers.
         square = gate * gate
-        share = 1.0 / (1.0 + tl.exp(-gate * (1.5957691216057308 + 0.07135481282605887 * square)))
-        slope = gate * share * (1.0 - share) * (1.5957691216057308 + 0.2140644384781766 * square)
+        double_u = gate * (1.5957691216057308 + 0.07135481282605887 * square)
+        e = tl.exp(-tl.abs(double_u))
+        inverse = 1.0 / (1.0 + e)
+        share = tl.where(double_u < 0.0, e * inverse, inverse)
+        slope = gate * e * inverse * inverse * (1.5957691216057308 + 0.2140644384781766 * square)
     else:
         share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
         slope = gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327

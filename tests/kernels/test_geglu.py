@@ -8,11 +8,7 @@ from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import geglu, reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
 
-pytestmark = [
-    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
-    # exp(-u) is meant to overflow to infinity; only the interpreter's numpy says so.
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
-]
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -32,7 +28,8 @@ def check(inputs, dy, approximate):
     exact = gradients(reference.geglu, [x.double() for x in inputs], dy.double(), approximate)
     names = ("y", "dgate", "dup") if len(inputs) == 2 else ("y", "dgate_up")
     for what, *tensors in zip(names, actual, expected, exact, strict=True):
-        assert_accurate(*tensors, what=what)
+        # In float64 too PyTorch's 1 + tanh cancels, to an error of 1e-14 where ours has none.
+        assert_accurate(*tensors, what=what, slack=1e-12)
 
 
 @pytest.mark.parametrize(("packed", "approximate"), FORMS)
