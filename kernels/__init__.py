@@ -7,6 +7,8 @@ from .attention import attention
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .flash_reference import tiled_attention
+from .geglu import geglu
+from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qk, rope_qkv
@@ -17,7 +19,9 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "geglu",
     "get_backend",
+    "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
     "rope",

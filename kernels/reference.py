@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["none", "mean", "sum"]
 Casting = Literal["float32", "llama"]
+GeluApproximation = Literal["none", "tanh"]
 RopeLayout = Literal["interleaved", "half"]
 
 
@@ -57,6 +58,21 @@ def add_rms_norm(
     return _normalise(_widen(total), weight, eps, casting, offset, x.dtype), total
 
 
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Shift each row to mean 0 and scale it to variance 1, then by `weight`, then add `bias` (Ba, Kiros & Hinton 2016, eq. 4).
+
+    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`. The variance is that of the row itself, over D.
+    """
+    wide = _widen(x)
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    normalised = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        normalised = normalised * _widen(weight)
+    if bias is not None:
+        normalised = normalised + _widen(bias)
+    return normalised.to(x.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up (Shazeer 2020, eq. 6), elementwise; with `up` omitted, `gate` is packed (..., 2F).
 
@@ -65,6 +81,16 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     return (F.silu(_widen(gate)) * _widen(up)).to(torch.promote_types(gate.dtype, up.dtype))
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, approximate: GeluApproximation = "tanh") -> Tensor:
+    """Return gelu(gate) * up (Shazeer 2020, eq. 7), elementwise; with `up` omitted, `gate` is packed (..., 2F).
+
+    gate, up (..., F) -> (..., F) in the dtype that PyTorch promotes both to. approximate="none" is the error function.
+    """
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return (F.gelu(_widen(gate), approximate=approximate) * _widen(up)).to(torch.promote_types(gate.dtype, up.dtype))
 
 
 def rope(

@@ -331,22 +331,42 @@ def test_double_backward_is_a_clear_error(device):
         ((torch.ones(2, 8),), {"casting": "gemma"}, "'gemma'.*'float32' or 'llama'"),
         ((torch.ones(2, 8),), {"offset": 1.0}, r"offset is 1\.0.*allowed is 0\.0"),
         ((torch.ones(2, 8), torch.ones(8, device="meta")), {}, "weight is on meta: allowed is c"),
-        ((torch.ones(2, 8, dtype=torch.float64),), {}, "x has dtype torch.float64.*torch.bfloat16"),
+        ((torch.ones(2, 8, dtype=torch.int64),), {}, "x has dtype torch.int64: allowed is .*torch.float64"),
         ((torch.ones(2, 8), torch.ones(8, dtype=torch.int32)), {}, "weight has dtype torch.int32"),
     ],
 )
-def test_bad_arguments_are_refused(device, arguments, options, message):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_bad_arguments_are_refused(device, arguments, options, message, backend):
     arguments = [t if t.is_meta else t.to(device) for t in arguments]
-    with use_backend("triton"), pytest.raises(ValueError, match=message):
+    with use_backend(backend), pytest.raises(ValueError, match=message):
         rms_norm(*arguments, **options)
 
 
-def test_a_residual_of_another_shape_or_dtype_is_refused(device):
-    x = torch.ones(2, 8, device=device)
-    with use_backend("triton"), pytest.raises(ValueError, match=r"residual has dtype torch.float64.*torch.float16"):
-        add_rms_norm(x, x.double())
-    with pytest.raises(ValueError, match=r"residual has shape \(8,\).*\(2, 8\)"):
-        add_rms_norm(torch.ones(2, 8), torch.ones(8))
+def test_float64_runs_the_reference(device):
+    x, residual, weight = torch.randn(2, 8, device=device), torch.randn(2, 8, device=device), torch.randn(8, device=device)
+    with use_backend("triton"):
+        for inputs in ((x.double(), weight), (x, weight.double())):
+            assert torch.equal(rms_norm(*inputs), reference.rms_norm(*inputs))
+        for actual, expected in zip(
+            add_rms_norm(x, residual.double(), weight), reference.add_rms_norm(x, residual.double(), weight), strict=True
+        ):
+            assert torch.equal(actual, expected)
+            assert actual.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (torch.ones(8), r"residual has shape \(8,\).*\(2, 8\)"),
+        (torch.ones(2, 8, dtype=torch.int64), "residual has dtype torch.int64"),
+        (torch.ones(2, 8, device="meta"), "residual is on meta"),
+    ],
+)
+def test_a_bad_residual_is_refused(device, backend, residual, message):
+    residual = residual if residual.is_meta else residual.to(device)
+    with use_backend(backend), pytest.raises(ValueError, match=message):
+        add_rms_norm(torch.ones(2, 8, device=device), residual)
 
 
 @pytest.mark.gpu

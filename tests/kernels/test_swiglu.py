@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from oracle import assert_accurate, assert_replays, poisoned_memory
-from tilewright.kernels import reference, use_backend
+from tilewright.kernels import reference, swiglu, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
-from tilewright.kernels.swiglu import launch_config, swiglu
+from tilewright.kernels.gated import launch_config
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
@@ -88,7 +88,7 @@ def test_the_gradient_of_a_sum_is_one_number_expanded(device):
     check([gate, up], torch.ones((), device=device).expand(5, 33))
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0), (8,), (1, 1, 1, 8)])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 1, 1, 8)])
 def test_leading_shapes_and_nothing_at_all(device, shape):
     torch.manual_seed(0)
     dy = torch.randn(shape, device=device)
@@ -185,17 +185,46 @@ def test_double_backward_is_a_clear_error(device):
             gradient.sum().backward()
 
 
-def test_bad_arguments_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"up has shape \(2, 7\).*\(2, 8\)"):
-        swiglu(torch.randn(2, 8), torch.randn(2, 7))
-    with pytest.raises(ValueError, match=r"gate has shape \(2, 7\).*even"):
-        swiglu(torch.randn(2, 7))
-    with pytest.raises(ValueError, match=r"gate has shape \(\).*even"):
-        swiglu(torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"up is torch\.int64.*torch\.float32"):
-        swiglu(torch.randn(2), torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"up is on meta.*cpu"):
-        swiglu(torch.randn(2), torch.randn(2, device="meta"))
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 8), torch.ones(2, 7)), r"up has shape \(2, 7\).*\(2, 8\)"),
+        ((torch.ones(2, 7),), r"gate has shape \(2, 7\).*even"),
+        ((torch.tensor(1.0),), r"gate has shape \(\).*even"),
+        ((torch.ones(2, 0), torch.ones(2, 0)), r"gate has shape \(2, 0\).*1 or more"),
+        ((torch.ones(2, 0),), r"gate has shape \(2, 0\).*1 or more"),
+        ((torch.ones(2), torch.tensor([1, 2])), r"up has dtype torch\.int64.*torch\.float32"),
+        ((torch.ones(2), torch.ones(2, device="meta")), "up is on meta.*c"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(device, backend, arguments, message):
+    arguments = [t if t.is_meta else t.to(device) for t in arguments]
+    with use_backend(backend), pytest.raises(ValueError, match=message):
+        swiglu(*arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "halves", "packed"])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+def test_only_what_is_needed_is_differentiated(device, layout, wanted):
+    torch.manual_seed(0)
+    halves = torch.randn(4, 66, device=device).chunk(2, dim=-1)
+    inputs = (
+        [torch.cat(halves, dim=-1)] if layout == "packed" else [x.contiguous() if layout == "contiguous" else x for x in halves]
+    )
+
+    def grads(function):
+        leaves = [x.detach().requires_grad_(wants) for x, wants in zip(inputs, wanted, strict=False)]
+        if any(x.requires_grad for x in leaves):
+            function(*leaves).sin().sum().backward()
+        return [x.grad for x in leaves]
+
+    with use_backend("triton"), poisoned_memory():
+        actual = grads(swiglu)
+    for wants, a, b in zip(wanted, actual, grads(reference.swiglu), strict=False):
+        assert (a is not None) == (b is not None) == wants
+        if wants:
+            torch.testing.assert_close(a, b)
 
 
 def test_float64_runs_the_reference(device):

@@ -1,0 +1,374 @@
+"""What RMSNorm and LayerNorm share: what a program does to its rows, the launches that ship, and checks.
+
+RMSNorm is LayerNorm without a mean. Each op's kernels hand their arguments to one function for each direction; an argument
+that an op or a form of it lacks is None, which Triton compiles away. A row stands in registers as PARTS blocks of
+BLOCK_WIDTH columns each, so that widths such as 5,120 = 5 * 1024 leave no lane idle; a row too wide for registers has no
+PARTS, and is read twice.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATING, check_device, check_dtype
+from .dispatch import jit, tl
+
+# It differs from call to call, and no load is wider for its divisors.
+SIZES = ("num_rows",)
+
+
+@jit
+def _load(ptr, rows, row_stride, columns, mask):
+    return tl.load(ptr + rows * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _store(ptr, rows, row_stride, columns, values, mask):
+    tl.store(ptr + rows * row_stride + columns, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _columns(part, BLOCK_WIDTH: tl.constexpr):
+    return part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[None, :]
+
+
+@jit
+def _load_row(ptr, rows, row_stride, row_mask, width, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    # All loads stand before what uses them, so that they are under way together.
+    parts = ()
+    for part in tl.static_range(PARTS):
+        columns = _columns(part, BLOCK_WIDTH)
+        parts += (_load(ptr, rows, row_stride, columns, row_mask & (columns < width)),)
+    return parts
+
+
+@jit
+def _load_vector(ptr, columns, width, offset: tl.constexpr):
+    return tl.load(ptr + columns, mask=columns < width, other=0.0).to(tl.float32) + offset
+
+
+@jit
+def _store_total(total_ptr, x, residual, rows, width, columns, mask):
+    # What is normalised is the sum as stored, so that the backward pass, which reads that, agrees.
+    total = (x + residual).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + rows * width + columns, total, mask=mask)
+    return total.to(tl.float32)
+
+
+@jit
+def _store_output(
+    y_ptr, weight_ptr, bias_ptr, x_hat, rows, width, columns, mask, offset: tl.constexpr, ROUND_FIRST: tl.constexpr
+):
+    if ROUND_FIRST:
+        x_hat = x_hat.to(y_ptr.dtype.element_ty).to(tl.float32)
+    if weight_ptr is not None:
+        x_hat *= _load_vector(weight_ptr, columns, width, offset)
+    if bias_ptr is not None:
+        x_hat += _load_vector(bias_ptr, columns, width, 0.0)
+    _store(y_ptr, rows, width, columns, x_hat, mask)
+
+
+@jit
+def normalise_rows(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_stride,
+    residual_row_stride,
+    num_rows,
+    width,
+    eps,
+    offset: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write the normalised rows of one tile, their sums with the residual stream, and their statistics."""
+    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    row_mask = rows < num_rows
+    if PARTS > 0:
+        x = _load_row(x_ptr, rows, x_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+        if residual_ptr is not None:
+            residual = _load_row(residual_ptr, rows, residual_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            total = ()
+            for part in tl.static_range(PARTS):
+                columns = _columns(part, BLOCK_WIDTH)
+                mask = row_mask & (columns < width)
+                total += (_store_total(total_ptr, x[part], residual[part], rows, width, columns, mask),)
+            x = total
+        if mean_ptr is not None:
+            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+            for part in tl.static_range(PARTS):
+                sums += x[part]
+            mean = tl.sum(sums, axis=1)[:, None] / width
+            tl.store(mean_ptr + rows, mean, mask=row_mask)
+            # From the deviations themselves: a mean of squares less the square of the mean cancels where the mean is large.
+            centred = ()
+            for part in tl.static_range(PARTS):
+                centred += (tl.where(_columns(part, BLOCK_WIDTH) < width, x[part] - mean, 0.0),)
+            x = centred
+        squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        for part in tl.static_range(PARTS):
+            squares += x[part] * x[part]
+        rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
+        for part in tl.static_range(PARTS):
+            columns = _columns(part, BLOCK_WIDTH)
+            mask = row_mask & (columns < width)
+            _store_output(y_ptr, weight_ptr, bias_ptr, x[part] * rstd, rows, width, columns, mask, offset, ROUND_FIRST)
+    else:
+        # Of each lane's own elements, with a mean: their number, mean, and sum of squared deviations (Welford 1962).
+        counts = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        means = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        for start in range(0, width, BLOCK_WIDTH):
+            columns = start + _columns(0, BLOCK_WIDTH)
+            mask = row_mask & (columns < width)
+            x = _load(x_ptr, rows, x_row_stride, columns, mask)
+            if residual_ptr is not None:
+                residual = _load(residual_ptr, rows, residual_row_stride, columns, mask)
+                x = _store_total(total_ptr, x, residual, rows, width, columns, mask)
+            if mean_ptr is not None:
+                counts += tl.where(columns < width, 1.0, 0.0)
+                deviation = tl.where(columns < width, x - means, 0.0)
+                means += deviation * (1.0 / (start // BLOCK_WIDTH + 1))
+                squares += deviation * tl.where(columns < width, x - means, 0.0)
+            else:
+                squares += x * x
+        mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        if mean_ptr is not None:
+            mean = tl.sum(counts * means, axis=1)[:, None] / width
+            tl.store(mean_ptr + rows, mean, mask=row_mask)
+            squares += counts * (means - mean) * (means - mean)
+        rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
+        # A thread may read back a total that another one stored.
+        tl.debug_barrier()
+        for start in range(0, width, BLOCK_WIDTH):
+            columns = start + _columns(0, BLOCK_WIDTH)
+            mask = row_mask & (columns < width)
+            if residual_ptr is not None:
+                x = _load(total_ptr, rows, width, columns, mask)
+            else:
+                x = _load(x_ptr, rows, x_row_stride, columns, mask)
+            if mean_ptr is not None:
+                x -= mean
+            _store_output(y_ptr, weight_ptr, bias_ptr, x * rstd, rows, width, columns, mask, offset, ROUND_FIRST)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+
+
+@jit
+def _gradient_of_normalised(dy, weight_ptr, columns, width, offset: tl.constexpr):
+    if weight_ptr is not None:
+        dy *= _load_vector(weight_ptr, columns, width, offset)
+    return dy
+
+
+@jit
+def _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, mask):
+    if dx_ptr is not None:
+        _store(dx_ptr, rows, width, columns, dx, mask)
+    if d_residual_ptr is not None:
+        _store(d_residual_ptr, rows, width, columns, dx, mask)
+
+
+@jit
+def _add_to_partial(partial_ptr, values, width, columns):
+    # The sum of this form is too wide for registers: it lives in memory, where only this program adds to it.
+    pointers = partial_ptr + tl.program_id(0).to(tl.int64) * width + columns
+    before = tl.load(pointers, mask=columns < width, other=0.0)
+    tl.store(pointers, before + tl.sum(values, axis=0)[None, :], mask=columns < width)
+
+
+@jit
+def _store_partial(partial_ptr, sums, width, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    for part in tl.static_range(PARTS):
+        columns = _columns(part, BLOCK_WIDTH)
+        pointers = partial_ptr + tl.program_id(0).to(tl.int64) * width + columns
+        tl.store(pointers, tl.sum(sums[part], axis=0)[None, :], mask=columns < width)
+
+
+@jit
+def differentiate_rows(
+    dy_ptr,
+    d_total_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    d_residual_ptr,
+    dw_partial_ptr,
+    db_partial_ptr,
+    dy_row_stride,
+    d_total_row_stride,
+    x_row_stride,
+    num_rows,
+    width,
+    offset: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write the gradients of a share of all rows, and the parts of dw and db that they contribute."""
+    # With xhat = (x - mean) * rstd and g = dy * weight: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without the means
+    # of x and g for RMSNorm; dw = sum over rows of dy * xhat, db = sum over rows of dy.
+    # Persistent: each program walks over many tiles of rows and writes one partial sum, so that the final sum is short and
+    # its order fixed.
+    dw = ()
+    db = ()
+    for _part in tl.static_range(PARTS):
+        dw += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32),)
+        db += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32),)
+    for start_row in range(tl.program_id(0) * BLOCK_ROWS, num_rows, BLOCK_ROWS * tl.num_programs(0)):
+        rows = (start_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+        row_mask = rows < num_rows
+        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+        mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
+        products = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        mean_g = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        if PARTS > 0:
+            x = _load_row(x_ptr, rows, x_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            dy = _load_row(dy_ptr, rows, dy_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            if d_total_ptr is not None:
+                d_total = _load_row(d_total_ptr, rows, d_total_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            x_hat = ()
+            g = ()
+            new_dw = ()
+            new_db = ()
+            for part in tl.static_range(PARTS):
+                columns = _columns(part, BLOCK_WIDTH)
+                x_hat += ((x[part] - mean) * rstd,)
+                g += (_gradient_of_normalised(dy[part], weight_ptr, columns, width, offset),)
+                products += g[part] * x_hat[part]
+                sums += g[part]
+                new_dw += (dw[part] + dy[part] * x_hat[part] if dw_partial_ptr is not None else dw[part],)
+                new_db += (db[part] + dy[part] if db_partial_ptr is not None else db[part],)
+            dw = new_dw
+            db = new_db
+            projection = tl.sum(products, axis=1)[:, None] / width
+            if mean_ptr is not None:
+                mean_g = tl.sum(sums, axis=1)[:, None] / width
+            for part in tl.static_range(PARTS):
+                columns = _columns(part, BLOCK_WIDTH)
+                dx = rstd * (g[part] - mean_g - x_hat[part] * projection)
+                if d_total_ptr is not None:
+                    dx += d_total[part]
+                _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, row_mask & (columns < width))
+        else:
+            for start in range(0, width, BLOCK_WIDTH):
+                columns = start + _columns(0, BLOCK_WIDTH)
+                mask = row_mask & (columns < width)
+                x_hat = (_load(x_ptr, rows, x_row_stride, columns, mask) - mean) * rstd
+                dy = _load(dy_ptr, rows, dy_row_stride, columns, mask)
+                g = _gradient_of_normalised(dy, weight_ptr, columns, width, offset)
+                products += g * x_hat
+                sums += g
+            projection = tl.sum(products, axis=1)[:, None] / width
+            if mean_ptr is not None:
+                mean_g = tl.sum(sums, axis=1)[:, None] / width
+            for start in range(0, width, BLOCK_WIDTH):
+                columns = start + _columns(0, BLOCK_WIDTH)
+                mask = row_mask & (columns < width)
+                x_hat = (_load(x_ptr, rows, x_row_stride, columns, mask) - mean) * rstd
+                dy = _load(dy_ptr, rows, dy_row_stride, columns, mask)
+                g = _gradient_of_normalised(dy, weight_ptr, columns, width, offset)
+                dx = rstd * (g - mean_g - x_hat * projection)
+                if d_total_ptr is not None:
+                    dx += _load(d_total_ptr, rows, d_total_row_stride, columns, mask)
+                _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, mask)
+                if dw_partial_ptr is not None:
+                    _add_to_partial(dw_partial_ptr, dy * x_hat, width, columns)
+                if db_partial_ptr is not None:
+                    _add_to_partial(db_partial_ptr, dy, width, columns)
+    if dw_partial_ptr is not None:
+        _store_partial(dw_partial_ptr, dw, width, BLOCK_WIDTH, PARTS)
+    if db_partial_ptr is not None:
+        _store_partial(db_partial_ptr, db, width, BLOCK_WIDTH, PARTS)
+
+
+# Elements of a tile: narrow rows share one, so that every warp has 16-byte loads to issue.
+FORWARD_TILE = 4096
+BACKWARD_TILE = 2048
+# The widest row, in bytes of its inputs, that stays in registers between its statistics and its result, on sm_80 to sm_100
+# without a spill by Triton 3.6 or 3.7; a wider one is read twice. The backward pass also holds the sum that becomes dw.
+FORWARD_ROW_BYTES = 64 * 1024
+BACKWARD_ROW_BYTES = 96 * 1024
+LOOPED = {"BLOCK_ROWS": 1, "BLOCK_WIDTH": 4096, "PARTS": 0, "num_warps": 8}
+# As many warps live together on a multiprocessor when a thread uses 128 registers; on sm_90 and sm_100 none uses more.
+WARPS_PER_SM = 16
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _blocks(width: int, most_parts: int) -> tuple[int, int]:
+    # Returns the number and the width of a row's blocks that leave the fewest lanes idle; no block is under 32 columns.
+    sizes = [(parts, _power_of_2(-(-width // parts))) for parts in range(1, most_parts + 1, 2)]
+    return min(((p, block) for p, block in sizes if p == 1 or block >= 32), key=lambda size: (size[0] * size[1], size[0]))
+
+
+def forward_config(width: int, element_bytes: int) -> dict[str, int]:
+    """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
+    parts, block_width = _blocks(width, 7)
+    if _power_of_2(width) * element_bytes > FORWARD_ROW_BYTES:
+        return dict(LOOPED)
+    # A 16-byte load is 8 elements of half precision, 4 of float32 or of two tensors: 4 loads a thread either way.
+    thread_elements = 32 if element_bytes <= 2 else 16
+    if parts > 1:
+        thread_elements = 8 if element_bytes != 4 else 4
+    tile = max(block_width, FORWARD_TILE if parts == 1 else 1024)
+    num_warps = min(tile // (32 * thread_elements), 32)
+    return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
+
+
+def backward_config(width: int, element_bytes: int) -> dict[str, int]:
+    """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
+    parts, block_width = _blocks(width, 3)
+    if _power_of_2(width) * element_bytes > BACKWARD_ROW_BYTES:
+        return dict(LOOPED)
+    tile = max(block_width, BACKWARD_TILE)
+    # 32 elements a thread need the fewest registers in all; float32 inputs, or several rows, leave room for 16, and both for 8.
+    if tile > BACKWARD_TILE and element_bytes <= 6:
+        thread_elements = 32
+    else:
+        thread_elements = 8 if block_width < tile and element_bytes > 8 else 16
+    num_warps = min(tile // (32 * thread_elements), 16)
+    return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
+
+
+def empty_gradient(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return the memory of a gradient; of no elements where `dtype` is None, since nothing needs it."""
+    return torch.empty(0 if dtype is None else like.shape, dtype=dtype, device=like.device)
+
+
+def check_norm(x: Tensor, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
+    """Refuse what is no x (..., D), residual of its shape, and weight or bias (D), floating and on one device."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., D) with D of 1 or more")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}: allowed is {tuple(x.shape)}, the shape of x")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}: allowed is {tuple(x.shape[-1:])}, the last dimension of x"
+            )
+    check_dtype(FLOATING, x=x, residual=residual, **vectors)
+    check_device(x=x, residual=residual, **vectors)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of x, or float32 under autocast, as PyTorch's norms do."""
+    # torch.rms_norm of PyTorch 2.13 gives float32 under CUDA autocast, that of 2.11 does not; ours does, without a copy of x.
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+
+
+# Widths that are compiled: a head, GPT-2 small and XL, Llama-3 8B and 405B, 5 * 1024, and both sides of each change of a launch.
+COMPILED_WIDTHS = (64, 768, 1600, 2048, 4096, 5120, 8192, 16384, 32768, 65536)
