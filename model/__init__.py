@@ -2,13 +2,15 @@
 
 from .config import MODELS, ModelConfig
 from .generate import generate
-from .layers import CausalSelfAttention, RMSNorm, SwiGLU
+from .layers import GEGLU, CausalSelfAttention, LayerNorm, RMSNorm, SwiGLU
 from .transformer import KVCache, TransformerLM
 
 __all__ = [
+    "GEGLU",
     "MODELS",
     "CausalSelfAttention",
     "KVCache",
+    "LayerNorm",
     "ModelConfig",
     "RMSNorm",
     "SwiGLU",

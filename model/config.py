@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import UserError
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and the head come in multiples of this: whole tiles of a matrix product (Karpathy 2023, nanoGPT)."""
+
+Norm = Literal["pre", "post", "none"]
+NormType = Literal["rms_norm", "layer_norm"]
+FeedForward = Literal["swiglu", "geglu_tanh", "geglu_erf", "silu"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class ModelConfig:
     """Whether the head uses the embedding's weight."""
     qk_norm: bool = False
     """Whether the queries and keys of each head are normalised, which bounds the scores of attention."""
-    norm: Literal["pre", "post", "none"] = "pre"
+    norm: Norm = "pre"
     """pre: each branch is norm-ed before it runs, and the last sum once more; post: each sum with a branch is (Vaswani et al.
     2017, section 3.1); none: nothing is."""
     rope: bool = True
     """Whether queries and keys are rotated by their position; without, only causality tells positions apart."""
-    ffn: Literal["swiglu", "silu"] = "swiglu"
-    """Feed-forward layer. swiglu: W2(silu(W1 x) * W3 x), three matrices; silu: W2 silu(W1 x), two."""
+    norm_type: NormType = "rms_norm"
+    """What normalises the residual stream; layer_norm has a weight and no bias."""
+    ffn: FeedForward = "swiglu"
+    """Feed-forward layer. swiglu, geglu_tanh, geglu_erf: W2(act(W1 x) * W3 x), three matrices; silu: W2 silu(W1 x), two."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads"):
@@ -51,9 +57,10 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be a finite number above 0")
-        for name, allowed in (("norm", "pre, post or none"), ("ffn", "swiglu or silu")):
-            if getattr(self, name) not in allowed.replace(" or ", ", ").split(", "):
-                raise UserError(f"{name} is {getattr(self, name)!r}: choose {allowed}")
+        for name, choices in (("norm", Norm), ("norm_type", NormType), ("ffn", FeedForward)):
+            *others, last = get_args(choices)
+            if getattr(self, name) not in (*others, last):
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose {', '.join(others)} or {last}")
         if self.d_model % self.num_heads or self.head_dim % 2:
             raise UserError(
                 f"d_model {self.d_model} over num_heads {self.num_heads} gives a head dim of "

@@ -69,7 +69,7 @@ def _flat(view: Tensor) -> Tensor:
 
 def check_exportable(config: ModelConfig) -> None:
     """Raise a `UserError` that names what Llama's format cannot hold of `config`."""
-    for name, allowed in {"norm": "pre", "rope": True, "ffn": "swiglu", "qk_norm": False}.items():
+    for name, allowed in {"norm": "pre", "norm_type": "rms_norm", "rope": True, "ffn": "swiglu", "qk_norm": False}.items():
         value = getattr(config, name)
         if value != allowed:
             raise UserError(f"the model has {name} {value}: Llama's format only holds {name} {allowed}")

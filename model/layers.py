@@ -1,13 +1,16 @@
 """The layers of the Transformer: thin modules around the kernels, with CS336's initialisation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, attention, rms_norm, rope_qk, rope_qkv, swiglu
+from ..kernels import add_rms_norm, attention, geglu, layer_norm, rms_norm, rope_qk, rope_qkv, swiglu
+from .config import FeedForward, NormType
 
 
 def _draw(weight: Tensor, in_features: int, out_features: int) -> None:
@@ -89,20 +92,61 @@ class RMSNorm(nn.Module):
         return add_rms_norm(branch, residual, self.weight, self.eps)
 
 
-class SwiGLU(nn.Module):
-    """The gated feed-forward layer W2(silu(W1 x) * W3 x) (Shazeer 2020, eq. 6): (..., D) -> (..., D).
+class LayerNorm(nn.Module):
+    """`layer_norm` with a trained weight and without bias: (..., D) -> (..., D)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return layer_norm(x, self.weight, eps=self.eps)
+
+    def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream; return the normalised sum, in the dtype of the branch, and the sum."""
+        total = (branch + residual).to(residual.dtype)
+        return self(total).to(branch.dtype), total
+
+
+def make_norm(norm_type: NormType, d_model: int, eps: float) -> RMSNorm | LayerNorm:
+    """Return the norm of this name."""
+    norms = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
+    if norm_type not in norms:
+        raise ValueError(f"norm_type is {norm_type!r}: choose {' or '.join(norms)}")
+    return norms[norm_type](d_model, eps)
+
+
+class GatedLinearUnit(nn.Module):
+    """The gated feed-forward layer W2(activation(W1 x) * W3 x) (Shazeer 2020): (..., D) -> (..., D).
 
     `gate_up_proj` holds W1 before W3, `down_proj` W2.
     """
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gate_up_proj = JoinedLinear(d_model, (d_ff, d_ff))
         self.down_proj = Linear(d_ff, d_model)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to each position."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(self.activation(self.gate_up_proj(x)))
+
+
+class SwiGLU(GatedLinearUnit):
+    """`GatedLinearUnit` with silu (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(d_model, d_ff, swiglu)
+
+
+class GEGLU(GatedLinearUnit):
+    """`GatedLinearUnit` with gelu (Shazeer 2020, eq. 7), by tanh or, with approximate="none", by the error function."""
+
+    def __init__(self, d_model: int, d_ff: int, approximate: Literal["none", "tanh"] = "tanh") -> None:
+        super().__init__(d_model, d_ff, partial(geglu, approximate=approximate))
 
 
 class SiLU(nn.Module):
@@ -116,6 +160,19 @@ class SiLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to each position."""
         return self.down_proj(F.silu(self.up_proj(x)))
+
+
+def make_feed_forward(name: FeedForward, d_model: int, d_ff: int) -> nn.Module:
+    """Return the feed-forward layer of this name."""
+    layers: dict[str, Callable[[int, int], nn.Module]] = {
+        "swiglu": SwiGLU,
+        "geglu_tanh": GEGLU,
+        "geglu_erf": partial(GEGLU, approximate="none"),
+        "silu": SiLU,
+    }
+    if name not in layers:
+        raise ValueError(f"ffn is {name!r}: choose {', '.join(layers)}")
+    return layers[name](d_model, d_ff)
 
 
 class LayerCache:

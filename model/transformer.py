@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import linear_cross_entropy
 from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
-from .layers import CausalSelfAttention, Embedding, Head, LayerCache, RMSNorm, SiLU, SwiGLU
+from .layers import CausalSelfAttention, Embedding, Head, LayerCache, make_feed_forward, make_norm
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -29,12 +29,12 @@ class TransformerBlock(nn.Module):
         super().__init__()
         normed = config.norm != "none"
         self.pre_norm = config.norm == "pre"
-        self.ln1 = RMSNorm(config.d_model, config.norm_eps) if normed else None
+        self.ln1 = make_norm(config.norm_type, config.d_model, config.norm_eps) if normed else None
         self.attn = CausalSelfAttention(
             config.d_model, config.num_heads, config.kv_heads, config.qk_norm, config.norm_eps, config.rope
         )
-        self.ln2 = RMSNorm(config.d_model, config.norm_eps) if normed else None
-        self.ffn = SwiGLU(config.d_model, config.d_ff) if config.ffn == "swiglu" else SiLU(config.d_model, config.d_ff)
+        self.ln2 = make_norm(config.norm_type, config.d_model, config.norm_eps) if normed else None
+        self.ffn = make_feed_forward(config.ffn, config.d_model, config.d_ff)
 
     def forward(
         self,
@@ -113,7 +113,8 @@ class TransformerLM(nn.Module):
         rows = config.padded_vocab_size
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, rows)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.ln_final = RMSNorm(config.d_model, config.norm_eps) if config.norm == "pre" else None
+        pre = config.norm == "pre"
+        self.ln_final = make_norm(config.norm_type, config.d_model, config.norm_eps) if pre else None
         self.lm_head = None if config.tie_embeddings else Head(config.d_model, config.vocab_size, rows)
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)

@@ -18,12 +18,20 @@ from tilewright.model.transformer import rope_tables
 Linear = partial(nn.Linear, bias=False)
 
 
+ACTIVATIONS = {
+    "swiglu": F.silu, "silu": F.silu, "geglu_tanh": partial(F.gelu, approximate="tanh"), "geglu_erf": F.gelu,
+}  # fmt: skip
+
+
 class Norm(nn.Module):
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, centred: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
+        self.centred = centred
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * self.weight
 
 
@@ -38,12 +46,12 @@ class Block(nn.Module):
         d, kv_width = config.d_model, config.head_dim * config.kv_heads
         self.config = config
         if config.norm != "none":
-            self.ln1, self.ln2 = Norm(d), Norm(d)
+            self.ln1, self.ln2 = (Norm(d, config.norm_type == "layer_norm") for _ in range(2))
         if config.qk_norm:
             self.q_norm, self.k_norm = Norm(config.head_dim), Norm(config.head_dim)
         self.q, self.k, self.v, self.o = Linear(d, d), Linear(d, kv_width), Linear(d, kv_width), Linear(d, d)
         self.w1, self.w2 = Linear(d, config.d_ff), Linear(config.d_ff, d)
-        if config.ffn == "swiglu":
+        if config.ffn != "silu":
             self.w3 = Linear(d, config.d_ff)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,9 +71,8 @@ class Block(nn.Module):
         return self.o((probabilities @ v).transpose(1, 2).flatten(-2))
 
     def feed(self, x: Tensor) -> Tensor:
-        if self.config.ffn == "silu":
-            return self.w2(F.silu(self.w1(x)))
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate = ACTIVATIONS[self.config.ffn](self.w1(x))
+        return self.w2(gate if self.config.ffn == "silu" else gate * self.w3(x))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.config.norm == "none":
@@ -87,7 +94,7 @@ class HandoutLM(nn.Module):
         self.checkpointed = num_checkpointed_blocks(checkpointing, config.num_layers)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.ln_final = Norm(config.d_model) if config.norm == "pre" else nn.Identity()
+        self.ln_final = Norm(config.d_model, config.norm_type == "layer_norm") if config.norm == "pre" else nn.Identity()
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

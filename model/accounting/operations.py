@@ -63,6 +63,10 @@ class Operation:
         return self.parameters + self.padding
 
 
+# The op that each feed-forward layer with a gate applies between its products.
+GATED = {"swiglu": "swiglu", "geglu_tanh": "geglu", "geglu_erf": "geglu"}
+
+
 def _costs(op: str, itemsize: int, **sizes: Any) -> tuple[Cost, Cost]:
     forward, backward, _ = ALL[op].cost(itemsize, **sizes)
     assert forward is not None
@@ -128,8 +132,19 @@ class _Lister:
         return Operation(name, "residual", layer, (self.rows, self.d), forward_bytes=moved)
 
     def norm(self, layer: int | None, name: str, adds: bool) -> list[Operation]:
-        """RMSNorm of the stream; `adds` a branch to it first."""
+        """The norm of the stream; `adds` a branch to it first."""
         rows, d, s = self.rows, self.d, self.s
+        addition = self.addition(f"{name} add", layer)
+        if self.config.norm_type == "layer_norm":
+            forward, backward = _costs("layer_norm", s, rows=rows, width=d, bias=False)
+            # Kept: what was normalised, its mean and 1 / standard deviation; eager in float32, the deviations from the mean,
+            # those over the standard deviation, and 1 / that.
+            kept = self.stream + 8 * rows if self.fused else 8 * rows * d + 4 * rows
+            held = self.stream if self.fused else 12 * rows * d
+            norm = Operation(name, "norms", layer, (rows, d), d, forward_bytes=forward.bytes, backward_bytes=backward.bytes,
+                             saved_bytes=kept, forward_temporary=0 if self.fused else 4 * rows * d,
+                             backward_temporary=self.stream + held)  # fmt: skip
+            return [addition, norm] if adds else [norm]
         norm, add = (
             _costs("rms_norm", s, rows=rows, width=d),
             _costs("add_rms_norm", self.a, rows=rows, width=d, residual_itemsize=s),
@@ -139,7 +154,6 @@ class _Lister:
             # Kept: what was normalised (the stream itself) and 1 / rms, 4 bytes a row.
             return [Operation(name, "norms", layer, (rows, d), d, forward_bytes=forward.bytes, backward_bytes=backward.bytes,
                               saved_bytes=self.stream + 4 * rows, backward_temporary=2 * self.stream)]  # fmt: skip
-        addition = self.addition(f"{name} add", layer)
         # Kept in float32: x, x / rms and 1 / rms. The backward pass holds dy, the gradients of both factors and their sum.
         eager = Operation(name, "norms", layer, (rows, d), d, forward_bytes=norm[0].bytes, backward_bytes=norm[1].bytes,
                           saved_bytes=8 * rows * d + 4 * rows, forward_temporary=4 * rows * d,
@@ -243,7 +257,7 @@ class _Lister:
     def feed_forward(self, layer: int) -> Iterator[Operation]:
         """The feed-forward layer: one or two products, the activation, and a product back."""
         a, rows, d, f = self.a, self.rows, self.d, self.f
-        joined, gated = self.policy.projections == "joined", self.config.ffn == "swiglu"
+        joined, gated = self.policy.projections == "joined", self.config.ffn in GATED
         if joined:
             name, width = ("gate_up_proj", 2 * f) if gated else ("up_proj", f)
             yield self.product(name, "feed-forward", layer, d, width, saved=a * rows * d)
@@ -252,18 +266,21 @@ class _Lister:
             if gated:
                 yield self.product("w3", "feed-forward", layer, d, f)
         if gated:
-            forward, backward = _costs("swiglu", a, rows=rows, width=f)
+            op = GATED[self.config.ffn]
+            forward, backward = _costs(op, a, rows=rows, width=f)
             wide = a if self.fused else 4
-            # Kept: gate and up; eager also silu(gate), in float32 all three.
+            # Kept: gate and up; eager also the activation of the gate, in float32 all three.
             saved = rows * f * (2 * a if self.fused else 12)
-            yield Operation("swiglu", "activation", layer, (rows, f), forward_bytes=forward.bytes,
+            yield Operation(op, "activation", layer, (rows, f), forward_bytes=forward.bytes,
                             backward_bytes=backward.bytes, saved_bytes=saved,
                             backward_temporary=self.stream + 3 * wide * rows * f)  # fmt: skip
-        else:
+        elif self.config.ffn == "silu":
             # PyTorch's own op: it keeps its input, and reads that and dy to write dx.
             inner = a * rows * f
             yield Operation("silu", "activation", layer, (rows, f), forward_bytes=2 * inner, backward_bytes=3 * inner,
                             saved_bytes=inner, backward_temporary=self.stream + 2 * inner)  # fmt: skip
+        else:
+            raise ValueError(f"ffn is {self.config.ffn!r}: choose {', '.join(GATED)} or silu")
         yield self.product("down_proj" if joined else "w2", "feed-forward", layer, f, d, a * rows * f, ends_branch=True)
 
     def checkpointed_block(self, layer: int) -> Iterator[Operation]:

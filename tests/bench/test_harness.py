@@ -58,7 +58,11 @@ def test_every_op_and_peer_is_measured_or_skipped_with_a_reason(tmp_path):
     found = json.loads((tmp_path / "b.json").read_text())["benchmarks"]
     groups = {one["group"] for one in found}
     if not torch.cuda.is_available():
-        assert {"rms_norm rows 6 width 96 forward", "linear_cross_entropy rows 6 D16 V100 both", "attention B1 H4 Hkv2 T24 S24 K16 both"} <= groups
+        assert {
+            "rms_norm rows 6 width 96 forward",
+            "linear_cross_entropy rows 6 D16 V100 both",
+            "attention B1 H4 Hkv2 T24 S24 K16 both",
+        } <= groups
         assert "skipped" in outcome.stdout
     assert all(one["stats"]["rounds"] >= harness.ROUNDS for one in found)
     measured = {(one["group"], one["params"].get("variant") or one["params"].get("peer")) for one in found}

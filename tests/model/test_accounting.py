@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tilewright.model.accounting import (
     training_flops_per_token,
 )
 from tilewright.model.accounting.flops import num_weights
+from tilewright.model.config import FeedForward
 
 # CS336 assignment 1, transformer_accounting: untied embeddings, three feed-forward matrices of 4 d_model, context 1,024.
 FORWARD_FLOPS = {
@@ -74,7 +76,7 @@ SMALL = st.builds(
     qk_norm=st.booleans(),
     norm=st.sampled_from(["pre", "post", "none"]),
     rope=st.booleans(),
-    ffn=st.sampled_from(["swiglu", "silu"]),
+    ffn=st.sampled_from(get_args(FeedForward)),
 )
 PADDED = Policy(vocabulary="padded")
 

@@ -1,6 +1,7 @@
 import dataclasses
 import gc
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tilewright.model.accounting import (
     training_memory,
 )
 from tilewright.model.accounting.memory import both_units, saved_bytes
+from tilewright.model.config import FeedForward, NormType
 
 XL = MODELS["gpt2-xl"]
 SMALL = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, d_ff=44)
@@ -32,9 +34,10 @@ TIED = dataclasses.replace(SMALL, tie_embeddings=True, num_layers=3)
 QK_NORM = dataclasses.replace(GROUPED, qk_norm=True)
 POST = dataclasses.replace(SMALL, norm="post")
 BARE = dataclasses.replace(GROUPED, norm="none", rope=False, ffn="silu")
+GPT = dataclasses.replace(GROUPED, norm_type="layer_norm", ffn="geglu_tanh")
 UNROTATED = dataclasses.replace(QK_NORM, rope=False, vocab_size=128)
 FORMS = {"multi-head": SMALL, "grouped": GROUPED, "tied": TIED, "qk-norm": QK_NORM, "post-norm": POST, "bare": BARE}
-FORMS |= {"unrotated": UNROTATED}
+FORMS |= {"unrotated": UNROTATED, "layer norm, geglu": GPT}
 forms = pytest.mark.parametrize("config", FORMS.values(), ids=list(FORMS))
 # Dtypes of the weights and of the products, and who casts the former to the latter.
 CASTS = [("float32", "float32", "explicit"), ("bfloat16", "bfloat16", "explicit"), ("float32", "bfloat16", "explicit")]
@@ -78,7 +81,8 @@ def test_saved_bytes_of_the_handouts_model(config, checkpointing, size):
     heads=st.integers(1, 3), groups=st.integers(1, 3), half_dim=st.integers(1, 4), vocab_size=st.integers(2, 40),
     context_length=st.integers(2, 12), num_layers=st.integers(1, 3), d_ff=st.integers(1, 30),
     tie_embeddings=st.booleans(), rope=st.booleans(),
-    norm=st.sampled_from(["pre", "post", "none"]), ffn=st.sampled_from(["swiglu", "silu"]),
+    norm=st.sampled_from(["pre", "post", "none"]), norm_type=st.sampled_from(get_args(NormType)),
+    ffn=st.sampled_from(get_args(FeedForward)),
     size=st.integers(2, 3), checkpointed=st.integers(0, 3),
 )  # fmt: skip
 def test_saved_bytes_of_any_shape(
@@ -364,7 +368,8 @@ def test_more_blocks_than_there_are_are_refused():
     heads=st.sampled_from([1, 2, 4]), groups=st.sampled_from([1, 4]), head_dim=st.sampled_from([2, 64]),
     vocab_size=st.sampled_from([10, 50_000]), context_length=st.sampled_from([1, 4, 64, 1024]), num_layers=st.integers(1, 6),
     d_ff=st.sampled_from([1, 100, 3000]), tie_embeddings=st.booleans(), qk_norm=st.booleans(), rope=st.booleans(),
-    norm=st.sampled_from(["pre", "post", "none"]), ffn=st.sampled_from(["swiglu", "silu"]),
+    norm=st.sampled_from(["pre", "post", "none"]), norm_type=st.sampled_from(get_args(NormType)),
+    ffn=st.sampled_from(get_args(FeedForward)),
     size=st.sampled_from([1, 2, 64]), accumulate=st.booleans(), compute=st.sampled_from(["bfloat16", "float32"]),
 )  # fmt: skip
 def test_the_peak_falls_with_each_checkpointed_block_but_the_last(

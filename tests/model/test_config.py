@@ -18,7 +18,8 @@ TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, nu
         ({"num_kv_heads": 0}, "kv_heads is 0"),
         ({"d_ff": -1}, "d_ff is -1"),
         ({"norm": "Pre"}, "norm is 'Pre': choose pre, post or none"),
-        ({"ffn": "gelu"}, "ffn is 'gelu': choose swiglu or silu"),
+        ({"ffn": "gelu"}, "ffn is 'gelu': choose swiglu, geglu_tanh, geglu_erf or silu"),
+        ({"norm_type": "batch_norm"}, "norm_type is 'batch_norm': choose rms_norm or layer_norm"),
     ],
 )
 def test_an_impossible_shape_is_refused(change, message):

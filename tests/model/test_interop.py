@@ -155,6 +155,7 @@ def test_padding_is_not_written(folder):
         ({"norm": "post"}, "norm post"),
         ({"rope": False}, "rope False"),
         ({"ffn": "silu"}, "ffn silu"),
+        ({"norm_type": "layer_norm"}, "norm_type layer_norm"),
         ({"qk_norm": True}, "qk_norm True"),
     ],
 )
