@@ -370,5 +370,5 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
 
 
-# Widths that are compiled: a head, GPT-2 small and XL, Llama-3 8B and 405B, 5 * 1024, and both sides of each change of a launch.
+# Widths that are compiled: a head, GPT-2 small and XL, Llama-3 8B and 405B, 5 * 1024, both sides of each change of a launch.
 COMPILED_WIDTHS = (64, 768, 1600, 2048, 4096, 5120, 8192, 16384, 32768, 65536)

@@ -19,6 +19,7 @@ from .launch import is_recording
 
 _LIBRARY = torch.library.Library("tilewright", "FRAGMENT")
 _PLAIN = (Tensor, Parameter)
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def _is_watched(args: Sequence[Any]) -> bool:
@@ -91,7 +92,8 @@ class CustomOp:
         return self.function(*args)
 
     def _below_autograd(self, keyset: Any, args: Sequence[Any]) -> Any:
-        if keyset is None:
+        # As a compiled graph calls it, with nothing below autograd but the device: a second way through the dispatcher is spared.
+        if keyset is None or (keyset & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
             return self.function(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
