@@ -5,17 +5,32 @@ without a concatenation, and nothing keeps the projection alive. A program holds
 the angles are loaded once a token and serve all its heads.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .checks import FLOATING, INTEGER, check_choice, check_device, check_dtype, check_int
 from .dispatch import jit, tl, use_triton
 from .inspect import KernelCase
 from .launch import launch
 from .reference import RopeLayout
 from .shared import count_no_flops, register_fake
+
+# Arguments whose divisibility helps no load: without this, another length or offset could mean another compilation.
+SIZES = (
+    "positions_batch_stride", "positions_token_stride", "num_q_heads", "num_k_heads", "num_tokens", "num_positions",
+    "num_token_blocks", "offset",
+)  # fmt: skip
+
+
+@jit
+def _copy(x_rows, y_rows, row_mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    channels = tl.arange(0, BLOCK)[None, None, :]
+    mask = row_mask & (channels < WIDTH)
+    tl.store(y_rows + channels, tl.load(x_rows + channels, mask=mask), mask=mask)
 
 
 @jit
@@ -26,30 +41,34 @@ def _rotate(
     cos,
     sin,
     HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROTARY: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
     if INTERLEAVED:
         # Whole rows are loaded and parted in registers: a load of every other channel could not be a vector.
-        channels = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
-        mask = row_mask & (channels < HEAD_DIM)
+        channels = tl.arange(0, BLOCK_ROTARY)[None, None, :]
+        mask = row_mask & (channels < ROTARY_DIM)
         x = tl.load(x_rows + channels, mask=mask).to(tl.float32)
-        first, second = tl.split(tl.reshape(x, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS // 2, 2)))
+        first, second = tl.split(tl.reshape(x, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_ROTARY // 2, 2)))
         y = tl.interleave(first * cos - second * sin, first * sin + second * cos)
         tl.store(y_rows + channels, y.to(y_rows.dtype.element_ty), mask=mask)
     else:
-        pairs = tl.arange(0, BLOCK_CHANNELS // 2)[None, None, :]
-        mask = row_mask & (pairs < HEAD_DIM // 2)
+        pairs = tl.arange(0, BLOCK_ROTARY // 2)[None, None, :]
+        mask = row_mask & (pairs < ROTARY_DIM // 2)
         first = tl.load(x_rows + pairs, mask=mask).to(tl.float32)
-        second = tl.load(x_rows + HEAD_DIM // 2 + pairs, mask=mask).to(tl.float32)
+        second = tl.load(x_rows + ROTARY_DIM // 2 + pairs, mask=mask).to(tl.float32)
         element = y_rows.dtype.element_ty
         tl.store(y_rows + pairs, (first * cos - second * sin).to(element), mask=mask)
-        tl.store(y_rows + HEAD_DIM // 2 + pairs, (first * sin + second * cos).to(element), mask=mask)
+        tl.store(y_rows + ROTARY_DIM // 2 + pairs, (first * sin + second * cos).to(element), mask=mask)
+    if BLOCK_REST > 0:
+        _copy(x_rows + ROTARY_DIM, y_rows + ROTARY_DIM, row_mask, HEAD_DIM - ROTARY_DIM, BLOCK_REST)
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def rope_forward(
     q_ptr,
     q_out_ptr,
@@ -85,7 +104,10 @@ def rope_forward(
     num_tokens,
     num_positions,
     num_token_blocks,
+    offset,
     HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    TABLE_STRIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
     HAS_K: tl.constexpr,
@@ -94,6 +116,8 @@ def rope_forward(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROTARY: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
     """Turn one block of heads of one block of tokens."""
     # Blocks of heads of the same tokens run side by side, so that all but the first find their angles in the L2 cache.
@@ -111,15 +135,17 @@ def rope_forward(
     token_mask = tokens < num_tokens
     tokens = tokens.to(tl.int64)
 
+    pairs = tl.arange(0, BLOCK_ROTARY // 2)[None, None, :]
     if HAS_POSITIONS:
         positions_row = positions_ptr + batch * positions_batch_stride
         positions = tl.load(positions_row + tokens * positions_token_stride, mask=token_mask, other=0).to(tl.int64)
+        positions = tl.maximum(positions, 0)
+        # A position past the tables must not be read, and to report it from here would need a synchronisation: NaN shows it.
+        angle_mask = (positions < num_positions) & (pairs < ROTARY_DIM // 2)
     else:
-        positions = tokens
-    pairs = tl.arange(0, BLOCK_CHANNELS // 2)[None, None, :]
-    # A position outside the tables must not be read, and to report it from here would need a synchronisation: NaN shows it.
-    angle_mask = (positions >= 0) & (positions < num_positions) & (pairs < HEAD_DIM // 2)
-    angles = positions * (HEAD_DIM // 2) + pairs
+        positions = tokens + offset
+        angle_mask = token_mask & (pairs < ROTARY_DIM // 2)
+    angles = positions * TABLE_STRIDE + pairs
     cos = tl.load(cos_ptr + angles, mask=angle_mask, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + angles, mask=angle_mask, other=float("nan")).to(tl.float32)
     if INVERSE:
@@ -132,7 +158,7 @@ def rope_forward(
             q_ptr + batch * q_batch_stride + tokens * q_token_stride + heads * q_head_stride,
             q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride + heads * q_out_head_stride,
             token_mask & (heads < num_q_heads),
-            cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
+            cos, sin, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_ROTARY, BLOCK_REST,
         )  # fmt: skip
     elif HAS_K:
         if head_block < num_q_blocks + num_k_blocks:
@@ -141,15 +167,15 @@ def rope_forward(
                 k_ptr + batch * k_batch_stride + tokens * k_token_stride + heads * k_head_stride,
                 k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride + heads * k_out_head_stride,
                 token_mask & (heads < num_k_heads),
-                cos, sin, HEAD_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_CHANNELS,
+                cos, sin, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_ROTARY, BLOCK_REST,
             )  # fmt: skip
         elif HAS_V:
             heads = ((head_block - num_q_blocks - num_k_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
-            channels = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
-            mask = token_mask & (heads < num_k_heads) & (channels < HEAD_DIM)
-            v_rows = v_ptr + batch * v_batch_stride + tokens * v_token_stride + heads * v_head_stride
-            v_out_rows = v_out_ptr + batch * v_out_batch_stride + tokens * v_out_token_stride + heads * v_out_head_stride
-            tl.store(v_out_rows + channels, tl.load(v_rows + channels, mask=mask), mask=mask)
+            _copy(
+                v_ptr + batch * v_batch_stride + tokens * v_token_stride + heads * v_head_stride,
+                v_out_ptr + batch * v_out_batch_stride + tokens * v_out_token_stride + heads * v_out_head_stride,
+                token_mask & (heads < num_k_heads), HEAD_DIM, BLOCK_CHANNELS,
+            )  # fmt: skip
 
 
 # Bytes of x that a program and a thread read: two 16-byte loads a thread.
@@ -163,18 +189,15 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch_config(num_heads: int, num_tokens: int, head_dim: int, element_size: int) -> dict[str, int]:
+def launch_config(num_heads: int, num_tokens: int, head_dim: int, rotary_dim: int, element_size: int) -> dict[str, int]:
     """Return the block sizes and warps that ship for `num_heads` heads of q or k, whichever has more."""
     channels = _power_of_two(head_dim)
     heads = min(_power_of_two(num_heads), MAX_BLOCK_HEADS, PROGRAM_BYTES // element_size // channels)
     tokens = min(PROGRAM_BYTES // element_size // (channels * heads), _power_of_two(num_tokens))
+    rest = 0 if rotary_dim == head_dim else _power_of_two(head_dim - rotary_dim)
+    blocks = {"BLOCK_TOKENS": tokens, "BLOCK_HEADS": heads, "BLOCK_CHANNELS": channels}
     num_warps = max(tokens * heads * channels * element_size // (32 * THREAD_BYTES), 1)
-    return {"BLOCK_TOKENS": tokens, "BLOCK_HEADS": heads, "BLOCK_CHANNELS": channels, "num_warps": num_warps}
-
-
-def _is_tokens_first(x: Tensor) -> bool:
-    # The heads of a projection's output, (B, T, H, K) in memory.
-    return x.stride(1) < x.stride(2)
+    return blocks | {"BLOCK_ROTARY": _power_of_two(rotary_dim), "BLOCK_REST": rest, "num_warps": num_warps}
 
 
 def _launch_kernel(
@@ -183,6 +206,7 @@ def _launch_kernel(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
+    offset: int,
     interleaved: bool,
     inverse: bool,
 ) -> None:
@@ -193,18 +217,20 @@ def _launch_kernel(
     q, k, v = xs[0], xs[min(1, len(xs) - 1)], xs[-1]
     q_out, k_out, v_out = ys[0], ys[min(1, len(ys) - 1)], ys[-1]
     batch, _, num_tokens, head_dim = q.shape
-    element_size = max(x.element_size() for x in xs)
-    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, element_size)
+    if cos.stride() != sin.stride() or cos.stride(1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    rotary_dim, element_size = 2 * cos.shape[1], max(x.element_size() for x in xs)
+    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, rotary_dim, element_size)
     num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
     num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
     launch(
         rope_forward, batch * num_token_blocks * num_head_blocks,
-        q, q_out, k, k_out, v, v_out, cos.contiguous(), sin.contiguous(), q if positions is None else positions,
+        q, q_out, k, k_out, v, v_out, cos, sin, q if positions is None else positions,
         *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3], *v.stride()[:3], *v_out.stride()[:3],
         *((0, 0) if positions is None else positions.stride()),
-        q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks,
-        HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, HAS_K=len(xs) > 1, HAS_V=len(xs) > 2,
-        HAS_POSITIONS=positions is not None, **config,
+        q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks, offset,
+        HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim, TABLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved, INVERSE=inverse,
+        HAS_K=len(xs) > 1, HAS_V=len(xs) > 2, HAS_POSITIONS=positions is not None, **config,
     )  # fmt: skip
 
 
@@ -214,13 +240,14 @@ def _rope(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
+    offset: int,
     interleaved: bool,
     inverse: bool,
     tokens_first: Sequence[bool],
 ) -> list[Tensor]:
     """Rotate one or two tensors (B, H, T, K); each result is laid out as (B, T, H, K) where `tokens_first` says so."""
-    ys = _empty_results(xs, cos, sin, positions, interleaved, inverse, tokens_first)
-    _launch_kernel(xs, ys, cos, sin, positions, interleaved, inverse)
+    ys = _empty_results(xs, cos, sin, positions, offset, interleaved, inverse, tokens_first)
+    _launch_kernel(xs, ys, cos, sin, positions, offset, interleaved, inverse)
     return ys
 
 
@@ -230,6 +257,7 @@ def _empty_results(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
+    offset: int,
     interleaved: bool,
     inverse: bool,
     tokens_first: Sequence[bool],
@@ -242,14 +270,14 @@ def _empty_results(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    _, cos, sin, positions, ctx.interleaved, ctx.inverse, ctx.tokens_first = inputs
+    _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.inverse, ctx.tokens_first = inputs
     ctx.save_for_backward(cos, sin, positions)
 
 
-def _backward(ctx, dys: list[Tensor]) -> tuple[list[Tensor], None, None, None, None, None, None]:
+def _backward(ctx, dys: list[Tensor]):
     # A rotation's gradient is the rotation back, which the same op computes; so it can be differentiated again.
-    dxs = torch.ops.tilewright.rope(dys, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse, ctx.tokens_first)
-    return dxs, None, None, None, None, None, None
+    options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.tokens_first)
+    return torch.ops.tilewright.rope(dys, *ctx.saved_tensors, *options), *(None,) * 7
 
 
 # No autocast rule: x keeps its dtype, as under PyTorch's multiplications.
@@ -264,17 +292,24 @@ def _part(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
 
 @torch.library.custom_op("tilewright::rope_qkv", mutates_args=())
 def _rope_qkv(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, num_heads: int, num_kv_heads: int
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    num_heads: int,
+    num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Part a packed projection; each result is laid out as (B, T, H, K)."""
     xs = _part(qkv, num_heads, num_kv_heads)
-    ys = _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads)
-    _launch_kernel(xs, ys, cos, sin, positions, interleaved, inverse=False)
+    ys = _empty_parts(qkv, cos, sin, positions, offset, interleaved, num_heads, num_kv_heads)
+    _launch_kernel(xs, ys, cos, sin, positions, offset, interleaved, inverse=False)
     return ys
 
 
 @register_fake(_rope_qkv)
-def _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads):
+def _empty_parts(qkv, cos, sin, positions, offset, interleaved, num_heads, num_kv_heads):
     batch, tokens, width = qkv.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
     q, k, v = (qkv.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) for heads in (num_heads, *[num_kv_heads] * 2))
@@ -283,26 +318,28 @@ def _empty_parts(qkv, cos, sin, positions, interleaved, num_heads, num_kv_heads)
 
 @torch.library.custom_op("tilewright::rope_qkv_backward", mutates_args=())
 def _rope_qkv_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int, interleaved: bool
 ) -> Tensor:
-    dqkv = _empty_packed(dq, dk, dv, cos, sin, positions, interleaved)
-    _launch_kernel([dq, dk, dv], _part(dqkv, dq.shape[1], dk.shape[1]), cos, sin, positions, interleaved, inverse=True)
+    dqkv = _empty_packed(dq, dk, dv, cos, sin, positions, offset, interleaved)
+    parts = _part(dqkv, dq.shape[1], dk.shape[1])
+    _launch_kernel([dq, dk, dv], parts, cos, sin, positions, offset, interleaved, inverse=True)
     return dqkv
 
 
 @register_fake(_rope_qkv_backward)
-def _empty_packed(dq, dk, dv, cos, sin, positions, interleaved):
+def _empty_packed(dq, dk, dv, cos, sin, positions, offset, interleaved):
     batch, heads, tokens, head_dim = dq.shape
     return dq.new_empty(batch, tokens, (heads + 2 * dk.shape[1]) * head_dim)
 
 
 def _save_qkv(ctx, inputs, output) -> None:
-    _, cos, sin, positions, ctx.interleaved, ctx.num_heads, ctx.num_kv_heads = inputs
+    _, cos, sin, positions, ctx.offset, ctx.interleaved, *_ = inputs
     ctx.save_for_backward(cos, sin, positions)
 
 
 def _backward_qkv(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-    return torch.ops.tilewright.rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.interleaved), *(None,) * 6
+    dqkv = torch.ops.tilewright.rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.offset, ctx.interleaved)
+    return dqkv, *(None,) * 7
 
 
 _rope_qkv.register_autograd(_backward_qkv, setup_context=_save_qkv)
@@ -311,59 +348,59 @@ _rope_qkv.register_autograd(_backward_qkv, setup_context=_save_qkv)
 count_no_flops(torch.ops.tilewright.rope, torch.ops.tilewright.rope_qkv, torch.ops.tilewright.rope_qkv_backward)
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-POSITION_DTYPES = (torch.int64, torch.int32)
 LAYOUTS = ("interleaved", "half")
 MAX_HEAD_DIM = 256
 
 
-def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown: choose 'interleaved' or 'half'")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} is {x.dtype}: allowed are {', '.join(map(str, DTYPES))}")
-    if x.dim() < 2 or x.shape[-1] % 2 or not 0 < x.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}: allowed is (..., T, K) with an even head dim K from 2 to {MAX_HEAD_DIM}"
-        )
-    for other_name, other in (("cos", cos), ("sin", sin), ("positions", positions)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{other_name} is on {other.device}: allowed is {x.device}, the device of {name}")
-    num_tokens, head_dim = x.shape[-2:]
-    for table_name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 2 or table.shape[1] != head_dim // 2 or table.shape[0] != cos.shape[0]:
+def _check(xs: dict[str, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int) -> None:
+    check_choice("layout", layout, LAYOUTS)
+    check_dtype(FLOATING, **xs, cos=cos, sin=sin)
+    check_device(**xs, cos=cos, sin=sin, positions=positions)
+    for name, x in xs.items():
+        if x.dim() < 2 or x.shape[-1] % 2 or not 0 < x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{table_name} has shape {tuple(table.shape)}: allowed is (positions, {head_dim // 2}) for both tables"
+                f"{name} has shape {tuple(x.shape)}: allowed is (..., T, K) with an even head dim K from 2 to {MAX_HEAD_DIM}"
             )
+    x = next(iter(xs.values()))
+    num_tokens, head_dim = x.shape[-2:]
+    if cos.dim() != 2 or cos.shape != sin.shape or not 0 < cos.shape[1] <= head_dim // 2:
+        raise ValueError(
+            f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}: allowed is (positions, {head_dim // 2}) for both, "
+            f"or fewer columns where not all {head_dim} channels are rotated"
+        )
+    num_positions = cos.shape[0]
+    check_int("offset", offset, 0)
     if positions is None:
-        if not 0 <= offset <= cos.shape[0] - num_tokens:
+        if offset + num_tokens > num_positions:
             raise ValueError(
-                f"offset {offset} with {num_tokens} tokens: allowed is 0 to {cos.shape[0] - num_tokens}, "
-                f"because cos and sin have {cos.shape[0]} positions"
+                f"offset is {offset} with {num_tokens} tokens: allowed is 0 to {num_positions - num_tokens}, "
+                f"because cos and sin have {num_positions} positions"
             )
         return
     if offset != 0:
         raise ValueError(f"offset is {offset}: with positions it must be 0, they say where each token stands")
-    if positions.dtype not in POSITION_DTYPES:
-        raise ValueError(f"positions is {positions.dtype}: allowed are {', '.join(map(str, POSITION_DTYPES))}")
-    allowed = [(num_tokens,)] + ([(x.shape[0], num_tokens)] if x.dim() == 4 else [])
+    check_dtype(INTEGER, positions=positions)
+    allowed = [(num_tokens,), (1, num_tokens)] + ([(x.shape[0], num_tokens)] if x.dim() > 2 else [])
     if tuple(positions.shape) not in allowed:
-        raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {' or '.join(map(str, allowed))}")
+        allowed = " or ".join(map(str, dict.fromkeys(allowed)))
+        raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {allowed}")
+    # On a GPU it would need a synchronisation to look at the values; while compiling there are none.
+    if positions.is_cpu and positions.numel() and type(positions) is Tensor and not torch.compiler.is_compiling():
+        last = int(positions.max())
+        if last >= num_positions:
+            raise ValueError(
+                f"positions holds {last}: allowed is less than {num_positions}, the positions of cos and sin, "
+                "and less than 0 for padding"
+            )
 
 
-def _placed(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    # cos, sin and positions as the ops take them, for tokens of x (B, ..., T, K).
-    if positions is not None:
-        return cos, sin, positions.expand(x.shape[0], x.shape[-2])
-    return (cos[offset:], sin[offset:], None) if offset else (cos, sin, None)
-
-
-def _launch(
+def _rotated(
     xs: list[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int
 ) -> list[Tensor]:
-    tokens_first = [_is_tokens_first(x) for x in xs]
-    tables = _placed(xs[0], cos, sin, positions, offset)
-    return torch.ops.tilewright.rope(xs, *tables, layout == "interleaved", False, tokens_first)
+    # The heads of a projection's output are (B, T, H, K) in memory.
+    tokens_first = [x.stride(1) < x.stride(2) for x in xs]
+    positions = None if positions is None else positions.expand(xs[0].shape[0], xs[0].shape[2])
+    return torch.ops.tilewright.rope(xs, cos, sin, positions, offset, layout == "interleaved", False, tokens_first)
 
 
 def rope(
@@ -376,22 +413,30 @@ def rope(
 ) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
 
-    x (..., T, K), K even and at most 256; cos, sin (positions, K / 2) -> (..., T, K) in the dtype of `x`, computed in
-    float32. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in Llama checkpoints.
+    x (..., T, K), K even and at most 256; cos, sin (positions, K / 2), as `rope_tables` makes them -> (..., T, K) in the dtype
+    of `x`, computed in float32. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in
+    Llama checkpoints.
 
-    Tokens stand at offset .. offset + T - 1, after `offset` cached ones; or at `positions`, (T) or (B, T) integers for x
-    (B, H, T, K). On a GPU these are not compared with the length of the tables, which would need a synchronisation: a
-    position outside gives NaN.
+    Partial rotary: tables of R / 2 columns, fewer than K / 2, rotate the first R channels as if they were the whole head; the
+    others are copied (GPT-NeoX, Black et al. 2022, section 3.1; Phi, GLM).
+
+    Tokens stand at offset .. offset + T - 1, after `offset` cached ones; or at `positions`, int64 or int32 of shape (T), (1, T)
+    or, for x (B, ..., T, K), (B, T). A position below 0 marks padding and counts as 0, so that row and gradient stay finite.
+    A position past the tables is a ValueError on a CPU; on a GPU, where to look would need a synchronisation, and in compiled
+    code it gives NaN in its row.
 
     cos and sin get no gradient. x may have any strides, as a slice of a packed projection has; only channels that are no
     neighbours are copied. Where x is (B, T, H, K) in memory, so are the result and the gradient. float64 runs the reference.
     """
-    _check("x", x, cos, sin, positions, layout, offset)
-    if not use_triton(x) or x.dtype == torch.float64:
+    _check({"x": x}, cos, sin, positions, layout, offset)
+    if not use_triton(x):
         return reference.rope(x, cos, sin, positions, layout, offset)
-    flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
-    (rotated,) = _launch([flat], cos, sin, positions, layout, offset)
-    return rotated.view(x.shape)
+    if x.dim() == 4:
+        return _rotated([x], cos, sin, positions, layout, offset)[0]
+    # One batch, so that the angles of a token serve all rows, unless sequences have their own.
+    batch = 1 if positions is None or positions.dim() == 1 else positions.shape[0]
+    rows = x.reshape(batch, math.prod(x.shape[:-2]) // max(batch, 1), *x.shape[-2:])
+    return _rotated([rows], cos, sin, positions, layout, offset)[0].view(x.shape)
 
 
 def rope_qk(
@@ -404,13 +449,12 @@ def rope_qk(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`rope` of queries (B, H, T, K) and keys (B, Hkv, T, K) in one launch, which loads the angles for both."""
-    _check("q", q, cos, sin, positions, layout, offset)
-    _check("k", k, cos, sin, positions, layout, offset)
-    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+    _check({"q": q, "k": k}, cos, sin, positions, layout, offset)
+    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (B, H, T, K) and (B, Hkv, T, K)")
-    if not use_triton(q) or torch.float64 in (q.dtype, k.dtype):
+    if not use_triton(q, k):
         return reference.rope_qk(q, k, cos, sin, positions, layout, offset)
-    q, k = _launch([q, k], cos, sin, positions, layout, offset)
+    q, k = _rotated([q, k], cos, sin, positions, layout, offset)
     return q, k
 
 
@@ -429,18 +473,20 @@ def rope_qkv(
     The results are tensors of their own, (B, T, H, K) in memory, and their gradients meet in one packed tensor. K is at most
     256; other arguments are those of `rope`.
     """
+    check_int("num_heads", num_heads, 1)
+    check_int("num_kv_heads", num_kv_heads, 1)
     all_heads = num_heads + 2 * num_kv_heads
-    if qkv.dim() != 3 or num_heads < 1 or num_kv_heads < 1 or qkv.shape[-1] % all_heads:
+    if qkv.dim() != 3 or qkv.shape[-1] % all_heads:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}, with {num_heads} and twice {num_kv_heads} heads: allowed is (B, T, W) "
             f"with W a multiple of {all_heads}"
         )
-    _check("qkv", _part(qkv, num_heads, num_kv_heads)[0], cos, sin, positions, layout, offset)
-    if not use_triton(qkv) or qkv.dtype == torch.float64:
+    _check({"qkv": _part(qkv, num_heads, num_kv_heads)[0]}, cos, sin, positions, layout, offset)
+    if not use_triton(qkv):
         return reference.rope_qkv(qkv, cos, sin, num_heads, num_kv_heads, positions, layout, offset)
+    positions = None if positions is None else positions.expand(qkv.shape[:2])
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    tables = _placed(qkv[:, :, None].transpose(1, 2), cos, sin, positions, offset)
-    return torch.ops.tilewright.rope_qkv(qkv, *tables, layout == "interleaved", num_heads, num_kv_heads)
+    return torch.ops.tilewright.rope_qkv(qkv, cos, sin, positions, offset, layout == "interleaved", num_heads, num_kv_heads)
 
 
 def compile_cases() -> Iterator[KernelCase]:
@@ -449,11 +495,13 @@ def compile_cases() -> Iterator[KernelCase]:
         (12, 12, 1024, 64), (25, 25, 1024, 64), (32, 8, 8192, 128), (8, 4, 8192, 256), (32, 8, 8192, 96), (32, 8, 1, 128)
     ):  # fmt: skip
         for dtype, element_size in (("bf16", 2), ("fp32", 4)):
-            config = launch_config(max(num_q_heads, num_k_heads), num_tokens, head_dim, element_size)
+            config = launch_config(max(num_q_heads, num_k_heads), num_tokens, head_dim, head_dim, element_size)
             num_warps = config.pop("num_warps")
             for layout in LAYOUTS:
                 constants = config | {
                     "HEAD_DIM": head_dim,
+                    "ROTARY_DIM": head_dim,
+                    "TABLE_STRIDE": head_dim // 2,
                     "INTERLEAVED": layout == "interleaved",
                     "INVERSE": False,
                     "HAS_K": True,
