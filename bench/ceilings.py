@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.costs import Cost
-from ..kernels.device import GPU, gpu_of
+from ..kernels.datasheet import GPU
+from ..kernels.device import gpu_of
 from .timing import time_variants
 
 

@@ -4,7 +4,7 @@ import torch
 from tilewright.bench import ceilings
 from tilewright.bench.ceilings import Ceilings, Device
 from tilewright.kernels.costs import Cost
-from tilewright.kernels.device import find_gpu
+from tilewright.kernels.datasheet import find_gpu
 
 H200 = find_gpu("h200")
 
