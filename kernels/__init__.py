@@ -10,10 +10,12 @@ from .flash_reference import tiled_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qk, rope_qkv
+from .rope_tables import RopeScaling, rope_tables
 from .swiglu import swiglu
 
 __all__ = [
     "CrossEntropyOutput",
+    "RopeScaling",
     "add_rms_norm",
     "attention",
     "cross_entropy",
@@ -23,6 +25,7 @@ __all__ = [
     "rope",
     "rope_qk",
     "rope_qkv",
+    "rope_tables",
     "set_backend",
     "swiglu",
     "tiled_attention",

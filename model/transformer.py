@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import kernels
 from ..kernels import linear_cross_entropy
 from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
@@ -12,10 +13,8 @@ from .layers import CausalSelfAttention, Embedding, Head, LayerCache, RMSNorm, S
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angle of every position and channel pair, (context_length, K / 2) (Su et al. 2021, eq. 15)."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    """Return cos and sin of the angle of every position and channel pair, (context_length, K / 2)."""
+    return kernels.rope_tables(config.head_dim, config.context_length, config.rope_theta)
 
 
 class TransformerBlock(nn.Module):
