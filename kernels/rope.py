@@ -1,287 +1,108 @@
 """Rotary position embedding of queries and keys in one launch; the backward pass is the same kernel, turning back.
 
 `rope_qkv` also parts a packed projection: values are copied beside, so that the gradients of all three meet in one tensor
-without a concatenation, and nothing keeps the projection alive. A program holds one block of tokens for one block of heads:
-the angles are loaded once a token and serve all its heads.
+without a concatenation, and nothing keeps the projection alive.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATING, INTEGER, check_choice, check_device, check_dtype, check_int
-from .dispatch import jit, tl, use_triton
+from .checks import FLOATING, INTEGER, check_choice, check_device, check_dtype, check_int, is_readable
+from .dispatch import use_triton
 from .inspect import KernelCase
-from .launch import launch
 from .reference import RopeLayout
+from .rope_kernel import launch_config, rope_forward, rotate_heads
 from .shared import count_no_flops, register_fake
 
-# Arguments whose divisibility helps no load: without this, another length or offset could mean another compilation.
-SIZES = (
-    "positions_batch_stride", "positions_token_stride", "num_q_heads", "num_k_heads", "num_tokens", "num_positions",
-    "num_token_blocks", "offset",
-)  # fmt: skip
+
+def _is_tokens_first(x: Tensor) -> bool:
+    # The heads of a projection's output, (B, T, H, K) in memory.
+    return x.stride(1) < x.stride(2)
 
 
-@jit
-def _copy(x_rows, y_rows, row_mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    channels = tl.arange(0, BLOCK)[None, None, :]
-    mask = row_mask & (channels < WIDTH)
-    tl.store(y_rows + channels, tl.load(x_rows + channels, mask=mask), mask=mask)
-
-
-@jit
-def _rotate(
-    x_rows,
-    y_rows,
-    row_mask,
-    cos,
-    sin,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_ROTARY: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
-    if INTERLEAVED:
-        # Whole rows are loaded and parted in registers: a load of every other channel could not be a vector.
-        channels = tl.arange(0, BLOCK_ROTARY)[None, None, :]
-        mask = row_mask & (channels < ROTARY_DIM)
-        x = tl.load(x_rows + channels, mask=mask).to(tl.float32)
-        first, second = tl.split(tl.reshape(x, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_ROTARY // 2, 2)))
-        y = tl.interleave(first * cos - second * sin, first * sin + second * cos)
-        tl.store(y_rows + channels, y.to(y_rows.dtype.element_ty), mask=mask)
-    else:
-        pairs = tl.arange(0, BLOCK_ROTARY // 2)[None, None, :]
-        mask = row_mask & (pairs < ROTARY_DIM // 2)
-        first = tl.load(x_rows + pairs, mask=mask).to(tl.float32)
-        second = tl.load(x_rows + ROTARY_DIM // 2 + pairs, mask=mask).to(tl.float32)
-        element = y_rows.dtype.element_ty
-        tl.store(y_rows + pairs, (first * cos - second * sin).to(element), mask=mask)
-        tl.store(y_rows + ROTARY_DIM // 2 + pairs, (first * sin + second * cos).to(element), mask=mask)
-    if BLOCK_REST > 0:
-        _copy(x_rows + ROTARY_DIM, y_rows + ROTARY_DIM, row_mask, HEAD_DIM - ROTARY_DIM, BLOCK_REST)
-
-
-@jit(do_not_specialize=SIZES)
-def rope_forward(
-    q_ptr,
-    q_out_ptr,
-    k_ptr,
-    k_out_ptr,
-    v_ptr,
-    v_out_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    q_batch_stride,
-    q_head_stride,
-    q_token_stride,
-    q_out_batch_stride,
-    q_out_head_stride,
-    q_out_token_stride,
-    k_batch_stride,
-    k_head_stride,
-    k_token_stride,
-    k_out_batch_stride,
-    k_out_head_stride,
-    k_out_token_stride,
-    v_batch_stride,
-    v_head_stride,
-    v_token_stride,
-    v_out_batch_stride,
-    v_out_head_stride,
-    v_out_token_stride,
-    positions_batch_stride,
-    positions_token_stride,
-    num_q_heads,
-    num_k_heads,
-    num_tokens,
-    num_positions,
-    num_token_blocks,
-    offset,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    TABLE_STRIDE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    HAS_K: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_ROTARY: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
-    """Turn one block of heads of one block of tokens."""
-    # Blocks of heads of the same tokens run side by side, so that all but the first find their angles in the L2 cache.
-    num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
-    num_k_blocks = tl.cdiv(num_k_heads, BLOCK_HEADS)
-    num_head_blocks = num_q_blocks
-    if HAS_K:
-        num_head_blocks += num_k_blocks
-    if HAS_V:
-        num_head_blocks += num_k_blocks
-    head_block = tl.program_id(0) % num_head_blocks
-    token_block = tl.program_id(0) // num_head_blocks % num_token_blocks
-    batch = (tl.program_id(0) // num_head_blocks // num_token_blocks).to(tl.int64)
-    tokens = token_block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None, None]
-    token_mask = tokens < num_tokens
-    tokens = tokens.to(tl.int64)
-
-    pairs = tl.arange(0, BLOCK_ROTARY // 2)[None, None, :]
-    if HAS_POSITIONS:
-        positions_row = positions_ptr + batch * positions_batch_stride
-        positions = tl.load(positions_row + tokens * positions_token_stride, mask=token_mask, other=0).to(tl.int64)
-        positions = tl.maximum(positions, 0)
-        # A position past the tables must not be read, and to report it from here would need a synchronisation: NaN shows it.
-        angle_mask = (positions < num_positions) & (pairs < ROTARY_DIM // 2)
-    else:
-        positions = tokens + offset
-        angle_mask = token_mask & (pairs < ROTARY_DIM // 2)
-    angles = positions * TABLE_STRIDE + pairs
-    cos = tl.load(cos_ptr + angles, mask=angle_mask, other=float("nan")).to(tl.float32)
-    sin = tl.load(sin_ptr + angles, mask=angle_mask, other=float("nan")).to(tl.float32)
-    if INVERSE:
-        sin = -sin
-
-    block_heads = tl.arange(0, BLOCK_HEADS)[None, :, None]
-    if head_block < num_q_blocks:
-        heads = (head_block * BLOCK_HEADS + block_heads).to(tl.int64)
-        _rotate(
-            q_ptr + batch * q_batch_stride + tokens * q_token_stride + heads * q_head_stride,
-            q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride + heads * q_out_head_stride,
-            token_mask & (heads < num_q_heads),
-            cos, sin, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_ROTARY, BLOCK_REST,
-        )  # fmt: skip
-    elif HAS_K:
-        if head_block < num_q_blocks + num_k_blocks:
-            heads = ((head_block - num_q_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
-            _rotate(
-                k_ptr + batch * k_batch_stride + tokens * k_token_stride + heads * k_head_stride,
-                k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride + heads * k_out_head_stride,
-                token_mask & (heads < num_k_heads),
-                cos, sin, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_TOKENS, BLOCK_HEADS, BLOCK_ROTARY, BLOCK_REST,
-            )  # fmt: skip
-        elif HAS_V:
-            heads = ((head_block - num_q_blocks - num_k_blocks) * BLOCK_HEADS + block_heads).to(tl.int64)
-            _copy(
-                v_ptr + batch * v_batch_stride + tokens * v_token_stride + heads * v_head_stride,
-                v_out_ptr + batch * v_out_batch_stride + tokens * v_out_token_stride + heads * v_out_head_stride,
-                token_mask & (heads < num_k_heads), HEAD_DIM, BLOCK_CHANNELS,
-            )  # fmt: skip
-
-
-# Bytes of x that a program and a thread read: two 16-byte loads a thread.
-PROGRAM_BYTES = 8192
-THREAD_BYTES = 32
-# The angles of a token are as many bytes as one of its heads in float32, two in half precision: over 16 heads, little.
-MAX_BLOCK_HEADS = 16
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def launch_config(num_heads: int, num_tokens: int, head_dim: int, rotary_dim: int, element_size: int) -> dict[str, int]:
-    """Return the block sizes and warps that ship for `num_heads` heads of q or k, whichever has more."""
-    channels = _power_of_two(head_dim)
-    heads = min(_power_of_two(num_heads), MAX_BLOCK_HEADS, PROGRAM_BYTES // element_size // channels)
-    tokens = min(PROGRAM_BYTES // element_size // (channels * heads), _power_of_two(num_tokens))
-    rest = 0 if rotary_dim == head_dim else _power_of_two(head_dim - rotary_dim)
-    blocks = {"BLOCK_TOKENS": tokens, "BLOCK_HEADS": heads, "BLOCK_CHANNELS": channels}
-    num_warps = max(tokens * heads * channels * element_size // (32 * THREAD_BYTES), 1)
-    return blocks | {"BLOCK_ROTARY": _power_of_two(rotary_dim), "BLOCK_REST": rest, "num_warps": num_warps}
-
-
-def _launch_kernel(
-    xs: Sequence[Tensor],
-    ys: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inverse: bool,
-) -> None:
-    # Fill ys: q, or q and k, turned, or q and k turned and v as it is; each (B, H, T, K) with channels that are neighbours.
-    if all(x.numel() == 0 for x in xs):
-        return
-    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
-    q, k, v = xs[0], xs[min(1, len(xs) - 1)], xs[-1]
-    q_out, k_out, v_out = ys[0], ys[min(1, len(ys) - 1)], ys[-1]
-    batch, _, num_tokens, head_dim = q.shape
-    if cos.stride() != sin.stride() or cos.stride(1) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    rotary_dim, element_size = 2 * cos.shape[1], max(x.element_size() for x in xs)
-    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, rotary_dim, element_size)
-    num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
-    num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
-    launch(
-        rope_forward, batch * num_token_blocks * num_head_blocks,
-        q, q_out, k, k_out, v, v_out, cos, sin, q if positions is None else positions,
-        *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3], *v.stride()[:3], *v_out.stride()[:3],
-        *((0, 0) if positions is None else positions.stride()),
-        q.shape[1], k.shape[1], num_tokens, cos.shape[0], num_token_blocks, offset,
-        HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim, TABLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved, INVERSE=inverse,
-        HAS_K=len(xs) > 1, HAS_V=len(xs) > 2, HAS_POSITIONS=positions is not None, **config,
-    )  # fmt: skip
+def _new_like(x: Tensor, tokens_first: bool) -> Tensor:
+    batch, heads, tokens, head_dim = x.shape
+    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if tokens_first else x.new_empty(x.shape)
 
 
 @torch.library.custom_op("tilewright::rope", mutates_args=())
 def _rope(
-    xs: Sequence[Tensor],
+    x: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     offset: int,
     interleaved: bool,
     inverse: bool,
-    tokens_first: Sequence[bool],
-) -> list[Tensor]:
-    """Rotate one or two tensors (B, H, T, K); each result is laid out as (B, T, H, K) where `tokens_first` says so."""
-    ys = _empty_results(xs, cos, sin, positions, offset, interleaved, inverse, tokens_first)
-    _launch_kernel(xs, ys, cos, sin, positions, offset, interleaved, inverse)
-    return ys
+    tokens_first: bool,
+) -> Tensor:
+    """Rotate x (B, H, T, K); the result is laid out as (B, T, H, K) where `tokens_first` says so."""
+    y = _new_like(x, tokens_first)
+    rotate_heads([x], [y], cos, sin, positions, offset, interleaved, inverse)
+    return y
 
 
 @register_fake(_rope)
-def _empty_results(
-    xs: Sequence[Tensor],
+def _empty_rope(x, cos, sin, positions, offset, interleaved, inverse, tokens_first):
+    return _new_like(x, tokens_first)
+
+
+def _save_rope(ctx, inputs, output) -> None:
+    _, cos, sin, positions, *ctx.options = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward_rope(ctx, dy: Tensor):
+    # A rotation's gradient is the rotation back, which the same op computes; so it can be differentiated again.
+    offset, interleaved, inverse, tokens_first = ctx.options
+    dx = torch.ops.tilewright.rope(dy, *ctx.saved_tensors, offset, interleaved, not inverse, tokens_first)
+    return dx, *(None,) * 7
+
+
+# No autocast rule: x keeps its dtype, as under PyTorch's multiplications.
+_rope.register_autograd(_backward_rope, setup_context=_save_rope)
+
+
+@torch.library.custom_op("tilewright::rope_qk", mutates_args=())
+def _rope_qk(
+    q: Tensor,
+    k: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     offset: int,
     interleaved: bool,
     inverse: bool,
-    tokens_first: Sequence[bool],
-) -> list[Tensor]:
-    def like(x: Tensor, first: bool) -> Tensor:
-        batch, heads, tokens, head_dim = x.shape
-        return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if first else x.new_empty(x.shape)
+    q_tokens_first: bool,
+    k_tokens_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """Rotate q (B, H, T, K) and k (B, Hkv, T, K), as `_rope` does one."""
+    q_out, k_out = _new_like(q, q_tokens_first), _new_like(k, k_tokens_first)
+    rotate_heads([q, k], [q_out, k_out], cos, sin, positions, offset, interleaved, inverse)
+    return q_out, k_out
 
-    return [like(x, first) for x, first in zip(xs, tokens_first, strict=True)]
+
+@register_fake(_rope_qk)
+def _empty_rope_qk(q, k, cos, sin, positions, offset, interleaved, inverse, q_tokens_first, k_tokens_first):
+    return _new_like(q, q_tokens_first), _new_like(k, k_tokens_first)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.inverse, ctx.tokens_first = inputs
+def _save_rope_qk(ctx, inputs, output) -> None:
+    _, _, cos, sin, positions, *ctx.options = inputs
     ctx.save_for_backward(cos, sin, positions)
 
 
-def _backward(ctx, dys: list[Tensor]):
-    # A rotation's gradient is the rotation back, which the same op computes; so it can be differentiated again.
-    options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.tokens_first)
-    return torch.ops.tilewright.rope(dys, *ctx.saved_tensors, *options), *(None,) * 7
+def _backward_rope_qk(ctx, dq: Tensor, dk: Tensor):
+    offset, interleaved, inverse, *tokens_first = ctx.options
+    dq, dk = torch.ops.tilewright.rope_qk(dq, dk, *ctx.saved_tensors, offset, interleaved, not inverse, *tokens_first)
+    return dq, dk, *(None,) * 8
 
 
-# No autocast rule: x keeps its dtype, as under PyTorch's multiplications.
-_rope.register_autograd(_backward, setup_context=_save_for_backward)
+_rope_qk.register_autograd(_backward_rope_qk, setup_context=_save_rope_qk)
 
 
 def _part(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
@@ -304,7 +125,7 @@ def _rope_qkv(
     """Part a packed projection; each result is laid out as (B, T, H, K)."""
     xs = _part(qkv, num_heads, num_kv_heads)
     ys = _empty_parts(qkv, cos, sin, positions, offset, interleaved, num_heads, num_kv_heads)
-    _launch_kernel(xs, ys, cos, sin, positions, offset, interleaved, inverse=False)
+    rotate_heads(xs, ys, cos, sin, positions, offset, interleaved, inverse=False)
     return ys
 
 
@@ -322,7 +143,7 @@ def _rope_qkv_backward(
 ) -> Tensor:
     dqkv = _empty_packed(dq, dk, dv, cos, sin, positions, offset, interleaved)
     parts = _part(dqkv, dq.shape[1], dk.shape[1])
-    _launch_kernel([dq, dk, dv], parts, cos, sin, positions, offset, interleaved, inverse=True)
+    rotate_heads([dq, dk, dv], parts, cos, sin, positions, offset, interleaved, inverse=True)
     return dqkv
 
 
@@ -345,7 +166,8 @@ def _backward_qkv(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
 _rope_qkv.register_autograd(_backward_qkv, setup_context=_save_qkv)
 
 
-count_no_flops(torch.ops.tilewright.rope, torch.ops.tilewright.rope_qkv, torch.ops.tilewright.rope_qkv_backward)
+_OPS = torch.ops.tilewright
+count_no_flops(_OPS.rope, _OPS.rope_qk, _OPS.rope_qkv, _OPS.rope_qkv_backward)
 
 
 LAYOUTS = ("interleaved", "half")
@@ -384,23 +206,13 @@ def _check(xs: dict[str, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | 
     if tuple(positions.shape) not in allowed:
         allowed = " or ".join(map(str, dict.fromkeys(allowed)))
         raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {allowed}")
-    # On a GPU it would need a synchronisation to look at the values; while compiling there are none.
-    if positions.is_cpu and positions.numel() and type(positions) is Tensor and not torch.compiler.is_compiling():
+    if positions.numel() and is_readable(positions):
         last = int(positions.max())
         if last >= num_positions:
             raise ValueError(
                 f"positions holds {last}: allowed is less than {num_positions}, the positions of cos and sin, "
                 "and less than 0 for padding"
             )
-
-
-def _rotated(
-    xs: list[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int
-) -> list[Tensor]:
-    # The heads of a projection's output are (B, T, H, K) in memory.
-    tokens_first = [x.stride(1) < x.stride(2) for x in xs]
-    positions = None if positions is None else positions.expand(xs[0].shape[0], xs[0].shape[2])
-    return torch.ops.tilewright.rope(xs, cos, sin, positions, offset, layout == "interleaved", False, tokens_first)
 
 
 def rope(
@@ -431,12 +243,13 @@ def rope(
     _check({"x": x}, cos, sin, positions, layout, offset)
     if not use_triton(x):
         return reference.rope(x, cos, sin, positions, layout, offset)
-    if x.dim() == 4:
-        return _rotated([x], cos, sin, positions, layout, offset)[0]
     # One batch, so that the angles of a token serve all rows, unless sequences have their own.
     batch = 1 if positions is None or positions.dim() == 1 else positions.shape[0]
-    rows = x.reshape(batch, math.prod(x.shape[:-2]) // max(batch, 1), *x.shape[-2:])
-    return _rotated([rows], cos, sin, positions, layout, offset)[0].view(x.shape)
+    rows = x if x.dim() == 4 else x.reshape(batch, math.prod(x.shape[:-2]) // max(batch, 1), *x.shape[-2:])
+    positions = None if positions is None else positions.expand(rows.shape[0], rows.shape[2])
+    options = (positions, offset, layout == "interleaved", False, _is_tokens_first(rows))
+    y = torch.ops.tilewright.rope(rows, cos, sin, *options)
+    return y if x.dim() == 4 else y.view(x.shape)
 
 
 def rope_qk(
@@ -454,8 +267,9 @@ def rope_qk(
         raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (B, H, T, K) and (B, Hkv, T, K)")
     if not use_triton(q, k):
         return reference.rope_qk(q, k, cos, sin, positions, layout, offset)
-    q, k = _rotated([q, k], cos, sin, positions, layout, offset)
-    return q, k
+    positions = None if positions is None else positions.expand(q.shape[0], q.shape[2])
+    options = (positions, offset, layout == "interleaved", False, _is_tokens_first(q), _is_tokens_first(k))
+    return torch.ops.tilewright.rope_qk(q, k, cos, sin, *options)
 
 
 def rope_qkv(

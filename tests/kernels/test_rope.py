@@ -289,7 +289,7 @@ def test_positions_past_the_tables_are_an_error_where_they_can_be_seen(device, b
             assert y[0, 0, [1, 3]].isnan().all()
     positions = positions[None]
     for y in (
-        torch.ops.tilewright.rope([x], cos, sin, positions, 0, True, False, [False])[0],
+        torch.ops.tilewright.rope(x, cos, sin, positions, 0, True, False, False),
         reference.rope(x, cos, sin, positions),
     ):
         assert y[0, 0, [0, 2]].isfinite().all()
@@ -308,8 +308,9 @@ def test_the_reference_passes_gradcheck(layout):
 def test_the_op_is_registered_as_pytorch_asks(device, num_tensors, has_positions):
     xs = [MEMORY["tokens first"](2, h, 3, 4).to(device).requires_grad_() for h in (2, 1)][:num_tensors]
     positions = torch.tensor([[0, 1, 4], [2, 3, 4]], device=device) if has_positions else None
-    arguments = (xs, *tables(5, 4, device), positions, 0, True, False, [True, False][:num_tensors])
-    torch.library.opcheck(torch.ops.tilewright.rope, arguments)
+    op = torch.ops.tilewright.rope if num_tensors == 1 else torch.ops.tilewright.rope_qk
+    arguments = (*xs, *tables(5, 4, device), positions, 0, True, False, *[True, False][:num_tensors])
+    torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.slow
