@@ -179,18 +179,19 @@ def _check(xs: dict[str, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | 
     check_dtype(FLOATING, **xs, cos=cos, sin=sin)
     check_device(**xs, cos=cos, sin=sin, positions=positions)
     for name, x in xs.items():
-        if x.dim() < 2 or x.shape[-1] % 2 or not 0 < x.shape[-1] <= MAX_HEAD_DIM:
+        shape = x.shape
+        if len(shape) < 2 or shape[-1] % 2 or not 0 < shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: allowed is (..., T, K) with an even head dim K from 2 to {MAX_HEAD_DIM}"
+                f"{name} has shape {tuple(shape)}: allowed is (..., T, K) with an even head dim K from 2 to {MAX_HEAD_DIM}"
             )
-    x = next(iter(xs.values()))
-    num_tokens, head_dim = x.shape[-2:]
-    if cos.dim() != 2 or cos.shape != sin.shape or not 0 < cos.shape[1] <= head_dim // 2:
+    shape, table = next(iter(xs.values())).shape, cos.shape
+    num_tokens, head_dim = shape[-2], shape[-1]
+    if len(table) != 2 or table != sin.shape or not 0 < table[1] <= head_dim // 2:
         raise ValueError(
-            f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}: allowed is (positions, {head_dim // 2}) for both, "
+            f"cos has shape {tuple(table)}, sin {tuple(sin.shape)}: allowed is (positions, {head_dim // 2}) for both, "
             f"or fewer columns where not all {head_dim} channels are rotated"
         )
-    num_positions = cos.shape[0]
+    num_positions = table[0]
     check_int("offset", offset, 0)
     if positions is None:
         if offset + num_tokens > num_positions:
@@ -202,7 +203,7 @@ def _check(xs: dict[str, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | 
     if offset != 0:
         raise ValueError(f"offset is {offset}: with positions it must be 0, they say where each token stands")
     check_dtype(INTEGER, positions=positions)
-    allowed = [(num_tokens,), (1, num_tokens)] + ([(x.shape[0], num_tokens)] if x.dim() > 2 else [])
+    allowed = [(num_tokens,), (1, num_tokens)] + ([(shape[0], num_tokens)] if len(shape) > 2 else [])
     if tuple(positions.shape) not in allowed:
         allowed = " or ".join(map(str, dict.fromkeys(allowed)))
         raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {allowed}")
