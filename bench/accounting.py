@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from ..kernels.device import find_gpu
+from ..kernels.datasheet import find_gpu
 from ..model import MODELS
 from ..model.accounting import model_flops, num_parameters, operations, roofline, training_memory
 from .jobs import Job, Rows

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.device import GPU, gpu_of
+from ..kernels.datasheet import GPU
+from ..kernels.device import gpu_of
 from ..kernels.op import Cost
 from .timing import time_variants
 

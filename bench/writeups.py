@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_text
-from ..kernels.device import GPUS
+from ..kernels.datasheet import GPUS
 from ..model import MODELS, ModelConfig
 from ..model.accounting import (
     HANDOUT,

@@ -12,10 +12,12 @@ from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qk, rope_qkv
+from .rope_tables import RopeScaling, rope_tables
 from .swiglu import swiglu
 
 __all__ = [
     "CrossEntropyOutput",
+    "RopeScaling",
     "add_rms_norm",
     "attention",
     "cross_entropy",
@@ -27,6 +29,7 @@ __all__ = [
     "rope",
     "rope_qk",
     "rope_qkv",
+    "rope_tables",
     "set_backend",
     "swiglu",
     "tiled_attention",

@@ -51,3 +51,9 @@ def check_softcap(softcap: float | None) -> None:
     """Refuse a softcap that is no finite number above 0; None passes."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}: allowed is a finite number above 0, or None")
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether values can be looked at here: on a GPU that would need a synchronisation, and traced tensors hold none."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return x.is_cpu and type(x) is Tensor and not traced

@@ -93,6 +93,15 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: GeluApproximation
     return (F.gelu(_widen(gate), approximate=approximate) * _widen(up)).to(torch.promote_types(gate.dtype, up.dtype))
 
 
+def _angles(table: Tensor, x: Tensor, positions: Tensor | None, offset: int) -> Tensor:
+    # The rows of cos or sin for tokens of x, (T, R / 2) or (B, 1, ..., 1, T, R / 2).
+    if positions is None:
+        return table[offset : offset + x.shape[-2]]
+    positions = positions[0] if positions.dim() == 2 and positions.shape[0] == 1 else positions
+    rows = table[positions.clamp(0, table.shape[0] - 1)].masked_fill((positions >= table.shape[0])[..., None], torch.nan)
+    return rows if positions.dim() == 1 else rows[(slice(None), *(None,) * (x.dim() - 3))]
+
+
 def rope(
     x: Tensor,
     cos: Tensor,
@@ -103,15 +112,14 @@ def rope(
 ) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
 
-    x (..., T, K); cos, sin (positions, K / 2), which get no gradient; positions (T) or (B, T), by default
-    offset .. offset + T - 1. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in
-    Llama checkpoints.
+    x (..., T, K); cos, sin (positions, R / 2), which get no gradient, for the first R channels: the others stay as they are.
+    positions (T), (1, T) or, for x (B, ..., T, K), (B, T), by default offset .. offset + T - 1; below 0 is padding and counts
+    as 0, past the tables gives NaN. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + R / 2) as
+    in Llama checkpoints.
     """
-    rows = slice(offset, offset + x.shape[-2]) if positions is None else positions
-    cos, sin = cos.detach()[rows], sin.detach()[rows]
-    if positions is not None and positions.dim() > 1:
-        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (B, 1, T, K / 2): one angle for all heads
-    wide = _widen(x)
+    cos, sin = (_angles(table.detach(), x, positions, offset) for table in (cos, sin))
+    rotary_dim = 2 * cos.shape[-1]
+    wide = _widen(x if rotary_dim == x.shape[-1] else x[..., :rotary_dim])
     if layout == "interleaved":
         first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
@@ -120,7 +128,8 @@ def rope(
         rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
     else:
         raise ValueError(f"layout {layout!r} is unknown: choose 'interleaved' or 'half'")
-    return rotated.to(x.dtype)
+    rotated = rotated.to(x.dtype)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
 def rope_qk(

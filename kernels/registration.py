@@ -92,7 +92,7 @@ class CustomOp:
         return self.function(*args)
 
     def _below_autograd(self, keyset: Any, args: Sequence[Any]) -> Any:
-        # As a compiled graph calls it, with nothing below autograd but the device: a second way through the dispatcher is spared.
+        # As a compiled graph calls it: nothing below autograd but the device, which spares a second way through the dispatcher.
         if keyset is None or (keyset & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
             return self.function(*args)
         with torch._C._AutoDispatchBelowAutograd():

@@ -78,7 +78,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens (by default to the end of the context); return the new ones.
 
-    A row ends at `stop_token`, which is not returned. Only ids below `vocab_size` are drawn, where the model has room for more
+    Prompts run in one pass, shorter ones padded to the longest; then each row goes on from its own end, a token a step. A row
+    ends at `stop_token`, which is not returned. Only ids below `vocab_size` are drawn, where the model has room for more
     than its tokenizer knows. The same seed, prompts and device give the same tokens. Without the cache every step runs the
     whole sequence again: slower, for checking. `dtype` is that of the products, by default the model's compute dtype; the
     weights are cast to it once.
@@ -93,30 +94,35 @@ def generate(
     context_length = model.config.context_length
     ends = [context_length if max_new_tokens is None else n + max_new_tokens for n in lengths]
 
-    # Prompts of unequal length need no padding: all rows advance together from the shortest, and a row whose prompt is not
-    # yet used up takes its next token from there instead of from the model.
     tokens = torch.zeros(len(prompts), max(ends), dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
-    given = torch.arange(max(ends), device=device) < torch.tensor(lengths, device=device)[:, None]
-    row_ends = torch.tensor(ends, device=device)
-    position = min(lengths)
-    stops = row_ends.clone()
+    rows, starts, row_ends = (torch.tensor(x, device=device) for x in (range(len(prompts)), lengths, ends))
     cache = KVCache(model, len(prompts), max(ends)) if use_cache else None
-    fed = 0
-    while position < max(ends):
-        step = tokens[:, fed:position] if use_cache else tokens[:, :position]
-        logits = model(step, cache)[:, -1, :vocab_size]
-        fed = position
-        drawn = sample(logits, temperature, top_k, top_p, generator)
-        tokens[:, position] = torch.where(given[:, position], tokens[:, position], drawn)
+
+    def logits_after(positions: Tensor, step: int) -> Tensor:
+        # Of the token after `positions` (B), one a row. Prompts are run together, the shorter ones followed by padding, which
+        # no token before it sees.
+        if cache is not None and step > 0:
+            return model(tokens[rows, positions][:, None], cache)[:, 0]
+        hidden = model.hidden_states(tokens[:, : min(max(lengths) + step, max(ends))], cache)[rows, positions]
+        if cache is not None and min(lengths) < max(lengths):
+            cache.keep(lengths)
+        return model.logits(hidden)
+
+    stops = row_ends.clone()
+    for step in range(max(end - n for end, n in zip(ends, lengths, strict=True))):
+        positions = starts + step
+        drawn = sample(
+            logits_after(torch.minimum(positions, row_ends) - 1, step)[:, :vocab_size], temperature, top_k, top_p, generator
+        )
+        # A row that has ended goes on being drawn with the others, and keeps what it has.
+        running = positions < stops
+        positions = torch.minimum(positions, row_ends - 1)
+        tokens[rows, positions] = torch.where(running, drawn, tokens[rows, positions])
         if stop_token is not None:
-            # A row that has ended goes on being drawn with the others, which must not move its end.
-            running = ~given[:, position] & (stops == row_ends) & (position < row_ends)
-            stopped = running & (tokens[:, position] == stop_token)
-            stops = torch.where(stopped, position, stops)
-        position += 1
-        if bool((stops <= position).all()):
-            break
+            stops = torch.where(running & (drawn == stop_token), positions, stops)
+            if bool((stops <= positions + 1).all()):
+                break
     finished = zip(tokens.tolist(), lengths, stops.tolist(), strict=True)
-    return [row[start : min(stop, position)] for row, start, stop in finished]
+    return [row[start:stop] for row, start, stop in finished]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,20 +175,41 @@ def make_feed_forward(name: FeedForward, d_model: int, d_ff: int) -> nn.Module:
     return layers[name](d_model, d_ff)
 
 
+class Places(NamedTuple):
+    """Where new tokens stand, in sequences of unequal length."""
+
+    positions: Tensor
+    """(B, T) int64."""
+    lengths: Tensor
+    """(B) int32: tokens of each sequence, the new ones among them."""
+
+
 class LayerCache:
     """Keys and values of the tokens that one layer has seen, in buffers of fixed `shape` (B, Hkv, tokens, K)."""
+
+    places: Places | None = None
+    """Where the next tokens stand; None: in every sequence after `length` others."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, Hkv, T, K) of new tokens; return those of all tokens so far."""
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        """Add the keys and values (B, Hkv, T, K) of new tokens; return those of all tokens so far.
+
+        In sequences of unequal length those of a shorter one are followed by others, which are not its own.
+        """
+        start, self.length = self.length, self.length + k.shape[2]
+        if self.places is None:
+            self.k[:, :, start : self.length] = k
+            self.v[:, :, start : self.length] = v
+        else:
+            # A full sequence is written over, so that there may be fewer tokens than were given.
+            self.length = min(self.length, self.k.shape[2])
+            index = self.places.positions[:, None, :, None].expand_as(k)
+            self.k.scatter_(2, index, k.to(self.k.dtype))
+            self.v.scatter_(2, index, v.to(self.v.dtype))
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -227,22 +248,25 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`.
 
-        `document_ids` (B, T) confine attention to a run of equal ids.
+        With the `places` of a cache they are those of all positions from 0 on. `document_ids` (B, T) confine attention to a
+        run of equal ids.
         """
-        q, k, v = self._heads(self.qkv_proj(x), cos, sin)
+        positions, lengths = (None, None) if cache is None or cache.places is None else cache.places
+        q, k, v = self._heads(self.qkv_proj(x), cos, sin, positions)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.output_proj(attention(q, k, v, document_ids=document_ids).transpose(1, 2).flatten(-2))
+        o = attention(q, k, v, document_ids=document_ids, cache_lengths=lengths)
+        return self.output_proj(o.transpose(1, 2).flatten(-2))
 
-    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         # (B, T, (H + 2 Hkv) K) -> q (B, H, T, K), k and v (B, Hkv, T, K), normalised and rotated.
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if self.rope and self.q_norm is None:
-            return rope_qkv(qkv, cos, sin, heads, kv_heads)
+            return rope_qkv(qkv, cos, sin, heads, kv_heads, positions)
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.rope:
-            q, k = rope_qk(q, k, cos, sin)
+            q, k = rope_qk(q, k, cos, sin, positions)
         return q, k, v

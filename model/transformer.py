@@ -1,21 +1,22 @@
 """The Transformer language model, top to bottom."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import kernels
 from ..kernels import linear_cross_entropy
 from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
-from .layers import CausalSelfAttention, Embedding, Head, LayerCache, make_feed_forward, make_norm
+from .layers import CausalSelfAttention, Embedding, Head, LayerCache, Places, make_feed_forward, make_norm
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angle of every position and channel pair, (context_length, K / 2) (Su et al. 2021, eq. 15)."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    """Return cos and sin of the angle of every position and channel pair, (context_length, K / 2)."""
+    return kernels.rope_tables(config.head_dim, config.context_length, config.rope_theta)
 
 
 class TransformerBlock(nn.Module):
@@ -77,19 +78,46 @@ class TransformerBlock(nn.Module):
 
 
 class KVCache:
-    """The keys and values of every layer for up to `max_length` tokens of `batch_size` sequences."""
+    """The keys and values of every layer for up to `max_length` tokens of `batch_size` sequences, of unequal length too."""
+
+    lengths: Tensor | None = None
+    """(B) int64: tokens of each sequence, where they may differ."""
 
     def __init__(self, model: "TransformerLM", batch_size: int, max_length: int) -> None:
         config, weight = model.config, model.token_embeddings.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.compute_dtype or weight.dtype
+        self.max_length = max_length
         shape = (batch_size, config.kv_heads, max_length, config.head_dim)
         self.layers = [LayerCache(shape, dtype, weight.device) for _ in range(config.num_layers)]
 
     @property
     def length(self) -> int:
-        """Tokens seen so far."""
+        """Tokens seen so far, by the longest sequence."""
         return self.layers[0].length
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Keep the first lengths[b] tokens of sequence b, of which the others were padding; new ones come after these.
+
+        From then on a sequence that is full overwrites its last token instead of raising an error, so that others can go on.
+        """
+        if max(lengths) > self.length or min(lengths) < 0:
+            raise ValueError(f"lengths are {list(lengths)}: allowed is 0 to {self.length}, the tokens seen so far")
+        self.lengths = torch.tensor(lengths, device=self.layers[0].k.device)
+        for layer in self.layers:
+            layer.length = max(lengths)
+
+    def place(self, num_tokens: int) -> bool:
+        """Say to each layer where the next tokens stand; return whether that differs between sequences."""
+        if self.lengths is None:
+            return False
+        positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
+        positions = positions.clamp(max=self.max_length - 1)
+        self.lengths = positions[:, -1] + 1
+        places = Places(positions, self.lengths.to(torch.int32))
+        for layer in self.layers:
+            layer.places = places
+        return True
 
 
 class TransformerLM(nn.Module):
@@ -137,10 +165,14 @@ class TransformerLM(nn.Module):
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
+        if cache is not None and cache.lengths is not None:
+            end = min(end, cache.max_length)
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens are longer than the context: allowed are {self.config.context_length}")
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids are given beside a cache: allowed is one of the two")
+        if cache is not None and cache.place(tokens.shape[1]):
+            start = 0
         cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
         branch, residual = None, self.token_embeddings(tokens)
         if self.compute_dtype is not None:
@@ -157,7 +189,10 @@ class TransformerLM(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each position."""
-        hidden = self.hidden_states(tokens, cache, document_ids)
+        return self.logits(self.hidden_states(tokens, cache, document_ids))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of the token after each position, of its hidden states (..., D)."""
         return F.linear(hidden, self._padded_head_weight.to(hidden.dtype))[..., : self.config.vocab_size]
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None, z_loss: float = 0.0) -> Tensor:

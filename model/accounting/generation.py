@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...errors import UserError
-from ...kernels.device import GPU
+from ...kernels.datasheet import GPU
 from ..config import ModelConfig
 from .operations import operations
 from .policy import ITEMSIZE, Dtype, Policy

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import UserError
-from ...kernels.device import GPU, GPUS, find_gpu
+from ...kernels.datasheet import GPU, GPUS, find_gpu
 from ..config import MODELS, ModelConfig
 from .conventions import conventions
 from .flops import forward_flops_by_group, hardware_flops, model_flops, num_parameters, parameters_by_group

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...errors import UserError
-from ...kernels.device import GPU
+from ...kernels.datasheet import GPU
 from ..config import ModelConfig
 from .flops import model_flops, num_parameters, num_weights
 from .operations import Operation, operations

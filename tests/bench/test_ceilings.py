@@ -3,7 +3,7 @@ import torch
 
 from tilewright.bench import ceilings
 from tilewright.bench.ceilings import Ceilings, Device
-from tilewright.kernels.device import find_gpu
+from tilewright.kernels.datasheet import find_gpu
 from tilewright.kernels.op import Cost
 
 H200 = find_gpu("h200")

@@ -194,7 +194,7 @@ def test_generation_is_measured(tiny):
 
 
 def test_generation_stands_beside_its_bounds():
-    from tilewright.kernels.device import find_gpu
+    from tilewright.kernels.datasheet import find_gpu
 
     cost = step_cost(MODELS["gpt2-xl"], 576, 8, "bfloat16", find_gpu("h200"))
     assert cost.tokens_per_second is not None

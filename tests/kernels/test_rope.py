@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from oracle import assert_accurate, assert_replays, poisoned_memory
-from tilewright.kernels import reference, use_backend
+from tilewright.kernels import attention, reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.rope import rope, rope_qk, rope_qkv
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be importe
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 LAYOUTS = ["interleaved", "half"]
+BACKENDS = ["triton", "reference"]
 # The memory that logical (B, H, T, K) heads are found in: as attention returns them, as a projection does, and as a part of
 # a packed projection of queries, keys and values.
 MEMORY = {
@@ -72,13 +73,14 @@ def test_any_shape_memory_and_position(data, layout, seed):
         [MEMORY[data.draw(st.sampled_from(list(MEMORY)))](batch, h, num_tokens, head_dim).to(device) for h in heads]
         for _ in range(2)
     )
-    positions_shape = data.draw(st.sampled_from([None, (num_tokens,), (batch, num_tokens)]))
+    rotary_dim = data.draw(st.integers(1, head_dim // 2).map(lambda n: 2 * n) | st.just(head_dim))
+    positions_shape = data.draw(st.sampled_from([None, (num_tokens,), (1, num_tokens), (batch, num_tokens)]))
     if positions_shape is None:
         options = {"offset": data.draw(st.integers(0, 5))}
     else:
         dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
-        options = {"positions": torch.randint(0, 45, positions_shape, dtype=dtype, device=device)}
-    check(xs, *tables(45, head_dim, device), dys, layout=layout, **options)
+        options = {"positions": torch.randint(-3, 45, positions_shape, dtype=dtype, device=device)}
+    check(xs, *tables(45, rotary_dim, device), dys, layout=layout, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,12 +98,51 @@ def test_queries_and_keys_of_different_dtypes_keep_theirs(device):
     check([q, k], *tables(5, 8, device), [dq, dk])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 16), (80, 32), (10, 8)])
+def test_partial_rotary_equals_the_reference(device, dtype, head_dim, rotary_dim, layout):
+    torch.manual_seed(head_dim)
+    q, dq = torch.randn(2, 2, 5, 7, head_dim, dtype=dtype, device=device)
+    k, dk = torch.randn(2, 2, 1, 7, head_dim, dtype=dtype, device=device)
+    check([q, k], *tables(9, rotary_dim, device), [dq, dk], layout=layout, offset=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_partial_rotary_turns_the_first_channels_as_a_head_of_their_own(device, layout, backend):
+    torch.manual_seed(0)
+    x, (cos, sin) = torch.randn(2, 3, 5, 80, device=device), tables(5, 32, device)
+    # Copied bit by bit, whatever it holds.
+    x[..., 40:50] = torch.inf
+    with use_backend(backend):
+        y, alone = (rope(t, cos, sin, layout=layout) for t in (x, x[..., :32]))
+    assert torch.equal(y[..., :32], alone)
+    assert torch.equal(y[..., 32:], x[..., 32:])
+
+
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 3, 5, 8), (2, 2, 3, 5, 8)])
 def test_a_single_tensor_of_any_leading_shape(device, shape):
     torch.manual_seed(0)
     x, dy = torch.randn(2, *shape, device=device)
     check([x], *tables(5, 8, device), [dy])
-    check([x], *tables(9, 8, device), [dy], positions=torch.tensor([8, 0, 3, 3, 5], device=device))
+    positions = torch.tensor([8, 0, -1, 3, 5], device=device)
+    check([x], *tables(9, 8, device), [dy], positions=positions)
+    check([x], *tables(9, 8, device), [dy], positions=positions[None])
+    if len(shape) > 2:
+        check([x], *tables(9, 8, device), [dy], positions=torch.stack([positions.roll(n) for n in range(shape[0])]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 2, 5, 8), (3, 2, 2, 5, 8)])
+def test_each_sequence_stands_at_its_own_positions(device, shape, backend):
+    torch.manual_seed(0)
+    x, (cos, sin) = torch.randn(shape, device=device), tables(9, 8, device)
+    positions = torch.randint(0, 9, (3, 5), device=device)
+    with use_backend(backend):
+        y = rope(x, cos, sin, positions)
+        alone = [rope(x[i], cos, sin, positions[i]) for i in range(3)]
+    assert torch.equal(y, torch.stack(alone))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +168,26 @@ def test_strided_tables_and_positions(device):
     check([x], cos, sin, [dy], positions=torch.randint(0, 10, (5, 4), device=device)[:, ::2].T)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (0, 3, 4), (0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (0, 2, 3, 3, 4)])
 def test_nothing_at_all(device, shape):
     x = torch.randn(shape, device=device)
     check([x], *tables(3, 4, device), [x])
-    check([x, x], *tables(3, 4, device), [x, x])
+    check([x], *tables(3, 4, device), [x], positions=torch.zeros(1, shape[-2], dtype=torch.long, device=device))
+    if len(shape) > 2:
+        check([x], *tables(3, 4, device), [x], positions=torch.zeros(shape[0], shape[-2], dtype=torch.long, device=device))
+    if len(shape) == 4:
+        check([x, x], *tables(3, 4, device), [x, x])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
+def test_a_packed_projection_of_nothing(device, shape, backend):
+    qkv = torch.randn(shape, device=device, requires_grad=True)
+    with use_backend(backend):
+        q, k, v = rope_qkv(qkv, *tables(5, 4, device), 2, 1)
+        (dqkv,) = torch.autograd.grad([q, k, v], [qkv], [q, k, v])
+    assert (q.shape, k.shape, v.shape) == ((shape[0], 2, shape[1], 4), *[(shape[0], 1, shape[1], 4)] * 2)
+    assert dqkv.shape == shape
 
 
 def test_no_heads_of_one_of_the_two(device):
@@ -159,7 +215,7 @@ def test_the_inputs_are_not_kept_for_the_backward_pass(device):
     assert {t.data_ptr() for t in kept} == {cos.data_ptr(), sin.data_ptr()}
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_tables_get_no_gradient(device, backend):
     cos, sin = (table.requires_grad_() for table in tables(5, 8, device))
     x = torch.randn(1, 1, 5, 8, device=device, requires_grad=True)
@@ -193,18 +249,57 @@ def test_a_gradient_can_be_differentiated_again(device):
         torch.testing.assert_close(second(rope), second(reference.rope))
 
 
-def test_positions_outside_the_tables_give_nan(device):
-    x = torch.ones(1, 1, 4, 8, device=device)
-    with use_backend("triton"):
-        y = rope(x, *tables(5, 8, device), positions=torch.tensor([4, 5, -1, 2**40], device=device))
-    assert y[0, 0, 0].isfinite().all()
-    assert y[0, 0, 1:].isnan().all()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_stands_at_position_0(device, backend):
+    torch.manual_seed(0)
+    qkv, (cos, sin) = torch.randn(2, 4, 32, device=device), tables(5, 8, device)
+    grads = [torch.randn(2, n, 4, 8, device=device) for n in (2, 1, 1)]
+    padded, clamped = (torch.tensor([[-1, -1, 0, 1], [n, 2, 3, 4]], device=device) for n in (-(2**31), 0))
+    clamped[0, :2] = 0
+    with use_backend(backend):
+        actual, expected = (packed_gradients(rope_qkv, qkv, cos, sin, 2, 1, grads, positions=p) for p in (padded, clamped))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_left_padding_leaves_the_gradients_of_real_rows_finite(device, backend):
+    # Padded rows take part in attention's matrix products, where NaN times 0 would reach real rows.
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 4 * 16, device=device, requires_grad=True)
+    mask = torch.arange(9, device=device) >= torch.tensor([[3], [0]], device=device)
+    positions = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+    with use_backend(backend):
+        o = attention(*rope_qkv(qkv, *tables(9, 16, device), 2, 1, positions), document_ids=mask.long())
+        (dqkv,) = torch.autograd.grad((o * mask[:, None, :, None]).sum(), qkv)
+    assert dqkv.isfinite().all()
+    assert not dqkv[~mask].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_past_the_tables_are_an_error_where_they_can_be_seen(device, backend):
+    x, (cos, sin) = torch.ones(1, 1, 4, 8, device=device), tables(5, 8, device)
+    positions = torch.tensor([4, 5, -1, 2**40], device=device)
+    with use_backend(backend):
+        if device.type == "cpu":
+            with pytest.raises(ValueError, match=r"positions holds 1099511627776: allowed is less than 5"):
+                rope(x, cos, sin, positions)
+        else:
+            y = rope(x, cos, sin, positions)
+            assert y[0, 0, [0, 2]].isfinite().all()
+            assert y[0, 0, [1, 3]].isnan().all()
+    positions = positions[None]
+    for y in (
+        torch.ops.tilewright.rope(x, cos, sin, positions, 0, True, False, False),
+        reference.rope(x, cos, sin, positions),
+    ):
+        assert y[0, 0, [0, 2]].isfinite().all()
+        assert y[0, 0, [1, 3]].isnan().all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_reference_passes_gradcheck(layout):
     q, k = (torch.randn(2, h, 3, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1))
-    cos, sin = (table.double() for table in tables(5, 4))
+    cos, sin = (table.double() for table in tables(5, 2))
     assert torch.autograd.gradcheck(lambda q, k: reference.rope_qk(q, k, cos, sin, layout=layout, offset=2), (q, k))
 
 
@@ -213,8 +308,9 @@ def test_the_reference_passes_gradcheck(layout):
 def test_the_op_is_registered_as_pytorch_asks(device, num_tensors, has_positions):
     xs = [MEMORY["tokens first"](2, h, 3, 4).to(device).requires_grad_() for h in (2, 1)][:num_tensors]
     positions = torch.tensor([[0, 1, 4], [2, 3, 4]], device=device) if has_positions else None
-    arguments = (xs, *tables(5, 4, device), positions, True, False, [True, False][:num_tensors])
-    torch.library.opcheck(torch.ops.tilewright.rope, arguments)
+    op = torch.ops.tilewright.rope if num_tensors == 1 else torch.ops.tilewright.rope_qk
+    arguments = (*xs, *tables(5, 4, device), positions, 0, True, False, *[True, False][:num_tensors])
+    torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.slow
@@ -249,24 +345,31 @@ def test_flops_are_counted_as_none(device):
     ("change", "message"),
     [
         ({"layout": "diagonal"}, r"'diagonal'.*'interleaved' or 'half'"),
-        ({"q": torch.ones(1, 2, 5, 8, dtype=torch.int64)}, r"q is torch\.int64.*torch\.float32"),
+        ({"q": torch.ones(1, 2, 5, 8, dtype=torch.int64)}, r"q has dtype torch\.int64.*torch\.float32"),
         ({"q": torch.ones(1, 2, 5, 7)}, r"q has shape \(1, 2, 5, 7\).*even"),
+        ({"q": torch.ones(1, 2, 5, 0)}, r"from 2 to 256"),
         ({"q": torch.ones(1, 2, 5, 258)}, r"from 2 to 256"),
         ({"k": torch.ones(1, 2, 4, 8)}, r"k \(1, 2, 4, 8\)"),
+        ({"k": torch.ones(1, 2, 5, 10)}, r"k \(1, 2, 5, 10\)"),
+        ({"k": torch.ones(1, 2, 5, 8, device="meta")}, r"k is on meta.*cpu, the device of q"),
         ({"q": torch.ones(2, 5, 8)}, r"q has shape \(2, 5, 8\).*\(B, H, T, K\)"),
-        ({"cos": torch.ones(9, 8)}, r"cos has shape \(9, 8\).*\(positions, 4\)"),
+        ({"cos": torch.ones(9, 8), "sin": torch.ones(9, 8)}, r"cos has shape \(9, 8\).*\(positions, 4\)"),
+        ({"cos": torch.ones(9, 0), "sin": torch.ones(9, 0)}, r"cos has shape \(9, 0\).*\(positions, 4\)"),
         ({"sin": torch.ones(9, 4, device="meta")}, r"sin is on meta.*cpu, the device of q"),
-        ({"sin": torch.ones(8, 4)}, r"sin has shape \(8, 4\).*both tables"),
-        ({"offset": 5}, r"offset 5 with 5 tokens.*0 to 4.*9 positions"),
-        ({"offset": -1}, r"offset -1"),
+        ({"sin": torch.ones(9, 4, dtype=torch.int32)}, r"sin has dtype torch\.int32"),
+        ({"sin": torch.ones(8, 4)}, r"sin \(8, 4\).*for both"),
+        ({"offset": 5}, r"offset is 5 with 5 tokens.*0 to 4.*9 positions"),
+        ({"offset": -1}, r"offset is -1"),
+        ({"offset": 1.5}, r"offset is 1\.5: allowed is an integer"),
         ({"offset": 1, "positions": torch.arange(5)}, r"offset is 1.*must be 0"),
         ({"positions": torch.arange(4)}, r"positions has shape \(4,\).*\(5,\) or \(1, 5\)"),
-        ({"positions": torch.ones(5)}, r"positions is torch\.float32.*torch\.int64"),
+        ({"positions": torch.ones(5)}, r"positions has dtype torch\.float32.*torch\.int64"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(change, message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments_are_refused_by_name(change, message, backend):
     arguments = {"q": torch.ones(1, 2, 5, 8), "k": torch.ones(1, 2, 5, 8), "cos": torch.ones(9, 4), "sin": torch.ones(9, 4)}
-    with pytest.raises(ValueError, match=message):
+    with use_backend(backend), pytest.raises(ValueError, match=message):
         rope_qk(**arguments | change)
 
 
@@ -316,15 +419,17 @@ def packed_gradients(function, qkv, cos, sin, num_heads, num_kv_heads, grads, **
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(3, 3, 16), (20, 5, 10), (4, 1, 64)])
-def test_a_packed_projection_is_parted_and_rotated(device, dtype, num_heads, num_kv_heads, head_dim, layout):
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "rotary_dim"), [(3, 3, 16, 16), (20, 5, 10, 10), (4, 1, 64, 64), (4, 2, 24, 6)]
+)
+def test_a_packed_projection_is_parted_and_rotated(device, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, layout):
     torch.manual_seed(head_dim)
     heads = num_heads + 2 * num_kv_heads
     # A slice of something wider, and gradients laid out either way.
     qkv = torch.randn(2, 9, heads * head_dim + 8, dtype=dtype, device=device)[..., 8:]
     grads = [torch.randn(2, n, 9, head_dim, dtype=dtype, device=device) for n in (num_heads, num_kv_heads)]
     grads.append(torch.randn(2, 9, num_kv_heads, head_dim, dtype=dtype, device=device).transpose(1, 2))
-    cos, sin = tables(12, head_dim, device)
+    cos, sin = tables(12, rotary_dim, device)
     sizes = (num_heads, num_kv_heads, grads)
     options = {"layout": layout, "offset": 3}
     with use_backend("triton"), poisoned_memory():
@@ -339,19 +444,26 @@ def test_a_packed_projection_is_parted_and_rotated(device, dtype, num_heads, num
 
 def test_a_packed_projection_at_given_positions_of_each_sequence():
     qkv, (cos, sin) = torch.randn(2, 5, 4 * 8), tables(30, 8)
-    positions = torch.randint(0, 30, (2, 5))
-    with use_backend("triton"):
-        parts = rope_qkv(qkv, cos, sin, 2, 1, positions=positions)
-    for part, expected in zip(parts, reference.rope_qkv(qkv, cos, sin, 2, 1, positions), strict=True):
-        torch.testing.assert_close(part, expected)
+    for positions in torch.randint(0, 30, (2, 5)), torch.randint(0, 30, (1, 5)):
+        with use_backend("triton"):
+            parts = rope_qkv(qkv, cos, sin, 2, 1, positions=positions)
+        for part, expected in zip(parts, reference.rope_qkv(qkv, cos, sin, 2, 1, positions.expand(2, -1)), strict=True):
+            torch.testing.assert_close(part, expected)
 
 
 def test_rope_qkv_passes_opcheck():
     qkv, (cos, sin) = torch.randn(2, 5, 4 * 8, requires_grad=True), tables(5, 8)
-    torch.library.opcheck(torch.ops.tilewright.rope_qkv, (qkv, cos, sin, None, True, 2, 1))
+    torch.library.opcheck(torch.ops.tilewright.rope_qkv, (qkv, cos, sin, None, 0, True, 2, 1))
 
 
-@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 33), (2, 1)), ((5, 32), (2, 1)), ((2, 5, 32), (2, 0))])
+@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 33), (2, 1)), ((5, 32), (2, 1)), ((2, 5, 0), (2, 1))])
 def test_a_packed_projection_of_another_width_is_refused(shape, heads):
     with pytest.raises(ValueError, match=r"qkv has shape \("):
         rope_qkv(torch.zeros(shape), *tables(5, 8), *heads)
+
+
+def test_numbers_of_heads_are_integers_above_0():
+    with pytest.raises(ValueError, match=r"num_kv_heads is 0: allowed is an integer, 1 or more"):
+        rope_qkv(torch.zeros(2, 5, 32), *tables(5, 8), 2, 0)
+    with pytest.raises(ValueError, match=r"num_heads is 2\.0"):
+        rope_qkv(torch.zeros(2, 5, 32), *tables(5, 8), 2.0, 1)  # pyright: ignore

@@ -1,7 +1,7 @@
 import pytest
 
 from tilewright.errors import UserError
-from tilewright.kernels.device import GPU, GPUS, find_gpu
+from tilewright.kernels.datasheet import GPU, GPUS, find_gpu
 from tilewright.model import MODELS
 from tilewright.model.accounting import (
     HANDOUT,

@@ -7,8 +7,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.errors import UserError
+from tilewright.kernels import use_backend
+from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import KVCache, ModelConfig, TransformerLM, generate
 from tilewright.model.generate import sample
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
 CONFIG = ModelConfig(vocab_size=11, context_length=24, d_model=16, num_layers=2, num_heads=2, d_ff=16)
 
@@ -41,6 +45,17 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model, prompts, stop):
     assert together == [generate(model, [p], 10, temperature=0, stop_token=stop)[0] for p in prompts]
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_no_row_waits_for_another(model, use_cache):
+    passes = []
+    hook = model.layers[0].register_forward_hook(lambda *inputs_and_output: passes.append(inputs_and_output[-1][1].shape[1]))
+    rows = generate(model, [[1], [1] * 18, [2] * 3], 5, seed=0, use_cache=use_cache)
+    hook.remove()
+    assert [len(row) for row in rows] == [5, 5, 5]
+    # The prompts in one pass, then one pass a token.
+    assert passes == ([18, 1, 1, 1, 1] if use_cache else [18, 19, 20, 21, 22])
+
+
 def test_greedy_takes_the_most_likely_token(model):
     sequence = [1, 2, 3]
     for _ in range(5):
@@ -68,6 +83,45 @@ def test_ids_beyond_the_tokenizers_are_never_drawn(model):
 
 def test_a_temperature_near_zero_is_greedy(model):
     assert generate(model, [[1, 2]], 6, temperature=1e-40, seed=0) == generate(model, [[1, 2]], 6, temperature=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "num_kv_heads": 1}, {"rope": False}], ids=str)
+@torch.no_grad()
+def test_sequences_of_unequal_length_share_a_cache(change, backend, device):
+    torch.manual_seed(0)
+    model = TransformerLM(dataclasses.replace(CONFIG, **change)).to(device)
+    tokens, lengths = torch.randint(0, 11, (3, 12), device=device), [2, 7, 1]
+    with use_backend(backend):
+        cache = KVCache(model, 3, 24)
+        for layer in cache.layers:
+            # What a sequence has not reached is never read.
+            layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
+        model(tokens[:, :7], cache)
+        cache.keep(lengths)
+        for count in (1, 3, 1):
+            new = torch.stack([tokens[i, n : n + count] for i, n in enumerate(lengths)])
+            logits, lengths = model(new, cache), [n + count for n in lengths]
+            for i, n in enumerate(lengths):
+                expected = model(tokens[i : i + 1, :n])[0, -count:]
+                torch.testing.assert_close(logits[i], expected, rtol=1e-5, atol=1e-5)
+        assert cache.length == 12
+        assert cache.lengths is not None
+        assert cache.lengths.tolist() == lengths
+
+
+@torch.no_grad()
+def test_a_full_sequence_lets_others_go_on(model):
+    tokens = torch.randint(0, 11, (2, 8))
+    cache = KVCache(model, 2, 6)
+    model(tokens[:, :6], cache)
+    cache.keep([6, 3])
+    for n in range(3, 6):
+        logits = model(tokens[:, n : n + 1], cache)
+        torch.testing.assert_close(logits[1, 0], model(tokens[1:, : n + 1])[0, -1], rtol=1e-5, atol=1e-5)
+    assert cache.length == 6
+    with pytest.raises(ValueError, match=r"lengths are \[7, 1\]: allowed is 0 to 6"):
+        cache.keep([7, 1])
 
 
 def test_the_cache_follows_autocast(model):
