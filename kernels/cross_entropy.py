@@ -16,13 +16,13 @@ from .loss_options import LossOptions, Reduction
 from .shared import count_no_flops, register_fake
 
 # Columns of a block: 16 a thread, which is 32 bytes of half precision on their way and few enough registers to fill a
-# multiprocessor. The tanh of a softcap needs more registers, so a thread has 8 columns then.
+# multiprocessor. The tanh of a softcap needs more registers, so programs are smaller then, and threads have 32 bytes of float32 too.
 MAX_BLOCK = 8192
 
 
 def launch_config(width: int, dtype: torch.dtype, softcap: bool) -> dict[str, int]:
     """Return the block of columns, its vectors of 16 bytes and the warps that ship for a vocabulary of `width`."""
-    block, thread_columns = (MAX_BLOCK // 2, 8) if softcap else (MAX_BLOCK, 16)
+    block, thread_columns = (MAX_BLOCK // 2, 32 // dtype.itemsize) if softcap else (MAX_BLOCK, 16)
     block = min(max(1 << (width - 1).bit_length(), 1024), block)
     return {"BLOCK": block, "VECTOR": 16 // dtype.itemsize, "num_warps": block // (32 * thread_columns)}
 

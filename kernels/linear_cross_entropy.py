@@ -109,7 +109,8 @@ def _(dloss, dx, dw, db, x, weight, bias):
 def _save_sum(ctx, inputs, output) -> None:
     x, weight, bias, targets, class_weights, z_loss_tensor, *numbers, return_lse, _, _ = inputs[:-6]
     _, row_max, log_sum, predicted, *gradients = output
-    ctx.save_for_backward(*gradients, x, weight, bias, targets, row_max, log_sum, class_weights, z_loss_tensor)
+    rows = (targets, row_max, log_sum, class_weights, z_loss_tensor) if return_lse else ()
+    ctx.save_for_backward(*gradients, x, weight, bias, *rows)
     ctx.numbers, ctx.chunking, ctx.wanted = numbers, inputs[-6:-3], inputs[-3:]
     # Else autograd allocates a gradient of zeros for each output, among them one of the size of weight.
     ctx.set_materialize_grads(False)
@@ -117,14 +118,14 @@ def _save_sum(ctx, inputs, output) -> None:
 
 
 def _backward_of_sum(ctx, dloss: Tensor | None, _, dlse: Tensor | None, *__):
-    dx, dw, db, x, weight, bias, *saved = ctx.saved_tensors
+    dx, dw, db, x, weight, bias, *rows = ctx.saved_tensors
     gradients = [None] * 3
     if dloss is not None:
         gradients = torch.ops.tilewright.linear_cross_entropy_sum_backward(dloss, dx, dw, db, x, weight, bias)
     if dlse is not None:
         # What flows into lse is known only now, so that the logits are computed again.
         more = torch.ops.tilewright.linear_cross_entropy_backward(
-            None, dlse, x, weight, bias, *saved, *ctx.numbers, *ctx.chunking, *ctx.wanted
+            None, dlse, x, weight, bias, *rows, *ctx.numbers, *ctx.chunking, *ctx.wanted
         )
         gradients = [b if a is None else a + b for a, b in zip(gradients, more, strict=True)]
     return _where_wanted(gradients, ctx.wanted, 19)

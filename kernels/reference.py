@@ -205,26 +205,52 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return wide if softcap is None else softcap * torch.tanh(wide / softcap)
 
 
+class _RowsToRead(torch.autograd.Function):
+    """Logits (N, V) with 0 in the rows whose target (N) is -100, and NaN in others that are not `valid` (N).
+
+    No gradient comes back from the former. A masked_fill would keep its mask beside the targets, which are kept anyway.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        ignored = targets == -100
+        fill = torch.where(ignored, 0.0, torch.nan).to(logits.dtype)
+        return torch.where((valid & ~ignored)[:, None], logits, fill[:, None])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0)
+
+
 def _token_losses(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
     # logits (N, V), targets (N) -> losses (N), lse (N) or None, predictions (N) or None.
     counted = targets != options.ignore_index
-    valid = counted & (targets >= 0) & (targets < logits.shape[-1])
+    valid = (targets >= 0) & (targets < logits.shape[-1])
     predictions = None
     if options.return_accuracy or options.return_predictions:
         predictions = logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
-    # An ignored row has a loss and a gradient of 0 whatever it holds, and a target that is no class has NaN.
-    read = _capped(logits.masked_fill(~counted[:, None], 0.0), options.softcap)
-    factors = torch.where(valid, 1.0, torch.where(counted, torch.nan, 0.0)).to(read.dtype)
-    class_weights = None if options.class_weights is None else options.class_weights.to(read.dtype)
-    safe = targets.masked_fill(~valid, 0)
-    smoothing = options.label_smoothing
-    losses = F.cross_entropy(read, safe, class_weights, label_smoothing=smoothing, reduction="none") * factors
+    targets = targets.masked_fill(~valid, 0).masked_fill(~counted, -100)
+    read = _capped(_RowsToRead.apply(logits, targets, valid), options.softcap)
+    weights, smoothing = options.class_weights, options.label_smoothing
+    weights = None if weights is None else weights.to(read.dtype)
+    losses = F.cross_entropy(read, targets, weights, label_smoothing=smoothing, reduction="none")
     lse = None
     if options.has_z_loss or options.return_lse or options.return_z_loss:
         lse = torch.logsumexp(read, dim=-1)
         if options.has_z_loss:
-            z_losses = options.z_loss * lse.square() * factors
-            losses = losses + (z_losses if class_weights is None else z_losses * class_weights[safe])
+            factors = options.z_loss if weights is None else options.z_loss * weights[targets.clamp(min=0)]
+            losses = losses + (factors * lse.square()).masked_fill(~counted, 0.0)
         if options.return_lse:
             lse = torch.where(counted, lse, torch.logsumexp(_capped(logits.detach(), options.softcap), dim=-1))
     return losses, lse, predictions
