@@ -4,14 +4,15 @@ Half precision is computed in float32 and rounded once, at the end. Shapes: `B` 
 `H` / `Hkv` query / key-value heads, `K` head dim, `F` d_ff, `V` vocabulary.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Reduction = Literal["none", "mean", "sum"]
+from .loss_options import LossOptions, Reduction
+
 Casting = Literal["float32", "llama"]
 GeluApproximation = Literal["none", "tanh"]
 RopeLayout = Literal["interleaved", "half"]
@@ -234,56 +235,60 @@ def attention(
     return o, lse.masked_fill(~sees, -torch.inf)
 
 
-class CrossEntropyOutput(NamedTuple):
-    """What `cross_entropy` returns where more than the loss is asked for; None stands for what was not."""
-
-    loss: Tensor
-    lse: Tensor | None
-    """(...) float32: log of the sum of exponentials of the (soft-capped) logits. Not differentiable."""
-    accuracy: Tensor | None
-    """Scalar float32: share of the counted targets that are the argmax, the first one among equals."""
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    wide = _widen(logits)
+    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
 
 
-def reduce_losses(
-    losses: Tensor, counted: Tensor, reduction: Reduction, lse: Tensor | None = None, correct: Tensor | None = None
-) -> Any:
-    """Return the reduced loss, or a `CrossEntropyOutput` where `lse` or `correct` is given; `losses` may be summed already."""
-    # The count stays on the device: reading it here would stall the GPU.
-    count = counted.sum().clamp(min=1)
-    if reduction == "none":
-        loss = losses
-    elif reduction == "sum":
-        loss = losses.sum()
-    elif reduction == "mean":
-        loss = losses.sum() / count
-    else:
-        raise ValueError(f"reduction {reduction!r} is unknown: choose 'none', 'mean' or 'sum'")
-    if lse is None and correct is None:
-        return loss
-    return CrossEntropyOutput(loss, lse, None if correct is None else correct.sum().float() / count)
+class _RowsToRead(torch.autograd.Function):
+    """Logits (N, V) with 0 in the rows whose target (N) is -100, and NaN in others that are not `valid` (N).
+
+    No gradient comes back from the former. A masked_fill would keep its mask beside the targets, which are kept anyway.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        ignored = targets == -100
+        fill = torch.where(ignored, 0.0, torch.nan).to(logits.dtype)
+        return torch.where((valid & ~ignored)[:, None], logits, fill[:, None])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0)
 
 
-def _token_losses(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    return_lse: bool,
-    return_accuracy: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    # logits (N, V), targets (N) -> losses (N), lse (N) or None, whether the target is the argmax (N) or None.
-    counted = targets != ignore_index
-    correct = counted & (logits.argmax(dim=-1) == targets) if return_accuracy else None
-    logits = _widen(logits)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
-    lse = torch.logsumexp(logits, dim=-1) if z_loss or return_lse else None
-    if z_loss and lse is not None:
-        losses = losses + (z_loss * lse.square()).masked_fill(~counted, 0.0)
-    return losses, lse.detach() if return_lse and lse is not None else None, correct
+def _token_losses(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # logits (N, V), targets (N) -> losses (N), lse (N) or None, predictions (N) or None.
+    counted = targets != options.ignore_index
+    valid = (targets >= 0) & (targets < logits.shape[-1])
+    predictions = None
+    if options.return_accuracy or options.return_predictions:
+        predictions = logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
+    targets = targets.masked_fill(~valid, 0).masked_fill(~counted, -100)
+    read = _capped(_RowsToRead.apply(logits, targets, valid), options.softcap)
+    weights, smoothing = options.class_weights, options.label_smoothing
+    weights = None if weights is None else weights.to(read.dtype)
+    losses = F.cross_entropy(read, targets, weights, label_smoothing=smoothing, reduction="none")
+    lse = None
+    if options.has_z_loss or options.return_lse or options.return_z_loss:
+        lse = torch.logsumexp(read, dim=-1)
+        if options.has_z_loss:
+            factors = options.z_loss if weights is None else options.z_loss * weights[targets.clamp(min=0)]
+            losses = losses + (factors * lse.square()).masked_fill(~counted, 0.0)
+        if options.return_lse:
+            lse = torch.where(counted, lse, torch.logsumexp(_capped(logits.detach(), options.softcap), dim=-1))
+    return losses, lse, predictions
 
 
 def cross_entropy(
@@ -291,25 +296,30 @@ def cross_entropy(
     targets: Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    z_loss: float | Tensor = 0.0,
     softcap: float | None = None,
     reduction: Reduction = "mean",
     *,
+    class_weights: Tensor | None = None,
     return_lse: bool = False,
     return_accuracy: bool = False,
+    return_predictions: bool = False,
+    return_z_loss: bool = False,
 ) -> Any:
     """Negative log-likelihood of `targets` under softmax(logits), in float32.
 
-    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none"; a `CrossEntropyOutput` where lse or
-    accuracy are asked for. Ignored targets give 0 and do not count in the mean; where all are ignored the mean is 0. Label
-    smoothing as in Szegedy et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l
-    into c tanh(l / c) (Gemma 2, section 2).
+    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none"; a `CrossEntropyOutput` where more is
+    asked for. Ignored targets give 0 and do not count in the mean; where all are ignored the mean is 0. Label smoothing as in
+    Szegedy et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l into
+    c tanh(l / c) (Gemma 2, section 2). Class weights as in PyTorch; the z-loss has the weight of the target.
     """
-    options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
+    flags = (return_lse, return_accuracy, return_predictions, return_z_loss)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, class_weights, *flags)
     rows = logits.reshape(targets.numel(), logits.shape[-1])
-    losses, lse, correct = _token_losses(rows, targets.reshape(-1).long(), *options)
-    lse = None if lse is None else lse.view(targets.shape)
-    return reduce_losses(losses.view(targets.shape), targets != ignore_index, reduction, lse, correct)
+    losses, *more = _token_losses(rows, targets.reshape(-1).long(), options)
+    return options.output(
+        losses.view(targets.shape), targets, reduction, *(None if x is None else x.view(targets.shape) for x in more)
+    )
 
 
 def linear_cross_entropy(
@@ -318,34 +328,39 @@ def linear_cross_entropy(
     targets: Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    z_loss: float | Tensor = 0.0,
     softcap: float | None = None,
     reduction: Reduction = "mean",
     *,
+    bias: Tensor | None = None,
+    class_weights: Tensor | None = None,
     return_lse: bool = False,
     return_accuracy: bool = False,
+    return_predictions: bool = False,
+    return_z_loss: bool = False,
     memory_budget: int = 512 * 2**20,
     num_classes: int | None = None,
 ) -> Any:
-    """`cross_entropy(x @ weight.T, targets)` that holds the logits of a few rows at a time, at most `memory_budget` bytes.
+    """`cross_entropy(x @ weight.T + bias, targets)` that holds the logits of a few rows at a time, in `memory_budget` bytes.
 
-    x (..., D), weight (V, D), computed with in the dtype of x, targets (...). Where all logits fit in the budget they are kept
-    for the backward pass; else each chunk of rows is computed again there. Rows of weight from `num_classes` on are padding.
+    x (..., D), weight (V, D) and bias (V), computed with in the dtype of x, targets (...). Where all logits fit in the budget
+    they are kept for the backward pass; else each chunk of rows is computed again there. Rows of weight from `num_classes` on
+    are padding.
     """
-    options = (ignore_index, label_smoothing, z_loss, softcap, return_lse, return_accuracy)
+    flags = (return_lse, return_accuracy, return_predictions, return_z_loss)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, class_weights, *flags)
     rows, flat_targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1).long()
-    weight = weight.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     chunk_rows = max(1, memory_budget // (4 * weight.shape[0]))
 
     def chunk_losses(chunk: Tensor, chunk_targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return _token_losses(F.linear(chunk, weight)[:, :num_classes], chunk_targets, *options)
+        return _token_losses(F.linear(chunk, weight, bias)[:, :num_classes], chunk_targets, options)
 
     if rows.shape[0] <= chunk_rows:
-        losses, lse, correct = chunk_losses(rows, flat_targets)
+        parts = [chunk_losses(rows, flat_targets)]
     else:
         chunks = zip(rows.split(chunk_rows), flat_targets.split(chunk_rows), strict=True)
         parts = [checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks]
-        losses, lse, correct = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
-        assert losses is not None
-    lse = None if lse is None else lse.view(targets.shape)
-    return reduce_losses(losses.view(targets.shape), targets != ignore_index, reduction, lse, correct)
+    losses, *more = (None if part[0] is None else torch.cat(part).view(targets.shape) for part in zip(*parts, strict=True))
+    assert losses is not None
+    return options.output(losses, targets, reduction, *more)

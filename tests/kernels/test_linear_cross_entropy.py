@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from oracle import assert_accurate, assert_replays, poisoned_memory
-from tilewright.kernels import reference, use_backend
+from tilewright.kernels import cross_entropy, reference, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
-from tilewright.kernels.linear_cross_entropy import chunk_shape, linear_cross_entropy
+from tilewright.kernels.linear_chunks import chunk_shape
+from tilewright.kernels.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
@@ -18,22 +19,29 @@ pytestmark = [
 
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+BACKENDS = ["triton", "reference"]
 EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 
 
-def loss_and_gradients(function, x, weight, targets, dloss=None, **options):
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    output = function(x, weight, targets, return_lse=True, return_accuracy=True, **options)
-    dloss = torch.ones_like(output.loss) if dloss is None else dloss.to(output.loss.dtype)
-    return output.loss.detach(), output.lse, output.accuracy, *torch.autograd.grad(output.loss, (x, weight), dloss)
+def loss_and_gradients(function, x, weight, targets, dloss=None, dlse=None, bias=None, **options):
+    inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    output = function(*inputs[:2], targets, bias=inputs[2], return_lse=True, return_accuracy=True, **options)
+    outputs, gradients = [output.loss], [torch.ones_like(output.loss) if dloss is None else dloss.to(output.loss.dtype)]
+    if dlse is not None:
+        outputs, gradients = [*outputs, output.lse], [*gradients, dlse.to(output.lse.dtype)]
+    gradients = torch.autograd.grad(outputs, [t for t in inputs if t is not None], gradients)
+    return *(output.loss.detach(), output.lse.detach(), output.accuracy), *gradients
 
 
-def check(x, weight, targets, dloss=None, **options):
+def check(x, weight, targets, dloss=None, dlse=None, bias=None, **options):
     with use_backend("triton"), poisoned_memory():
-        actual = loss_and_gradients(linear_cross_entropy, x, weight, targets, dloss, **options)
-    expected = loss_and_gradients(reference.linear_cross_entropy, x, weight, targets, dloss, **options)
-    exact = loss_and_gradients(reference.linear_cross_entropy, x.double(), weight.double(), targets, dloss, **options)
-    for what, *tensors in zip(("loss", "lse", "accuracy", "dx", "dweight"), actual, expected, exact, strict=True):
+        actual = loss_and_gradients(linear_cross_entropy, x, weight, targets, dloss, dlse, bias, **options)
+    expected = loss_and_gradients(reference.linear_cross_entropy, x, weight, targets, dloss, dlse, bias, **options)
+    wide = None if bias is None else bias.double()
+    exact = loss_and_gradients(
+        reference.linear_cross_entropy, x.double(), weight.double(), targets, dloss, dlse, wide, **options
+    )
+    for what, *tensors in zip(("loss", "lse", "accuracy", "dx", "dweight", "dbias"), actual, expected, exact, strict=False):
         if what != "accuracy":  # the argmax of rounded logits may be another than that of exact ones
             assert_accurate(*tensors, what=what)
 
@@ -76,10 +84,64 @@ def test_loss_and_gradients_equal_the_reference(device, dtype, options, reductio
     vocabulary=st.integers(1, 200),
     memory_budget=st.sampled_from([1, 2000, 2**20]),
     reduction=st.sampled_from(["none", "mean", "sum"]),
+    biased=st.booleans(),
+    weighted=st.booleans(),
+    lse_trains=st.booleans(),
 )
-def test_any_shape_and_budget(num_rows, width, vocabulary, **options):
+def test_any_shape_and_budget(num_rows, width, vocabulary, biased, weighted, lse_trains, **options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check(*draw((num_rows,), width, vocabulary, device), **options)
+    inputs = draw((num_rows,), width, vocabulary, device)
+    options["bias"] = torch.randn(vocabulary, device=device) if biased else None
+    options["class_weights"] = torch.rand(vocabulary, device=device) if weighted else None
+    check(*inputs, dlse=torch.randn(num_rows, device=device) if lse_trains else None, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_class_weights_and_a_loss_of_lse(device, dtype, reduction):
+    x, weight, targets = draw((2, 7), 16, 130, device, dtype)
+    bias, class_weights = torch.randn(130, device=device).to(dtype), torch.rand(130, device=device)
+    dlse = torch.randn(7, 2, device=device).T
+    options = {"class_weights": class_weights, "reduction": reduction, "memory_budget": 4 * 192 * dtype.itemsize}
+    check(x, weight, targets, bias=bias, **options)
+    check(x, weight, targets, dlse=dlse, bias=bias, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_results_are_those_of_the_two_steps(device, backend, reduction):
+    x, weight, targets = draw((2, 7), 16, 130, device)
+    bias, class_weights = torch.randn(100, device=device), torch.rand(100, device=device)
+    flags = {"return_lse": True, "return_accuracy": True, "return_predictions": True, "return_z_loss": True}
+    options = {"class_weights": class_weights, "reduction": reduction, "z_loss": torch.tensor(0.1, device=device), **flags}
+    targets %= 100
+    with use_backend(backend), poisoned_memory():
+        padded = torch.cat([bias, torch.full((30,), 99.0, device=device)])
+        actual = linear_cross_entropy(
+            x.requires_grad_(), weight, targets, bias=padded, memory_budget=2000, num_classes=100, **options
+        )
+        expected = cross_entropy(F.linear(x, weight[:100], bias), targets, **options)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_bias_alone_may_train(device, reduction):
+    x, weight, targets = draw((5,), 8, 20, device)
+    bias = torch.zeros(20, device=device, requires_grad=True)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            (dbias,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction).sum(), bias)
+        expected = torch.autograd.grad(F.cross_entropy(F.linear(x, weight, bias), targets, reduction=reduction).sum(), bias)[0]
+        torch.testing.assert_close(dbias, expected)
+
+
+def test_an_lse_that_is_only_shown_costs_no_product(device):
+    x, weight, targets = draw((5,), 8, 20, device)
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        output = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets, return_lse=True)
+        output.loss.backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * 8 * 20
 
 
 @settings(derandomize=True, deadline=None, max_examples=10)
@@ -275,16 +337,18 @@ def test_the_reference_passes_gradcheck():
 
 def test_the_ops_are_registered_as_pytorch_asks(device):
     x, weight, targets = draw((2, 3), 8, 20, device)
-    options, flags = (-100, 0.1, 1e-3, 5.0), (True, True, 200, True, 17)
-    trains = x.requires_grad_(), weight.requires_grad_(), targets
+    options, flags = (None, None, -100, 0.1, 1e-3, 5.0), (True, True, False, 200, True, 17)
+    bias = torch.zeros(20, device=device)
+    trains = x.requires_grad_(), weight.requires_grad_(), bias.clone().requires_grad_(), targets
     torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy, (*trains, *options, *flags))
     for wanted in ((True, True), (False, True)):
-        inputs = x.detach().requires_grad_(wanted[0]), weight, targets
-        torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_sum, (*inputs, *options, *flags, *wanted))
+        inputs = x.detach().requires_grad_(wanted[0]), weight, bias.clone().requires_grad_(), targets
+        torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_sum, (*inputs, *options, *flags, *wanted, True))
     x, weight, rows = x.detach(), weight.detach(), torch.rand(2, 3, device=device)
-    backward_args = rows, x, weight, targets, rows, rows, *options, *flags[2:], True, False
+    backward_args = rows, rows, x, weight, bias, targets, rows, rows, *options, *flags[3:], True, False, True
     torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_backward, backward_args)
-    torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_sum_backward, (rows[0, 0], x, weight, x, weight.half()))
+    backward_args = rows[0, 0], x, weight, bias, x, weight.half(), bias.half()
+    torch.library.opcheck(torch.ops.tilewright.linear_cross_entropy_sum_backward, backward_args)
 
 
 @pytest.mark.slow
@@ -319,22 +383,42 @@ def test_double_backward_is_a_clear_error(device, reduction):
         ({"weight": torch.randn(20, 7)}, r"x has shape \(2, 8\) and weight \(20, 7\)"),
         ({"weight": torch.randn(8)}, r"allowed are \(\.\.\., D\) and \(V, D\)"),
         ({"weight": torch.randn(0, 8)}, "V of 1 or more"),
+        ({"x": torch.randn(2, 0), "weight": torch.randn(20, 0)}, "D and V of 1 or more"),
+        ({"bias": torch.randn(8)}, r"bias has shape \(8,\): allowed is \(20,\)"),
+        ({"bias": torch.zeros(20, dtype=torch.long)}, "bias has dtype torch.int64"),
+        ({"bias": torch.zeros(20, device="meta")}, "bias is on meta"),
+        ({"weight": torch.randn(20, 8, device="meta")}, "weight is on meta: allowed is .*, the device of x"),
+        ({"targets": torch.zeros(2, dtype=torch.long, device="meta")}, "targets is on meta"),
+        ({"class_weights": torch.ones(20), "num_classes": 19}, r"class_weights has shape \(20,\): allowed is \(19,\)"),
+        ({"softcap": float("inf")}, "softcap is inf"),
+        ({"num_classes": 1.5}, "num_classes is 1.5: allowed is an integer"),
         ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \(3,\).*\(2,\)"),
-        ({"x": torch.randn(2, 8).double()}, "x has dtype torch.float64"),
-        ({"weight": torch.randn(20, 8).double()}, "weight has dtype torch.float64"),
+        ({"x": torch.zeros(2, 8, dtype=torch.long)}, "x has dtype torch.int64"),
+        ({"weight": torch.zeros(20, 8, dtype=torch.long)}, "weight has dtype torch.int64"),
         ({"memory_budget": 0}, "memory_budget is 0"),
-        ({"num_classes": 21}, "num_classes is 21: allowed is 1 to 20"),
+        ({"num_classes": 21}, "num_classes is 21: allowed is an integer, 1 to 20"),
         ({"num_classes": 0}, "num_classes is 0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
-        ({"reduction": "median"}, "'median'.*'none', 'mean' or 'sum'"),
+        ({"reduction": "median"}, "reduction is 'median': choose 'none', 'mean' or 'sum'"),
     ],
 )
-def test_bad_arguments_are_refused(device, change, message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments_are_refused(device, backend, change, message):
     arguments = {"x": torch.randn(2, 8), "weight": torch.randn(20, 8), "targets": torch.tensor([1, 2])} | change
-    arguments = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
-    with use_backend("triton"), pytest.raises(ValueError, match=message):
+    for key, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            arguments[key] = value.to(device)
+    with use_backend(backend), pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
+
+
+def test_float64_runs_the_reference(device):
+    x, weight, targets = draw((3,), 8, 20, device, torch.float64)
+    with use_backend("triton"):
+        loss = linear_cross_entropy(x, weight, targets)
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, reference.linear_cross_entropy(x, weight, targets))
 
 
 @pytest.mark.gpu

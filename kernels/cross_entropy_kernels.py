@@ -1,0 +1,292 @@
+"""The kernels of both cross-entropies: one online pass over the logits for the loss, one read and one write for their gradient.
+
+The statistics of a row are kept per group of `VECTOR` neighbouring columns, which one thread loads at once: inside the loop
+there is one exponential a logit, no barrier and no exchange between threads. Options that are not asked for compile away;
+the values of those that are come at run time, so that a schedule compiles nothing.
+"""
+
+from typing import Any
+
+import torch
+
+from .dispatch import HAS_TRITON, jit, tl
+from .shared import tanh
+
+# What the running maximum begins with: finite, so that a row that begins with -inf gives exp(-inf) and not NaN.
+LOWEST: Any = tl.constexpr(torch.finfo(torch.float32).min) if HAS_TRITON else None
+
+# Arguments whose divisibility helps no load.
+SIZES = ("inner_rows", "ignore_index", "dlosses_stride", "dlse_stride")
+
+
+@jit
+def _row_offset(row, inner_rows, outer_stride, inner_stride):
+    return tl.cast(row // inner_rows, tl.int64) * outer_stride + tl.cast(row % inner_rows, tl.int64) * inner_stride
+
+
+@jit
+def _columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    return start + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@jit
+def _factor(z_loss, Z_LOSS: tl.constexpr):
+    # That of a schedule may be kept on the device.
+    if Z_LOSS == "tensor":
+        z_loss = tl.load(z_loss).to(tl.float32)
+    return z_loss
+
+
+@jit
+def _add_block(
+    row_ptr, class_weights_ptr, start, end, target, target_logit, softcap,
+    row_max, row_sum, logit_sum, best_logit, best,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
+    ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    columns = _columns(start, BLOCK, VECTOR)
+    if MASKED:
+        x = tl.load(row_ptr + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + columns).to(tl.float32)
+    if ACCURACY:
+        # Whether one beats the target: NaN does.
+        ahead = ~(x <= target_logit) | ((x == target_logit) & (columns < target))
+        best = tl.maximum(best, tl.max(ahead.to(tl.int32), axis=1))
+    if PREDICTIONS:
+        # Uncapped, because the cap makes equals of large logits. One NaN makes the prediction -1, and that stays.
+        block_best = tl.max(x, axis=1)
+        first = tl.min(tl.where(x == block_best[:, None], columns, 2147483647), axis=1)
+        best = tl.where((block_best > best_logit) & (best >= 0), first, best)
+        best = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, -1, best)
+        best_logit = tl.maximum(best_logit, block_best)
+    if SOFTCAP:
+        x = softcap * tanh(x * (1.0 / softcap))
+        if MASKED:
+            x = tl.where(columns < end, x, -float("inf"))
+    if SMOOTHING:
+        term = tl.where(columns < end, x, 0.0) if MASKED else x
+        if WEIGHTED:
+            term *= tl.load(class_weights_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
+        logit_sum += tl.sum(term, axis=1)
+    new_max = tl.maximum(row_max, tl.max(x, axis=1))
+    row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(x - new_max[:, None]), axis=1)
+    return new_max, row_sum, logit_sum, best_logit, best
+
+
+@jit
+def _row_loss(
+    row_ptr, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, read, label_smoothing, z_loss, softcap,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
+    ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    target_logit = tl.load(row_ptr + tl.where(valid, target, 0)).to(tl.float32)
+    row_max = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
+    row_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    logit_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    best_logit = tl.full((BLOCK // VECTOR,), -float("inf"), tl.float32)
+    best = tl.zeros((BLOCK // VECTOR,), tl.int32)
+    end = tl.where(read, width, 0)
+    whole = end // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        row_max, row_sum, logit_sum, best_logit, best = _add_block(
+            row_ptr, class_weights_ptr, start, end, target, target_logit, softcap,
+            row_max, row_sum, logit_sum, best_logit, best,
+            SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR, False,
+        )  # fmt: skip
+    row_max, row_sum, logit_sum, best_logit, best = _add_block(
+        row_ptr, class_weights_ptr, whole, end, target, target_logit, softcap,
+        row_max, row_sum, logit_sum, best_logit, best,
+        SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR, True,
+    )  # fmt: skip
+    top = tl.max(row_max, axis=0)
+    log_sum = tl.log(tl.sum(row_sum * tl.exp(row_max - top), axis=0))
+    if SOFTCAP:
+        target_logit = softcap * tanh(target_logit * (1.0 / softcap))
+    # Logits relative to their maximum: a small loss does not suffer from large logits, as lse - target_logit would.
+    if WEIGHTED:
+        weight = tl.load(class_weights_ptr + tl.where(valid, target, 0)).to(tl.float32)
+    else:
+        weight = 1.0
+    if SMOOTHING:
+        if WEIGHTED:
+            weight_sum = tl.load(weight_sum_ptr)
+            loss = (1.0 - label_smoothing) * weight * (log_sum - (target_logit - top))
+            loss += label_smoothing / width * (weight_sum * log_sum - (tl.sum(logit_sum, axis=0) - weight_sum * top))
+        else:
+            loss = log_sum - (1.0 - label_smoothing) * (target_logit - top)
+            loss -= label_smoothing * (tl.sum(logit_sum, axis=0) / width - top)
+    else:
+        loss = weight * (log_sum - (target_logit - top))
+    if Z_LOSS is not None:
+        lse = top + log_sum
+        loss += weight * _factor(z_loss, Z_LOSS) * lse * lse
+    loss = tl.where(counted, tl.where(valid, loss, float("nan")), 0.0)
+    if PREDICTIONS:
+        first = tl.min(tl.where(best_logit == tl.max(best_logit, axis=0), best, 2147483647), axis=0)
+        answer = tl.where(tl.min(best, axis=0) < 0, -1, first)
+    else:
+        answer = counted & valid & (tl.max(best, axis=0) == 0)
+    return loss, top, log_sum, answer
+
+
+@jit
+def _write_gradient(
+    row_ptr, gradient_ptr, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
+    dloss, dlse, label_smoothing, z_loss, softcap,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, DLSE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    # d loss / d logit_j = p_j - (1 - label_smoothing) [j = target] - label_smoothing / V + 2 z_loss lse p_j, with class
+    # weights w (w_target p_j - ...) + label_smoothing / V (sum(w) p_j - w_j), and with a softcap times 1 - tanh^2;
+    # d lse / d logit_j = p_j. Small differences come first. Ignored rows are not read.
+    columns = _columns(start, BLOCK, VECTOR)
+    if MASKED:
+        x = tl.load(row_ptr + columns, mask=(columns < width) & counted, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + columns, mask=counted, other=0.0).to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        capped = tanh(x * (1.0 / softcap))
+        x = softcap * capped
+        slope = 1.0 - capped * capped
+    probability = tl.exp(x - row_max - log_sum)
+    if SMOOTHING:
+        others = label_smoothing / width
+        if WEIGHTED:
+            gradient = weight * (1.0 - label_smoothing) * (probability - tl.where(columns == target, 1.0, 0.0))
+            class_weights = tl.load(class_weights_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+            gradient += others * (weight_sum * probability - class_weights)
+        else:
+            gradient = probability - tl.where(columns == target, 1.0 - label_smoothing + others, others)
+    else:
+        gradient = probability - tl.where(columns == target, 1.0, 0.0)
+        if WEIGHTED:
+            gradient *= weight
+    if Z_LOSS is not None:
+        gradient += 2.0 * z_loss * weight * (row_max + log_sum) * probability
+    if DLSE:
+        gradient = gradient * dloss + dlse * probability
+    if SOFTCAP:
+        gradient *= slope
+    if not DLSE:
+        gradient *= dloss
+    gradient = tl.where(counted, gradient, 0.0).to(gradient_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(gradient_ptr + columns, gradient, mask=columns < width)
+    else:
+        tl.store(gradient_ptr + columns, gradient)
+
+
+@jit
+def _load_target(targets_ptr, row, ignore_index, width):
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    valid = (target >= 0) & (target < width)
+    # 32 bits, because every column is compared with it.
+    return tl.where(valid, target, -1).to(tl.int32), target != ignore_index, valid
+
+
+@jit
+def _load_weights(
+    class_weights_ptr, weight_sum_ptr, target, valid, SMOOTHING: tl.constexpr, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    weight, weight_sum = 1.0, 1.0
+    if WEIGHTED:
+        weight = tl.load(class_weights_ptr + tl.where(valid, target, 0)).to(tl.float32)
+        if SMOOTHING:
+            weight_sum = tl.load(weight_sum_ptr)
+    return weight, weight_sum
+
+
+@jit(do_not_specialize=SIZES)
+def cross_entropy_forward(
+    logits_ptr, targets_ptr, losses_ptr, row_max_ptr, log_sum_ptr, predicted_ptr, class_weights_ptr, weight_sum_ptr,
+    logits_outer_stride, logits_inner_stride, inner_rows, width, ignore_index, label_smoothing, z_loss, softcap,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
+    READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Write the loss of one row, and what its gradient is computed from."""
+    row = tl.program_id(0)
+    target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
+    loss, row_max, log_sum, predicted = _row_loss(
+        logits_ptr + _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride),
+        class_weights_ptr, weight_sum_ptr, target, counted, valid, width, True if READ_IGNORED else counted,
+        label_smoothing, z_loss, softcap, SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR,
+    )  # fmt: skip
+    tl.store(losses_ptr + row, loss)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+    if ACCURACY or PREDICTIONS:
+        tl.store(predicted_ptr + row, predicted)
+
+
+@jit(do_not_specialize=SIZES)
+def cross_entropy_backward(
+    dlosses_ptr, dlse_ptr, logits_ptr, targets_ptr, row_max_ptr, log_sum_ptr, dlogits_ptr, class_weights_ptr, weight_sum_ptr,
+    dlosses_stride, dlse_stride, logits_outer_stride, logits_inner_stride, dlogits_outer_stride, dlogits_inner_stride,
+    inner_rows, width, ignore_index, label_smoothing, z_loss, softcap,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, DLSE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one block of columns of one row."""
+    blocks = tl.cdiv(width, BLOCK)
+    row = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * BLOCK
+    target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
+    weight, weight_sum = _load_weights(class_weights_ptr, weight_sum_ptr, target, valid, SMOOTHING, WEIGHTED)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    dloss = tl.load(dlosses_ptr + tl.cast(row, tl.int64) * dlosses_stride)
+    dloss = tl.where(valid, dloss, float("nan"))
+    dlse = 0.0
+    if DLSE:
+        dlse = tl.load(dlse_ptr + tl.cast(row, tl.int64) * dlse_stride)
+    if Z_LOSS is not None:
+        z_loss = _factor(z_loss, Z_LOSS)
+    logits = logits_ptr + _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride)
+    dlogits = dlogits_ptr + _row_offset(row, inner_rows, dlogits_outer_stride, dlogits_inner_stride)
+    if start + BLOCK <= width:
+        _write_gradient(logits, dlogits, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
+                        dloss, dlse, label_smoothing, z_loss, softcap,
+                        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, DLSE, BLOCK, VECTOR, False)  # fmt: skip
+    else:
+        _write_gradient(logits, dlogits, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
+                        dloss, dlse, label_smoothing, z_loss, softcap,
+                        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, DLSE, BLOCK, VECTOR, True)  # fmt: skip
+
+
+@jit(do_not_specialize=SIZES)
+def cross_entropy_fused(
+    logits_ptr, targets_ptr, losses_ptr, row_max_ptr, log_sum_ptr, predicted_ptr, class_weights_ptr, weight_sum_ptr,
+    logits_row_stride, width, ignore_index, label_smoothing, z_loss, softcap,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
+    READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Write the loss of one row, and the gradient in the place of its logits."""
+    # The gradient takes the place of the logits that it is computed from; of a short row the L2 cache serves the second read.
+    row = tl.program_id(0)
+    target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
+    logits = logits_ptr + tl.cast(row, tl.int64) * logits_row_stride
+    loss, row_max, log_sum, predicted = _row_loss(
+        logits, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, True if READ_IGNORED else counted,
+        label_smoothing, z_loss, softcap, SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR,
+    )  # fmt: skip
+    tl.store(losses_ptr + row, loss)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+    if ACCURACY or PREDICTIONS:
+        tl.store(predicted_ptr + row, predicted)
+    weight, weight_sum = _load_weights(class_weights_ptr, weight_sum_ptr, target, valid, SMOOTHING, WEIGHTED)
+    if Z_LOSS is not None:
+        z_loss = _factor(z_loss, Z_LOSS)
+    dloss = tl.where(valid, 1.0, float("nan"))
+    whole = width // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        _write_gradient(logits, logits, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
+                        dloss, 0.0, label_smoothing, z_loss, softcap,
+                        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, False, BLOCK, VECTOR, False)  # fmt: skip
+    _write_gradient(logits, logits, class_weights_ptr, whole, width, target, counted, row_max, log_sum, weight, weight_sum,
+                    dloss, 0.0, label_smoothing, z_loss, softcap,
+                    SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, False, BLOCK, VECTOR, True)  # fmt: skip

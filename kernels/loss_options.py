@@ -1,0 +1,153 @@
+"""What a cross-entropy is asked for: its options, their checks, and how the losses of the rows become what is returned."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What `cross_entropy` returns where more than the loss is asked for; None stands for what was not."""
+
+    loss: Tensor
+    lse: Tensor | None
+    """(...) float32: log of the sum of exponentials of the (soft-capped) logits. Differentiable, but not in ignored rows."""
+    accuracy: Tensor | None
+    """Scalar float32: share of the counted targets that are the prediction."""
+    predictions: Tensor | None = None
+    """(...) int64: the argmax of the logits, the first one among equals; -1 where a logit is NaN."""
+    z_loss: Tensor | None = None
+    """The part of `loss` that the z-loss is, reduced as `loss` is. Not differentiable."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of one call; `cross_entropy` says what each means."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float | Tensor = 0.0
+    softcap: float | None = None
+    class_weights: Tensor | None = None
+    """(V) floating."""
+    return_lse: bool = False
+    return_accuracy: bool = False
+    return_predictions: bool = False
+    return_z_loss: bool = False
+
+    @classmethod
+    def of_schema(
+        cls,
+        class_weights: Tensor | None,
+        z_loss_tensor: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float | None,
+        return_lse: bool = False,
+        return_accuracy: bool = False,
+        return_predictions: bool = False,
+    ) -> "LossOptions":
+        """Return the options that a registered op was called with: see `of_loss` and `of_output`."""
+        factor = z_loss if z_loss_tensor is None else z_loss_tensor
+        flags = (return_lse, return_accuracy, return_predictions)
+        return cls(ignore_index, label_smoothing, factor, softcap, class_weights, *flags)
+
+    def of_loss(self) -> tuple[Tensor | None, Tensor | None, int, float, float, float | None]:
+        """Return what loss and gradient are computed with, as registered ops take it."""
+        tensor, number = (self.z_loss, 0.0) if isinstance(self.z_loss, Tensor) else (None, self.z_loss)
+        return self.class_weights, tensor, self.ignore_index, self.label_smoothing, number, self.softcap
+
+    def of_output(self) -> tuple[bool, bool, bool]:
+        """Return what is asked for beside the loss, as registered ops take it."""
+        return self.return_lse, self.return_accuracy, self.return_predictions
+
+    @property
+    def has_z_loss(self) -> bool:
+        """Whether there is a z-loss; that of a tensor is on the device and counts as one."""
+        return isinstance(self.z_loss, Tensor) or self.z_loss != 0.0
+
+    def without_dynamic_floats(self, like: Tensor) -> "LossOptions":
+        """Return the options as a graph of `torch.compile` wants them: a schedule's z-loss as a tensor.
+
+        A float would be a constant of the graph, and each value of it a graph of its own.
+        """
+        if not torch.compiler.is_compiling() or isinstance(self.z_loss, Tensor) or self.z_loss == 0.0:
+            return self
+        factor = torch.ones((), dtype=torch.float32, device=like.device) * self.z_loss
+        return LossOptions(
+            self.ignore_index, self.label_smoothing, factor, self.softcap, self.class_weights, *self.of_output(),
+            self.return_z_loss,
+        )  # fmt: skip
+
+    def check(self, targets: Tensor, shape: torch.Size, num_classes: int, reduction: str, **first: Tensor) -> None:
+        """Refuse what no loss can be computed from; `shape` is that of the leading dimensions of `first`."""
+        if targets.shape != shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}: allowed is {tuple(shape)}, the leading dimensions")
+        factor, number = (self.z_loss, 0.0) if isinstance(self.z_loss, Tensor) else (None, self.z_loss)
+        checks.check_dtype(checks.INTEGER, targets=targets)
+        checks.check_dtype(checks.FLOATING, class_weights=self.class_weights, z_loss=factor)
+        checks.check_device(**first, targets=targets, class_weights=self.class_weights, z_loss=factor)
+        checks.check_int("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+        checks.check_softcap(self.softcap)
+        checks.check_choice("reduction", reduction, ("none", "mean", "sum"))
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}: allowed is 0 to 1")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"z_loss is {number}: allowed is a finite number, 0 or more")
+        if factor is not None and factor.dim() > 0:
+            raise ValueError(f"z_loss has shape {tuple(factor.shape)}: allowed is a number, or a tensor of shape ()")
+        if self.class_weights is not None and self.class_weights.shape != (num_classes,):
+            raise ValueError(
+                f"class_weights has shape {tuple(self.class_weights.shape)}: allowed is ({num_classes},), one for each class"
+            )
+        for name, x in (("class_weights", self.class_weights), ("z_loss", factor)):
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{name} requires a gradient: allowed is a tensor without, because there is none for it")
+
+    def target_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the class weight of each target (...), 0 where it is ignored; None without class weights."""
+        if self.class_weights is None:
+            return None
+        weights = self.class_weights.to(dtype)[targets.long().clamp(0, self.class_weights.shape[0] - 1)]
+        return weights.masked_fill(targets == self.ignore_index, 0.0)
+
+    def output(
+        self, losses: Tensor, targets: Tensor, reduction: Reduction, lse: Tensor | None, predicted: Tensor | None
+    ) -> Any:
+        """Return the reduced loss, or a `CrossEntropyOutput` where more is asked for. Nothing is read back to the host.
+
+        losses (...), or their sum; lse (...) where it or the z-loss is asked for; predicted (...): the predictions, or, where
+        only the accuracy is asked for, whether they are right.
+        """
+        counted = targets != self.ignore_index
+        weights = self.target_weights(targets, losses.dtype)
+
+        def reduced(x: Tensor) -> Tensor:
+            if reduction == "none":
+                return x
+            if reduction == "sum":
+                return x.sum()
+            total = (counted if weights is None else weights).sum()
+            # Where nothing counts the mean is 0.
+            return x.sum() / (total.clamp(min=1) if weights is None else torch.where(total > 0, total, 1.0))
+
+        loss = reduced(losses)
+        if not (self.return_lse or self.return_accuracy or self.return_predictions or self.return_z_loss):
+            return loss
+        accuracy = z_loss = None
+        if self.return_accuracy and predicted is not None:
+            right = predicted if predicted.dtype == torch.bool else (predicted == targets) & counted
+            accuracy = right.sum().float() / counted.sum().clamp(min=1)
+        if self.return_z_loss and lse is not None:
+            factor = self.z_loss if weights is None else self.z_loss * weights
+            z_loss = reduced((factor * lse.detach().square()).masked_fill(~counted, 0.0))
+        return CrossEntropyOutput(
+            loss, lse if self.return_lse else None, accuracy, predicted if self.return_predictions else None, z_loss
+        )
