@@ -69,7 +69,8 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is under way, which no kernel has a rule for."""
     # Dynamo traces through the transforms of torch.func itself.
     if torch.compiler.is_compiling():
         return False
@@ -89,10 +90,12 @@ def use_triton(*tensors: Tensor | None) -> bool:
             return False
     if is_recording():
         return True
-    if _is_transformed():
-        return False
     x = tensors[0]
     assert x is not None
+    if is_transformed():
+        if x.is_cuda:
+            warnings.warn("under torch.func or forward-mode AD the slower PyTorch reference runs", stacklevel=3)
+        return False
     if _backend == "auto":
         if x.is_cuda and not HAS_TRITON:
             warnings.warn("Triton cannot be imported: the slower PyTorch reference runs on the GPU", stacklevel=3)

@@ -88,8 +88,12 @@ class CustomOp:
         if torch.compiler.is_compiling() or _is_watched(args):
             return self.overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._differentiable.apply(*args, None)
-        return self.function(*args)
+            output = self._differentiable.apply(*args, None)
+        else:
+            output = self.function(*args)
+        for i in self._mutated:
+            torch.autograd.graph.increment_version(args[i])
+        return output
 
     def _below_autograd(self, keyset: Any, args: Sequence[Any]) -> Any:
         # As a compiled graph calls it: nothing below autograd but the device, which spares a second way through the dispatcher.

@@ -1,0 +1,120 @@
+"""How ops are known to PyTorch, and when a call does not ask it."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tilewright.kernels.registration import custom_op
+
+CALLS = []
+
+
+@custom_op("twice_of_a_test")
+def twice(x: Tensor) -> Tensor:
+    CALLS.append(torch.is_grad_enabled())
+    return 2 * x
+
+
+@twice.register_fake
+def empty_twice(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+twice.register_autograd(lambda ctx, dy: twice(dy), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
+
+
+@custom_op("add_one_of_a_test", mutates_args=("x",))
+def add_one_(x: Tensor) -> None:
+    x.add_(1)
+
+
+add_one_.register_fake(lambda x: None)
+
+
+@custom_op("square_of_a_test")
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+square.register_fake(torch.empty_like)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call", [twice, torch.ops.tilewright.twice_of_a_test])
+def test_both_ways_to_call_an_op_give_the_same(call):
+    x = torch.randn(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
+    assert gradient.tolist() == [2, 2, 2]
+    assert not call(x.detach()).requires_grad
+    with torch.no_grad():
+        assert not call(x).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(call(x), 2 * x)
+
+
+def test_what_watches_sees_the_op():
+    x = torch.randn(3)
+    with Seen() as seen:
+        twice(x)
+    assert seen.names == ["tilewright::twice_of_a_test"]
+    with torch.profiler.profile() as profiler:
+        twice(x)
+    assert "tilewright::twice_of_a_test" in {event.name for event in profiler.events()}
+    subclass = torch.nn.Buffer(x).as_subclass(type("Sub", (Tensor,), {}))
+    with Seen() as seen:
+        twice(subclass)
+    assert seen.names == ["tilewright::twice_of_a_test"]
+
+
+def test_meta_tensors_and_fakes_never_reach_the_function():
+    CALLS.clear()
+    assert twice(torch.empty(3, device="meta")).is_meta
+    assert CALLS == []
+    assert empty_twice(torch.ones(3)).shape == (3,)
+
+
+def test_an_op_without_a_gradient_says_so_when_it_is_asked_for_one():
+    x = torch.randn(3, requires_grad=True)
+    for call in (square, torch.ops.tilewright.square_of_a_test):
+        with pytest.raises(NotImplementedError, match="square_of_a_test has no gradient"):
+            call(x).sum().backward()
+
+
+def test_forward_mode_is_an_error_and_no_zero():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative: use_backend\('reference'\) has"):
+            torch.ops.tilewright.twice_of_a_test(dual)
+
+
+@pytest.mark.parametrize("call", [add_one_, torch.ops.tilewright.add_one_of_a_test])
+def test_a_tensor_that_is_written_over_is_not_used_for_a_gradient(call):
+    x = torch.ones(3, requires_grad=True)
+    y = x.exp()
+    z = y.square()
+    call(y.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_no_message_of_what_leads_to_an_op_is_written_for_inductor(monkeypatch):
+    # Such a message doubles with each use of a result: with 12 layers below the loss it never ended.
+    from torch._inductor.exc import OperatorIssue
+
+    written = []
+    monkeypatch.setattr(OperatorIssue, "operator_str", staticmethod(lambda *args: written.append(args) or ""))
+    x = torch.randn(4)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        torch.testing.assert_close(torch.compile(lambda x: twice(x), fullgraph=True)(x), 2 * x)
+    assert written == []
