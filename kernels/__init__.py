@@ -3,7 +3,7 @@
 Knows no module and no model. `set_backend` chooses what runs; by default Triton on CUDA tensors, else the reference.
 """
 
-from .attention import attention
+from .attention import Documents, attention, documents
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .flash_reference import tiled_attention
@@ -14,9 +14,11 @@ from .swiglu import swiglu
 
 __all__ = [
     "CrossEntropyOutput",
+    "Documents",
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "documents",
     "get_backend",
     "linear_cross_entropy",
     "rms_norm",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import reference, use_backend
-from tilewright.kernels.attention import attention, backward, decode, forward, launch
+from tilewright.kernels.attention import attention, backward, configurations, decode, forward
 from tilewright.kernels.attention.configurations import Generation, Kernel, Kind, LaunchConfig, key_of
 
 # Without shrinking, which would interpret kernels for minutes before it shows a failure.
@@ -43,7 +43,7 @@ def tiles(
 ) -> Iterator[None]:
     """Run every kernel in tiles of block_m queries and block_n keys, decode in so many splits, order so many rows together."""
 
-    configurations = {
+    of_all = {
         key_of(generation, kernel, kind, block_k): LaunchConfig(
             block_m, block_n, block_k, num_warps=4, num_stages=2, tma=tma and generation in ("sm_90", "sm_100")
         )
@@ -51,7 +51,7 @@ def tiles(
         for block_k in (16, 32, 64, 128, 256)
     }
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "read_configurations", return_value=configurations))
+        stack.enter_context(mock.patch.object(configurations, "read_configurations", return_value=of_all))
         if splits is not None:
             stack.enter_context(mock.patch.object(decode, "splits_of", return_value=splits))
         if rows_at_once is not None:

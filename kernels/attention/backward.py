@@ -12,16 +12,19 @@ from ..dispatch import jit, tl
 from ..launch import launch
 from ..shared import LOG2_E, tanh
 from .configurations import launch_config, rows_at_once
-from .intervals import key_tile, query_tile
+from .forward import sees
+from .intervals import key_tile, mask_of, query_tile
+from .operands import aligned, as_tiles, load_strides
 from .options import Options
 from .tiles import (
+    ROWS_ISOLATED,
     SIZES,
-    aligned,
-    as_tiles,
+    has_nan,
     load_base,
-    load_strides,
     load_tile,
+    masked_start,
     program_of,
+    split_finite,
     store_base,
     store_tile,
 )
@@ -48,29 +51,45 @@ def load_lse(lse_ptr, queries, end):
 
 
 @jit
-def add_to_dq(
-    q, k, v, do, dq, lse, delta, start, low, high,
+def ds_of(
+    q, k, v, do, lse, delta, start, low, high,
     scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys and values (N, K) from `start` on contribute to dq (M, K), but for the scale."""
+    """Return the gradient (M, N) of the products of queries with the keys from `start` on, but for the scale."""
     p, slope = probabilities_of(tl.dot(q, k.T, input_precision=PRECISION), lse[:, None], scale, softcap)
-    if MASKED:
-        keys = start + tl.arange(0, k.shape[0])[None, :]
-        p = tl.where((keys >= low[:, None]) & (keys < high[:, None]), p, 0.0)
     ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None]) * slope
+    if MASKED:
+        # After the product, because 0 times a dP that is not finite is NaN.
+        ds = tl.where(sees(start, low, high, k.shape[0]), ds, 0.0)
+    return ds
+
+
+@jit
+def add_isolated_to_dq(
+    q, k_base, v_base, do, dq, lse, delta, start, end, low, high, k_token_stride, v_token_stride,
+    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Add what a few masked keys contribute to dq (M, K), but for the scale: those not finite only where they are seen."""
+    k = load_tile(k_base, 0, 0, start, end, k_token_stride, HEAD_DIM, ROWS_ISOLATED, BLOCK_K, False, True)
+    v = load_tile(v_base, 0, 0, start, end, v_token_stride, VALUE_DIM, ROWS_ISOLATED, BLOCK_V, False, True)
+    ds = ds_of(q, k, v, do, lse, delta, start, low, high, scale, softcap, PRECISION, True)
+    k, bad = split_finite(k)
+    ds = tl.where(sees(start, low, high, ROWS_ISOLATED) & bad[None, :], float("nan"), ds)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @jit(do_not_specialize=SIZES)
 def attention_backward_q(
-    q, k, v, do, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr,
+    q, k, v, do, k_ptr, v_ptr, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
     o_batch_stride, o_head_stride, o_token_stride, dq_batch_stride, dq_head_stride, dq_token_stride, document_stride,
-    num_rows, num_heads, group_size, num_queries, num_keys, window, rows_at_once,
+    num_rows, num_heads, group_size, num_queries, num_keys, window_left, window_right, rows_at_once,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LENGTHS: tl.constexpr, DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write dq, and delta for the other kernel, of one tile of queries of one head."""
     tile, row = program_of(tl.program_id(0), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
@@ -78,12 +97,10 @@ def attention_backward_q(
     head = row % num_heads
     kv_head = head // group_size
     start = tile * BLOCK_M
-    begins_ptr += tl.cast(batch, tl.int64) * document_stride
-    ends_ptr += tl.cast(batch, tl.int64) * document_stride
-
-    queries, low, high, tiles = query_tile(
-        start, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
+    queries, low, high, tiles = query_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
@@ -92,8 +109,8 @@ def attention_backward_q(
     do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
     o_base = load_base(o_ptr, batch, head, o_batch_stride, o_head_stride, False)
     q_tile = load_tile(q_base, batch, head, start, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-    do_tile = load_tile(do_base, batch, head, start, num_queries, do_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-    o_tile = load_tile(o_base, batch, head, start, num_queries, o_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    do_tile = load_tile(do_base, batch, head, start, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, True)
+    o_tile = load_tile(o_base, batch, head, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, False, True)
 
     statistics = tl.cast(row, tl.int64) * num_queries
     # sum_j P_ij dP_ij = do_i o_i (Dao 2023, section 3.1); a gradient of lse_i adds P_ij to each dS_ij.
@@ -106,15 +123,28 @@ def attention_backward_q(
     tl.store(delta_ptr + statistics + queries, delta, mask=queries < num_queries)
 
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    # Masked tiles first, because only they may have to be taken again.
+    for i in range(masked):
+        n = masked_start(i, left_start, left, full_end, BLOCK_N)
+        k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
+        v_tile = load_tile(v_base, batch, kv_head, n, mask[1], v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    if has_nan(dq):
+        dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        k_base_ptr = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
+        v_base_ptr = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
+        for i in tl.range(0, masked * BLOCK_N, ROWS_ISOLATED, num_stages=1):
+            n = masked_start(i // BLOCK_N, left_start, left, full_end, BLOCK_N) + i % BLOCK_N
+            dq = add_isolated_to_dq(
+                q_tile, k_base_ptr, v_base_ptr, do_tile, dq, lse, delta, n, mask[1], low, high, k_token_stride, v_token_stride,
+                scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
     for n in range(full_start, full_end, BLOCK_N):
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
-        v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
-        dq = add_to_dq(q_tile, k_tile, v_tile, do_tile, dq, lse, delta, n, low, high, scale, softcap, PRECISION, False)
-    for i in range(masked):
-        n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
-        k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-        v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-        dq = add_to_dq(q_tile, k_tile, v_tile, do_tile, dq, lse, delta, n, low, high, scale, softcap, PRECISION, True)
+        v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, False)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
     dq_base = store_base(dq_ptr, batch, head, dq_batch_stride, dq_head_stride)
     store_tile(dq_base, dq * scale, start, num_queries, dq_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K)
@@ -122,10 +152,14 @@ def attention_backward_q(
 
 @jit
 def add_to_dk_dv(
-    q, k, v, do, dk, dv, lse_ptr, delta_ptr, queries, low, high, num_queries,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    q, k, v, do, dk, dv, lse_ptr, delta_ptr, start, low, high, num_queries,
+    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, ISOLATED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of queries (M, K) contributes to dk and dv (N, K), but for the scale of dk."""
+    """Add what the queries (M, K) from `start` on contribute to dk and dv (N, K), but for the scale of dk.
+
+    ISOLATED: queries and gradients that are not finite reach only the keys that they see.
+    """
+    queries = start + tl.arange(0, q.shape[0])
     # Scores are transposed, (N, M): so they multiply do and q from registers, as they come.
     products = tl.dot(k, q.T, input_precision=PRECISION)
     if MASKED:
@@ -134,14 +168,23 @@ def add_to_dk_dv(
         lse = tl.load(lse_ptr + queries) * LOG2_E
     p, slope = probabilities_of(products, lse[None, :], scale, softcap)
     if MASKED:
-        p = tl.where((queries[None, :] >= low[:, None]) & (queries[None, :] < high[:, None]), p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        p = tl.where(sees(start, low, high, q.shape[0]), p, 0.0)
+    if ISOLATED:
+        finite, bad = split_finite(do)
+        poisoned = tl.where(sees(start, low, high, q.shape[0]) & bad[None, :], float("nan"), p)
+        dv = tl.dot(poisoned.to(do.dtype), finite, dv, input_precision=PRECISION)
+    else:
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, do.T, input_precision=PRECISION)
     if MASKED:
         delta = tl.load(delta_ptr + queries, mask=queries < num_queries, other=0.0)
     else:
         delta = tl.load(delta_ptr + queries)
     ds = p * (dp - delta[None, :]) * slope
+    if ISOLATED:
+        q, bad = split_finite(q)
+        # Masked again, because 0 times a dP that is not finite is NaN.
+        ds = tl.where(sees(start, low, high, q.shape[0]), tl.where(bad[None, :], float("nan"), ds), 0.0)
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -159,14 +202,16 @@ def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
 
 @jit(do_not_specialize=SIZES)
 def attention_backward_kv(
-    q, k, v, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr,
+    q, k, v, do, q_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
     dk_batch_stride, dk_head_stride, dk_token_stride, dv_batch_stride, dv_head_stride, dv_token_stride, document_stride,
-    num_rows, num_kv_heads, num_parts, part_stride, group_size, num_queries, num_keys, window, rows_at_once,
+    num_rows, num_kv_heads, num_parts, dk_part_stride, dv_part_stride, group_size,
+    num_queries, num_keys, window_left, window_right, rows_at_once,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LENGTHS: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one tile of keys of one key-value head, from the `group_size` query heads of one part of its group."""
     tile, row = program_of(tl.program_id(0), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
@@ -176,21 +221,49 @@ def attention_backward_kv(
     first_head = (kv_head * num_parts + part) * group_size
     num_heads = num_kv_heads * num_parts * group_size
     start = tile * BLOCK_N
-    begins_ptr += tl.cast(batch, tl.int64) * document_stride
-    ends_ptr += tl.cast(batch, tl.int64) * document_stride
-
-    low, high, tiles = key_tile(
-        start, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
+    keys, low, high, tiles = key_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     k_base = load_base(k, batch, kv_head, k_batch_stride, k_head_stride, TMA)
     v_base = load_base(v, batch, kv_head, v_batch_stride, v_head_stride, TMA)
     k_tile = load_tile(k_base, batch, kv_head, start, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-    v_tile = load_tile(v_base, batch, kv_head, start, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
+    v_tile = load_tile(v_base, batch, kv_head, start, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
     dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    # The tiles of all query heads in one loop, so that loading runs ahead from head to head.
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    # The tiles of all query heads in one loop, so that loading runs ahead from head to head. Masked tiles first, because only
+    # they may have to be taken again.
+    for i in range(masked * group_size):
+        head, place = head_and_place(i, masked, first_head, GROUPED)
+        m = masked_start(place, left_start, left, full_end, BLOCK_M)
+        q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
+        do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
+        q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
+        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, True)
+        statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
+        dk, dv = add_to_dk_dv(
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            scale, softcap, PRECISION, False, True,
+        )  # fmt: skip
+    if has_nan(dk) | has_nan(dv):
+        dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for i in tl.range(0, masked * BLOCK_M * group_size, ROWS_ISOLATED, num_stages=1):
+            head, place = head_and_place(i, masked * BLOCK_M, first_head, GROUPED)
+            m = masked_start(place // BLOCK_M, left_start, left, full_end, BLOCK_M) + place % BLOCK_M
+            q_base_ptr = load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False)
+            do_base_ptr = load_base(do_ptr, batch, head, do_batch_stride, do_head_stride, False)
+            q_rows = load_tile(q_base_ptr, 0, 0, m, num_queries, q_token_stride, HEAD_DIM, ROWS_ISOLATED, BLOCK_K, False, True)
+            do_rows = load_tile(
+                do_base_ptr, 0, 0, m, num_queries, do_token_stride, VALUE_DIM, ROWS_ISOLATED, BLOCK_V, False, True
+            )
+            statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
+            dk, dv = add_to_dk_dv(
+                q_rows, k_tile, v_tile, do_rows, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high,
+                num_queries, scale, softcap, PRECISION, True, True,
+            )  # fmt: skip
     full = (full_end - full_start) // BLOCK_M
     for i in range(full * group_size):
         head, place = head_and_place(i, full, first_head, GROUPED)
@@ -198,32 +271,23 @@ def attention_backward_kv(
         q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
         do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
         q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, False)
-        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, False)
+        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, False)
         statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
-        queries = m + tl.arange(0, BLOCK_M)
         dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics,
-            queries, low, high, num_queries, scale, softcap, PRECISION, False,
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            scale, softcap, PRECISION, False, False,
         )  # fmt: skip
-    for i in range(masked * group_size):
-        head, place = head_and_place(i, masked, first_head, GROUPED)
-        m = tl.where(place < left, left_start + place * BLOCK_M, full_end + (place - left) * BLOCK_M)
-        q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
-        do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
-        q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-        statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
-        queries = m + tl.arange(0, BLOCK_M)
-        dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics,
-            queries, low, high, num_queries, scale, softcap, PRECISION, True,
-        )  # fmt: skip
+    if LENGTHS:
+        # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
+        dk = tl.where((keys < mask[1])[:, None], dk, 0.0)
+        dv = tl.where((keys < mask[1])[:, None], dv, 0.0)
 
-    part_offset = tl.cast(part, tl.int64) * part_stride
-    dk_base = store_base(dk_ptr + part_offset, batch, kv_head, dk_batch_stride, dk_head_stride)
-    dv_base = store_base(dv_ptr + part_offset, batch, kv_head, dv_batch_stride, dv_head_stride)
+    dk_ptr += tl.cast(part, tl.int64) * dk_part_stride
+    dv_ptr += tl.cast(part, tl.int64) * dv_part_stride
+    dk_base = store_base(dk_ptr, batch, kv_head, dk_batch_stride, dk_head_stride)
+    dv_base = store_base(dv_ptr, batch, kv_head, dv_batch_stride, dv_head_stride)
     store_tile(dk_base, dk * scale, start, num_keys, dk_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
-    store_tile(dv_base, dv, start, num_keys, dv_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
+    store_tile(dv_base, dv, start, num_keys, dv_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V)
 
 
 def parts_of(group_size: int, num_programs: int, device: torch.device) -> int:
@@ -250,20 +314,20 @@ def launch_backward(
 
     lse, dlse and delta are contiguous, and the head dim of the others is.
     """
-    batch, num_heads, num_queries, head_dim = q.shape
+    batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     group_size = num_heads // num_kv_heads
     q, k, v, do, o = map(aligned, (q, k, v, do, o))
     inputs = (q, k, v, do)
-    sizes = (num_queries, num_keys, options.window_of(num_queries, num_keys))
+    sizes = (num_queries, num_keys, *options.window_of(num_queries, num_keys))
     strides = [stride for t in inputs for stride in load_strides(t)]
     config = launch_config("backward_q", inputs, options)
     launch(
         attention_backward_q, batch * num_heads * -(-num_queries // config.block_m),
-        *as_tiles(inputs, "mnnm", config), o, lse, lse if dlse is None else dlse, delta, dq, *options.documents(q),
+        *as_tiles(inputs, "mnnm", config), k, v, o, lse, lse if dlse is None else dlse, delta, dq, *options.mask_tensors(q),
         *strides, *load_strides(o), *dq.stride()[:3], options.document_stride,
         batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
-        **options.constants(), DLSE=dlse is not None, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+        **options.constants(), DLSE=dlse is not None, TMA=config.tma, **config.blocks(q, v),
     )  # fmt: skip
     config = launch_config("backward_kv", inputs, options)
     num_tiles = -(-num_keys // config.block_n)
@@ -271,13 +335,13 @@ def launch_backward(
     num_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
     # One part writes the gradients themselves; several write float32, which is summed in order.
     parts = [t if num_parts == 1 else t.new_empty(num_parts, *t.shape, dtype=torch.float32) for t in (dk, dv)]
-    part_stride = 0 if num_parts == 1 else parts[0].stride(0)
+    part_strides = [0 if num_parts == 1 else part.stride(0) for part in parts]
     launch(
         attention_backward_kv, num_rows * num_tiles,
-        *as_tiles(inputs, "mnnm", config), lse, delta, *parts, *options.documents(q),
+        *as_tiles(inputs, "mnnm", config), q, do, lse, delta, *parts, *options.mask_tensors(q),
         *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
-        num_rows, num_kv_heads, num_parts, part_stride, part_size, *sizes, rows_at_once(q, part_size, num_rows),
-        **options.constants(), GROUPED=part_size > 1, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+        num_rows, num_kv_heads, num_parts, *part_strides, part_size, *sizes, rows_at_once(q, part_size, num_rows),
+        **options.constants(), GROUPED=part_size > 1, TMA=config.tma, **config.blocks(q, v),
     )  # fmt: skip
     if num_parts > 1:
         for t, part in zip((dk, dv), parts, strict=True):

@@ -20,7 +20,7 @@ COMPILED: dict[Kind, tuple[int, ...]] = {
     "half": (16, 32, 64, 80, 96, 128, 192, 256), "half_softcap": (128, 256), "tf32": (64, 128), "ieee": (64, 128),
 }  # fmt: skip
 # The pointers that are not to elements of the dtype.
-_TYPES = {"begins_ptr": "*i32", "ends_ptr": "*i32"} | dict.fromkeys(
+_TYPES = dict.fromkeys(("begins_ptr", "ends_ptr", "lengths_ptr"), "*i32") | dict.fromkeys(
     ("lse_ptr", "dlse_ptr", "delta_ptr", "sinks_ptr", "part_ptr", "part_lse_ptr"), "*fp32"
 )
 
@@ -61,6 +61,7 @@ def kernel_case(
         "scale": head_dim**-0.5, "softcap": softcap, "CAUSAL": causal, "WINDOW": window, "DOCUMENTS": documents, "SINKS": sinks,
         "DLSE": False, "GROUPED": grouped, "PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": config.tma,
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "group_size": 1,
+        "LENGTHS": False, "VALUE_DIM": head_dim, "BLOCK_V": config.block_k,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     if grouped:
@@ -109,6 +110,6 @@ def compile_cases() -> Iterator[KernelCase]:
                         yield kernel_case(architecture, kernel, kind, head_dim, fallback)
     for head_dim in (64, 128):
         types = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "o_ptr": "*bf16", "lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
-        constants = {"SINKS": False, "HEAD_DIM": head_dim, "BLOCK_SPLITS": BLOCK_SPLITS, "BLOCK_K": block_k_of(head_dim)}
+        constants = {"SINKS": False, "VALUE_DIM": head_dim, "BLOCK_SPLITS": BLOCK_SPLITS, "BLOCK_V": block_k_of(head_dim)}
         sizes = {name: "i32" for name in attention_combine.arg_names if name not in types and name not in constants}
         yield KernelCase(f"attention combine {head_dim} bf16", attention_combine, types | sizes, constants, 4)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attention_cases import DEVICE, MEMORY, Case, check, draw_case, some, tiles
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention
-from tilewright.kernels.attention.tiles import with_unit_stride
+from tilewright.kernels.attention.operands import with_unit_stride
 from tilewright.kernels.dispatch import HAS_TRITON
 
 pytestmark = [

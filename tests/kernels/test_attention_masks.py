@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from attention_cases import DEVICE, Case, check, draw_case, some, tiles, without_decoding
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention, backward, forward
-from tilewright.kernels.attention.intervals import cu_seqlens_bounds, document_bounds
+from tilewright.kernels.attention.documents import cu_seqlens_bounds, document_bounds
 from tilewright.kernels.dispatch import HAS_TRITON, interpreting
 
 pytestmark = [
