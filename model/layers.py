@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, attention, rms_norm, rope_qk, rope_qkv, swiglu
+from ..kernels import Documents, add_rms_norm, attention, rms_norm, rope_qk, rope_qkv, swiglu
 
 
 def _draw(weight: Tensor, in_features: int, out_features: int) -> None:
@@ -166,16 +166,16 @@ class CausalSelfAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None = None,
-        document_ids: Tensor | None = None,
+        packed: Documents | None = None,
     ) -> Tensor:
         """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`.
 
-        `document_ids` (B, T) confine attention to a run of equal ids.
+        `packed` confine attention to documents, see `kernels.documents`.
         """
         q, k, v = self._heads(self.qkv_proj(x), cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.output_proj(attention(q, k, v, document_ids=document_ids).transpose(1, 2).flatten(-2))
+        return self.output_proj(attention(q, k, v, document_ids=packed).transpose(1, 2).flatten(-2))
 
     def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # (B, T, (H + 2 Hkv) K) -> q (B, H, T, K), k and v (B, Hkv, T, K), normalised and rotated.

@@ -103,16 +103,19 @@ def draw_case(
     memory: Sequence[str] = ("heads first",) * 4,
     dlse: bool = True,
     sinks: bool = False,
+    value_dim: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Case:
     """Return a random case of (query, key-value) heads and (queries, keys); `memory` is that of q, k, v and do."""
     torch.manual_seed(seed)
-    of_queries, of_keys = ((batch, heads[i], lengths[i], head_dim) for i in range(2))
+    of_queries, of_keys = ((batch, heads[i], lengths[i]) for i in range(2))
+    widths = (head_dim, head_dim, value_dim or head_dim, value_dim or head_dim)
+    rows = (of_queries, of_keys, of_keys, of_queries)
     q, k, v, do = (
-        _as(MEMORY[name](*shape), dtype) for name, shape in zip(memory, (of_queries, of_keys, of_keys, of_queries), strict=True)
+        _as(MEMORY[name](*shape, width), dtype) for name, shape, width in zip(memory, rows, widths, strict=True)
     )
-    row_gradients, scores = torch.randn(of_queries[:3]), torch.randn(heads[0])
+    row_gradients, scores = torch.randn(of_queries), torch.randn(heads[0])
     return Case(q, k, v, do, row_gradients.to(DEVICE) if dlse else None, scores.to(DEVICE) if sinks else None, options)
 
 

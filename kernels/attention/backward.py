@@ -10,78 +10,19 @@ from torch import Tensor
 from ..device import num_sms
 from ..dispatch import jit, tl
 from ..launch import launch
-from ..shared import LOG2_E, tanh
+from ..shared import LOG2_E
 from .configurations import launch_config, rows_at_once
-from .forward import sees
 from .intervals import key_tile, mask_of, query_tile
+from .isolated import has_nan, store_isolated_dk_dv, store_isolated_dq
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
-from .tiles import (
-    ROWS_ISOLATED,
-    SIZES,
-    has_nan,
-    load_base,
-    load_tile,
-    masked_start,
-    program_of,
-    split_finite,
-    store_base,
-    store_tile,
-)
-
-
-@jit
-def probabilities_of(products, lse, scale: tl.constexpr, softcap: tl.constexpr):
-    """Return exp(score - lse) and the derivative of the score by `scale` q k^T, from products q k^T; lse is in bits."""
-    slope = 1.0
-    if softcap is None:
-        scores = products * (scale * LOG2_E)
-    else:
-        capped = tanh(products * (scale / softcap))
-        scores = capped * (softcap * LOG2_E)
-        slope = 1.0 - capped * capped
-    return tl.exp2(scores - lse), slope
-
-
-@jit
-def load_lse(lse_ptr, queries, end):
-    """Return lse in bits, +inf (a probability of 0) where there is no query, or where it sees no key."""
-    lse = tl.load(lse_ptr + queries, mask=queries < end, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
-
-
-@jit
-def ds_of(
-    q, k, v, do, lse, delta, start, low, high,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Return the gradient (M, N) of the products of queries with the keys from `start` on, but for the scale."""
-    p, slope = probabilities_of(tl.dot(q, k.T, input_precision=PRECISION), lse[:, None], scale, softcap)
-    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None]) * slope
-    if MASKED:
-        # After the product, because 0 times a dP that is not finite is NaN.
-        ds = tl.where(sees(start, low, high, k.shape[0]), ds, 0.0)
-    return ds
-
-
-@jit
-def add_isolated_to_dq(
-    q, k_base, v_base, do, dq, lse, delta, start, end, low, high, k_token_stride, v_token_stride,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Add what a few masked keys contribute to dq (M, K), but for the scale: those not finite only where they are seen."""
-    k = load_tile(k_base, 0, 0, start, end, k_token_stride, HEAD_DIM, ROWS_ISOLATED, BLOCK_K, False, True)
-    v = load_tile(v_base, 0, 0, start, end, v_token_stride, VALUE_DIM, ROWS_ISOLATED, BLOCK_V, False, True)
-    ds = ds_of(q, k, v, do, lse, delta, start, low, high, scale, softcap, PRECISION, True)
-    k, bad = split_finite(k)
-    ds = tl.where(sees(start, low, high, ROWS_ISOLATED) & bad[None, :], float("nan"), ds)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+from .scores import ds_of, load_lse, probabilities_of, sees
+from .tiles import SIZES, load_base, load_tile, program_of, store_base, store_tile
 
 
 @jit(do_not_specialize=SIZES)
 def attention_backward_q(
-    q, k, v, do, k_ptr, v_ptr, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr, lengths_ptr,
+    q, k, v, do, q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
     o_batch_stride, o_head_stride, o_token_stride, dq_batch_stride, dq_head_stride, dq_token_stride, document_stride,
@@ -123,42 +64,40 @@ def attention_backward_q(
     tl.store(delta_ptr + statistics + queries, delta, mask=queries < num_queries)
 
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    # Masked tiles first, because only they may have to be taken again.
-    for i in range(masked):
-        n = masked_start(i, left_start, left, full_end, BLOCK_N)
-        k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-        v_tile = load_tile(v_base, batch, kv_head, n, mask[1], v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
-        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
-    if has_nan(dq):
-        dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        k_base_ptr = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
-        v_base_ptr = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
-        for i in tl.range(0, masked * BLOCK_N, ROWS_ISOLATED, num_stages=1):
-            n = masked_start(i // BLOCK_N, left_start, left, full_end, BLOCK_N) + i % BLOCK_N
-            dq = add_isolated_to_dq(
-                q_tile, k_base_ptr, v_base_ptr, do_tile, dq, lse, delta, n, mask[1], low, high, k_token_stride, v_token_stride,
-                scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
-            )  # fmt: skip
     for n in range(full_start, full_end, BLOCK_N):
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
         ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, False)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    for i in range(masked):
+        n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
+        k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
+        v_tile = load_tile(v_base, batch, kv_head, n, mask[1], v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
+    again = has_nan(dq)
     dq_base = store_base(dq_ptr, batch, head, dq_batch_stride, dq_head_stride)
     store_tile(dq_base, dq * scale, start, num_queries, dq_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K)
+    if again:
+        store_isolated_dq(
+            load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
+            load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
+            load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
+            load_base(do_ptr, batch, head, do_batch_stride, do_head_stride, False),
+            dq_base, lse_ptr + statistics, delta_ptr + statistics,
+            q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride,
+            start, start + BLOCK_M, mask,
+            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
 
 @jit
 def add_to_dk_dv(
     q, k, v, do, dk, dv, lse_ptr, delta_ptr, start, low, high, num_queries,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, ISOLATED: tl.constexpr, MASKED: tl.constexpr,
+    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries (M, K) from `start` on contribute to dk and dv (N, K), but for the scale of dk.
-
-    ISOLATED: queries and gradients that are not finite reach only the keys that they see.
-    """
+    """Add what the queries (M, K) from `start` on contribute to dk and dv (N, K), but for the scale of dk."""
     queries = start + tl.arange(0, q.shape[0])
     # Scores are transposed, (N, M): so they multiply do and q from registers, as they come.
     products = tl.dot(k, q.T, input_precision=PRECISION)
@@ -169,22 +108,13 @@ def add_to_dk_dv(
     p, slope = probabilities_of(products, lse[None, :], scale, softcap)
     if MASKED:
         p = tl.where(sees(start, low, high, q.shape[0]), p, 0.0)
-    if ISOLATED:
-        finite, bad = split_finite(do)
-        poisoned = tl.where(sees(start, low, high, q.shape[0]) & bad[None, :], float("nan"), p)
-        dv = tl.dot(poisoned.to(do.dtype), finite, dv, input_precision=PRECISION)
-    else:
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, do.T, input_precision=PRECISION)
     if MASKED:
         delta = tl.load(delta_ptr + queries, mask=queries < num_queries, other=0.0)
     else:
         delta = tl.load(delta_ptr + queries)
     ds = p * (dp - delta[None, :]) * slope
-    if ISOLATED:
-        q, bad = split_finite(q)
-        # Masked again, because 0 times a dP that is not finite is NaN.
-        ds = tl.where(sees(start, low, high, q.shape[0]), tl.where(bad[None, :], float("nan"), ds), 0.0)
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -202,7 +132,7 @@ def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
 
 @jit(do_not_specialize=SIZES)
 def attention_backward_kv(
-    q, k, v, do, q_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr, lengths_ptr,
+    q, k, v, do, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
     dk_batch_stride, dk_head_stride, dk_token_stride, dv_batch_stride, dv_head_stride, dv_token_stride, document_stride,
@@ -233,37 +163,7 @@ def attention_backward_kv(
     v_tile = load_tile(v_base, batch, kv_head, start, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
     dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    # The tiles of all query heads in one loop, so that loading runs ahead from head to head. Masked tiles first, because only
-    # they may have to be taken again.
-    for i in range(masked * group_size):
-        head, place = head_and_place(i, masked, first_head, GROUPED)
-        m = masked_start(place, left_start, left, full_end, BLOCK_M)
-        q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
-        do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
-        q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, True)
-        statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
-        dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
-            scale, softcap, PRECISION, False, True,
-        )  # fmt: skip
-    if has_nan(dk) | has_nan(dv):
-        dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for i in tl.range(0, masked * BLOCK_M * group_size, ROWS_ISOLATED, num_stages=1):
-            head, place = head_and_place(i, masked * BLOCK_M, first_head, GROUPED)
-            m = masked_start(place // BLOCK_M, left_start, left, full_end, BLOCK_M) + place % BLOCK_M
-            q_base_ptr = load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False)
-            do_base_ptr = load_base(do_ptr, batch, head, do_batch_stride, do_head_stride, False)
-            q_rows = load_tile(q_base_ptr, 0, 0, m, num_queries, q_token_stride, HEAD_DIM, ROWS_ISOLATED, BLOCK_K, False, True)
-            do_rows = load_tile(
-                do_base_ptr, 0, 0, m, num_queries, do_token_stride, VALUE_DIM, ROWS_ISOLATED, BLOCK_V, False, True
-            )
-            statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
-            dk, dv = add_to_dk_dv(
-                q_rows, k_tile, v_tile, do_rows, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high,
-                num_queries, scale, softcap, PRECISION, True, True,
-            )  # fmt: skip
+    # The tiles of all query heads in one loop, so that loading runs ahead from head to head.
     full = (full_end - full_start) // BLOCK_M
     for i in range(full * group_size):
         head, place = head_and_place(i, full, first_head, GROUPED)
@@ -275,8 +175,21 @@ def attention_backward_kv(
         statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
         dk, dv = add_to_dk_dv(
             q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
-            scale, softcap, PRECISION, False, False,
+            scale, softcap, PRECISION, False,
         )  # fmt: skip
+    for i in range(masked * group_size):
+        head, place = head_and_place(i, masked, first_head, GROUPED)
+        m = tl.where(place < left, left_start + place * BLOCK_M, full_end + (place - left) * BLOCK_M)
+        q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
+        do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
+        q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
+        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, True)
+        statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
+        dk, dv = add_to_dk_dv(
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            scale, softcap, PRECISION, True,
+        )  # fmt: skip
+    again = has_nan(dk) | has_nan(dv)
     if LENGTHS:
         # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
         dk = tl.where((keys < mask[1])[:, None], dk, 0.0)
@@ -288,6 +201,18 @@ def attention_backward_kv(
     dv_base = store_base(dv_ptr, batch, kv_head, dv_batch_stride, dv_head_stride)
     store_tile(dk_base, dk * scale, start, num_keys, dk_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
     store_tile(dv_base, dv, start, num_keys, dv_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V)
+    if again:
+        first_row = tl.cast(batch * num_heads + first_head, tl.int64) * num_queries
+        store_isolated_dk_dv(
+            load_base(q_ptr, batch, first_head, q_batch_stride, q_head_stride, False),
+            load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
+            load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
+            load_base(do_ptr, batch, first_head, do_batch_stride, do_head_stride, False),
+            dk_base, dv_base, lse_ptr + first_row, delta_ptr + first_row,
+            q_head_stride, q_token_stride, k_token_stride, v_token_stride, do_head_stride, do_token_stride,
+            dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask,
+            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
 
 def parts_of(group_size: int, num_programs: int, device: torch.device) -> int:
@@ -324,7 +249,7 @@ def launch_backward(
     config = launch_config("backward_q", inputs, options)
     launch(
         attention_backward_q, batch * num_heads * -(-num_queries // config.block_m),
-        *as_tiles(inputs, "mnnm", config), k, v, o, lse, lse if dlse is None else dlse, delta, dq, *options.mask_tensors(q),
+        *as_tiles(inputs, "mnnm", config), *inputs, o, lse, lse if dlse is None else dlse, delta, dq, *options.mask_tensors(q),
         *strides, *load_strides(o), *dq.stride()[:3], options.document_stride,
         batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
         **options.constants(), DLSE=dlse is not None, TMA=config.tma, **config.blocks(q, v),
@@ -338,7 +263,7 @@ def launch_backward(
     part_strides = [0 if num_parts == 1 else part.stride(0) for part in parts]
     launch(
         attention_backward_kv, num_rows * num_tiles,
-        *as_tiles(inputs, "mnnm", config), q, do, lse, delta, *parts, *options.mask_tensors(q),
+        *as_tiles(inputs, "mnnm", config), *inputs, lse, delta, *parts, *options.mask_tensors(q),
         *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
         num_rows, num_kv_heads, num_parts, *part_strides, part_size, *sizes, rows_at_once(q, part_size, num_rows),
         **options.constants(), GROUPED=part_size > 1, TMA=config.tma, **config.blocks(q, v),

@@ -12,11 +12,12 @@ from ..dispatch import jit, tl
 from ..launch import launch
 from ..shared import LN_2, LOG2_E
 from .configurations import launch_config
-from .forward import add_isolated_rows, add_tile
+from .forward import add_tile
 from .intervals import keys_of, mask_of
+from .isolated import ROWS, has_nan, isolated_output
 from .operands import aligned, load_strides
 from .options import Options
-from .tiles import ROWS_ISOLATED, SIZES, has_nan, load_base, load_tile, stride_unit
+from .tiles import SIZES, load_base, load_tile, stride_unit
 
 # Keys of a split at least: fewer would not pay for combining them.
 MIN_KEYS = 256
@@ -24,6 +25,28 @@ MIN_KEYS = 256
 PROGRAMS_PER_SM = 3
 # Splits that are combined at a time.
 BLOCK_SPLITS = 16
+
+
+@jit
+def group_rows(rows, kv_head, group_size, num_queries):
+    """Return (head, query, present) of rows of a program, which holds all queries of all heads of a key-value head."""
+    return kv_head * group_size + rows // num_queries, rows % num_queries, rows < group_size * num_queries
+
+
+@jit
+def load_group(q_ptr, head, query, present, head_stride, token_stride, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load queries (M, K) of one sequence, each with its own head."""
+    columns = tl.arange(0, BLOCK_K)
+    rows = q_ptr + (tl.cast(head, tl.int64) * head_stride + query * token_stride) * stride_unit(q_ptr)
+    return tl.load(rows[:, None] + columns[None, :], mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+
+
+@jit
+def store_group(part_ptr, part, tile, present, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Store a tile (M, V), row i as the row part[i]."""
+    columns = tl.arange(0, BLOCK_V)
+    mask = present[:, None] & (columns < VALUE_DIM)[None, :]
+    tl.store(part_ptr + part[:, None] * VALUE_DIM + columns[None, :], tile, mask=mask)
 
 
 @jit(do_not_specialize=SIZES)
@@ -46,10 +69,7 @@ def attention_decode(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
 
-    place = tl.arange(0, BLOCK_M)
-    head = kv_head * group_size + place // num_queries
-    query = place % num_queries
-    present = place < group_size * num_queries
+    head, query, present = group_rows(tl.arange(0, BLOCK_M), kv_head, group_size, num_queries)
     low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
     first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
     _, last_high = keys_of(num_queries - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
@@ -58,10 +78,8 @@ def attention_decode(
     start += split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, last_high)
 
-    columns = tl.arange(0, BLOCK_K)
-    offsets = tl.cast(batch, tl.int64) * q_batch_stride + tl.cast(head, tl.int64) * q_head_stride + query * q_token_stride
-    q_rows = q_ptr + offsets * stride_unit(q_ptr)
-    q = tl.load(q_rows[:, None] + columns[None, :], mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+    q_ptr += tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
+    q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
     k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
     v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -73,21 +91,26 @@ def attention_decode(
         accumulator, row_sum, row_max = add_tile(
             q, k, v, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
         )
-    if has_nan(accumulator):
-        accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        for n in tl.range(start, end, ROWS_ISOLATED, num_stages=1):
-            accumulator = add_isolated_rows(
-                q, k_base, v_base, accumulator, row_max, n, end, low, high, k_token_stride, v_token_stride,
-                scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
-            )  # fmt: skip
+    again = has_nan(accumulator)
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+    # Rows of parts are (B, H, T, splits).
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
-    values = tl.arange(0, BLOCK_V)
-    tl.store(
-        part_ptr + part[:, None] * VALUE_DIM + values[None, :], accumulator,
-        mask=present[:, None] & (values < VALUE_DIM)[None, :],
-    )  # fmt: skip
+    store_group(part_ptr, part, accumulator, present, VALUE_DIM, BLOCK_V)
     tl.store(part_lse_ptr + part, row_max + tl.log2(row_sum), mask=present)
+    if again:
+        # Other threads than these have written what comes again.
+        tl.debug_barrier()
+        for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):
+            head, query, present = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
+            low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
+            q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
+            part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
+            lse = tl.load(part_lse_ptr + part, mask=present, other=float("inf"))
+            o = isolated_output(
+                q, tl.where(lse == -float("inf"), float("inf"), lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
+                start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
+            store_group(part_ptr, part, o, present, VALUE_DIM, BLOCK_V)
 
 
 @jit(do_not_specialize=SIZES)

@@ -4,40 +4,14 @@ from torch import Tensor
 
 from ..dispatch import jit, tl
 from ..launch import launch
-from ..shared import LN_2, LOG2_E, tanh
+from ..shared import LN_2, LOG2_E
 from .configurations import launch_config, rows_at_once
 from .intervals import mask_of, query_tile
+from .isolated import has_nan, store_isolated_output
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
-from .tiles import (
-    ROWS_ISOLATED,
-    SIZES,
-    has_nan,
-    load_base,
-    load_tile,
-    masked_start,
-    program_of,
-    split_finite,
-    store_base,
-    store_tile,
-)
-
-
-@jit
-def scores_in_bits(scores, scale: tl.constexpr, softcap: tl.constexpr):
-    """Return scaled and soft-capped scores in units of log2(e): their exponential is exp2, which the hardware has."""
-    if softcap is None:
-        scores = scores * (scale * LOG2_E)
-    else:
-        scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
-    return scores
-
-
-@jit
-def sees(start, low, high, BLOCK: tl.constexpr):
-    """Return whether each row (M), with its interval [low, high), sees each of the `BLOCK` columns from `start` on."""
-    columns = start + tl.arange(0, BLOCK)[None, :]
-    return (columns >= low[:, None]) & (columns < high[:, None])
+from .scores import scores_in_bits, sees
+from .tiles import SIZES, load_base, load_tile, program_of, store_base, store_tile
 
 
 @jit
@@ -74,26 +48,9 @@ def add_tile(
     return accumulator, row_sum, new_max
 
 
-@jit
-def add_isolated_rows(
-    q, k_base, v_base, accumulator, row_max, start, end, low, high, k_token_stride, v_token_stride,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Take a few masked values into the output as `add_tile` does, but those that are not finite only where they are seen."""
-    k = load_tile(k_base, 0, 0, start, end, k_token_stride, HEAD_DIM, ROWS_ISOLATED, BLOCK_K, False, True)
-    v = load_tile(v_base, 0, 0, start, end, v_token_stride, VALUE_DIM, ROWS_ISOLATED, BLOCK_V, False, True)
-    v, bad = split_finite(v)
-    scores, factor = scores_of(q, k, scale, softcap, PRECISION)
-    reference = tl.where(row_max == -float("inf"), 0.0, row_max)
-    probabilities = tl.where(bad[None, :], float("nan"), tl.exp2(scores * factor - reference[:, None]))
-    probabilities = tl.where(sees(start, low, high, ROWS_ISOLATED), probabilities, 0.0)
-    return tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
-
-
 @jit(do_not_specialize=SIZES)
 def attention_forward(
-    q, k, v, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, begins_ptr, ends_ptr, lengths_ptr,
+    q, k, v, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
     num_rows, num_heads, group_size, num_queries, num_keys, window_left, window_right, rows_at_once,
@@ -128,37 +85,36 @@ def attention_forward(
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
-    # Masked tiles first, because only they may have to be taken again.
-    for i in range(masked):
-        n = masked_start(i, left_start, left, full_end, BLOCK_N)
-        k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-        v_tile = load_tile(v_base, batch, kv_head, n, mask[1], v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
-        accumulator, row_sum, row_max = add_tile(
-            q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
-        )
-    if has_nan(accumulator):
-        accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        k_base_ptr = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
-        v_base_ptr = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
-        for i in tl.range(0, masked * BLOCK_N, ROWS_ISOLATED, num_stages=1):
-            n = masked_start(i // BLOCK_N, left_start, left, full_end, BLOCK_N) + i % BLOCK_N
-            accumulator = add_isolated_rows(
-                q_tile, k_base_ptr, v_base_ptr, accumulator, row_max, n, mask[1], low, high, k_token_stride, v_token_stride,
-                scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
-            )  # fmt: skip
     for n in range(full_start, full_end, BLOCK_N):
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
         accumulator, row_sum, row_max = add_tile(
             q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, False
         )
+    for i in range(masked):
+        n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
+        k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
+        v_tile = load_tile(v_base, batch, kv_head, n, mask[1], v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
+        accumulator, row_sum, row_max = add_tile(
+            q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
+        )
 
+    again = has_nan(accumulator)
     # A row that saw no key has a sum of 0: its output is 0 and its lse -inf.
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     o_base = store_base(o_ptr, batch, head, o_batch_stride, o_head_stride)
     store_tile(o_base, accumulator, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V)
-    lse = (row_max + tl.log2(row_sum)) * LN_2
-    tl.store(lse_ptr + tl.cast(row, tl.int64) * num_queries + queries, lse, mask=queries < num_queries)
+    lse_ptr += tl.cast(row, tl.int64) * num_queries
+    tl.store(lse_ptr + queries, (row_max + tl.log2(row_sum)) * LN_2, mask=queries < num_queries)
+    if again:
+        store_isolated_output(
+            load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
+            load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
+            load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
+            o_base, lse_ptr, q_token_stride, k_token_stride, v_token_stride, o_token_stride,
+            start, start + BLOCK_M, mask,
+            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, options: Options) -> None:
@@ -169,7 +125,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sink
     config = launch_config("forward", (q, k, v), options)
     launch(
         attention_forward, batch * num_heads * -(-num_queries // config.block_m),
-        *as_tiles((q, k, v), "mnn", config), k, v, o, lse, q if sinks is None else sinks, *options.mask_tensors(q),
+        *as_tiles((q, k, v), "mnn", config), q, k, v, o, lse, q if sinks is None else sinks, *options.mask_tensors(q),
         *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
         batch * num_heads, num_heads, num_heads // num_kv_heads, num_queries, num_keys,
         *options.window_of(num_queries, num_keys), rows_at_once(k, num_kv_heads / num_heads, batch * num_heads),

@@ -1,11 +1,6 @@
 """How tiles reach a program: which one is whose, and how a tile is loaded, through pointers or a TMA descriptor."""
 
-from typing import Any
-
-from ..dispatch import HAS_TRITON, jit, tl
-
-# Rows of a tile that are taken at a time where some are not finite: few, so that this needs no more registers than the rest.
-ROWS_ISOLATED: Any = tl.constexpr(16) if HAS_TRITON else None
+from ..dispatch import jit, tl
 
 # Arguments whose divisibility helps no load: without this, each new length of a growing cache could mean a new compilation.
 SIZES = (
@@ -90,25 +85,3 @@ def store_tile(
     address = base + tl.cast(start, tl.int64) * token_stride + rows[:, None] * token_stride + columns[None, :]
     mask = (rows < end - start)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(address, tile.to(base.dtype.element_ty), mask=mask)
-
-
-@jit
-def has_nan(x):
-    """Return whether a tile (M, N) holds a NaN."""
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
-
-
-@jit
-def split_finite(x):
-    """Return a tile (N, K) with 0 in the place of what is not finite, and which of its rows (N) had such elements.
-
-    0 times a value that is not finite is NaN, so that in a product the rows that a mask excludes would reach every result.
-    """
-    finite = tl.abs(x.to(tl.float32)) < float("inf")
-    return tl.where(finite, x, 0.0), tl.min(finite.to(tl.int32), 1) == 0
-
-
-@jit
-def masked_start(i, left_start, left, full_end, BLOCK: tl.constexpr):
-    """Return where the i-th of the masked tiles of `intervals.tiles_of` begins."""
-    return tl.where(i < left, left_start + i * BLOCK, full_end + (i - left) * BLOCK)

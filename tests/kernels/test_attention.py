@@ -86,6 +86,14 @@ def test_any_memory(memory, heads, head_dim, lengths, batch, tma):
         check(draw_case(heads, lengths, head_dim, batch=batch, memory=memory))
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(48, 16), (16, 40), (192, 128)])
+@pytest.mark.parametrize("lengths", [(40, 40), (2, 70)])
+@pytest.mark.parametrize("memory", ["tokens first", "odd token stride"])
+def test_values_of_another_width(head_dim, value_dim, lengths, memory):
+    with tiles(16, 32, splits=2):
+        check(draw_case((2, 1), lengths, head_dim, value_dim=value_dim, dtype=torch.float16, memory=(memory,) * 4, sinks=True))
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 def test_only_strided_channels_are_copied(memory):
     x = MEMORY[memory](2, 3, 5, 8)
