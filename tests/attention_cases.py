@@ -112,9 +112,7 @@ def draw_case(
     of_queries, of_keys = ((batch, heads[i], lengths[i]) for i in range(2))
     widths = (head_dim, head_dim, value_dim or head_dim, value_dim or head_dim)
     rows = (of_queries, of_keys, of_keys, of_queries)
-    q, k, v, do = (
-        _as(MEMORY[name](*shape, width), dtype) for name, shape, width in zip(memory, rows, widths, strict=True)
-    )
+    q, k, v, do = (_as(MEMORY[name](*shape, width), dtype) for name, shape, width in zip(memory, rows, widths, strict=True))
     row_gradients, scores = torch.randn(of_queries), torch.randn(heads[0])
     return Case(q, k, v, do, row_gradients.to(DEVICE) if dlse else None, scores.to(DEVICE) if sinks else None, options)
 

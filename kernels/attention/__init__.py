@@ -1,6 +1,6 @@
 """Exact softmax attention that never holds the matrix of scores: forward, backward, and decoding from a cache."""
 
-from .documents import Documents, documents
 from .op import attention
+from .packing import Documents, documents
 
 __all__ = ["Documents", "attention", "documents"]

@@ -156,6 +156,10 @@ def attention_backward_kv(
     )
     keys, low, high, tiles = key_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
+    if LENGTHS:
+        # Nobody sees the keys behind the length.
+        full_end = tl.where(start < mask[1], full_end, full_start)
+        masked = tl.where(start < mask[1], masked, 0)
 
     k_base = load_base(k, batch, kv_head, k_batch_stride, k_head_stride, TMA)
     v_base = load_base(v, batch, kv_head, v_batch_stride, v_head_stride, TMA)

@@ -17,6 +17,7 @@ from .intervals import keys_of, mask_of
 from .isolated import ROWS, has_nan, isolated_output
 from .operands import aligned, load_strides
 from .options import Options
+from .scores import lse_in_bits
 from .tiles import SIZES, load_base, load_tile, stride_unit
 
 # Keys of a split at least: fewer would not pay for combining them.
@@ -42,24 +43,28 @@ def load_group(q_ptr, head, query, present, head_stride, token_stride, HEAD_DIM:
 
 
 @jit
-def store_group(part_ptr, part, tile, present, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Store a tile (M, V), row i as the row part[i]."""
+def store_group(rows, tile, present, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Store a tile (M, V), each of its rows where `rows` point to."""
     columns = tl.arange(0, BLOCK_V)
     mask = present[:, None] & (columns < VALUE_DIM)[None, :]
-    tl.store(part_ptr + part[:, None] * VALUE_DIM + columns[None, :], tile, mask=mask)
+    tl.store(rows[:, None] + columns[None, :], tile.to(rows.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=SIZES)
 def attention_decode(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
-    v_batch_stride, v_head_stride, v_token_stride, document_stride,
+    v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
     num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    LENGTHS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    LENGTHS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write output (B, H, T, splits, V) float32 and lse in bits (B, H, T, splits) of one split of one key-value head."""
+    """Write o and lse of one key-value head.
+
+    SPLIT: of one split of its keys, o (B, H, T, splits, V) float32 and lse (B, H, T, splits), contiguous and without sinks.
+    """
     split = tl.program_id(0) % num_splits
     row = tl.program_id(0) // num_splits
     num_kv_heads = num_heads // group_size
@@ -83,8 +88,12 @@ def attention_decode(
     k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
     v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    if SINKS and not SPLIT:
+        row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
+        row_max = tl.load(sinks_ptr + head, mask=present, other=0.0).to(tl.float32) * LOG2_E
+    else:
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for n in range(start, end, BLOCK_N):
         k = load_tile(k_base, batch, kv_head, n, end, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
         v = load_tile(v_base, batch, kv_head, n, end, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, False, True)
@@ -93,10 +102,14 @@ def attention_decode(
         )
     again = has_nan(accumulator)
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
-    # Rows of parts are (B, H, T, splits).
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
-    store_group(part_ptr, part, accumulator, present, VALUE_DIM, BLOCK_V)
-    tl.store(part_lse_ptr + part, row_max + tl.log2(row_sum), mask=present)
+    if SPLIT:
+        offsets = part * VALUE_DIM
+    else:
+        o_ptr += tl.cast(batch, tl.int64) * o_batch_stride
+        offsets = tl.cast(head, tl.int64) * o_head_stride + query * o_token_stride
+    store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
+    tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * LN_2, mask=present)
     if again:
         # Other threads than these have written what comes again.
         tl.debug_barrier()
@@ -105,12 +118,16 @@ def attention_decode(
             low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
             q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
             part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
-            lse = tl.load(part_lse_ptr + part, mask=present, other=float("inf"))
+            if SPLIT:
+                offsets = part * VALUE_DIM
+            else:
+                offsets = tl.cast(head, tl.int64) * o_head_stride + query * o_token_stride
+            lse = tl.load(lse_ptr + part, mask=present, other=float("inf"))
             o = isolated_output(
-                q, tl.where(lse == -float("inf"), float("inf"), lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
+                q, lse_in_bits(lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
                 start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
             )  # fmt: skip
-            store_group(part_ptr, part, o, present, VALUE_DIM, BLOCK_V)
+            store_group(o_ptr + offsets, o, present, VALUE_DIM, BLOCK_V)
 
 
 @jit(do_not_specialize=SIZES)
@@ -135,7 +152,7 @@ def attention_combine(
     for start in range(0, num_splits, BLOCK_SPLITS):
         splits = start + tl.arange(0, BLOCK_SPLITS)
         present = splits < num_splits
-        lses = tl.load(part_lse_ptr + row * num_splits + splits, mask=present, other=-float("inf"))
+        lses = tl.load(part_lse_ptr + row * num_splits + splits, mask=present, other=-float("inf")) * LOG2_E
         parts = tl.load(
             part_ptr + (row * num_splits + splits)[:, None] * VALUE_DIM + columns[None, :],
             mask=present[:, None] & (columns < VALUE_DIM)[None, :], other=0.0,
@@ -175,18 +192,23 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks
     left, right = options.window_of(num_queries, num_keys)
     visible = num_keys if options.window is None else min(num_keys, left + (0 if options.causal else right) + num_queries)
     num_splits = splits_of(batch * num_kv_heads, visible, q.device)
-    part = torch.empty(*o.shape[:3], num_splits, o.shape[3], dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    # One split writes the results themselves; several write float32, which is combined.
+    part, part_lse = o, lse
+    if num_splits > 1:
+        part = torch.empty(*o.shape[:3], num_splits, o.shape[3], dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     blocks = {**config.blocks(q, v), "BLOCK_M": max(16, 1 << (group_size * num_queries - 1).bit_length())}
+    of_sinks = q if sinks is None else sinks
     launch(
         attention_decode, batch * num_kv_heads * num_splits,
-        q, k, v, part, part_lse, *options.mask_tensors(q),
-        *load_strides(q), *load_strides(k), *load_strides(v), options.document_stride,
+        q, k, v, part, part_lse, of_sinks, *options.mask_tensors(q),
+        *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
         num_heads, group_size, num_queries, num_keys, left, right, num_splits,
-        **options.constants(), **blocks,
+        **options.constants(), SINKS=sinks is not None, SPLIT=num_splits > 1, **blocks,
     )  # fmt: skip
-    launch(
-        attention_combine, batch * num_heads * num_queries,
-        part, part_lse, o, lse, q if sinks is None else sinks, *o.stride()[:3], num_heads, num_queries, num_splits,
-        SINKS=sinks is not None, VALUE_DIM=o.shape[3], BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_V=blocks["BLOCK_V"], num_warps=4,
-    )  # fmt: skip
+    if num_splits > 1:
+        launch(
+            attention_combine, batch * num_heads * num_queries,
+            part, part_lse, o, lse, of_sinks, *o.stride()[:3], num_heads, num_queries, num_splits,
+            SINKS=sinks is not None, VALUE_DIM=o.shape[3], BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_V=blocks["BLOCK_V"], num_warps=4,
+        )  # fmt: skip

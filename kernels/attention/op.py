@@ -15,11 +15,11 @@ from ..shared import register_fake
 from .backward import launch_backward
 from .configurations import MAX_HEAD_DIM
 from .decode import fits_decode, launch_decode
-from .documents import Documents, documents
 from .forward import launch_forward
 from .fused import fused_attention
 from .operands import with_unit_stride
 from .options import Options
+from .packing import Documents, documents
 
 
 def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:

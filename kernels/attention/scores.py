@@ -35,10 +35,15 @@ def probabilities_of(products, lse, scale: tl.constexpr, softcap: tl.constexpr):
 
 
 @jit
+def lse_in_bits(lse):
+    """Return lse in bits, +inf (a probability of 0) where a query sees no key."""
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+
+
+@jit
 def load_lse(lse_ptr, queries, end):
     """Return lse in bits, +inf (a probability of 0) where there is no query, or where it sees no key."""
-    lse = tl.load(lse_ptr + queries, mask=queries < end, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+    return lse_in_bits(tl.load(lse_ptr + queries, mask=queries < end, other=float("inf")))
 
 
 @jit

@@ -13,7 +13,7 @@ from attention_cases import DEVICE, Case, check, draw_case, some, tiles, without
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention, backward, forward
 from tilewright.kernels.attention import documents as kernel_documents
-from tilewright.kernels.attention.documents import cu_seqlens_bounds, document_bounds
+from tilewright.kernels.attention.packing import cu_seqlens_bounds, document_bounds
 from tilewright.kernels.dispatch import HAS_TRITON, interpreting
 
 pytestmark = [

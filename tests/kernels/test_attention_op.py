@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attention_cases import DEVICE, MEMORY, draw_case, tiles
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention
-from tilewright.kernels.attention.documents import document_bounds
+from tilewright.kernels.attention.packing import document_bounds
 from tilewright.kernels.dispatch import HAS_TRITON
 
 pytestmark = [
