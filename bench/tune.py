@@ -19,13 +19,13 @@ from ..kernels.attention.configurations import (
     Generation,
     Kernel,
     LaunchConfig,
-    block_k_of,
     generation_at,
     key_of,
     read_configurations,
     use_configuration,
     write_configurations,
 )
+from ..kernels.attention.operands import block_k_of
 from ..kernels.inspect import ARCHITECTURES, KernelCase, inspect, launches
 from ..kernels.op import ALL, Sizes
 from .attention_oracle import TOLERANCE, error_of, exact

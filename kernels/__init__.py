@@ -3,7 +3,7 @@
 Knows no module and no model. `set_backend` chooses what runs; by default Triton on CUDA tensors, else the reference.
 """
 
-from .attention import attention
+from .attention import Documents, attention, documents
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .flash_reference import tiled_attention
@@ -17,10 +17,12 @@ from .swiglu import swiglu
 
 __all__ = [
     "CrossEntropyOutput",
+    "Documents",
     "RopeScaling",
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "documents",
     "geglu",
     "get_backend",
     "layer_norm",

@@ -35,22 +35,22 @@ class TiledAttention(torch.autograd.Function):
             end = min(start + block_m, num_queries)
             q_tile = q[:, start:end]
             accumulator = torch.zeros_like(q_tile)
-            total = q_tile.new_zeros(q_tile.shape[:2])
-            top = torch.full_like(total, -torch.inf)
+            row_sum = q_tile.new_zeros(q_tile.shape[:2])
+            row_max = torch.full_like(row_sum, -torch.inf)
             for keys in _key_tiles(end, num_queries, num_keys, causal, block_n):
                 scores = q_tile @ k[:, keys].mT * scale
                 if causal:
                     scores = scores.masked_fill(~_visible(start, end, keys, num_queries, num_keys, q.device), -torch.inf)
-                new_top = torch.maximum(top, scores.amax(dim=-1))
+                new_max = torch.maximum(row_max, scores.amax(dim=-1))
                 # A row that has seen no key yet has nothing to subtract: -inf - -inf would be NaN.
-                reference = new_top.masked_fill(new_top == -torch.inf, 0.0)
+                reference = new_max.masked_fill(new_max == -torch.inf, 0.0)
                 probabilities = torch.exp(scores - reference[..., None])
-                rescale = torch.exp(top - reference)
-                total = total * rescale + probabilities.sum(dim=-1)
+                rescale = torch.exp(row_max - reference)
+                row_sum = row_sum * rescale + probabilities.sum(dim=-1)
                 accumulator = accumulator * rescale[..., None] + probabilities @ v[:, keys]
-                top = new_top
-            o[:, start:end] = accumulator / total.masked_fill(total == 0, 1.0)[..., None]
-            lse[:, start:end] = top + torch.log(total)
+                row_max = new_max
+            o[:, start:end] = accumulator / row_sum.masked_fill(row_sum == 0, 1.0)[..., None]
+            lse[:, start:end] = row_max + torch.log(row_sum)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.options = causal, scale, block_m, block_n
         ctx.mark_non_differentiable(lse)

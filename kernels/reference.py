@@ -163,30 +163,110 @@ def rope_qkv(
     return *rope_qk(q, k, cos, sin, positions, layout, offset), v.clone()
 
 
+Window = int | tuple[int, int] | None
+
+
+def window_sides(window: Window, causal: bool) -> tuple[int, int] | None:
+    """Return how many keys a query sees before its own and behind it, -1 for all; None where a window excludes nothing."""
+    if window is None or isinstance(window, int):
+        return None if window is None else (window - 1, 0 if causal else window - 1)
+    left, right = window
+    return None if left < 0 and right < 0 else (left, right)
+
+
 def attention_mask(
     num_queries: int,
     num_keys: int,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     document_ids: Tensor | None = None,
     device: torch.device | None = None,
+    cache_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Return which keys each query may see, as a boolean (T, S), or (B, 1, T, S) with documents.
+    """Return which keys each query may see, as a boolean (T, S), or (B, 1, T, S) with documents or lengths.
 
-    Queries are aligned to the end of the keys, as with a cache. A window of n keeps a query's own key and the n - 1
-    before it (and after it, where not causal). `document_ids` (B, S) confines attention to one document, a run of equal ids.
+    Queries are aligned to the end of the keys, as with a cache, and to the end of the first cache_lengths[b] keys of sequence
+    b where `cache_lengths` (B) are given. A window of n keeps a query's own key and the n - 1 before it (and after it, where
+    not causal), (left, right) so many before its own and after it, -1 for all. `document_ids` (B, S) confines attention to one
+    document, a run of equal ids.
     """
-    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    length = num_keys if cache_lengths is None else cache_lengths.long()[:, None, None, None]
+    query = torch.arange(num_queries, device=device)[:, None] + (length - num_queries)
     key = torch.arange(num_keys, device=device)[None, :]
-    mask = key <= query if causal else torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    if window is not None:
-        mask = mask & (key > query - window)
-        if not causal:
-            mask = mask & (key < query + window)
+    mask = key <= query if causal else (key < length).expand(*query.shape[:-1], num_keys)
+    left, right = window_sides(window, causal) or (-1, -1)
+    if left >= 0:
+        mask = mask & (key >= query - left)
+    if right >= 0:
+        mask = mask & (key <= query + right)
     if document_ids is not None:
         run = F.pad((document_ids[:, 1:] != document_ids[:, :-1]).cumsum(dim=1), (1, 0))
-        mask = mask & (run[:, None, num_keys - num_queries :, None] == run[:, None, None, :])
+        own = query.expand(run.shape[0], 1, num_queries, 1)[:, 0, :, 0]
+        run_of_query = run.gather(1, own.clamp(min=0)).masked_fill(own < 0, -1)
+        mask = mask & (run_of_query[:, None, :, None] == run[:, None, None, :])
     return mask
+
+
+class _MaskedProduct(torch.autograd.Function):
+    # p (..., M, N), 0 where the mask excludes a pair, times x (..., N, K): a row of x that is not finite turns the rows of the
+    # result that see it to NaN, and no other. In a plain product 0 * NaN would reach them all.
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        bad = ~x.isfinite().all(dim=-1)
+        return p.masked_fill(mask & bad[..., None, :], torch.nan) @ x.nan_to_num(0.0, 0.0, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, x, mask = ctx.saved_tensors
+        (gradient,) = gradients
+        of_p = (gradient @ x.mT).masked_fill(~mask, 0.0)
+        return of_p, _masked_product(p.mT, gradient, mask.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        p, x, mask = ctx.saved_tensors
+        dp, dx, _ = tangents
+        along_p = 0.0 if dp is None else _masked_product(dp, x, mask)
+        return along_p + (0.0 if dx is None else _masked_product(p, dx, mask))  # pyright: ignore[reportReturnType]
+
+
+class _MaskedScores(torch.autograd.Function):
+    # q (..., M, K), k (..., N, K) -> q k^T, of which a mask will exclude pairs: their gradient is 0.
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        return q @ k.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, k, mask = ctx.saved_tensors
+        # Filled, because the derivative of a scale or a softcap makes NaN of a 0 where an excluded score is NaN.
+        ds = gradients[0].masked_fill(~mask, 0.0)
+        return _masked_product(ds, k, mask), _masked_product(ds.mT, q, mask.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        q, k, _ = ctx.saved_tensors
+        dq, dk, _ = tangents
+        along_q = 0.0 if dq is None else dq @ k.mT
+        return along_q + (0.0 if dk is None else q @ dk.mT)  # pyright: ignore[reportReturnType]
+
+
+def _masked_product(p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    return _MaskedProduct.apply(p, x, mask)  # pyright: ignore[reportReturnType]
 
 
 def attention(
@@ -195,39 +275,46 @@ def attention(
     v: Tensor,
     causal: bool = True,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Any = None,
     cu_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
     *,
+    cache_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Softmax attention, softmax(scale * q k^T) v (Vaswani et al. 2017, eq. 1), the scores written out.
 
-    q (B, H, T, K); k, v (B, Hkv, S, K) with H a multiple of Hkv -> (B, H, T, K). Scale is 1 / sqrt(K) unless given;
-    softcap c turns a score s into c tanh(s / c). Packed documents come as `document_ids` (B, S), or as `cu_seqlens`
-    (documents + 1), the cumulative lengths of FlashAttention's varlen form. `sinks` (H) are scores of one more key whose
-    value is 0. A fully masked row gives 0, and -inf in lse (B, H, T), which is the log of the sum of exponentials.
+    q (B, H, T, K); k (B, Hkv, S, K), v (B, Hkv, S, V) with H a multiple of Hkv -> (B, H, T, V). Scale is 1 / sqrt(K) unless
+    given; softcap c turns a score s into c tanh(s / c). Packed documents come as `document_ids` (B, S), as `Documents`, or as
+    `cu_seqlens` (documents + 1), the cumulative lengths of FlashAttention's varlen form. `sinks` (H) are scores of one more
+    key whose value is 0; one of -inf is none. Sequence b has the first cache_lengths[b] keys only. A fully masked row gives 0,
+    and -inf in lse (B, H, T), which is the log of the sum of exponentials. What is masked reaches no result, not even as NaN.
     """
     if cu_seqlens is not None:
         tokens = torch.arange(k.shape[-2], device=q.device)
         document_ids = torch.searchsorted(cu_seqlens.long(), tokens, right=True).expand(k.shape[0], -1)
+    elif isinstance(document_ids, tuple):
+        # Where a document begins is as good an id as any.
+        document_ids = document_ids[0]
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (_widen(k), _widen(v)))
-    scores = _widen(q) @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    num_keys = k.shape[-2]
+    mask = attention_mask(q.shape[-2], num_keys, causal, window, document_ids, q.device, cache_lengths)
+    scores = _MaskedScores.apply(_widen(q), k, mask) * (q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = attention_mask(q.shape[-2], k.shape[-2], causal, window, document_ids, q.device)
     # Finite, so that a row with nothing left to attend to has a gradient free of NaN.
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is None:
-        sees = mask.any(dim=-1)
-    else:
-        scores = torch.cat([scores, _widen(sinks)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-        mask, sees = F.pad(mask, (0, 1), value=True), mask.new_ones(())
-    probabilities = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0)
-    o = (probabilities[..., : k.shape[-2]] @ v).to(q.dtype)
+    least = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, least)
+    sees = mask.any(dim=-1)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)[:, None, None]
+        scores = torch.cat([scores, sinks.clamp(min=least).expand(*scores.shape[:3], 1)], dim=-1)
+        sees = sees | ~(sinks[..., 0] == -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)[..., :num_keys].masked_fill(~mask, 0.0)
+    o = _masked_product(probabilities, v, mask).to(q.dtype)
     if not return_lse:
         return o
     # PyTorch's logsumexp wants one score at least.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, attention, geglu, layer_norm, rms_norm, rope_qk, rope_qkv, swiglu
+from ..kernels import Documents, add_rms_norm, attention, geglu, layer_norm, rms_norm, rope_qk, rope_qkv, swiglu
 from .config import FeedForward, NormType
 
 
@@ -244,18 +244,18 @@ class CausalSelfAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None = None,
-        document_ids: Tensor | None = None,
+        packed: Documents | None = None,
     ) -> Tensor:
         """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`.
 
-        With the `places` of a cache they are those of all positions from 0 on. `document_ids` (B, T) confine attention to a
-        run of equal ids.
+        With the `places` of a cache they are those of all positions from 0 on. `packed` confine attention to documents, see
+        `kernels.documents`.
         """
         positions, lengths = (None, None) if cache is None or cache.places is None else cache.places
         q, k, v = self._heads(self.qkv_proj(x), cos, sin, positions)
         if cache is not None:
             k, v = cache.append(k, v)
-        o = attention(q, k, v, document_ids=document_ids, cache_lengths=lengths)
+        o = attention(q, k, v, document_ids=packed, cache_lengths=lengths)
         return self.output_proj(o.transpose(1, 2).flatten(-2))
 
     def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

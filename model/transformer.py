@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
-from ..kernels import linear_cross_entropy
+from ..kernels import Documents, documents, linear_cross_entropy
 from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
 from .layers import CausalSelfAttention, Embedding, Head, LayerCache, Places, make_feed_forward, make_norm
@@ -44,14 +44,14 @@ class TransformerBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None = None,
-        document_ids: Tensor | None = None,
+        packed: Documents | None = None,
         checkpointed: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """Return (branch, residual) after the block; `branch` None begins. cos, sin (T, K / 2) are the positions' angles.
 
         `checkpointed`: keep only the inputs, and run again in the backward pass.
         """
-        inputs = (branch, residual, cos, sin, cache, document_ids)
+        inputs = (branch, residual, cos, sin, cache, packed)
         if checkpointed:
             # Inside the module, so that its hooks, such as those that gather a shard, run once.
             return checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -64,16 +64,16 @@ class TransformerBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None,
-        document_ids: Tensor | None,
+        packed: Documents | None,
     ) -> tuple[Tensor | None, Tensor]:
         if self.ln1 is None or self.ln2 is None:
-            x = residual + self.attn(residual, cos, sin, cache, document_ids)
+            x = residual + self.attn(residual, cos, sin, cache, packed)
             return None, x + self.ffn(x)
         if not self.pre_norm:
-            x, _ = self.ln1.add(self.attn(residual, cos, sin, cache, document_ids), residual)
+            x, _ = self.ln1.add(self.attn(residual, cos, sin, cache, packed), residual)
             return None, self.ln2.add(self.ffn(x), x)[0]
         x, residual = (self.ln1(residual), residual) if branch is None else self.ln1.add(branch, residual)
-        x, residual = self.ln2.add(self.attn(x, cos, sin, cache, document_ids), residual)
+        x, residual = self.ln2.add(self.attn(x, cos, sin, cache, packed), residual)
         return self.ffn(x), residual
 
 
@@ -173,6 +173,8 @@ class TransformerLM(nn.Module):
             raise ValueError("document_ids are given beside a cache: allowed is one of the two")
         if cache is not None and cache.place(tokens.shape[1]):
             start = 0
+        # Once for all layers, and for those that run again in the backward pass.
+        packed = None if document_ids is None else documents(document_ids)
         cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
         branch, residual = None, self.token_embeddings(tokens)
         if self.compute_dtype is not None:
@@ -181,7 +183,7 @@ class TransformerLM(nn.Module):
         checkpointed = 0 if kept_whole else num_checkpointed_blocks(self.activation_checkpointing, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            branch, residual = layer(branch, residual, cos, sin, layer_cache, document_ids, i < checkpointed)
+            branch, residual = layer(branch, residual, cos, sin, layer_cache, packed, i < checkpointed)
         if self.ln_final is None:
             return residual
         assert branch is not None  # there is at least one layer

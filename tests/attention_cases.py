@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import reference, use_backend
-from tilewright.kernels.attention import attention, backward, decode, forward, launch
+from tilewright.kernels.attention import attention, backward, configurations, decode, forward
 from tilewright.kernels.attention.configurations import Generation, Kernel, Kind, LaunchConfig, key_of
 
 # Without shrinking, which would interpret kernels for minutes before it shows a failure.
@@ -43,7 +43,7 @@ def tiles(
 ) -> Iterator[None]:
     """Run every kernel in tiles of block_m queries and block_n keys, decode in so many splits, order so many rows together."""
 
-    configurations = {
+    of_all = {
         key_of(generation, kernel, kind, block_k): LaunchConfig(
             block_m, block_n, block_k, num_warps=4, num_stages=2, tma=tma and generation in ("sm_90", "sm_100")
         )
@@ -51,7 +51,7 @@ def tiles(
         for block_k in (16, 32, 64, 128, 256)
     }
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "read_configurations", return_value=configurations))
+        stack.enter_context(mock.patch.object(configurations, "read_configurations", return_value=of_all))
         if splits is not None:
             stack.enter_context(mock.patch.object(decode, "splits_of", return_value=splits))
         if rows_at_once is not None:
@@ -103,16 +103,17 @@ def draw_case(
     memory: Sequence[str] = ("heads first",) * 4,
     dlse: bool = True,
     sinks: bool = False,
+    value_dim: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Case:
     """Return a random case of (query, key-value) heads and (queries, keys); `memory` is that of q, k, v and do."""
     torch.manual_seed(seed)
-    of_queries, of_keys = ((batch, heads[i], lengths[i], head_dim) for i in range(2))
-    q, k, v, do = (
-        _as(MEMORY[name](*shape), dtype) for name, shape in zip(memory, (of_queries, of_keys, of_keys, of_queries), strict=True)
-    )
-    row_gradients, scores = torch.randn(of_queries[:3]), torch.randn(heads[0])
+    of_queries, of_keys = ((batch, heads[i], lengths[i]) for i in range(2))
+    widths = (head_dim, head_dim, value_dim or head_dim, value_dim or head_dim)
+    rows = (of_queries, of_keys, of_keys, of_queries)
+    q, k, v, do = (_as(MEMORY[name](*shape, width), dtype) for name, shape, width in zip(memory, rows, widths, strict=True))
+    row_gradients, scores = torch.randn(of_queries), torch.randn(heads[0])
     return Case(q, k, v, do, row_gradients.to(DEVICE) if dlse else None, scores.to(DEVICE) if sinks else None, options)
 
 

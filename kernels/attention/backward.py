@@ -10,67 +10,27 @@ from torch import Tensor
 from ..device import num_sms
 from ..dispatch import jit, tl
 from ..launch import launch
-from ..shared import LOG2_E, tanh
+from ..shared import LOG2_E
 from .configurations import launch_config, rows_at_once
-from .intervals import key_tile, query_tile
+from .intervals import key_tile, mask_of, query_tile
+from .isolated import has_nan, store_isolated_dk_dv, store_isolated_dq
+from .operands import aligned, as_tiles, load_strides
 from .options import Options
-from .tiles import (
-    SIZES,
-    aligned,
-    as_tiles,
-    load_base,
-    load_strides,
-    load_tile,
-    program_of,
-    store_base,
-    store_tile,
-)
-
-
-@jit
-def probabilities_of(products, lse, scale: tl.constexpr, softcap: tl.constexpr):
-    """Return exp(score - lse) and the derivative of the score by `scale` q k^T, from products q k^T; lse is in bits."""
-    slope = 1.0
-    if softcap is None:
-        scores = products * (scale * LOG2_E)
-    else:
-        capped = tanh(products * (scale / softcap))
-        scores = capped * (softcap * LOG2_E)
-        slope = 1.0 - capped * capped
-    return tl.exp2(scores - lse), slope
-
-
-@jit
-def load_lse(lse_ptr, queries, end):
-    """Return lse in bits, +inf (a probability of 0) where there is no query, or where it sees no key."""
-    lse = tl.load(lse_ptr + queries, mask=queries < end, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
-
-
-@jit
-def add_to_dq(
-    q, k, v, do, dq, lse, delta, start, low, high,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add what the keys and values (N, K) from `start` on contribute to dq (M, K), but for the scale."""
-    p, slope = probabilities_of(tl.dot(q, k.T, input_precision=PRECISION), lse[:, None], scale, softcap)
-    if MASKED:
-        keys = start + tl.arange(0, k.shape[0])[None, :]
-        p = tl.where((keys >= low[:, None]) & (keys < high[:, None]), p, 0.0)
-    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None]) * slope
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+from .scores import ds_of, load_lse, probabilities_of, sees
+from .tiles import SIZES, load_base, load_tile, program_of, store_base, store_tile
 
 
 @jit(do_not_specialize=SIZES)
 def attention_backward_q(
-    q, k, v, do, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr,
+    q, k, v, do, q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
     o_batch_stride, o_head_stride, o_token_stride, dq_batch_stride, dq_head_stride, dq_token_stride, document_stride,
-    num_rows, num_heads, group_size, num_queries, num_keys, window, rows_at_once,
+    num_rows, num_heads, group_size, num_queries, num_keys, window_left, window_right, rows_at_once,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LENGTHS: tl.constexpr, DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write dq, and delta for the other kernel, of one tile of queries of one head."""
     tile, row = program_of(tl.program_id(0), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
@@ -78,12 +38,10 @@ def attention_backward_q(
     head = row % num_heads
     kv_head = head // group_size
     start = tile * BLOCK_M
-    begins_ptr += tl.cast(batch, tl.int64) * document_stride
-    ends_ptr += tl.cast(batch, tl.int64) * document_stride
-
-    queries, low, high, tiles = query_tile(
-        start, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
+    queries, low, high, tiles = query_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
@@ -92,8 +50,8 @@ def attention_backward_q(
     do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
     o_base = load_base(o_ptr, batch, head, o_batch_stride, o_head_stride, False)
     q_tile = load_tile(q_base, batch, head, start, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-    do_tile = load_tile(do_base, batch, head, start, num_queries, do_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-    o_tile = load_tile(o_base, batch, head, start, num_queries, o_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    do_tile = load_tile(do_base, batch, head, start, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, True)
+    o_tile = load_tile(o_base, batch, head, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, False, True)
 
     statistics = tl.cast(row, tl.int64) * num_queries
     # sum_j P_ij dP_ij = do_i o_i (Dao 2023, section 3.1); a gradient of lse_i adds P_ij to each dS_ij.
@@ -108,24 +66,39 @@ def attention_backward_q(
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n in range(full_start, full_end, BLOCK_N):
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
-        v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
-        dq = add_to_dq(q_tile, k_tile, v_tile, do_tile, dq, lse, delta, n, low, high, scale, softcap, PRECISION, False)
+        v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, False)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
-        k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-        v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-        dq = add_to_dq(q_tile, k_tile, v_tile, do_tile, dq, lse, delta, n, low, high, scale, softcap, PRECISION, True)
+        k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
+        v_tile = load_tile(v_base, batch, kv_head, n, mask[1], v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
+    again = has_nan(dq)
     dq_base = store_base(dq_ptr, batch, head, dq_batch_stride, dq_head_stride)
     store_tile(dq_base, dq * scale, start, num_queries, dq_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K)
+    if again:
+        store_isolated_dq(
+            load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
+            load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
+            load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
+            load_base(do_ptr, batch, head, do_batch_stride, do_head_stride, False),
+            dq_base, lse_ptr + statistics, delta_ptr + statistics,
+            q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride,
+            start, start + BLOCK_M, mask,
+            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
 
 @jit
 def add_to_dk_dv(
-    q, k, v, do, dk, dv, lse_ptr, delta_ptr, queries, low, high, num_queries,
+    q, k, v, do, dk, dv, lse_ptr, delta_ptr, start, low, high, num_queries,
     scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of queries (M, K) contributes to dk and dv (N, K), but for the scale of dk."""
+    """Add what the queries (M, K) from `start` on contribute to dk and dv (N, K), but for the scale of dk."""
+    queries = start + tl.arange(0, q.shape[0])
     # Scores are transposed, (N, M): so they multiply do and q from registers, as they come.
     products = tl.dot(k, q.T, input_precision=PRECISION)
     if MASKED:
@@ -134,7 +107,7 @@ def add_to_dk_dv(
         lse = tl.load(lse_ptr + queries) * LOG2_E
     p, slope = probabilities_of(products, lse[None, :], scale, softcap)
     if MASKED:
-        p = tl.where((queries[None, :] >= low[:, None]) & (queries[None, :] < high[:, None]), p, 0.0)
+        p = tl.where(sees(start, low, high, q.shape[0]), p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, do.T, input_precision=PRECISION)
     if MASKED:
@@ -159,14 +132,16 @@ def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
 
 @jit(do_not_specialize=SIZES)
 def attention_backward_kv(
-    q, k, v, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr,
+    q, k, v, do, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, do_batch_stride, do_head_stride, do_token_stride,
     dk_batch_stride, dk_head_stride, dk_token_stride, dv_batch_stride, dv_head_stride, dv_token_stride, document_stride,
-    num_rows, num_kv_heads, num_parts, part_stride, group_size, num_queries, num_keys, window, rows_at_once,
+    num_rows, num_kv_heads, num_parts, dk_part_stride, dv_part_stride, group_size,
+    num_queries, num_keys, window_left, window_right, rows_at_once,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LENGTHS: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one tile of keys of one key-value head, from the `group_size` query heads of one part of its group."""
     tile, row = program_of(tl.program_id(0), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
@@ -176,20 +151,22 @@ def attention_backward_kv(
     first_head = (kv_head * num_parts + part) * group_size
     num_heads = num_kv_heads * num_parts * group_size
     start = tile * BLOCK_N
-    begins_ptr += tl.cast(batch, tl.int64) * document_stride
-    ends_ptr += tl.cast(batch, tl.int64) * document_stride
-
-    low, high, tiles = key_tile(
-        start, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
+    keys, low, high, tiles = key_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
+    if LENGTHS:
+        # Nobody sees the keys behind the length.
+        full_end = tl.where(start < mask[1], full_end, full_start)
+        masked = tl.where(start < mask[1], masked, 0)
 
     k_base = load_base(k, batch, kv_head, k_batch_stride, k_head_stride, TMA)
     v_base = load_base(v, batch, kv_head, v_batch_stride, v_head_stride, TMA)
     k_tile = load_tile(k_base, batch, kv_head, start, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
-    v_tile = load_tile(v_base, batch, kv_head, start, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
+    v_tile = load_tile(v_base, batch, kv_head, start, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
     dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     # The tiles of all query heads in one loop, so that loading runs ahead from head to head.
     full = (full_end - full_start) // BLOCK_M
     for i in range(full * group_size):
@@ -198,12 +175,11 @@ def attention_backward_kv(
         q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
         do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
         q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, False)
-        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, False)
+        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, False)
         statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
-        queries = m + tl.arange(0, BLOCK_M)
         dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics,
-            queries, low, high, num_queries, scale, softcap, PRECISION, False,
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            scale, softcap, PRECISION, False,
         )  # fmt: skip
     for i in range(masked * group_size):
         head, place = head_and_place(i, masked, first_head, GROUPED)
@@ -211,19 +187,36 @@ def attention_backward_kv(
         q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
         do_base = load_base(do, batch, head, do_batch_stride, do_head_stride, TMA)
         q_tile = load_tile(q_base, batch, head, m, num_queries, q_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
-        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K, TMA, True)
+        do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, True)
         statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
-        queries = m + tl.arange(0, BLOCK_M)
         dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics,
-            queries, low, high, num_queries, scale, softcap, PRECISION, True,
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            scale, softcap, PRECISION, True,
         )  # fmt: skip
+    again = has_nan(dk) | has_nan(dv)
+    if LENGTHS:
+        # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
+        dk = tl.where((keys < mask[1])[:, None], dk, 0.0)
+        dv = tl.where((keys < mask[1])[:, None], dv, 0.0)
 
-    part_offset = tl.cast(part, tl.int64) * part_stride
-    dk_base = store_base(dk_ptr + part_offset, batch, kv_head, dk_batch_stride, dk_head_stride)
-    dv_base = store_base(dv_ptr + part_offset, batch, kv_head, dv_batch_stride, dv_head_stride)
+    dk_ptr += tl.cast(part, tl.int64) * dk_part_stride
+    dv_ptr += tl.cast(part, tl.int64) * dv_part_stride
+    dk_base = store_base(dk_ptr, batch, kv_head, dk_batch_stride, dk_head_stride)
+    dv_base = store_base(dv_ptr, batch, kv_head, dv_batch_stride, dv_head_stride)
     store_tile(dk_base, dk * scale, start, num_keys, dk_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
-    store_tile(dv_base, dv, start, num_keys, dv_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
+    store_tile(dv_base, dv, start, num_keys, dv_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V)
+    if again:
+        first_row = tl.cast(batch * num_heads + first_head, tl.int64) * num_queries
+        store_isolated_dk_dv(
+            load_base(q_ptr, batch, first_head, q_batch_stride, q_head_stride, False),
+            load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
+            load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
+            load_base(do_ptr, batch, first_head, do_batch_stride, do_head_stride, False),
+            dk_base, dv_base, lse_ptr + first_row, delta_ptr + first_row,
+            q_head_stride, q_token_stride, k_token_stride, v_token_stride, do_head_stride, do_token_stride,
+            dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask,
+            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
 
 def parts_of(group_size: int, num_programs: int, device: torch.device) -> int:
@@ -250,20 +243,20 @@ def launch_backward(
 
     lse, dlse and delta are contiguous, and the head dim of the others is.
     """
-    batch, num_heads, num_queries, head_dim = q.shape
+    batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     group_size = num_heads // num_kv_heads
     q, k, v, do, o = map(aligned, (q, k, v, do, o))
     inputs = (q, k, v, do)
-    sizes = (num_queries, num_keys, options.window_of(num_queries, num_keys))
+    sizes = (num_queries, num_keys, *options.window_of(num_queries, num_keys))
     strides = [stride for t in inputs for stride in load_strides(t)]
     config = launch_config("backward_q", inputs, options)
     launch(
         attention_backward_q, batch * num_heads * -(-num_queries // config.block_m),
-        *as_tiles(inputs, "mnnm", config), o, lse, lse if dlse is None else dlse, delta, dq, *options.documents(q),
+        *as_tiles(inputs, "mnnm", config), *inputs, o, lse, lse if dlse is None else dlse, delta, dq, *options.mask_tensors(q),
         *strides, *load_strides(o), *dq.stride()[:3], options.document_stride,
         batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
-        **options.constants(), DLSE=dlse is not None, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+        **options.constants(), DLSE=dlse is not None, TMA=config.tma, **config.blocks(q, v),
     )  # fmt: skip
     config = launch_config("backward_kv", inputs, options)
     num_tiles = -(-num_keys // config.block_n)
@@ -271,13 +264,13 @@ def launch_backward(
     num_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
     # One part writes the gradients themselves; several write float32, which is summed in order.
     parts = [t if num_parts == 1 else t.new_empty(num_parts, *t.shape, dtype=torch.float32) for t in (dk, dv)]
-    part_stride = 0 if num_parts == 1 else parts[0].stride(0)
+    part_strides = [0 if num_parts == 1 else part.stride(0) for part in parts]
     launch(
         attention_backward_kv, num_rows * num_tiles,
-        *as_tiles(inputs, "mnnm", config), lse, delta, *parts, *options.documents(q),
+        *as_tiles(inputs, "mnnm", config), *inputs, lse, delta, *parts, *options.mask_tensors(q),
         *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
-        num_rows, num_kv_heads, num_parts, part_stride, part_size, *sizes, rows_at_once(q, part_size, num_rows),
-        **options.constants(), GROUPED=part_size > 1, HEAD_DIM=head_dim, TMA=config.tma, **config.blocks(),
+        num_rows, num_kv_heads, num_parts, *part_strides, part_size, *sizes, rows_at_once(q, part_size, num_rows),
+        **options.constants(), GROUPED=part_size > 1, TMA=config.tma, **config.blocks(q, v),
     )  # fmt: skip
     if num_parts > 1:
         for t, part in zip((dk, dv), parts, strict=True):

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...files import write_text
 from ..device import l2_bytes
 from ..launch import recorded_capability
+from .operands import block_k_of, fits_tma
 from .options import Options
-from .tiles import fits_tma
 
 Kernel = Literal["forward", "backward_q", "backward_kv", "decode"]
 Kind = Literal["half", "half_softcap", "tf32", "ieee"]
@@ -29,7 +29,7 @@ WITHOUT_TMA: Generation = "sm_86"
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The shape of a program: tiles of block_m queries and block_n keys, both block_k channels wide."""
+    """The shape of a program: tiles of block_m queries and block_n keys, at most block_k channels wide."""
 
     block_m: int
     block_n: int
@@ -39,10 +39,13 @@ class LaunchConfig:
     tma: bool
     """Whether tiles come through TMA descriptors where the tensors' addresses and strides allow it."""
 
-    def blocks(self) -> dict[str, int]:
-        """Return the arguments of a launch."""
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def blocks(self, q: Tensor, v: Tensor) -> dict[str, int]:
+        """Return the arguments of a launch with q (B, H, T, K) and v (B, Hkv, S, V)."""
+        head_dim, value_dim = q.shape[-1], v.shape[-1]
+        dims = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim}
+        widths = {"BLOCK_K": block_k_of(head_dim), "BLOCK_V": block_k_of(value_dim)}
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, **widths}
+        return {**dims, **blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def generation_of(capability: tuple[int, int]) -> Generation:
@@ -66,11 +69,6 @@ def kind_of(dtype: torch.dtype, options: Options) -> Kind:
     if dtype.itemsize == 2:
         return "half" if options.softcap is None else "half_softcap"
     return options.precision
-
-
-def block_k_of(head_dim: int) -> int:
-    """Return the power of two that holds a head, 16 at least: the least that the matrix instructions take."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def key_of(generation: str, kernel: Kernel, kind: Kind, block_k: int) -> str:
@@ -110,8 +108,11 @@ def use_configuration(key: str, config: LaunchConfig) -> Iterator[None]:
 def generation_at(device: torch.device) -> Generation:
     """Return whose configurations serve `device`: interpreted kernels run with those of Hopper, descriptors included."""
     recorded = recorded_capability()
-    if recorded is not None:
-        return generation_of(recorded)
+    return _generation_at(device) if recorded is None else generation_of(recorded)
+
+
+@cache
+def _generation_at(device: torch.device) -> Generation:
     return generation_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
@@ -122,7 +123,7 @@ def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options) -
     """
     q = tensors[0]
     configurations = read_configurations()
-    kind, block_k = kind_of(q.dtype, options), block_k_of(q.shape[-1])
+    kind, block_k = kind_of(q.dtype, options), block_k_of(max(t.shape[-1] for t in tensors))
     config = configurations[key_of(generation_at(q.device), kernel, kind, block_k)]
     if config.tma and not all(map(fits_tma, tensors)):
         return configurations[key_of(WITHOUT_TMA, kernel, kind, block_k)]

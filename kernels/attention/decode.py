@@ -13,9 +13,12 @@ from ..launch import launch
 from ..shared import LN_2, LOG2_E
 from .configurations import launch_config
 from .forward import add_tile
-from .intervals import keys_of
+from .intervals import keys_of, mask_of
+from .isolated import ROWS, has_nan, isolated_output
+from .operands import aligned, load_strides
 from .options import Options
-from .tiles import SIZES, aligned, load_base, load_strides, load_tile, stride_unit
+from .scores import lse_in_bits
+from .tiles import SIZES, load_base, load_tile, stride_unit
 
 # Keys of a split at least: fewer would not pay for combining them.
 MIN_KEYS = 256
@@ -25,95 +28,146 @@ PROGRAMS_PER_SM = 3
 BLOCK_SPLITS = 16
 
 
+@jit
+def group_rows(rows, kv_head, group_size, num_queries):
+    """Return (head, query, present) of rows of a program, which holds all queries of all heads of a key-value head."""
+    return kv_head * group_size + rows // num_queries, rows % num_queries, rows < group_size * num_queries
+
+
+@jit
+def load_group(q_ptr, head, query, present, head_stride, token_stride, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load queries (M, K) of one sequence, each with its own head."""
+    columns = tl.arange(0, BLOCK_K)
+    rows = q_ptr + (tl.cast(head, tl.int64) * head_stride + query * token_stride) * stride_unit(q_ptr)
+    return tl.load(rows[:, None] + columns[None, :], mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+
+
+@jit
+def store_group(rows, tile, present, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Store a tile (M, V), each of its rows where `rows` point to."""
+    columns = tl.arange(0, BLOCK_V)
+    mask = present[:, None] & (columns < VALUE_DIM)[None, :]
+    tl.store(rows[:, None] + columns[None, :], tile.to(rows.dtype.element_ty), mask=mask)
+
+
 @jit(do_not_specialize=SIZES)
 def attention_decode(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, begins_ptr, ends_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
-    v_batch_stride, v_head_stride, v_token_stride, document_stride,
-    num_heads, group_size, num_queries, num_keys, window, num_splits,
+    v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
+    num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LENGTHS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write output (B, H, T, splits, K) float32 and lse in bits (B, H, T, splits) of one split of one key-value head."""
+    """Write o and lse of one key-value head.
+
+    SPLIT: of one split of its keys, o (B, H, T, splits, V) float32 and lse (B, H, T, splits), contiguous and without sinks.
+    """
     split = tl.program_id(0) % num_splits
     row = tl.program_id(0) // num_splits
     num_kv_heads = num_heads // group_size
     batch = row // num_kv_heads
     kv_head = row % num_kv_heads
-    begins_ptr += tl.cast(batch, tl.int64) * document_stride
-    ends_ptr += tl.cast(batch, tl.int64) * document_stride
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+    )
 
-    place = tl.arange(0, BLOCK_M)
-    head = kv_head * group_size + place // num_queries
-    query = place % num_queries
-    present = place < group_size * num_queries
-    low, high = keys_of(query, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS)
-    first_low, _ = keys_of(0, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS)
-    _, last_high = keys_of(num_queries - 1, num_queries, num_keys, window, begins_ptr, ends_ptr, CAUSAL, WINDOW, DOCUMENTS)
+    head, query, present = group_rows(tl.arange(0, BLOCK_M), kv_head, group_size, num_queries)
+    low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
+    first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
+    _, last_high = keys_of(num_queries - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
     start = first_low // BLOCK_N * BLOCK_N
     tiles = tl.cdiv(tl.cdiv(tl.maximum(last_high - start, 0), BLOCK_N), num_splits)
     start += split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, last_high)
 
-    columns = tl.arange(0, BLOCK_K)
-    offsets = tl.cast(batch, tl.int64) * q_batch_stride + tl.cast(head, tl.int64) * q_head_stride + query * q_token_stride
-    q_rows = q_ptr + offsets * stride_unit(q_ptr)
-    q = tl.load(q_rows[:, None] + columns[None, :], mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+    q_ptr += tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
+    q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
     k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
     v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if SINKS and not SPLIT:
+        row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
+        row_max = tl.load(sinks_ptr + head, mask=present, other=0.0).to(tl.float32) * LOG2_E
+    else:
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for n in range(start, end, BLOCK_N):
-        k = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
-        v = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
-        accumulator, total, top = add_tile(q, k, v, accumulator, total, top, n, low, high, scale, softcap, PRECISION, True)
-    accumulator = accumulator * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        k = load_tile(k_base, batch, kv_head, n, end, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
+        v = load_tile(v_base, batch, kv_head, n, end, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, False, True)
+        accumulator, row_sum, row_max = add_tile(
+            q, k, v, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
+        )
+    again = has_nan(accumulator)
+    accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
-    mask = present[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(part_ptr + part[:, None] * HEAD_DIM + columns[None, :], accumulator, mask=mask)
-    tl.store(part_lse_ptr + part, top + tl.log2(total), mask=present)
+    if SPLIT:
+        offsets = part * VALUE_DIM
+    else:
+        o_ptr += tl.cast(batch, tl.int64) * o_batch_stride
+        offsets = tl.cast(head, tl.int64) * o_head_stride + query * o_token_stride
+    store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
+    tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * LN_2, mask=present)
+    if again:
+        # Other threads than these have written what comes again.
+        tl.debug_barrier()
+        for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):
+            head, query, present = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
+            low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
+            q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
+            part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
+            if SPLIT:
+                offsets = part * VALUE_DIM
+            else:
+                offsets = tl.cast(head, tl.int64) * o_head_stride + query * o_token_stride
+            lse = tl.load(lse_ptr + part, mask=present, other=float("inf"))
+            o = isolated_output(
+                q, lse_in_bits(lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
+                start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
+            store_group(o_ptr + offsets, o, present, VALUE_DIM, BLOCK_V)
 
 
 @jit(do_not_specialize=SIZES)
 def attention_combine(
     part_ptr, part_lse_ptr, o_ptr, lse_ptr, sinks_ptr, o_batch_stride, o_head_stride, o_token_stride,
     num_heads, num_queries, num_splits,
-    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINKS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write o and lse of one query of one head from those of its splits, BLOCK_SPLITS of them at a time."""
     row = tl.cast(tl.program_id(0), tl.int64)
     query = row % num_queries
     head = row // num_queries % num_heads
     batch = row // num_queries // num_heads
-    columns = tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_V)
     if SINKS:
-        top = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
-        total = top * 0.0 + 1.0
+        row_max = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        row_sum = tl.cast(1.0, tl.float32)
     else:
-        top = tl.cast(-float("inf"), tl.float32)
-        total = tl.cast(0.0, tl.float32)
-    accumulator = tl.zeros((BLOCK_K,), tl.float32)
+        row_max = tl.cast(-float("inf"), tl.float32)
+        row_sum = tl.cast(0.0, tl.float32)
+    accumulator = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, num_splits, BLOCK_SPLITS):
         splits = start + tl.arange(0, BLOCK_SPLITS)
         present = splits < num_splits
-        lses = tl.load(part_lse_ptr + row * num_splits + splits, mask=present, other=-float("inf"))
+        lses = tl.load(part_lse_ptr + row * num_splits + splits, mask=present, other=-float("inf")) * LOG2_E
         parts = tl.load(
-            part_ptr + (row * num_splits + splits)[:, None] * HEAD_DIM + columns[None, :],
-            mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0,
+            part_ptr + (row * num_splits + splits)[:, None] * VALUE_DIM + columns[None, :],
+            mask=present[:, None] & (columns < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(lses, 0))
-        reference = tl.where(new_top == -float("inf"), 0.0, new_top)
+        new_max = tl.maximum(row_max, tl.max(lses, 0))
+        reference = tl.where(new_max == -float("inf"), 0.0, new_max)
         weights = tl.exp2(lses - reference)
-        rescale = tl.exp2(top - reference)
-        total = total * rescale + tl.sum(weights, 0)
+        rescale = tl.exp2(row_max - reference)
+        row_sum = row_sum * rescale + tl.sum(weights, 0)
         accumulator = accumulator * rescale + tl.sum(parts * weights[:, None], 0)
-        top = new_top
-    o = accumulator / tl.where(total == 0.0, 1.0, total)
+        row_max = new_max
+    o = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)
     o_row = o_ptr + batch * o_batch_stride + head * o_head_stride + query * o_token_stride
-    tl.store(o_row + columns, o.to(o_ptr.dtype.element_ty), mask=columns < HEAD_DIM)
-    tl.store(lse_ptr + row, (top + tl.log2(total)) * LN_2)
+    tl.store(o_row + columns, o.to(o_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
+    tl.store(lse_ptr + row, (row_max + tl.log2(row_sum)) * LN_2)
 
 
 def fits_decode(q: Tensor, k: Tensor, options: Options) -> bool:
@@ -130,25 +184,31 @@ def splits_of(num_rows: int, num_keys: int, device: torch.device) -> int:
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, options: Options) -> None:
     """Do what `launch_forward` does, for queries that `fits_decode` allows."""
-    batch, num_heads, num_queries, head_dim = q.shape
+    batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     group_size = num_heads // num_kv_heads
     q, k, v = map(aligned, (q, k, v))
     config = launch_config("decode", (q, k, v), options)
-    visible = num_keys if options.window is None else min(num_keys, options.window + num_queries)
+    left, right = options.window_of(num_queries, num_keys)
+    visible = num_keys if options.window is None else min(num_keys, left + (0 if options.causal else right) + num_queries)
     num_splits = splits_of(batch * num_kv_heads, visible, q.device)
-    part = torch.empty(batch, num_heads, num_queries, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
-    blocks = {**config.blocks(), "BLOCK_M": max(16, 1 << (group_size * num_queries - 1).bit_length())}
+    # One split writes the results themselves; several write float32, which is combined.
+    part, part_lse = o, lse
+    if num_splits > 1:
+        part = torch.empty(*o.shape[:3], num_splits, o.shape[3], dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    blocks = {**config.blocks(q, v), "BLOCK_M": max(16, 1 << (group_size * num_queries - 1).bit_length())}
+    of_sinks = q if sinks is None else sinks
     launch(
         attention_decode, batch * num_kv_heads * num_splits,
-        q, k, v, part, part_lse, *options.documents(q),
-        *load_strides(q), *load_strides(k), *load_strides(v), options.document_stride,
-        num_heads, group_size, num_queries, num_keys, options.window_of(num_queries, num_keys), num_splits,
-        **options.constants(), HEAD_DIM=head_dim, **blocks,
+        q, k, v, part, part_lse, of_sinks, *options.mask_tensors(q),
+        *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
+        num_heads, group_size, num_queries, num_keys, left, right, num_splits,
+        **options.constants(), SINKS=sinks is not None, SPLIT=num_splits > 1, **blocks,
     )  # fmt: skip
-    launch(
-        attention_combine, batch * num_heads * num_queries,
-        part, part_lse, o, lse, q if sinks is None else sinks, *o.stride()[:3], num_heads, num_queries, num_splits,
-        SINKS=sinks is not None, HEAD_DIM=head_dim, BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_K=config.block_k, num_warps=4,
-    )  # fmt: skip
+    if num_splits > 1:
+        launch(
+            attention_combine, batch * num_heads * num_queries,
+            part, part_lse, o, lse, of_sinks, *o.stride()[:3], num_heads, num_queries, num_splits,
+            SINKS=sinks is not None, VALUE_DIM=o.shape[3], BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_V=blocks["BLOCK_V"], num_warps=4,
+        )  # fmt: skip

@@ -15,8 +15,8 @@ class Options:
     causal: bool
     scale: float
     """Factor of q k^T."""
-    window: int | None
-    """Keys that a query sees, its own among them; to both sides where not causal."""
+    window: tuple[int, int] | None
+    """How many keys a query sees before its own, and behind it, where not causal; -1 for all."""
     softcap: float | None
     """Scores s become softcap tanh(s / softcap)."""
     precision: Precision
@@ -26,18 +26,24 @@ class Options:
     ends: Tensor | None = None
     """(B, S) int32: where it ends, laid out as `begins`."""
 
+    lengths: Tensor | None = None
+    """(B) int32: how many keys each sequence has; None: all that there is memory for."""
+
     @property
     def document_stride(self) -> int:
         """Distance of two sequences in begins and ends."""
         return 0 if self.begins is None else self.begins.stride(0)
 
-    def documents(self, unused: Tensor) -> tuple[Tensor, Tensor]:
-        """Return begins and ends, or twice a tensor that no kernel will read."""
-        return (unused, unused) if self.begins is None or self.ends is None else (self.begins, self.ends)
+    def mask_tensors(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return begins, ends and lengths; a tensor that no kernel will read in the place of those that are None."""
+        begins, ends, lengths = (unused if t is None else t for t in (self.begins, self.ends, self.lengths))
+        return begins, ends, lengths
 
-    def window_of(self, num_queries: int, num_keys: int) -> int:
+    def window_of(self, num_queries: int, num_keys: int) -> tuple[int, int]:
         """Return the window as kernels take it: no greater than what it can leave out, so that no sum with it overflows."""
-        return 0 if self.window is None else min(self.window, max(num_queries, num_keys))
+        most = max(num_queries, num_keys)
+        left, right = self.window or (0, 0)
+        return most if left < 0 else min(left, most), most if right < 0 else min(right, most)
 
     def constants(self) -> dict[str, Any]:
         """Return what the kernels take as constants: each combination is compiled once."""
@@ -47,5 +53,6 @@ class Options:
             "CAUSAL": self.causal,
             "WINDOW": self.window is not None,
             "DOCUMENTS": self.begins is not None,
+            "LENGTHS": self.lengths is not None,
             "PRECISION": self.precision,
         }

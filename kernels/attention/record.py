@@ -63,6 +63,8 @@ def _costs(
     window: int | None = None,
     document_lengths: Sequence[int] | None = None,
     pairs: int | None = None,
+    value_dim: int | None = None,
+    cache_lengths: Sequence[int] | None = None,
 ) -> Costs:
     """Return the costs under the mask, or for `pairs` of query and key that each head computes.
 
@@ -72,11 +74,14 @@ def _costs(
     """
     if pairs is None:
         pairs = attention_pairs(num_queries, num_keys, causal, window, document_lengths)
-    product = 2 * head_dim * pairs * num_heads * batch
-    queries = batch * num_heads * num_queries * head_dim * itemsize
-    keys = batch * num_kv_heads * num_keys * head_dim * itemsize
+    # Of the products, q k^T, dQ and dK have the width of q and k, p v, dV and dP that of v.
+    width = value_dim or head_dim
+    product, both = 2 * pairs * num_heads * batch, head_dim + width
+    queries = batch * num_heads * num_queries * both * itemsize
+    keys = batch * num_kv_heads * num_keys * both * itemsize
     lse = 4 * batch * num_heads * num_queries
-    return Costs.of(Cost(2 * queries + 2 * keys + lse, 2 * product), Cost(4 * queries + 4 * keys + lse, 5 * product))
+    forward = Cost(queries + keys + lse, product * both)
+    return Costs.of(forward, Cost(2 * queries + 2 * keys + lse, product * (3 * head_dim + 2 * width)))
 
 
 def _arguments(
@@ -89,14 +94,16 @@ def _arguments(
     num_keys: int,
     head_dim: int,
     document_lengths: Sequence[int] | None = None,
+    cache_lengths: Sequence[int] | None = None,
+    value_dim: int | None = None,
     sinks: bool = False,
     expanded: bool = False,
     **options: Any,
 ) -> Arguments:
     """Return q, k, v as projections leave them; no TMA descriptor describes `expanded` keys, which all sequences share."""
     q = draw(device, dtype, batch, num_queries, num_heads, head_dim, heads_first=True)
-    keys = (1 if expanded else batch, num_keys, num_kv_heads, head_dim)
-    k, v = (draw(device, dtype, *keys, heads_first=True) for _ in range(2))
+    keys = (1 if expanded else batch, num_keys, num_kv_heads)
+    k, v = (draw(device, dtype, *keys, width, heads_first=True) for width in (head_dim, value_dim or head_dim))
     if expanded:
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
     if num_queries < num_keys:
@@ -104,6 +111,8 @@ def _arguments(
         q, k, v = (t.detach() for t in (q, k, v))
     if document_lengths is not None:
         options["cu_seqlens"] = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32, device=device)
+    if cache_lengths is not None:
+        options["cache_lengths"] = torch.tensor(cache_lengths[:batch], dtype=torch.int32, device=device)
     if sinks:
         options["sinks"] = draw(device, torch.float32, num_heads)
     return Arguments((q, k, v), options)
@@ -131,6 +140,8 @@ def _decoding(batch: int, num_keys: int, head_dim: int = 128, **options: Any) ->
 
 
 _SMALL = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "num_queries": 24, "num_keys": 24, "head_dim": 16}
+_OPTIONS = {"window": 5, "softcap": 20.0, "document_lengths": (9, 15), "sinks": True, "return_lse": True}
+_OTHERS = {"batch": 2, "causal": False, "window": (6, 3), "cache_lengths": (24, 17), "value_dim": 24}
 
 
 def _measured() -> Iterator[dict[str, Any]]:
@@ -162,9 +173,12 @@ def _compiled() -> Iterator[dict[str, Any]]:
             yield _decoding(8, 8192, head_dim) | kind
             yield _decoding(8, 8192, head_dim, num_queries=8) | kind
     every_option: dict[str, Any] = {"causal": False, "window": 512, "document_lengths": (1000, 1048), "sinks": True}
+    # Multi-head latent attention (DeepSeek-AI 2024), trained and decoded.
+    yield _causal(192, 2048, value_dim=128, dtype=torch.bfloat16)
+    yield _decoding(8, 8192, 192, value_dim=128, dtype=torch.bfloat16)
     for head_dim in (64, 128):
         yield _causal(head_dim, 2048, groups=2, dtype=torch.bfloat16, **every_option)
-        yield _decoding(8, 2048, head_dim, dtype=torch.bfloat16, **every_option)
+        yield _decoding(8, 2048, head_dim, dtype=torch.bfloat16, cache_lengths=(2048,) * 8, **every_option)
         yield _causal(head_dim, 2048, dtype=torch.bfloat16, expanded=True)
 
 
@@ -182,10 +196,7 @@ record(
         arguments=_arguments,
         cost=_costs,
         shapes=tuple(_measured()),
-        examples=(
-            _SMALL,
-            _SMALL | {"window": 5, "softcap": 20.0, "document_lengths": (9, 15), "sinks": True, "return_lse": True},
-        ),
+        examples=(_SMALL, _SMALL | _OPTIONS, _SMALL | _OTHERS),
         compiled=tuple(_compiled()),
         over="num_queries",
         series=_series,

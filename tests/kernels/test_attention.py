@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attention_cases import DEVICE, MEMORY, Case, check, draw_case, some, tiles
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention
-from tilewright.kernels.attention.tiles import with_unit_stride
+from tilewright.kernels.attention.operands import with_unit_stride
 from tilewright.kernels.dispatch import HAS_TRITON
 
 pytestmark = [
@@ -84,6 +84,14 @@ def test_any_lengths_heads_and_options(data, seed, dtype):
 def test_any_memory(memory, heads, head_dim, lengths, batch, tma):
     with tiles(32, 16, tma=tma):
         check(draw_case(heads, lengths, head_dim, batch=batch, memory=memory))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(48, 16), (16, 40), (192, 128)])
+@pytest.mark.parametrize("lengths", [(40, 40), (2, 70)])
+@pytest.mark.parametrize("memory", ["tokens first", "odd token stride"])
+def test_values_of_another_width(head_dim, value_dim, lengths, memory):
+    with tiles(16, 32, splits=2):
+        check(draw_case((2, 1), lengths, head_dim, value_dim=value_dim, dtype=torch.float16, memory=(memory,) * 4, sinks=True))
 
 
 @pytest.mark.parametrize("memory", MEMORY)

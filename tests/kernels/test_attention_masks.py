@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from attention_cases import DEVICE, Case, check, draw_case, some, tiles, without_decoding
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention, backward, forward
-from tilewright.kernels.attention.intervals import cu_seqlens_bounds, document_bounds
+from tilewright.kernels.attention import documents as kernel_documents
+from tilewright.kernels.attention.packing import cu_seqlens_bounds, document_bounds
 from tilewright.kernels.dispatch import HAS_TRITON, interpreting
 
 pytestmark = [
@@ -78,6 +79,51 @@ def test_where_documents_begin_and_end(lengths, behind):
         assert list(zip(begins[0].tolist(), ends[0].tolist(), strict=True)) == expected
 
 
+@pytest.mark.parametrize("lengths", [(40, 40), (3, 60), (50, 40)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_length_for_each_sequence(lengths, causal):
+    cache_lengths = torch.tensor([lengths[1], 37, 16, 0], device=DEVICE)
+    with tiles(16, 16, splits=2):
+        check(draw_case((2, 1), lengths, 16, batch=4, causal=causal, cache_lengths=cache_lengths))
+
+
+def test_a_length_beside_documents_and_a_window():
+    ids = torch.tensor([[0] * 20 + [1] * 20, [0] * 10 + [1] * 30], device=DEVICE)
+    with tiles(16, 16):
+        options = {"document_ids": ids, "window": 12, "cache_lengths": torch.tensor([33, 25], dtype=torch.int32, device=DEVICE)}
+        check(draw_case((2, 1), (20, 40), 16, batch=2, **options))
+
+
+@pytest.mark.parametrize("window", [(3, 2), (0, 20), (-1, 4), (5, -1), (-1, -1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_with_two_sides(window, causal):
+    with tiles(16, 16):
+        check(draw_case((2, 1), (40, 40), 16, causal=causal, window=window))
+        check(draw_case((2, 1), (2, 40), 16, causal=causal, window=window))
+
+
+def test_windows_by_hand():
+    mask = reference.attention_mask(4, 4, causal=False, window=(1, 2))
+    assert mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
+    assert torch.equal(reference.attention_mask(5, 7, window=3), reference.attention_mask(5, 7, window=(2, 0)))
+    assert torch.equal(reference.attention_mask(5, 7, False, 3), reference.attention_mask(5, 7, False, (2, 2)))
+
+
+@pytest.mark.parametrize("form", ["document_ids", "cu_seqlens"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_documents_that_layers_share(form, backend):
+    case = draw_case((2, 1), (40, 40), 16, batch=2)
+    if form == "cu_seqlens":
+        given = {"cu_seqlens": torch.tensor([0, 13, 30], device=DEVICE)}
+        shared = kernel_documents(**given, batch=2, num_keys=40)
+    else:
+        given = {"document_ids": torch.tensor([[0] * 13 + [5] * 27, [2] * 30 + [1] * 10], device=DEVICE)}
+        shared = kernel_documents(**given)
+    with use_backend(backend), tiles(16, 16):
+        expected = attention(case.q, case.k, case.v, **given)
+        assert torch.equal(attention(case.q, case.k, case.v, document_ids=shared), expected)
+
+
 @contextmanager
 def visits():
     """Yield a list per kernel of whether each visited tile was masked, and the number of products under "products"."""
@@ -99,7 +145,7 @@ def visits():
 
     functions = [
         (forward, "add_tile", "forward"),
-        (backward, "add_to_dq", "backward_q"),
+        (backward, "ds_of", "backward_q"),
         (backward, "add_to_dk_dv", "backward_kv"),
     ]
     with mock.patch.object(InterpreterBuilder, "create_dot", counting):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attention_cases import DEVICE, MEMORY, draw_case, tiles
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention
-from tilewright.kernels.attention.intervals import document_bounds
+from tilewright.kernels.attention.packing import document_bounds
 from tilewright.kernels.dispatch import HAS_TRITON
 
 pytestmark = [
@@ -27,7 +27,7 @@ def test_the_ops_are_registered_as_pytorch_asks(form, memory):
     if form == "everything":
         sinks = torch.randn(4, device=DEVICE)
         begins, ends = document_bounds(torch.tensor([[0, 0, 1, 1, 1], [3, 4, 4, 4, 4]], device=DEVICE))
-        options = (False, 0.25, 3, 10.0, "ieee")
+        options = (False, 0.25, [2, 2], 10.0, "ieee")
     leaves = [t if t is None else t.detach().requires_grad_() for t in (q, k, v, sinks)]
     torch.library.opcheck(torch.ops.tilewright.attention, (*leaves, begins, ends, *options))
     o, lse = torch.ops.tilewright.attention(q, k, v, sinks, begins, ends, *options)
@@ -126,7 +126,14 @@ def test_without_kernels_pytorchs_own_are_used_where_they_fit():
         ({"q": torch.ones(1, 3, 5, 16)}, r"q has 3 heads, k has 2.*divisor of 3"),
         ({"q": torch.ones(1, 4, 5, 16).half()}, r"q is torch\.float16, k torch\.float32.*one dtype"),
         ({"scale": float("nan")}, r"scale is nan.*finite"),
-        ({"window": 0}, r"window is 0: allowed is 1 or more"),
+        ({"window": 0}, r"window is 0: allowed is an integer, 1 or more"),
+        ({"window": 1.5}, r"window is 1\.5: allowed is an integer"),
+        ({"window": (1, 2, 3)}, r"window is \(1, 2, 3\): allowed is an integer or two"),
+        ({"window": (2, 0.5)}, r"side of the window is 0\.5: allowed is an integer, -1 or more"),
+        ({"cache_lengths": torch.tensor([3, 4])}, r"cache_lengths has shape \(2,\): allowed is \(1,\)"),
+        ({"cache_lengths": torch.tensor([3.0])}, r"cache_lengths has dtype torch\.float32"),
+        ({"v": torch.ones(1, 2, 5, 0)}, r"that of v 0: allowed is 1 or more"),
+        ({name: torch.ones(1, 2, 5, 16).long() for name in "qkv"}, r"q has dtype torch\.int64: allowed is"),
         ({"softcap": 0.0}, r"softcap is 0\.0.*above 0"),
         ({"softcap": float("inf")}, r"softcap is inf"),
         ({"k": torch.ones(1, 2, 5, 16, device="meta")}, r"k is on meta: allowed is c.*, the device of q"),
@@ -136,7 +143,7 @@ def test_without_kernels_pytorchs_own_are_used_where_they_fit():
         ({"document_ids": torch.zeros(1, 4)}, r"document_ids has shape \(1, 4\).*\(1, 5\)"),
         ({"document_ids": torch.zeros(1, 5), "q": torch.ones(1, 4, 6, 16)}, r"6 queries for 5 keys"),
         ({"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens has shape \(1, 2\)"),
-        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens.*torch\.float32.*torch\.int32"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens has dtype torch\.float32: allowed is torch\.int64"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change, message):

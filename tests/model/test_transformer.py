@@ -1,10 +1,12 @@
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
 
 from tilewright.kernels import linear_cross_entropy, reference, use_backend
+from tilewright.kernels.attention import packing
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import CausalSelfAttention, KVCache, ModelConfig, RMSNorm, SwiGLU, TransformerLM
 from tilewright.model.layers import Embedding, Head, JoinedLinear, Linear
@@ -110,6 +112,16 @@ def loss_and_gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "reference"])
+def test_borders_of_documents_are_computed_once(model, backend):
+    tokens, targets = tokens_and_targets(size=2)
+    model.activation_checkpointing = "block"
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [4, 4, 4, 4, 4, 4, 7, 7]])
+    with use_backend(backend), mock.patch.object(packing, "document_bounds", wraps=packing.document_bounds) as computed:
+        model.train().loss(tokens, targets, document_ids=ids).backward()
+    assert computed.call_count == 1
 
 
 def test_documents_do_not_see_each_other(model):
