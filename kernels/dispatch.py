@@ -69,12 +69,17 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode AD is under way, which no kernel has a rule for."""
     # Dynamo traces through the transforms of torch.func itself.
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return is_forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def use_triton(*tensors: Tensor | None) -> bool:

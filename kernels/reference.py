@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .dispatch import is_forward_mode
 from .loss_options import LossOptions, Reduction
 
 Casting = Literal["float32", "llama"]
@@ -220,7 +221,6 @@ class _MaskedProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -228,13 +228,6 @@ class _MaskedProduct(torch.autograd.Function):
         (gradient,) = gradients
         of_p = (gradient @ x.mT).masked_fill(~mask, 0.0)
         return of_p, _masked_product(p.mT, gradient, mask.mT), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        p, x, mask = ctx.saved_tensors
-        dp, dx, _ = tangents
-        along_p = 0.0 if dp is None else _masked_product(dp, x, mask)
-        return along_p + (0.0 if dx is None else _masked_product(p, dx, mask))  # pyright: ignore[reportReturnType]
 
 
 class _MaskedScores(torch.autograd.Function):
@@ -248,7 +241,6 @@ class _MaskedScores(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -257,15 +249,11 @@ class _MaskedScores(torch.autograd.Function):
         ds = gradients[0].masked_fill(~mask, 0.0)
         return _masked_product(ds, k, mask), _masked_product(ds.mT, q, mask.mT), None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        q, k, _ = ctx.saved_tensors
-        dq, dk, _ = tangents
-        along_q = 0.0 if dq is None else dq @ k.mT
-        return along_q + (0.0 if dk is None else q @ dk.mT)  # pyright: ignore[reportReturnType]
-
 
 def _masked_product(p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    # Dynamo traces no Function that has a rule for forward mode, so that this mode has the plain product.
+    if is_forward_mode():
+        return p @ x
     return _MaskedProduct.apply(p, x, mask)  # pyright: ignore[reportReturnType]
 
 
@@ -302,7 +290,8 @@ def attention(
     k, v = (t.repeat_interleave(groups, dim=1) for t in (_widen(k), _widen(v)))
     num_keys = k.shape[-2]
     mask = attention_mask(q.shape[-2], num_keys, causal, window, document_ids, q.device, cache_lengths)
-    scores = _MaskedScores.apply(_widen(q), k, mask) * (q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore
+    products = _widen(q) @ k.mT if is_forward_mode() else _MaskedScores.apply(_widen(q), k, mask)
+    scores = products * (q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # Finite, so that a row with nothing left to attend to has a gradient free of NaN.
@@ -344,15 +333,15 @@ class _RowsToRead(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0)
+
+def _rows_to_read(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    read = _RowsToRead.forward if is_forward_mode() else _RowsToRead.apply
+    return read(logits, targets, valid)  # pyright: ignore[reportReturnType]
 
 
 def _token_losses(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -363,7 +352,7 @@ def _token_losses(logits: Tensor, targets: Tensor, options: LossOptions) -> tupl
     if options.return_accuracy or options.return_predictions:
         predictions = logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
     targets = targets.masked_fill(~valid, 0).masked_fill(~counted, -100)
-    read = _capped(_RowsToRead.apply(logits, targets, valid), options.softcap)
+    read = _capped(_rows_to_read(logits, targets, valid), options.softcap)
     weights, smoothing = options.class_weights, options.label_smoothing
     weights = None if weights is None else weights.to(read.dtype)
     losses = F.cross_entropy(read, targets, weights, label_smoothing=smoothing, reduction="none")
