@@ -13,7 +13,6 @@ from .inspect import KernelCase
 from .launch import launch
 from .norm import (
     SIZES,
-    WARPS_PER_SM,
     backward_config,
     check_norm,
     differentiate_rows,
@@ -112,9 +111,8 @@ def _layer_norm_backward(
     # Returns dx, dw and db; empty tensors for those that are not needed.
     rows, dy_rows = as_rows(x), as_rows(dy)
     num_rows, width = rows.shape
-    config = backward_config(width, x.element_size() + dy.element_size())
-    tiles = -(-num_rows // config["BLOCK_ROWS"])
-    num_programs = min(tiles, num_sms(x.device) * WARPS_PER_SM // config["num_warps"])
+    config, programs = backward_config(width, dy.element_size(), x.element_size(), num_sums=2)
+    num_programs = min(-(-num_rows // config["BLOCK_ROWS"]), num_sms(x.device) * programs)
     dx = empty_gradient(x, x.dtype if needs_dx else None)
     # The looped form adds into its partial sums, so those start at zero.
     allocate = torch.empty if config["PARTS"] else torch.zeros
@@ -187,7 +185,7 @@ def compile_cases() -> Iterator[KernelCase]:
         size = 2 if dtype == "bf16" else 4
         for kernel, config in (
             (layer_norm_forward, forward_config(width, size)),
-            (layer_norm_backward, backward_config(width, 2 * size)),
+            (layer_norm_backward, backward_config(width, size, size, num_sums=2)[0]),
         ):
             num_warps = config.pop("num_warps")
             names = [name for name in kernel.arg_names if name not in config]

@@ -293,16 +293,19 @@ def differentiate_rows(
         _store_partial(db_partial_ptr, db, width, BLOCK_WIDTH, PARTS)
 
 
-# Elements of a tile: narrow rows share one, so that every warp has 16-byte loads to issue.
+# Elements of a tile of rows of one block: narrow rows share one, so that every warp has 16-byte loads to issue.
 FORWARD_TILE = 4096
 BACKWARD_TILE = 2048
-# The widest row, in bytes of its inputs, that stays in registers between its statistics and its result, on sm_80 to sm_100
-# without a spill by Triton 3.6 or 3.7; a wider one is read twice. The backward pass also holds the sum that becomes dw.
-FORWARD_ROW_BYTES = 64 * 1024
+# Elements of one block of such rows where a row has several.
+PART_TILE = 1024
+# The widest row, by the bytes of its widest elements, that stays in registers between its statistics and its result, on sm_80
+# to sm_100 without a spill by Triton 3.6 or 3.7; a wider one is read twice.
+FORWARD_WIDTH = {2: 32 * 1024, 4: 24 * 1024}
+# The same in bytes of all inputs: the backward pass also holds the sums that become dw and db.
 BACKWARD_ROW_BYTES = 96 * 1024
 LOOPED = {"BLOCK_ROWS": 1, "BLOCK_WIDTH": 4096, "PARTS": 0, "num_warps": 8}
-# As many warps live together on a multiprocessor when a thread uses 128 registers; on sm_90 and sm_100 none uses more.
-WARPS_PER_SM = 16
+# Of a multiprocessor, on all architectures.
+REGISTERS = 65536
 
 
 def _power_of_2(least: int) -> int:
@@ -315,33 +318,44 @@ def _blocks(width: int, most_parts: int) -> tuple[int, int]:
     return min(((p, block) for p, block in sizes if p == 1 or block >= 32), key=lambda size: (size[0] * size[1], size[0]))
 
 
-def forward_config(width: int, element_bytes: int) -> dict[str, int]:
-    """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
-    parts, block_width = _blocks(width, 7)
-    if _power_of_2(width) * element_bytes > FORWARD_ROW_BYTES:
+def forward_config(width: int, *element_sizes: int) -> dict[str, int]:
+    """Return the launch that ships for rows of `width` elements, of so many bytes in each input."""
+    parts, block_width = _blocks(width, 7 if len(element_sizes) == 1 else 5)
+    if parts * block_width > FORWARD_WIDTH[max(element_sizes)]:
         return dict(LOOPED)
-    # A 16-byte load is 8 elements of half precision, 4 of float32 or of two tensors: 4 loads a thread either way.
-    thread_elements = 32 if element_bytes <= 2 else 16
-    if parts > 1:
-        thread_elements = 8 if element_bytes != 4 else 4
-    tile = max(block_width, FORWARD_TILE if parts == 1 else 1024)
+    if parts == 1:
+        tile = max(block_width, FORWARD_TILE)
+        # A 16-byte load is 8 elements of half precision, 4 of float32: 4 loads a thread either way, also from two tensors.
+        thread_elements = 32 if sum(element_sizes) <= 2 else 16
+    else:
+        tile, thread_elements = max(block_width, PART_TILE), 16 // min(element_sizes)
     num_warps = min(tile // (32 * thread_elements), 32)
     return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
 
 
-def backward_config(width: int, element_bytes: int) -> dict[str, int]:
-    """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
-    parts, block_width = _blocks(width, 3)
-    if _power_of_2(width) * element_bytes > BACKWARD_ROW_BYTES:
-        return dict(LOOPED)
-    tile = max(block_width, BACKWARD_TILE)
-    # 32 elements a thread need the fewest registers in all; float32 inputs, or several rows, leave room for 16, and both for 8.
-    if tile > BACKWARD_TILE and element_bytes <= 6:
-        thread_elements = 32
+def backward_config(width: int, *element_sizes: int, num_sums: int = 1) -> tuple[dict[str, int], int]:
+    """Return the launch that ships, and how many of its programs a multiprocessor holds; `num_sums` is 2 for dw and db."""
+    parts, block_width = _blocks(width, 5)
+    row_bytes = sum(element_sizes)
+    if parts == 1:
+        tile = max(block_width, BACKWARD_TILE)
+        # 32 elements a thread need the fewest registers in all; float32 inputs, a second sum or several rows leave room for 16,
+        # and float32 from all of three tensors in several rows for 8.
+        if tile > BACKWARD_TILE and row_bytes <= 6 and num_sums == 1:
+            thread_elements = 32
+        else:
+            thread_elements = 8 if block_width < tile and row_bytes > 8 else 16
     else:
-        thread_elements = 8 if block_width < tile and element_bytes > 8 else 16
+        tile, thread_elements = max(block_width, PART_TILE), 16 // max(element_sizes)
     num_warps = min(tile // (32 * thread_elements), 16)
-    return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
+    # The most that a thread uses on any architecture, which its sums say.
+    sums = parts * tile // (32 * num_warps) * num_sums
+    registers = 128 if sums <= 32 else 168 if sums <= 40 else 256
+    programs = REGISTERS // (32 * num_warps * registers)
+    if programs == 0 or parts * block_width * row_bytes > BACKWARD_ROW_BYTES:
+        return dict(LOOPED), REGISTERS // (32 * LOOPED["num_warps"] * 128)
+    config = {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
+    return config, programs
 
 
 def empty_gradient(like: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -15,7 +15,6 @@ from .inspect import KernelCase
 from .launch import launch
 from .norm import (
     SIZES,
-    WARPS_PER_SM,
     backward_config,
     check_norm,
     differentiate_rows,
@@ -99,7 +98,7 @@ def _rms_norm(
     total = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows > 0:
-        config = forward_config(width, x.element_size() + (0 if residual is None else residual.element_size()))
+        config = forward_config(width, *(t.element_size() for t in (x, residual) if t is not None))
         launch(
             rms_norm_forward, -(-num_rows // config["BLOCK_ROWS"]),
             rows, residual_rows, None if weight is None else weight.contiguous(),
@@ -135,9 +134,8 @@ def _rms_norm_backward(
     rows, dy_rows = as_rows(x), as_rows(dy)
     d_total_rows = None if d_total is None else as_rows(d_total)
     num_rows, width = rows.shape
-    config = backward_config(width, sum(t.element_size() for t in (dy, x, d_total) if t is not None))
-    tiles = -(-num_rows // config["BLOCK_ROWS"])
-    num_programs = min(tiles, num_sms(x.device) * WARPS_PER_SM // config["num_warps"])
+    config, programs = backward_config(width, *(t.element_size() for t in (dy, x, d_total) if t is not None))
+    num_programs = min(-(-num_rows // config["BLOCK_ROWS"]), num_sms(x.device) * programs)
     dx, d_residual = empty_gradient(x, dx_dtype), empty_gradient(x, d_residual_dtype)
     dw_partial = None
     if needs_dw:
@@ -272,15 +270,15 @@ def compile_cases() -> Iterator[KernelCase]:
             "dy": dtype, "d_total": residual, "x": residual or dtype, "weight": weight, "rstd": "fp32",
             "dx": dtype, "d_residual": d_residual, "dw_partial": "fp32",
         }  # fmt: skip
-        backward_bytes = size[dtype] + size[residual] + size[residual or dtype]
+        backward_sizes = (size[t] for t in (dtype, residual or dtype, residual) if t)
         for kernel, dtypes, config, constants in (
             (
                 rms_norm_forward,
                 forward,
-                forward_config(width, size[dtype] + size[residual]),
+                forward_config(width, *(size[t] for t in (dtype, residual) if t)),
                 {"ROUND_FIRST": False},
             ),
-            (rms_norm_backward, backward, backward_config(width, backward_bytes), {}),
+            (rms_norm_backward, backward, backward_config(width, *backward_sizes)[0], {}),
         ):
             num_warps = config.pop("num_warps")
             integers = [name for name in kernel.arg_names if name in (*strides, "num_rows", "width")]
