@@ -11,9 +11,11 @@ from .checks import check_choice
 from .dispatch import jit, tl, use_triton
 from .gated import (
     SIZES,
+    backward_sharding,
     check_gated,
     empty_gradients,
     empty_result,
+    forward_sharding,
     gated_tile,
     halves,
     launch_config,
@@ -24,6 +26,7 @@ from .gated import (
 )
 from .inspect import KernelCase
 from .reference import GeluApproximation
+from .sharding import sharded_as
 from .shared import count_no_flops, register_fake
 
 
@@ -109,6 +112,7 @@ def _geglu(gate: Tensor, up: Tensor | None, approximate: str) -> Tensor:
 
 
 @register_fake(_geglu)
+@sharded_as(_geglu, forward_sharding)
 def _(gate, up, approximate):
     return empty_result(gate, up)
 
@@ -124,6 +128,7 @@ def _geglu_backward(
 
 
 @register_fake(_geglu_backward)
+@sharded_as(_geglu_backward, backward_sharding)
 def _(dy, gate, up, approximate, needs_gate, needs_up):
     return empty_gradients(gate, up, needs_gate, needs_up)
 

@@ -21,6 +21,7 @@ from .norm import (
     normalise_rows,
     result_dtype,
 )
+from .sharding import row_shardings, sharded_as
 from .shared import as_rows, count_no_flops, register_fake
 
 
@@ -80,7 +81,7 @@ def _layer_norm(
     rows = as_rows(x)
     num_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     if num_rows > 0:
         config = forward_config(width, x.element_size())
         launch(
@@ -91,10 +92,16 @@ def _layer_norm(
     return y, mean, rstd
 
 
+def _forward_sharding(x, weight, bias, *_):
+    vectors = (None if vector is None else "whole" for vector in (weight, bias))
+    return row_shardings(len(x.shape) - 1, ("rows",) * 3, ("rows", *vectors, None, None))
+
+
 @register_fake(_layer_norm)
+@sharded_as(_layer_norm, _forward_sharding)
 def _(x, weight, bias, eps, y_dtype):
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    return y, *(torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, *(torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
 
 
 @torch.library.custom_op("tilewright::layer_norm_backward", mutates_args=())
@@ -131,7 +138,14 @@ def _layer_norm_backward(
     return dx, dw, x.new_empty(0) if db_partial is None else db_partial.sum(dim=0).to(db_dtype)
 
 
+def _backward_sharding(dy, x, weight, mean, rstd, needs_dx, needs_dw, db_dtype):
+    outputs = "rows" if needs_dx else "whole", *("sum" if needed else "whole" for needed in (needs_dw, db_dtype is not None))
+    inputs = "rows", "rows", None if weight is None else "whole", "rows", "rows", *(None,) * 3
+    return row_shardings(len(x.shape) - 1, outputs, inputs)
+
+
 @register_fake(_layer_norm_backward)
+@sharded_as(_layer_norm_backward, _backward_sharding)
 def _(dy, x, weight, mean, rstd, needs_dx, needs_dw, db_dtype):
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw else x.new_empty(0)
     db = x.new_empty(0) if db_dtype is None else torch.empty(x.shape[-1:], dtype=db_dtype, device=x.device)

@@ -102,8 +102,8 @@ def normalise_rows(
                 total += (_store_total(total_ptr, x[part], residual[part], rows, width, columns, mask),)
             x = total
         if mean_ptr is not None:
-            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-            for part in tl.static_range(PARTS):
+            sums = x[0]
+            for part in tl.static_range(1, PARTS):
                 sums += x[part]
             mean = tl.sum(sums, axis=1)[:, None] / width
             tl.store(mean_ptr + rows, mean, mask=row_mask)
@@ -112,8 +112,9 @@ def normalise_rows(
             for part in tl.static_range(PARTS):
                 centred += (tl.where(_columns(part, BLOCK_WIDTH) < width, x[part] - mean, 0.0),)
             x = centred
-        squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-        for part in tl.static_range(PARTS):
+        # Sums begin with their first term: the compiler would keep an addition of zero.
+        squares = x[0] * x[0]
+        for part in tl.static_range(1, PARTS):
             squares += x[part] * x[part]
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
         for part in tl.static_range(PARTS):
@@ -224,34 +225,39 @@ def differentiate_rows(
         dw += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32),)
         db += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32),)
     for start_row in range(tl.program_id(0) * BLOCK_ROWS, num_rows, BLOCK_ROWS * tl.num_programs(0)):
-        rows = (start_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+        row_numbers = start_row + tl.arange(0, BLOCK_ROWS)
+        rows = row_numbers.to(tl.int64)[:, None]
         row_mask = rows < num_rows
-        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + row_numbers, mask=row_numbers < num_rows, other=0.0)[:, None]
         mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         if mean_ptr is not None:
-            mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-        products = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+            mean = tl.load(mean_ptr + row_numbers, mask=row_numbers < num_rows, other=0.0)[:, None]
         mean_g = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         if PARTS > 0:
-            x = _load_row(x_ptr, rows, x_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            x_hat = ()
+            for part in tl.static_range(PARTS):
+                columns = _columns(part, BLOCK_WIDTH)
+                x = _load(x_ptr, rows, x_row_stride, columns, row_mask & (columns < width))
+                x_hat += ((x - mean) * rstd,)
             dy = _load_row(dy_ptr, rows, dy_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            g = ()
+            for part in tl.static_range(PARTS):
+                g += (_gradient_of_normalised(dy[part], weight_ptr, _columns(part, BLOCK_WIDTH), width, offset),)
             if d_total_ptr is not None:
                 d_total = _load_row(d_total_ptr, rows, d_total_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
-            x_hat = ()
-            g = ()
             new_dw = ()
             new_db = ()
             for part in tl.static_range(PARTS):
-                columns = _columns(part, BLOCK_WIDTH)
-                x_hat += ((x[part] - mean) * rstd,)
-                g += (_gradient_of_normalised(dy[part], weight_ptr, columns, width, offset),)
-                products += g[part] * x_hat[part]
-                sums += g[part]
                 new_dw += (dw[part] + dy[part] * x_hat[part] if dw_partial_ptr is not None else dw[part],)
                 new_db += (db[part] + dy[part] if db_partial_ptr is not None else db[part],)
             dw = new_dw
             db = new_db
+            # Sums begin with their first term: the compiler would keep an addition of zero.
+            products = g[0] * x_hat[0]
+            sums = g[0]
+            for part in tl.static_range(1, PARTS):
+                products += g[part] * x_hat[part]
+                sums += g[part]
             projection = tl.sum(products, axis=1)[:, None] / width
             if mean_ptr is not None:
                 mean_g = tl.sum(sums, axis=1)[:, None] / width
@@ -262,6 +268,8 @@ def differentiate_rows(
                     dx += d_total[part]
                 _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, row_mask & (columns < width))
         else:
+            products = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
             for start in range(0, width, BLOCK_WIDTH):
                 columns = start + _columns(0, BLOCK_WIDTH)
                 mask = row_mask & (columns < width)

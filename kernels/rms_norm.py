@@ -24,6 +24,7 @@ from .norm import (
     result_dtype,
 )
 from .reference import Casting
+from .sharding import row_shardings, sharded_as
 from .shared import as_rows, count_no_flops, register_fake
 
 
@@ -96,7 +97,7 @@ def _rms_norm(
     num_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if num_rows > 0:
         config = forward_config(width, *(t.element_size() for t in (x, residual) if t is not None))
         launch(
@@ -109,12 +110,18 @@ def _rms_norm(
     return y, total, rstd
 
 
+def _forward_sharding(x, residual, weight, *_):
+    residual, weight = None if residual is None else "rows", None if weight is None else "whole"
+    return row_shardings(len(x.shape) - 1, ("rows", residual or "whole", "rows"), ("rows", residual, weight, *(None,) * 4))
+
+
 @register_fake(_rms_norm)
+@sharded_as(_rms_norm, _forward_sharding)
 def _(x, residual, weight, eps, offset, round_first, y_dtype):
     return (
         torch.empty(x.shape, dtype=y_dtype, device=x.device),
         x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device),
-        torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
     )
 
 
@@ -155,7 +162,15 @@ def _rms_norm_backward(
     return dx, d_residual, dw_partial.sum(dim=0).to(weight.dtype)
 
 
+def _backward_sharding(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
+    gradients = ("whole" if dtype is None else "rows" for dtype in (dx_dtype, d_residual_dtype))
+    d_total, weight = None if d_total is None else "rows", None if weight is None else "whole"
+    outputs = (*gradients, "sum" if needs_dw else "whole")
+    return row_shardings(len(x.shape) - 1, outputs, ("rows", d_total, "rows", weight, "rows", *(None,) * 4))
+
+
 @register_fake(_rms_norm_backward)
+@sharded_as(_rms_norm_backward, _backward_sharding)
 def _(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw else x.new_empty(0)
     return empty_gradient(x, dx_dtype), empty_gradient(x, d_residual_dtype), dw

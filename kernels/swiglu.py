@@ -9,9 +9,11 @@ from . import reference
 from .dispatch import jit, tl, use_triton
 from .gated import (
     SIZES,
+    backward_sharding,
     check_gated,
     empty_gradients,
     empty_result,
+    forward_sharding,
     gated_tile,
     halves,
     launch_config,
@@ -21,6 +23,7 @@ from .gated import (
     wanted_halves,
 )
 from .inspect import KernelCase
+from .sharding import sharded_as
 from .shared import count_no_flops, register_fake
 
 
@@ -87,6 +90,7 @@ def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 @register_fake(_swiglu)
+@sharded_as(_swiglu, forward_sharding)
 def _(gate, up):
     return empty_result(gate, up)
 
@@ -100,6 +104,7 @@ def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, needs_gate: bo
 
 
 @register_fake(_swiglu_backward)
+@sharded_as(_swiglu_backward, backward_sharding)
 def _(dy, gate, up, needs_gate, needs_up):
     return empty_gradients(gate, up, needs_gate, needs_up)
 
