@@ -117,6 +117,7 @@ def normalise_rows(
         for part in tl.static_range(1, PARTS):
             squares += x[part] * x[part]
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
         for part in tl.static_range(PARTS):
             columns = _columns(part, BLOCK_WIDTH)
             mask = row_mask & (columns < width)
@@ -146,6 +147,7 @@ def normalise_rows(
             tl.store(mean_ptr + rows, mean, mask=row_mask)
             squares += counts * (means - mean) * (means - mean)
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
         # A thread may read back a total that another one stored.
         tl.debug_barrier()
         for start in range(0, width, BLOCK_WIDTH):
@@ -158,7 +160,6 @@ def normalise_rows(
             if mean_ptr is not None:
                 x -= mean
             _store_output(y_ptr, weight_ptr, bias_ptr, x * rstd, rows, width, columns, mask, offset, ROUND_FIRST)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
 @jit
@@ -361,7 +362,8 @@ def backward_config(width: int, *element_sizes: int, num_sums: int = 1) -> tuple
     registers = 128 if sums <= 32 else 168 if sums <= 40 else 256
     programs = REGISTERS // (32 * num_warps * registers)
     if programs == 0 or parts * block_width * row_bytes > BACKWARD_ROW_BYTES:
-        return dict(LOOPED), REGISTERS // (32 * LOOPED["num_warps"] * 128)
+        # A second sum halves the block and so the registers: the same bytes are under way.
+        return {**LOOPED, "BLOCK_WIDTH": LOOPED["BLOCK_WIDTH"] // num_sums}, 2 * num_sums
     config = {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
     return config, programs
 
