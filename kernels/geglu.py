@@ -94,11 +94,10 @@ def geglu_backward(
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
-    if dgate_ptr is not None:
-        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
     # With gelu(gate) = gate * p: dup = dy * gate * p, dgate = dy * up * (p + gate * p').
     share, slope = _gelu(gate, TANH)
     if dgate_ptr is not None:
+        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
         store_tile(dgate_ptr, rows, dgate_row_stride, columns, dy * up * (share + slope), mask)
     if dup_ptr is not None:
         store_tile(dup_ptr, rows, dup_row_stride, columns, dy * gate * share, mask)

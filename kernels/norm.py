@@ -6,6 +6,9 @@ BLOCK_WIDTH columns each, so that widths such as 5,120 = 5 * 1024 leave no lane 
 PARTS, and is read twice.
 """
 
+# The loops that Triton unrolls, and tuples that grow in them, are no Python that a type checker knows.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import torch
 from torch import Tensor
 

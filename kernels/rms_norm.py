@@ -163,9 +163,9 @@ def _rms_norm_backward(
 
 
 def _backward_sharding(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
-    gradients = ("whole" if dtype is None else "rows" for dtype in (dx_dtype, d_residual_dtype))
+    dx, d_residual = ("whole" if dtype is None else "rows" for dtype in (dx_dtype, d_residual_dtype))
     d_total, weight = None if d_total is None else "rows", None if weight is None else "whole"
-    outputs = (*gradients, "sum" if needs_dw else "whole")
+    outputs = dx, d_residual, "sum" if needs_dw else "whole"
     return row_shardings(len(x.shape) - 1, outputs, ("rows", d_total, "rows", weight, "rows", *(None,) * 4))
 
 

@@ -70,12 +70,11 @@ def swiglu_backward(
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
-    if dgate_ptr is not None:
-        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
     # With s = sigmoid(gate): dup = dy * gate * s, dgate = dy * up * s * (1 + gate * (1 - s)).
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     scaled = dy * sigmoid
     if dgate_ptr is not None:
+        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
         dgate = scaled * up * (1.0 + gate * (1.0 - sigmoid))
         store_tile(dgate_ptr, rows, dgate_row_stride, columns, dgate, mask)
     if dup_ptr is not None:
