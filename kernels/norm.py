@@ -120,11 +120,15 @@ def normalise_rows(
         for part in tl.static_range(1, PARTS):
             squares += x[part] * x[part]
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
-        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+        # Now or at the end: where ptxas spills nothing.
+        if mean_ptr is not None:
+            tl.store(rstd_ptr + rows, rstd, mask=row_mask)
         for part in tl.static_range(PARTS):
             columns = _columns(part, BLOCK_WIDTH)
             mask = row_mask & (columns < width)
             _store_output(y_ptr, weight_ptr, bias_ptr, x[part] * rstd, rows, width, columns, mask, offset, ROUND_FIRST)
+        if mean_ptr is None:
+            tl.store(rstd_ptr + rows, rstd, mask=row_mask)
     else:
         # Of each lane's own elements, with a mean: their number, mean, and sum of squared deviations (Welford 1962).
         counts = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)

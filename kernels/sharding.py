@@ -3,15 +3,13 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
-
-Kind = Literal["rows", "whole", "sum"]
-"""`rows` are sharded along one dimension of the rows, all alike; `whole` is replicated; of a `sum` each rank has a part."""
+from typing import Any
 
 
-def row_shardings(num_dims: int, outputs: Sequence[Kind], inputs: Sequence[Kind | None]) -> list[tuple[list[Any], list[Any]]]:
+def row_shardings(num_dims: int, outputs: Sequence[str], inputs: Sequence[str | None]) -> list[tuple[list[Any], list[Any]]]:
     """Return what `register_sharding` of PyTorch asks for: placements of all outputs and inputs, a pair for each choice.
 
+    Each is one of "rows", sharded along one dimension all alike; "whole", replicated; "sum", of which each process has a part.
     Rows may be sharded along each of their first `num_dims` dimensions, or everything is replicated. None stands for an
     input that is no tensor.
     """
