@@ -9,6 +9,7 @@ from .checks import FLOATING, check_device, check_dtype
 from .dispatch import jit, tl
 from .launch import launch
 from .op import Arguments, Cost, Costs, draw, grid
+from .sharding import row_shardings
 from .shared import as_rows
 
 # They differ from call to call, and no load is wider for their divisors.
@@ -105,6 +106,19 @@ def wanted_halves(gradients: tuple[Tensor, Tensor], is_packed: bool, needs_gate:
         # Both are views of the one tensor that is returned.
         return halves(gradients[0], None)
     return gradients[0] if needs_gate else None, gradients[1] if needs_up else None
+
+
+def forward_sharding(gate: Any, up: Any, *options: Any) -> Any:
+    """Return the rule of a forward op: elementwise, but for the halves of a packed row, which stay together."""
+    num_dims = len(gate.shape) - (up is None)
+    return row_shardings(num_dims, ("rows",), ("rows", None if up is None else "rows", *(None for _ in options)))
+
+
+def backward_sharding(dy: Any, gate: Any, up: Any, *options: Any) -> Any:
+    """Return the rule of a backward op, whose last two options say which gradients are needed."""
+    num_dims = len(gate.shape) - (up is None)
+    outputs = ["rows" if needed else "whole" for needed in options[-2:]]
+    return row_shardings(num_dims, outputs, ("rows", "rows", None if up is None else "rows", *(None for _ in options)))
 
 
 def check_gated(gate: Tensor, up: Tensor | None) -> None:

@@ -16,9 +16,11 @@ from .gated import (
     GATED_HUGE,
     GATED_SHAPES,
     SIZES,
+    backward_sharding,
     check_gated,
     empty_gradients,
     empty_result,
+    forward_sharding,
     gated_arguments,
     gated_costs,
     gated_tile,
@@ -31,6 +33,7 @@ from .gated import (
 from .op import Op, record
 from .reference import GeluApproximation
 from .registration import count_no_flops, custom_op
+from .sharding import sharded_as
 
 
 @jit
@@ -97,11 +100,10 @@ def geglu_backward(
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
-    if dgate_ptr is not None:
-        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
     # With gelu(gate) = gate * p: dup = dy * gate * p, dgate = dy * up * (p + gate * p').
     share, slope = _gelu(gate, TANH)
     if dgate_ptr is not None:
+        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
         store_tile(dgate_ptr, rows, dgate_row_stride, columns, dy * up * (share + slope), mask)
     if dup_ptr is not None:
         store_tile(dup_ptr, rows, dup_row_stride, columns, dy * gate * share, mask)
@@ -115,6 +117,7 @@ def _geglu(gate: Tensor, up: Tensor | None, approximate: str) -> Tensor:
 
 
 @_geglu.register_fake
+@sharded_as(_geglu, forward_sharding)
 def _(gate, up, approximate):
     return empty_result(gate, up)
 
@@ -130,6 +133,7 @@ def _geglu_backward(
 
 
 @_geglu_backward.register_fake
+@sharded_as(_geglu_backward, backward_sharding)
 def _(dy, gate, up, approximate, needs_gate, needs_up):
     return empty_gradients(gate, up, needs_gate, needs_up)
 

@@ -1,5 +1,6 @@
 """LayerNorm, forward and backward in one pass over memory each."""
 
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +12,6 @@ from .launch import launch
 from .norm import (
     COMPILED_WIDTHS,
     SIZES,
-    WARPS_PER_SM,
     backward_config,
     check_norm,
     differentiate_rows,
@@ -22,6 +22,7 @@ from .norm import (
 )
 from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .registration import count_no_flops, custom_op
+from .sharding import row_shardings, sharded_as
 from .shared import as_rows
 
 
@@ -81,7 +82,7 @@ def _layer_norm(
     rows = as_rows(x)
     num_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     if num_rows > 0:
         config = forward_config(width, x.element_size())
         launch(
@@ -92,10 +93,16 @@ def _layer_norm(
     return y, mean, rstd
 
 
+def _forward_sharding(x, weight, bias, *_):
+    vectors = (None if vector is None else "whole" for vector in (weight, bias))
+    return row_shardings(len(x.shape) - 1, ("rows",) * 3, ("rows", *vectors, None, None))
+
+
 @_layer_norm.register_fake
+@sharded_as(_layer_norm, _forward_sharding)
 def _(x, weight, bias, eps, y_dtype):
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    return y, *(torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, *(torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
 
 
 @custom_op("layer_norm_backward")
@@ -112,9 +119,8 @@ def _layer_norm_backward(
     # Returns dx, dw and db; empty tensors for those that are not needed.
     rows, dy_rows = as_rows(x), as_rows(dy)
     num_rows, width = rows.shape
-    config = backward_config(width, x.element_size() + dy.element_size())
-    tiles = -(-num_rows // config["BLOCK_ROWS"])
-    num_programs = min(tiles, num_sms(x.device) * WARPS_PER_SM // config["num_warps"])
+    config, programs = backward_config(width, dy.element_size(), x.element_size(), num_sums=2)
+    num_programs = min(-(-num_rows // config["BLOCK_ROWS"]), num_sms(x.device) * programs)
     dx = empty_gradient(x, x.dtype if needs_dx else None)
     # The looped form adds into its partial sums, so those start at zero.
     allocate = torch.empty if config["PARTS"] else torch.zeros
@@ -133,7 +139,14 @@ def _layer_norm_backward(
     return dx, dw, x.new_empty(0) if db_partial is None else db_partial.sum(dim=0).to(db_dtype)
 
 
+def _backward_sharding(dy, x, weight, mean, rstd, needs_dx, needs_dw, db_dtype):
+    outputs = "rows" if needs_dx else "whole", *("sum" if needed else "whole" for needed in (needs_dw, db_dtype is not None))
+    inputs = "rows", "rows", None if weight is None else "whole", "rows", "rows", *(None,) * 3
+    return row_shardings(len(x.shape) - 1, outputs, inputs)
+
+
 @_layer_norm_backward.register_fake
+@sharded_as(_layer_norm_backward, _backward_sharding)
 def _(dy, x, weight, mean, rstd, needs_dx, needs_dw, db_dtype):
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw else x.new_empty(0)
     db = x.new_empty(0) if db_dtype is None else torch.empty(x.shape[-1:], dtype=db_dtype, device=x.device)
@@ -153,7 +166,9 @@ def _backward(ctx, dy: Tensor | None, *_):
     if dy is None:
         return (None,) * 5
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dx, dw, db = _layer_norm_backward(dy, *ctx.saved_tensors, needs_x, needs_weight, ctx.bias_dtype if needs_bias else None)
+    dx, dw, db = _layer_norm_backward(
+        dy, *ctx.saved_tensors, needs_x, needs_weight, ctx.bias_dtype if needs_bias else None
+    )
     return dx if needs_x else None, dw if needs_weight else None, db if needs_bias else None, None, None
 
 

@@ -6,6 +6,9 @@ BLOCK_WIDTH columns each, so that widths such as 5,120 = 5 * 1024 leave no lane 
 PARTS, and is read twice.
 """
 
+# The loops that Triton unrolls, and tuples that grow in them, are no Python that a type checker knows.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import torch
 from torch import Tensor
 
@@ -102,8 +105,8 @@ def normalise_rows(
                 total += (_store_total(total_ptr, x[part], residual[part], rows, width, columns, mask),)
             x = total
         if mean_ptr is not None:
-            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-            for part in tl.static_range(PARTS):
+            sums = x[0]
+            for part in tl.static_range(1, PARTS):
                 sums += x[part]
             mean = tl.sum(sums, axis=1)[:, None] / width
             tl.store(mean_ptr + rows, mean, mask=row_mask)
@@ -112,14 +115,20 @@ def normalise_rows(
             for part in tl.static_range(PARTS):
                 centred += (tl.where(_columns(part, BLOCK_WIDTH) < width, x[part] - mean, 0.0),)
             x = centred
-        squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-        for part in tl.static_range(PARTS):
+        # Sums begin with their first term: the compiler would keep an addition of zero.
+        squares = x[0] * x[0]
+        for part in tl.static_range(1, PARTS):
             squares += x[part] * x[part]
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
+        # Now or at the end: where ptxas spills nothing.
+        if mean_ptr is not None:
+            tl.store(rstd_ptr + rows, rstd, mask=row_mask)
         for part in tl.static_range(PARTS):
             columns = _columns(part, BLOCK_WIDTH)
             mask = row_mask & (columns < width)
             _store_output(y_ptr, weight_ptr, bias_ptr, x[part] * rstd, rows, width, columns, mask, offset, ROUND_FIRST)
+        if mean_ptr is None:
+            tl.store(rstd_ptr + rows, rstd, mask=row_mask)
     else:
         # Of each lane's own elements, with a mean: their number, mean, and sum of squared deviations (Welford 1962).
         counts = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
@@ -145,6 +154,7 @@ def normalise_rows(
             tl.store(mean_ptr + rows, mean, mask=row_mask)
             squares += counts * (means - mean) * (means - mean)
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
         # A thread may read back a total that another one stored.
         tl.debug_barrier()
         for start in range(0, width, BLOCK_WIDTH):
@@ -157,7 +167,6 @@ def normalise_rows(
             if mean_ptr is not None:
                 x -= mean
             _store_output(y_ptr, weight_ptr, bias_ptr, x * rstd, rows, width, columns, mask, offset, ROUND_FIRST)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
 @jit
@@ -224,34 +233,39 @@ def differentiate_rows(
         dw += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32),)
         db += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32),)
     for start_row in range(tl.program_id(0) * BLOCK_ROWS, num_rows, BLOCK_ROWS * tl.num_programs(0)):
-        rows = (start_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+        row_numbers = start_row + tl.arange(0, BLOCK_ROWS)
+        rows = row_numbers.to(tl.int64)[:, None]
         row_mask = rows < num_rows
-        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + row_numbers, mask=row_numbers < num_rows, other=0.0)[:, None]
         mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         if mean_ptr is not None:
-            mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-        products = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+            mean = tl.load(mean_ptr + row_numbers, mask=row_numbers < num_rows, other=0.0)[:, None]
         mean_g = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         if PARTS > 0:
-            x = _load_row(x_ptr, rows, x_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            x_hat = ()
+            for part in tl.static_range(PARTS):
+                columns = _columns(part, BLOCK_WIDTH)
+                x = _load(x_ptr, rows, x_row_stride, columns, row_mask & (columns < width))
+                x_hat += ((x - mean) * rstd,)
             dy = _load_row(dy_ptr, rows, dy_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
+            g = ()
+            for part in tl.static_range(PARTS):
+                g += (_gradient_of_normalised(dy[part], weight_ptr, _columns(part, BLOCK_WIDTH), width, offset),)
             if d_total_ptr is not None:
                 d_total = _load_row(d_total_ptr, rows, d_total_row_stride, row_mask, width, BLOCK_WIDTH, PARTS)
-            x_hat = ()
-            g = ()
             new_dw = ()
             new_db = ()
             for part in tl.static_range(PARTS):
-                columns = _columns(part, BLOCK_WIDTH)
-                x_hat += ((x[part] - mean) * rstd,)
-                g += (_gradient_of_normalised(dy[part], weight_ptr, columns, width, offset),)
-                products += g[part] * x_hat[part]
-                sums += g[part]
                 new_dw += (dw[part] + dy[part] * x_hat[part] if dw_partial_ptr is not None else dw[part],)
                 new_db += (db[part] + dy[part] if db_partial_ptr is not None else db[part],)
             dw = new_dw
             db = new_db
+            # Sums begin with their first term: the compiler would keep an addition of zero.
+            products = g[0] * x_hat[0]
+            sums = g[0]
+            for part in tl.static_range(1, PARTS):
+                products += g[part] * x_hat[part]
+                sums += g[part]
             projection = tl.sum(products, axis=1)[:, None] / width
             if mean_ptr is not None:
                 mean_g = tl.sum(sums, axis=1)[:, None] / width
@@ -262,6 +276,8 @@ def differentiate_rows(
                     dx += d_total[part]
                 _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, row_mask & (columns < width))
         else:
+            products = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
             for start in range(0, width, BLOCK_WIDTH):
                 columns = start + _columns(0, BLOCK_WIDTH)
                 mask = row_mask & (columns < width)
@@ -293,16 +309,19 @@ def differentiate_rows(
         _store_partial(db_partial_ptr, db, width, BLOCK_WIDTH, PARTS)
 
 
-# Elements of a tile: narrow rows share one, so that every warp has 16-byte loads to issue.
+# Elements of a tile of rows of one block: narrow rows share one, so that every warp has 16-byte loads to issue.
 FORWARD_TILE = 4096
 BACKWARD_TILE = 2048
-# The widest row, in bytes of its inputs, that stays in registers between its statistics and its result, on sm_80 to sm_100
-# without a spill by Triton 3.6 or 3.7; a wider one is read twice. The backward pass also holds the sum that becomes dw.
-FORWARD_ROW_BYTES = 64 * 1024
+# Elements of one block of such rows where a row has several.
+PART_TILE = 1024
+# The widest row, by the bytes of its widest elements, that stays in registers between its statistics and its result, on sm_80
+# to sm_100 without a spill by Triton 3.6 or 3.7; a wider one is read twice.
+FORWARD_WIDTH = {2: 32 * 1024, 4: 24 * 1024}
+# The same in bytes of all inputs: the backward pass also holds the sums that become dw and db.
 BACKWARD_ROW_BYTES = 96 * 1024
 LOOPED = {"BLOCK_ROWS": 1, "BLOCK_WIDTH": 4096, "PARTS": 0, "num_warps": 8}
-# As many warps live together on a multiprocessor when a thread uses 128 registers; on sm_90 and sm_100 none uses more.
-WARPS_PER_SM = 16
+# Of a multiprocessor, on all architectures.
+REGISTERS = 65536
 
 
 def _power_of_2(least: int) -> int:
@@ -315,33 +334,45 @@ def _blocks(width: int, most_parts: int) -> tuple[int, int]:
     return min(((p, block) for p, block in sizes if p == 1 or block >= 32), key=lambda size: (size[0] * size[1], size[0]))
 
 
-def forward_config(width: int, element_bytes: int) -> dict[str, int]:
-    """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
-    parts, block_width = _blocks(width, 7)
-    if _power_of_2(width) * element_bytes > FORWARD_ROW_BYTES:
+def forward_config(width: int, *element_sizes: int) -> dict[str, int]:
+    """Return the launch that ships for rows of `width` elements, of so many bytes in each input."""
+    parts, block_width = _blocks(width, 7 if len(element_sizes) == 1 else 5)
+    if parts * block_width > FORWARD_WIDTH[max(element_sizes)]:
         return dict(LOOPED)
-    # A 16-byte load is 8 elements of half precision, 4 of float32 or of two tensors: 4 loads a thread either way.
-    thread_elements = 32 if element_bytes <= 2 else 16
-    if parts > 1:
-        thread_elements = 8 if element_bytes != 4 else 4
-    tile = max(block_width, FORWARD_TILE if parts == 1 else 1024)
+    if parts == 1:
+        tile = max(block_width, FORWARD_TILE)
+        # A 16-byte load is 8 elements of half precision, 4 of float32: 4 loads a thread either way, also from two tensors.
+        thread_elements = 32 if sum(element_sizes) <= 2 else 16
+    else:
+        tile, thread_elements = max(block_width, PART_TILE), 16 // min(element_sizes)
     num_warps = min(tile // (32 * thread_elements), 32)
     return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
 
 
-def backward_config(width: int, element_bytes: int) -> dict[str, int]:
-    """Return the launch that ships for rows of `width` elements, with `element_bytes` read for each."""
-    parts, block_width = _blocks(width, 3)
-    if _power_of_2(width) * element_bytes > BACKWARD_ROW_BYTES:
-        return dict(LOOPED)
-    tile = max(block_width, BACKWARD_TILE)
-    # 32 elements a thread need the fewest registers in all; float32 inputs, or several rows, leave room for 16, and both for 8.
-    if tile > BACKWARD_TILE and element_bytes <= 6:
-        thread_elements = 32
+def backward_config(width: int, *element_sizes: int, num_sums: int = 1) -> tuple[dict[str, int], int]:
+    """Return the launch that ships, and how many of its programs a multiprocessor holds; `num_sums` is 2 for dw and db."""
+    parts, block_width = _blocks(width, 5)
+    row_bytes = sum(element_sizes)
+    if parts == 1:
+        tile = max(block_width, BACKWARD_TILE)
+        # 32 elements a thread need the fewest registers in all; float32 inputs, a second sum or several rows leave room for 16,
+        # and float32 from all of three tensors in several rows for 8.
+        if tile > BACKWARD_TILE and row_bytes <= 6 and num_sums == 1:
+            thread_elements = 32
+        else:
+            thread_elements = 8 if block_width < tile and row_bytes > 8 else 16
     else:
-        thread_elements = 8 if block_width < tile and element_bytes > 8 else 16
+        tile, thread_elements = max(block_width, PART_TILE), 16 // max(element_sizes)
     num_warps = min(tile // (32 * thread_elements), 16)
-    return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
+    # The most that a thread uses on any architecture, which its sums say.
+    sums = parts * tile // (32 * num_warps) * num_sums
+    registers = 128 if sums <= 32 else 168 if sums <= 40 else 256
+    programs = REGISTERS // (32 * num_warps * registers)
+    if programs == 0 or parts * block_width * row_bytes > BACKWARD_ROW_BYTES:
+        # A second sum halves the block and so the registers: the same bytes are under way.
+        return {**LOOPED, "BLOCK_WIDTH": LOOPED["BLOCK_WIDTH"] // num_sums}, 2 * num_sums
+    config = {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
+    return config, programs
 
 
 def empty_gradient(like: Tensor, dtype: torch.dtype | None) -> Tensor:

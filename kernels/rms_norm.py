@@ -14,7 +14,6 @@ from .launch import launch
 from .norm import (
     COMPILED_WIDTHS,
     SIZES,
-    WARPS_PER_SM,
     backward_config,
     check_norm,
     differentiate_rows,
@@ -26,6 +25,7 @@ from .norm import (
 from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .reference import Casting
 from .registration import count_no_flops, custom_op
+from .sharding import row_shardings, sharded_as
 from .shared import as_rows
 
 
@@ -98,9 +98,9 @@ def _rms_norm(
     num_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if num_rows > 0:
-        config = forward_config(width, x.element_size() + (0 if residual is None else residual.element_size()))
+        config = forward_config(width, *(t.element_size() for t in (x, residual) if t is not None))
         launch(
             rms_norm_forward, -(-num_rows // config["BLOCK_ROWS"]),
             rows, residual_rows, None if weight is None else weight.contiguous(),
@@ -111,12 +111,18 @@ def _rms_norm(
     return y, total, rstd
 
 
+def _forward_sharding(x, residual, weight, *_):
+    residual, weight = None if residual is None else "rows", None if weight is None else "whole"
+    return row_shardings(len(x.shape) - 1, ("rows", residual or "whole", "rows"), ("rows", residual, weight, *(None,) * 4))
+
+
 @_rms_norm.register_fake
+@sharded_as(_rms_norm, _forward_sharding)
 def _(x, residual, weight, eps, offset, round_first, y_dtype):
     return (
         torch.empty(x.shape, dtype=y_dtype, device=x.device),
         x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device),
-        torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
     )
 
 
@@ -136,9 +142,8 @@ def _rms_norm_backward(
     rows, dy_rows = as_rows(x), as_rows(dy)
     d_total_rows = None if d_total is None else as_rows(d_total)
     num_rows, width = rows.shape
-    config = backward_config(width, sum(t.element_size() for t in (dy, x, d_total) if t is not None))
-    tiles = -(-num_rows // config["BLOCK_ROWS"])
-    num_programs = min(tiles, num_sms(x.device) * WARPS_PER_SM // config["num_warps"])
+    config, programs = backward_config(width, *(t.element_size() for t in (dy, x, d_total) if t is not None))
+    num_programs = min(-(-num_rows // config["BLOCK_ROWS"]), num_sms(x.device) * programs)
     dx, d_residual = empty_gradient(x, dx_dtype), empty_gradient(x, d_residual_dtype)
     dw_partial = None
     if needs_dw:
@@ -158,7 +163,15 @@ def _rms_norm_backward(
     return dx, d_residual, dw_partial.sum(dim=0).to(weight.dtype)
 
 
+def _backward_sharding(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
+    dx, d_residual = ("whole" if dtype is None else "rows" for dtype in (dx_dtype, d_residual_dtype))
+    d_total, weight = None if d_total is None else "rows", None if weight is None else "whole"
+    outputs = dx, d_residual, "sum" if needs_dw else "whole"
+    return row_shardings(len(x.shape) - 1, outputs, ("rows", d_total, "rows", weight, "rows", *(None,) * 4))
+
+
 @_rms_norm_backward.register_fake
+@sharded_as(_rms_norm_backward, _backward_sharding)
 def _(dy, d_total, x, weight, rstd, offset, dx_dtype, d_residual_dtype, needs_dw):
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw else x.new_empty(0)
     return empty_gradient(x, dx_dtype), empty_gradient(x, d_residual_dtype), dw

@@ -1,5 +1,6 @@
 """SwiGLU: y = silu(gate) * up, forward and backward in one pass over memory each, split or packed."""
 
+
 from functools import partial
 
 import torch.nn.functional as F
@@ -13,9 +14,11 @@ from .gated import (
     GATED_HUGE,
     GATED_SHAPES,
     SIZES,
+    backward_sharding,
     check_gated,
     empty_gradients,
     empty_result,
+    forward_sharding,
     gated_arguments,
     gated_costs,
     gated_tile,
@@ -27,6 +30,7 @@ from .gated import (
 )
 from .op import Op, record
 from .registration import count_no_flops, custom_op
+from .sharding import sharded_as
 
 
 @jit(do_not_specialize=SIZES)
@@ -72,12 +76,11 @@ def swiglu_backward(
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
-    if dgate_ptr is not None:
-        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
     # With s = sigmoid(gate): dup = dy * gate * s, dgate = dy * up * s * (1 + gate * (1 - s)).
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     scaled = dy * sigmoid
     if dgate_ptr is not None:
+        up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
         dgate = scaled * up * (1.0 + gate * (1.0 - sigmoid))
         store_tile(dgate_ptr, rows, dgate_row_stride, columns, dgate, mask)
     if dup_ptr is not None:
@@ -92,6 +95,7 @@ def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 @_swiglu.register_fake
+@sharded_as(_swiglu, forward_sharding)
 def _(gate, up):
     return empty_result(gate, up)
 
@@ -105,6 +109,7 @@ def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, needs_gate: bo
 
 
 @_swiglu_backward.register_fake
+@sharded_as(_swiglu_backward, backward_sharding)
 def _(dy, gate, up, needs_gate, needs_up):
     return empty_gradients(gate, up, needs_gate, needs_up)
 
