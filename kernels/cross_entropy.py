@@ -16,14 +16,21 @@ from .loss_options import LossOptions, Reduction
 from .shared import count_no_flops, register_fake
 
 # Columns of a block: 16 a thread, which is 32 bytes of half precision on their way and few enough registers to fill a
-# multiprocessor. Some options need more registers, so programs are smaller then, and threads have 32 bytes of float32 too.
+# multiprocessor. A softcap needs more registers, so programs are smaller then, and threads have 32 bytes of float32 too;
+# several options together would spill with more than 8 columns a thread.
 MAX_BLOCK = 8192
 
 
 def launch_config(width: int, dtype: torch.dtype, options: LossOptions) -> dict[str, int]:
     """Return the block of columns, its vectors of 16 bytes and the warps that ship for a vocabulary of `width`."""
-    small = options.softcap is not None or options.class_weights is not None or options.return_predictions
-    block, thread_columns = (MAX_BLOCK // 2, 32 // dtype.itemsize) if small else (MAX_BLOCK, 16)
+    capped = options.softcap is not None
+    several = capped and (options.label_smoothing != 0.0 or options.return_accuracy)
+    if several or options.class_weights is not None or options.return_predictions:
+        block, thread_columns = MAX_BLOCK // 4, 8
+    elif capped:
+        block, thread_columns = MAX_BLOCK // 2, 32 // dtype.itemsize
+    else:
+        block, thread_columns = MAX_BLOCK, 16
     block = min(max(1 << (width - 1).bit_length(), 1024), block)
     return {"BLOCK": block, "VECTOR": 16 // dtype.itemsize, "num_warps": block // (32 * thread_columns)}
 
@@ -326,7 +333,7 @@ def cross_entropy(
 def kernel_case(name: str, width: int, dtype: torch.dtype, everything: bool) -> KernelCase:
     """Return one of the kernels with the launch configuration that ships, without or with every option."""
     kernel = {"forward": cross_entropy_forward, "backward": cross_entropy_backward, "fused": cross_entropy_fused}[name]
-    options = LossOptions(softcap=30.0) if everything else LossOptions()
+    options = LossOptions(softcap=30.0, return_predictions=True) if everything else LossOptions()
     config = launch_config(width, dtype, options)
     num_warps = config.pop("num_warps")
     present = dict.fromkeys(("SMOOTHING", "SOFTCAP", "WEIGHTED", "READ_IGNORED", "ACCURACY", "DLSE"), everything)
