@@ -17,7 +17,7 @@ from .shared import count_no_flops, register_fake
 
 # Columns of a block: 16 a thread, which is 32 bytes of half precision on their way and few enough registers to fill a
 # multiprocessor. A softcap needs more registers, so programs are smaller then, and threads have 32 bytes of float32 too;
-# several options together would spill with more than 8 columns a thread.
+# several options together would spill with more than one vector a thread.
 MAX_BLOCK = 8192
 
 
@@ -26,7 +26,7 @@ def launch_config(width: int, dtype: torch.dtype, options: LossOptions) -> dict[
     capped = options.softcap is not None
     several = capped and (options.label_smoothing != 0.0 or options.return_accuracy)
     if several or options.class_weights is not None or options.return_predictions:
-        block, thread_columns = MAX_BLOCK // 4, 8
+        block, thread_columns = MAX_BLOCK // 8, 16 // dtype.itemsize
     elif capped:
         block, thread_columns = MAX_BLOCK // 2, 32 // dtype.itemsize
     else:
