@@ -16,13 +16,21 @@ from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .registration import count_no_flops, custom_op
 
 # Columns of a block: 16 a thread, which is 32 bytes of half precision on their way and few enough registers to fill a
-# multiprocessor. The tanh of a softcap needs more registers, so programs are smaller then, and threads have 32 bytes of float32 too.
+# multiprocessor. A softcap needs more registers, so programs are smaller then, and threads have 32 bytes of float32 too;
+# several options together would spill with more than one vector a thread.
 MAX_BLOCK = 8192
 
 
-def launch_config(width: int, dtype: torch.dtype, softcap: bool) -> dict[str, int]:
+def launch_config(width: int, dtype: torch.dtype, options: LossOptions) -> dict[str, int]:
     """Return the block of columns, its vectors of 16 bytes and the warps that ship for a vocabulary of `width`."""
-    block, thread_columns = (MAX_BLOCK // 2, 32 // dtype.itemsize) if softcap else (MAX_BLOCK, 16)
+    capped = options.softcap is not None
+    several = capped and (options.label_smoothing != 0.0 or options.return_accuracy)
+    if several or options.class_weights is not None or options.return_predictions:
+        block, thread_columns = MAX_BLOCK // 8, 16 // dtype.itemsize
+    elif capped:
+        block, thread_columns = MAX_BLOCK // 2, 32 // dtype.itemsize
+    else:
+        block, thread_columns = MAX_BLOCK, 16
     block = min(max(1 << (width - 1).bit_length(), 1024), block)
     return {"BLOCK": block, "VECTOR": 16 // dtype.itemsize, "num_warps": block // (32 * thread_columns)}
 
@@ -64,6 +72,12 @@ def _values(options: LossOptions, unused: Tensor) -> tuple[tuple[Tensor, Tensor]
     }  # fmt: skip
 
 
+def _is_shifted(logits: Tensor, block: int, vector: int) -> bool:
+    # Whether rows of several blocks begin elsewhere than on a vector.
+    steps = [stride for size, stride in zip(logits.shape[:2], logits.stride(), strict=False) if size > 1]
+    return logits.shape[2] > block and any(stride % vector != 0 for stride in steps)
+
+
 def _flags(options: LossOptions) -> dict[str, bool]:
     return {
         "READ_IGNORED": options.return_lse or options.return_predictions,
@@ -83,12 +97,13 @@ def launch_forward(
 ) -> None:
     """Fill losses, row_max, log_sum and predicted, all contiguous, from logits (outer, inner, V) and contiguous targets."""
     weights, numbers, present = _values(options, losses)
+    config = launch_config(logits.shape[2], logits.dtype, options)
     if targets.numel() > 0:
         launch(
             cross_entropy_forward, targets.numel(),
             logits, targets, losses, row_max, log_sum, predicted, *weights,
             logits.stride(0), logits.stride(1), logits.shape[1], logits.shape[2], options.ignore_index, *numbers,
-            **present, **_flags(options), **launch_config(logits.shape[2], logits.dtype, options.softcap is not None),
+            **present, **_flags(options), SHIFTED=_is_shifted(logits, config["BLOCK"], config["VECTOR"]), **config,
         )  # fmt: skip
 
 
@@ -107,7 +122,7 @@ def launch_fused(
         cross_entropy_fused, targets.numel(),
         logits, targets, losses, row_max, log_sum, predicted, *weights,
         logits.stride(1), logits.shape[2], options.ignore_index, *numbers,
-        **present, **_flags(options), **launch_config(logits.shape[2], logits.dtype, options.softcap is not None),
+        **present, **_flags(options), **launch_config(logits.shape[2], logits.dtype, options),
     )  # fmt: skip
 
 
@@ -127,14 +142,18 @@ def launch_backward(
         dlosses = row_max.new_zeros(()).expand(targets.shape)
     dlosses, dlse = dlosses.reshape(-1), None if dlse is None else dlse.reshape(-1)
     weights, numbers, present = _values(options, row_max)
-    config = launch_config(logits.shape[-1], logits.dtype, options.softcap is not None)
+    config = launch_config(logits.shape[-1], logits.dtype, options)
+    block, vector = config["BLOCK"], config["VECTOR"]
+    alike = all(n == 1 or a == b for n, a, b in zip(logits.shape, logits.stride(), dlogits.stride(), strict=True))
+    shifted = alike and _is_shifted(logits, block, vector)
     if targets.numel() > 0:
         launch(
-            cross_entropy_backward, targets.numel() * -(-logits.shape[-1] // config["BLOCK"]),
+            cross_entropy_backward, targets.numel() * -(-(logits.shape[-1] + (vector - 1) * shifted) // block),
             dlosses, row_max if dlse is None else dlse, logits, targets, row_max, log_sum, dlogits, *weights,
             dlosses.stride(0), 0 if dlse is None else dlse.stride(0),
             logits.stride(0), logits.stride(1), dlogits.stride(0), dlogits.stride(1),
-            logits.shape[1], logits.shape[2], options.ignore_index, *numbers, **present, DLSE=dlse is not None, **config,
+            logits.shape[1], logits.shape[2], options.ignore_index, *numbers, **present,
+            DLSE=dlse is not None, SHIFTED=shifted, **config,
         )  # fmt: skip
 
 

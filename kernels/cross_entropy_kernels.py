@@ -30,6 +30,40 @@ def _columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
+def _row_start(pointer, offset, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
+    # Rows of an odd vocabulary begin anywhere in a vector of 16 bytes: their blocks begin where that vector does, `shift`
+    # columns before the row.
+    shift = 0
+    if SHIFTED:
+        start = offset // VECTOR * VECTOR
+        shift = tl.cast(offset - start, tl.int32)
+        offset = start
+    return pointer + offset, shift
+
+
+@jit
+def _whole_vectors(start, shift, end, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    first = start - shift + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
+    return (first >= 0) & (first + VECTOR <= end)
+
+
+@jit
+def _load_ends(
+    row_ptr, start, shift, end, other: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+):
+    # A block with the first columns of the row, or with the last ones before `end`; vectors that it fills come as vectors.
+    places = _columns(start, BLOCK, VECTOR)
+    if SHIFTED:
+        whole = _whole_vectors(start, shift, end, BLOCK, VECTOR)
+        part = (places >= shift) & (places < end + shift) & ~whole
+        x = tl.load(row_ptr + places, mask=whole, other=other)
+        x = tl.where(whole, x, tl.load(row_ptr + places, mask=part, other=other))
+    else:
+        x = tl.load(row_ptr + places, mask=places < end, other=other)
+    return x
+
+
+@jit
 def _factor(z_loss, Z_LOSS: tl.constexpr):
     # That of a schedule may be kept on the device.
     if Z_LOSS == "tensor":
@@ -39,16 +73,20 @@ def _factor(z_loss, Z_LOSS: tl.constexpr):
 
 @jit
 def _add_block(
-    row_ptr, class_weights_ptr, start, end, target, target_logit, softcap,
+    row_ptr, class_weights_ptr, start, shift, end, target, target_logit, softcap,
     row_max, row_sum, logit_sum, best_logit, best,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
-    ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
+    ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    columns = _columns(start, BLOCK, VECTOR)
+    columns = _columns(start, BLOCK, VECTOR) - shift
+    inside = columns < end
+    if SHIFTED:
+        inside &= columns >= 0
     if MASKED:
-        x = tl.load(row_ptr + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+        x = _load_ends(row_ptr, start, shift, end, -float("inf"), SHIFTED, BLOCK, VECTOR).to(tl.float32)
     else:
-        x = tl.load(row_ptr + columns).to(tl.float32)
+        x = tl.load(row_ptr + _columns(start, BLOCK, VECTOR)).to(tl.float32)
     if ACCURACY:
         # Whether one beats the target: NaN does.
         ahead = ~(x <= target_logit) | ((x == target_logit) & (columns < target))
@@ -63,11 +101,11 @@ def _add_block(
     if SOFTCAP:
         x = softcap * tanh(x * (1.0 / softcap))
         if MASKED:
-            x = tl.where(columns < end, x, -float("inf"))
+            x = tl.where(inside, x, -float("inf"))
     if SMOOTHING:
-        term = tl.where(columns < end, x, 0.0) if MASKED else x
+        term = tl.where(inside, x, 0.0) if MASKED else x
         if WEIGHTED:
-            term *= tl.load(class_weights_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
+            term *= tl.load(class_weights_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         logit_sum += tl.sum(term, axis=1)
     new_max = tl.maximum(row_max, tl.max(x, axis=1))
     row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(x - new_max[:, None]), axis=1)
@@ -76,28 +114,37 @@ def _add_block(
 
 @jit
 def _row_loss(
-    row_ptr, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, read, label_smoothing, z_loss, softcap,
+    row_ptr, shift, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, read, label_smoothing, z_loss, softcap,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
-    ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    target_logit = tl.load(row_ptr + tl.where(valid, target, 0)).to(tl.float32)
+    target_logit = tl.load(row_ptr + shift + tl.where(valid, target, 0)).to(tl.float32)
     row_max = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
     logit_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
     best_logit = tl.full((BLOCK // VECTOR,), -float("inf"), tl.float32)
     best = tl.zeros((BLOCK // VECTOR,), tl.int32)
     end = tl.where(read, width, 0)
-    whole = end // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    whole = (end + shift) // BLOCK * BLOCK
+    begin = 0
+    if SHIFTED:
+        begin = BLOCK
+        whole = tl.maximum(whole, begin)
         row_max, row_sum, logit_sum, best_logit, best = _add_block(
-            row_ptr, class_weights_ptr, start, end, target, target_logit, softcap,
+            row_ptr, class_weights_ptr, 0, shift, end, target, target_logit, softcap,
             row_max, row_sum, logit_sum, best_logit, best,
-            SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR, False,
+            SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, SHIFTED, BLOCK, VECTOR, True,
+        )  # fmt: skip
+    for start in range(begin, whole, BLOCK):
+        row_max, row_sum, logit_sum, best_logit, best = _add_block(
+            row_ptr, class_weights_ptr, start, shift, end, target, target_logit, softcap,
+            row_max, row_sum, logit_sum, best_logit, best,
+            SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, SHIFTED, BLOCK, VECTOR, False,
         )  # fmt: skip
     row_max, row_sum, logit_sum, best_logit, best = _add_block(
-        row_ptr, class_weights_ptr, whole, end, target, target_logit, softcap,
+        row_ptr, class_weights_ptr, whole, shift, end, target, target_logit, softcap,
         row_max, row_sum, logit_sum, best_logit, best,
-        SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR, True,
+        SMOOTHING, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, SHIFTED, BLOCK, VECTOR, True,
     )  # fmt: skip
     top = tl.max(row_max, axis=0)
     log_sum = tl.log(tl.sum(row_sum * tl.exp(row_max - top), axis=0))
@@ -132,19 +179,25 @@ def _row_loss(
 
 @jit
 def _write_gradient(
-    row_ptr, gradient_ptr, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
+    row_ptr, gradient_ptr, class_weights_ptr, start, shift, width, target, counted, row_max, log_sum, weight, weight_sum,
     dloss, dlse, label_smoothing, z_loss, softcap,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, DLSE: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     # d loss / d logit_j = p_j - (1 - label_smoothing) [j = target] - label_smoothing / V + 2 z_loss lse p_j, with class
     # weights w (w_target p_j - ...) + label_smoothing / V (sum(w) p_j - w_j), and with a softcap times 1 - tanh^2;
     # d lse / d logit_j = p_j. Small differences come first. Ignored rows are not read.
-    columns = _columns(start, BLOCK, VECTOR)
-    if MASKED:
-        x = tl.load(row_ptr + columns, mask=(columns < width) & counted, other=0.0).to(tl.float32)
+    places = _columns(start, BLOCK, VECTOR)
+    columns = places - shift
+    inside = columns < width
+    if SHIFTED:
+        inside &= columns >= 0
+    if MASKED and SHIFTED:
+        x = _load_ends(row_ptr, start, shift, tl.where(counted, width, 0), 0.0, SHIFTED, BLOCK, VECTOR).to(tl.float32)
+    elif MASKED:
+        x = tl.load(row_ptr + places, mask=inside & counted, other=0.0).to(tl.float32)
     else:
-        x = tl.load(row_ptr + columns, mask=counted, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + places, mask=counted, other=0.0).to(tl.float32)
     slope = 1.0
     if SOFTCAP:
         capped = tanh(x * (1.0 / softcap))
@@ -155,7 +208,7 @@ def _write_gradient(
         others = label_smoothing / width
         if WEIGHTED:
             gradient = weight * (1.0 - label_smoothing) * (probability - tl.where(columns == target, 1.0, 0.0))
-            class_weights = tl.load(class_weights_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+            class_weights = tl.load(class_weights_ptr + columns, mask=inside, other=0.0).to(tl.float32)
             gradient += others * (weight_sum * probability - class_weights)
         else:
             gradient = probability - tl.where(columns == target, 1.0 - label_smoothing + others, others)
@@ -172,10 +225,14 @@ def _write_gradient(
     if not DLSE:
         gradient *= dloss
     gradient = tl.where(counted, gradient, 0.0).to(gradient_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(gradient_ptr + columns, gradient, mask=columns < width)
+    if MASKED and SHIFTED:
+        whole = _whole_vectors(start, shift, width, BLOCK, VECTOR)
+        tl.store(gradient_ptr + places, gradient, mask=whole)
+        tl.store(gradient_ptr + places, gradient, mask=inside & ~whole)
+    elif MASKED:
+        tl.store(gradient_ptr + places, gradient, mask=inside)
     else:
-        tl.store(gradient_ptr + columns, gradient)
+        tl.store(gradient_ptr + places, gradient)
 
 
 @jit
@@ -203,16 +260,18 @@ def cross_entropy_forward(
     logits_ptr, targets_ptr, losses_ptr, row_max_ptr, log_sum_ptr, predicted_ptr, class_weights_ptr, weight_sum_ptr,
     logits_outer_stride, logits_inner_stride, inner_rows, width, ignore_index, label_smoothing, z_loss, softcap,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
-    READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr,
+    READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Write the loss of one row, and what its gradient is computed from."""
     row = tl.program_id(0)
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
+    offset = _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride)
+    logits, shift = _row_start(logits_ptr, offset, SHIFTED, VECTOR)
     loss, row_max, log_sum, predicted = _row_loss(
-        logits_ptr + _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride),
-        class_weights_ptr, weight_sum_ptr, target, counted, valid, width, True if READ_IGNORED else counted,
-        label_smoothing, z_loss, softcap, SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR,
+        logits, shift, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, True if READ_IGNORED else counted,
+        label_smoothing, z_loss, softcap,
+        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, SHIFTED, BLOCK, VECTOR,
     )  # fmt: skip
     tl.store(losses_ptr + row, loss)
     tl.store(row_max_ptr + row, row_max)
@@ -227,10 +286,10 @@ def cross_entropy_backward(
     dlosses_stride, dlse_stride, logits_outer_stride, logits_inner_stride, dlogits_outer_stride, dlogits_inner_stride,
     inner_rows, width, ignore_index, label_smoothing, z_loss, softcap,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, DLSE: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one block of columns of one row."""
-    blocks = tl.cdiv(width, BLOCK)
+    blocks = tl.cdiv(width + VECTOR - 1 if SHIFTED else width, BLOCK)
     row = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
@@ -244,16 +303,25 @@ def cross_entropy_backward(
         dlse = tl.load(dlse_ptr + tl.cast(row, tl.int64) * dlse_stride)
     if Z_LOSS is not None:
         z_loss = _factor(z_loss, Z_LOSS)
-    logits = logits_ptr + _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride)
-    dlogits = dlogits_ptr + _row_offset(row, inner_rows, dlogits_outer_stride, dlogits_inner_stride)
-    if start + BLOCK <= width:
-        _write_gradient(logits, dlogits, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
-                        dloss, dlse, label_smoothing, z_loss, softcap,
-                        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, DLSE, BLOCK, VECTOR, False)  # fmt: skip
+    offset = _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride)
+    logits, shift = _row_start(logits_ptr, offset, SHIFTED, VECTOR)
+    if SHIFTED:
+        # Only where both are laid out alike.
+        dlogits, _ = _row_start(dlogits_ptr, offset, SHIFTED, VECTOR)
     else:
-        _write_gradient(logits, dlogits, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
-                        dloss, dlse, label_smoothing, z_loss, softcap,
-                        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, DLSE, BLOCK, VECTOR, True)  # fmt: skip
+        dlogits = dlogits_ptr + _row_offset(row, inner_rows, dlogits_outer_stride, dlogits_inner_stride)
+    if (start >= shift) & (start + BLOCK <= width + shift):
+        _write_gradient(
+            logits, dlogits, class_weights_ptr, start, shift, width, target, counted, row_max, log_sum, weight, weight_sum,
+            dloss, dlse, label_smoothing, z_loss, softcap,
+            SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, DLSE, SHIFTED, BLOCK, VECTOR, False,
+        )  # fmt: skip
+    else:
+        _write_gradient(
+            logits, dlogits, class_weights_ptr, start, shift, width, target, counted, row_max, log_sum, weight, weight_sum,
+            dloss, dlse, label_smoothing, z_loss, softcap,
+            SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, DLSE, SHIFTED, BLOCK, VECTOR, True,
+        )  # fmt: skip
 
 
 @jit(do_not_specialize=SIZES)
@@ -270,8 +338,9 @@ def cross_entropy_fused(
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
     logits = logits_ptr + tl.cast(row, tl.int64) * logits_row_stride
     loss, row_max, log_sum, predicted = _row_loss(
-        logits, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, True if READ_IGNORED else counted,
-        label_smoothing, z_loss, softcap, SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, BLOCK, VECTOR,
+        logits, 0, class_weights_ptr, weight_sum_ptr, target, counted, valid, width, True if READ_IGNORED else counted,
+        label_smoothing, z_loss, softcap,
+        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, ACCURACY, PREDICTIONS, False, BLOCK, VECTOR,
     )  # fmt: skip
     tl.store(losses_ptr + row, loss)
     tl.store(row_max_ptr + row, row_max)
@@ -284,9 +353,13 @@ def cross_entropy_fused(
     dloss = tl.where(valid, 1.0, float("nan"))
     whole = width // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        _write_gradient(logits, logits, class_weights_ptr, start, width, target, counted, row_max, log_sum, weight, weight_sum,
-                        dloss, 0.0, label_smoothing, z_loss, softcap,
-                        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, False, BLOCK, VECTOR, False)  # fmt: skip
-    _write_gradient(logits, logits, class_weights_ptr, whole, width, target, counted, row_max, log_sum, weight, weight_sum,
-                    dloss, 0.0, label_smoothing, z_loss, softcap,
-                    SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, False, BLOCK, VECTOR, True)  # fmt: skip
+        _write_gradient(
+            logits, logits, class_weights_ptr, start, 0, width, target, counted, row_max, log_sum, weight, weight_sum,
+            dloss, 0.0, label_smoothing, z_loss, softcap,
+            SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, False, False, BLOCK, VECTOR, False,
+        )  # fmt: skip
+    _write_gradient(
+        logits, logits, class_weights_ptr, whole, 0, width, target, counted, row_max, log_sum, weight, weight_sum,
+        dloss, 0.0, label_smoothing, z_loss, softcap,
+        SMOOTHING, Z_LOSS, SOFTCAP, WEIGHTED, False, False, BLOCK, VECTOR, True,
+    )  # fmt: skip

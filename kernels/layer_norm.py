@@ -1,6 +1,5 @@
 """LayerNorm, forward and backward in one pass over memory each."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -166,9 +165,7 @@ def _backward(ctx, dy: Tensor | None, *_):
     if dy is None:
         return (None,) * 5
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dx, dw, db = _layer_norm_backward(
-        dy, *ctx.saved_tensors, needs_x, needs_weight, ctx.bias_dtype if needs_bias else None
-    )
+    dx, dw, db = _layer_norm_backward(dy, *ctx.saved_tensors, needs_x, needs_weight, ctx.bias_dtype if needs_bias else None)
     return dx if needs_x else None, dw if needs_weight else None, db if needs_bias else None, None, None
 
 

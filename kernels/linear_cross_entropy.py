@@ -327,14 +327,20 @@ def _costs(itemsize: int, rows: int, d_model: int, vocab_size: int) -> Costs:
 
 
 def _arguments(
-    device: torch.device, dtype: torch.dtype, rows: int, d_model: int, vocab_size: int, every_option: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    d_model: int,
+    vocab_size: int,
+    every_option: bool = False,
+    **options: Any,
 ) -> Arguments:
     x, weight = draw(device, dtype, rows, d_model), draw(device, dtype, vocab_size, d_model, scale=d_model**-0.5)
     targets = torch.randint(vocab_size, (rows,), device=device)
     if not every_option:
-        return Arguments((x, weight, targets), {})
+        return Arguments((x, weight, targets), options)
     vectors = {"bias": draw(device, dtype, vocab_size), "class_weights": torch.rand(vocab_size, device=device)}
-    return Arguments((x, weight, targets), EVERY_OPTION | vectors)
+    return Arguments((x, weight, targets), EVERY_OPTION | vectors | options)
 
 
 record(
@@ -350,6 +356,7 @@ record(
         ),
         examples=(
             {"rows": 6, "d_model": 16, "vocab_size": 100},
+            {"rows": 6, "d_model": 16, "vocab_size": 100, "reduction": "none"},
             {"rows": 5, "d_model": 8, "vocab_size": 37, "every_option": True},
         ),
         compiled=tuple(

@@ -1,6 +1,5 @@
 """SwiGLU: y = silu(gate) * up, forward and backward in one pass over memory each, split or packed."""
 
-
 from functools import partial
 
 import torch.nn.functional as F

@@ -126,6 +126,39 @@ def test_strided_logits(device, view):
     check(logits, targets)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[:, :-1], id="all but the last position"),
+        pytest.param(lambda t: t[:, :, 3:], id="all but the first columns"),
+        pytest.param(lambda t: t[1:, 1], id="one position"),
+        pytest.param(lambda t: t.transpose(0, 1), id="transposed leading dimensions"),
+    ],
+)
+def test_rows_that_begin_anywhere_in_a_vector(device, view, dtype):
+    # Their first and last columns come one by one, what is between in vectors; 5 x (V % 8) meets every place in a vector.
+    width = 2 * MAX_BLOCK + 5
+    logits = view(draw((3, 4), width, device, dtype)[0])
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.long, device=device)
+    targets.view(-1)[1], targets.view(-1)[-1] = logits.shape[-1] - 1, MAX_BLOCK
+    check(logits, targets)
+
+
+@pytest.mark.parametrize("vocabulary", [MAX_BLOCK + 3, 2 * MAX_BLOCK - 1])
+def test_gradients_in_place_of_rows_that_begin_anywhere_in_a_vector(device, vocabulary):
+    logits, targets = draw((9,), vocabulary, device)
+    around = torch.full((11 * vocabulary,), 7.0, device=device)
+    with use_backend("triton"):
+        expected = torch.autograd.grad(cross_entropy(logits.requires_grad_(), targets), logits)[0]
+        buffer = around.clone()
+        inside = buffer[vocabulary : 10 * vocabulary].view(9, vocabulary).copy_(logits.detach()).requires_grad_()
+        cross_entropy(inside, targets, inplace_backward=True).backward()
+    assert torch.equal(inside.detach(), expected)
+    assert torch.equal(buffer[:vocabulary], around[:vocabulary])
+    assert torch.equal(buffer[10 * vocabulary :], around[10 * vocabulary :])
+
+
 def test_strided_targets(device):
     logits, targets = draw((3, 4), 20, device)
     check(logits.transpose(0, 1), targets.T)
