@@ -61,7 +61,7 @@ def kernel_case(
         "scale": head_dim**-0.5, "softcap": softcap, "CAUSAL": causal, "WINDOW": window, "DOCUMENTS": documents, "SINKS": sinks,
         "DLSE": False, "GROUPED": grouped, "PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": config.tma,
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "group_size": 1,
-        "LENGTHS": False, "SPLIT": True, "VALUE_DIM": head_dim, "BLOCK_V": config.block_k,
+        "LENGTHS": False, "SPLIT": True, "ONE_QUERY": True, "VALUE_DIM": head_dim, "BLOCK_V": config.block_k,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     if grouped:

@@ -55,7 +55,7 @@ def attention_decode(
     v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
     num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    LENGTHS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    LENGTHS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, ONE_QUERY: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def attention_decode(
     low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
     first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
     _, last_high = keys_of(num_queries - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
-    start = first_low // BLOCK_N * BLOCK_N
+    start = first_low
     tiles = tl.cdiv(tl.cdiv(tl.maximum(last_high - start, 0), BLOCK_N), num_splits)
     start += split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, last_high)
@@ -100,7 +100,10 @@ def attention_decode(
         accumulator, row_sum, row_max = add_tile(
             q, k, v, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
         )
-    again = has_nan(accumulator) > 0
+    again = False
+    if not ONE_QUERY:
+        # The heads of one query see the same keys, and no others are loaded.
+        again = has_nan(accumulator) > 0
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
     if SPLIT:
@@ -204,7 +207,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks
         q, k, v, part, part_lse, of_sinks, *options.mask_tensors(q),
         *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
         num_heads, group_size, num_queries, num_keys, left, right, num_splits,
-        **options.constants(), SINKS=sinks is not None, SPLIT=num_splits > 1, **blocks,
+        **options.constants(), SINKS=sinks is not None, SPLIT=num_splits > 1, ONE_QUERY=num_queries == 1, **blocks,
     )  # fmt: skip
     if num_splits > 1:
         launch(

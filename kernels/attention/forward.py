@@ -124,8 +124,8 @@ def attention_forward(
             load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
             load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
             load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
-            o_base, lse_ptr + tl.cast(row, tl.int64) * num_queries, q_token_stride, k_token_stride, v_token_stride, o_token_stride,
-            start, start + BLOCK_M, mask,
+            o_base, lse_ptr + tl.cast(row, tl.int64) * num_queries,
+            q_token_stride, k_token_stride, v_token_stride, o_token_stride, start, start + BLOCK_M, mask,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
 
