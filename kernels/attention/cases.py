@@ -20,9 +20,9 @@ COMPILED: dict[Kind, tuple[int, ...]] = {
     "half": (16, 32, 64, 80, 96, 128, 192, 256), "half_softcap": (128, 256), "tf32": (64, 128), "ieee": (64, 128),
 }  # fmt: skip
 # The pointers that are not to elements of the dtype.
-_TYPES = dict.fromkeys(("begins_ptr", "ends_ptr", "lengths_ptr"), "*i32") | dict.fromkeys(
-    ("lse_ptr", "dlse_ptr", "delta_ptr", "sinks_ptr", "part_ptr", "part_lse_ptr"), "*fp32"
-)
+_TYPES = {name: "*i32" for name in ("begins_ptr", "ends_ptr", "lengths_ptr")} | {
+    name: "*fp32" for name in ("lse_ptr", "dlse_ptr", "delta_ptr", "sinks_ptr", "part_ptr", "part_lse_ptr")
+}
 
 
 def _types(
@@ -68,6 +68,9 @@ def kernel_case(
         del constants["group_size"]
     tiles = {"q": config.block_m, "do": config.block_m, "k": config.block_n, "v": config.block_n}
     types = _types(function.arg_names, constants, dtype, tiles, config.block_k if config.tma else None)
+    if kernel == "decode":
+        # Of several splits, whose parts are combined.
+        types["o_ptr"] = "*fp32"
     options = {"causal": causal, "window": window, "documents": documents, "softcap": softcap is not None}
     options |= {"sinks": sinks, "grouped": grouped}
     shown = " ".join(name for name, on in options.items() if on)

@@ -81,7 +81,7 @@ def store_isolated_output(
     """Write the output of the queries from `first` to `last` of a head again."""
     # Other threads than these have written lse, and the output before.
     tl.debug_barrier()
-    for m in tl.range(first, last, ROWS, num_stages=1):
+    for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         # Its own tiles again, lest those of the program occupy registers until here.
         queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         start, left, _, full_end, masked = tiles
@@ -104,7 +104,7 @@ def store_isolated_dq(
     """Write dq of the queries from `first` to `last` of a head again."""
     # Other threads than these have written delta, and dq before.
     tl.debug_barrier()
-    for m in tl.range(first, last, ROWS, num_stages=1):
+    for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         # Its own tiles again, lest those of the program occupy registers until here.
         queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         start, left, _, full_end, masked = tiles
@@ -137,7 +137,7 @@ def store_isolated_dk_dv(
     """Write dk and dv of the keys from `first` to `last` again, from the queries of `group_size` heads."""
     # Other threads than these have written dk and dv before.
     tl.debug_barrier()
-    for n in tl.range(first, last, ROWS, num_stages=1):
+    for n in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         keys, low, high, tiles = key_tile(n, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         start, left, _, full_end, masked = tiles
         stop = full_end + (masked - left) * ROWS
@@ -150,7 +150,7 @@ def store_isolated_dk_dv(
             q_of_head = q_base + tl.cast(i, tl.int64) * q_head_stride * stride_unit(q_base)
             do_of_head = do_base + tl.cast(i, tl.int64) * do_head_stride * stride_unit(do_base)
             statistics = tl.cast(i, tl.int64) * mask[0]
-            for m in tl.range(start, stop, ROWS, num_stages=1):
+            for m in tl.range(start, stop, ROWS, num_stages=1):  # pyright: ignore
                 queries = m + tl.arange(0, ROWS)
                 q_rows, q_present = rows_from(q_of_head, m, mask[0], q_token_stride)
                 do_rows, _ = rows_from(do_of_head, m, mask[0], do_token_stride)
