@@ -20,9 +20,9 @@ COMPILED: dict[Kind, tuple[int, ...]] = {
     "half": (16, 32, 64, 80, 96, 128, 192, 256), "half_softcap": (128, 256), "tf32": (64, 128), "ieee": (64, 128),
 }  # fmt: skip
 # The pointers that are not to elements of the dtype.
-_TYPES = {name: "*i32" for name in ("begins_ptr", "ends_ptr", "lengths_ptr")} | {
-    name: "*fp32" for name in ("lse_ptr", "dlse_ptr", "delta_ptr", "sinks_ptr", "part_ptr", "part_lse_ptr")
-}
+_TYPES: dict[str, str] = {}
+_TYPES |= dict.fromkeys(("begins_ptr", "ends_ptr", "lengths_ptr"), "*i32")
+_TYPES |= dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "sinks_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
 
 
 def _types(
