@@ -21,7 +21,7 @@ ROWS: Any = tl.constexpr(16) if HAS_TRITON else None
 @jit
 def has_nan(x):
     """Return 1 where a tile (M, N) holds a NaN, else 0."""
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0)
+    return tl.max((x != x).to(tl.int32))
 
 
 @jit
