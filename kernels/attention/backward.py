@@ -76,7 +76,7 @@ def attention_backward_q(
         ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
-    again = has_nan(dq)
+    again = has_nan(dq) > 0
     dq_base = store_base(dq_ptr, batch, head, dq_batch_stride, dq_head_stride)
     store_tile(dq_base, dq * scale, start, num_queries, dq_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K)
     if again:
@@ -88,7 +88,7 @@ def attention_backward_q(
             dq_base, lse_ptr + statistics, delta_ptr + statistics,
             q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride,
             start, start + BLOCK_M, mask,
-            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+            scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K,
         )  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def attention_backward_kv(
             q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
             scale, softcap, PRECISION, True,
         )  # fmt: skip
-    again = has_nan(dk) | has_nan(dv)
+    again = has_nan(dk) + has_nan(dv) > 0
     if LENGTHS:
         # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
         dk = tl.where((keys < mask[1])[:, None], dk, 0.0)

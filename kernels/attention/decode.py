@@ -35,11 +35,9 @@ def group_rows(rows, kv_head, group_size, num_queries):
 
 
 @jit
-def load_group(q_ptr, head, query, present, head_stride, token_stride, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load queries (M, K) of one sequence, each with its own head."""
-    columns = tl.arange(0, BLOCK_K)
-    rows = q_ptr + (tl.cast(head, tl.int64) * head_stride + query * token_stride) * stride_unit(q_ptr)
-    return tl.load(rows[:, None] + columns[None, :], mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+def rows_offset(head, query, head_stride, token_stride):
+    """Return where rows of a sequence begin, in units of the strides."""
+    return tl.cast(head, tl.int64) * head_stride + query * token_stride
 
 
 @jit
@@ -57,7 +55,7 @@ def attention_decode(
     v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
     num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    LENGTHS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    LENGTHS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, ONE_QUERY: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -78,13 +76,15 @@ def attention_decode(
     low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
     first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
     _, last_high = keys_of(num_queries - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
-    start = first_low // BLOCK_N * BLOCK_N
+    start = first_low
     tiles = tl.cdiv(tl.cdiv(tl.maximum(last_high - start, 0), BLOCK_N), num_splits)
     start += split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, last_high)
 
     q_ptr += tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
-    q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
+    q_rows = q_ptr + rows_offset(head, query, q_head_stride, q_token_stride) * stride_unit(q_ptr)
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    q = tl.load(q_rows[:, None] + columns, mask=present[:, None] & (columns < HEAD_DIM), other=0.0)
     k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
     v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -100,34 +100,37 @@ def attention_decode(
         accumulator, row_sum, row_max = add_tile(
             q, k, v, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
         )
-    again = has_nan(accumulator)
+    again = False
+    if not ONE_QUERY:
+        # The heads of one query see the same keys, and no others are loaded.
+        again = has_nan(accumulator) > 0
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
     if SPLIT:
         offsets = part * VALUE_DIM
     else:
         o_ptr += tl.cast(batch, tl.int64) * o_batch_stride
-        offsets = tl.cast(head, tl.int64) * o_head_stride + query * o_token_stride
+        offsets = rows_offset(head, query, o_head_stride, o_token_stride)
     store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
     tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * LN_2, mask=present)
     if again:
         # Other threads than these have written what comes again.
         tl.debug_barrier()
         for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):
-            head, query, present = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
-            low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
-            q = load_group(q_ptr, head, query, present, q_head_stride, q_token_stride, HEAD_DIM, BLOCK_K)
-            part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
+            head_again, query_again, present_again = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
+            low_again, high_again = keys_of(query_again, mask, CAUSAL, WINDOW, DOCUMENTS)
+            q_again = q_ptr + rows_offset(head_again, query_again, q_head_stride, q_token_stride) * stride_unit(q_ptr)
+            part_again = ((tl.cast(batch, tl.int64) * num_heads + head_again) * num_queries + query_again) * num_splits + split
             if SPLIT:
-                offsets = part * VALUE_DIM
+                offsets_again = part_again * VALUE_DIM
             else:
-                offsets = tl.cast(head, tl.int64) * o_head_stride + query * o_token_stride
-            lse = tl.load(lse_ptr + part, mask=present, other=float("inf"))
+                offsets_again = rows_offset(head_again, query_again, o_head_stride, o_token_stride)
+            lse = tl.load(lse_ptr + part_again, mask=present_again, other=float("inf"))
             o = isolated_output(
-                q, lse_in_bits(lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
-                start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+                q_again, present_again, lse_in_bits(lse), low_again, high_again, k_base, v_base, k_token_stride, v_token_stride,
+                start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
             )  # fmt: skip
-            store_group(o_ptr + offsets, o, present, VALUE_DIM, BLOCK_V)
+            store_group(o_ptr + offsets_again, o, present_again, VALUE_DIM, BLOCK_V)
 
 
 @jit(do_not_specialize=SIZES)
@@ -204,7 +207,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks
         q, k, v, part, part_lse, of_sinks, *options.mask_tensors(q),
         *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
         num_heads, group_size, num_queries, num_keys, left, right, num_splits,
-        **options.constants(), SINKS=sinks is not None, SPLIT=num_splits > 1, **blocks,
+        **options.constants(), SINKS=sinks is not None, SPLIT=num_splits > 1, ONE_QUERY=num_queries == 1, **blocks,
     )  # fmt: skip
     if num_splits > 1:
         launch(

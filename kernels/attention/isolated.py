@@ -11,7 +11,7 @@ from typing import Any
 
 from ..dispatch import HAS_TRITON, jit, tl
 from .intervals import key_tile, query_tile
-from .scores import ds_of, load_lse, probabilities_of, sees
+from .scores import load_lse, probabilities_of, sees
 from .tiles import load_tile, store_tile, stride_unit
 
 # Queries, and keys, that are taken at a time: the least that a matrix instruction takes.
@@ -20,8 +20,8 @@ ROWS: Any = tl.constexpr(16) if HAS_TRITON else None
 
 @jit
 def has_nan(x):
-    """Return whether a tile (M, N) holds a NaN."""
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+    """Return 1 where a tile (M, N) holds a NaN, else 0."""
+    return tl.max((x != x).to(tl.int32))
 
 
 @jit
@@ -35,18 +35,37 @@ def split_finite(x):
 
 
 @jit
+def rows_from(base, start, end, token_stride):
+    """Return pointers to ROWS rows of a head from token `start` on, and which of them there are."""
+    rows = tl.arange(0, ROWS)
+    return base + (tl.cast(start, tl.int64) + rows) * token_stride * stride_unit(base), rows < end - start
+
+
+@jit
+def product_of(a, a_present, b, b_present, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a b^T (ROWS, ROWS) of rows behind pointers, a few channels at a time: whole rows would fill the registers."""
+    product = tl.zeros((ROWS, ROWS), tl.float32)
+    for channel in tl.range(0, HEAD_DIM, ROWS, num_stages=1):
+        channels = channel + tl.arange(0, ROWS)[None, :]
+        a_tile = tl.load(a[:, None] + channels, mask=a_present[:, None] & (channels < HEAD_DIM), other=0.0)
+        b_tile = tl.load(b[:, None] + channels, mask=b_present[:, None] & (channels < HEAD_DIM), other=0.0)
+        product = tl.dot(a_tile, b_tile.T, product, input_precision=PRECISION)
+    return product
+
+
+@jit
 def isolated_output(
-    q, lse, low, high, k_base, v_base, k_token_stride, v_token_stride, start, stop, end,
+    q, present, lse, low, high, k_base, v_base, k_token_stride, v_token_stride, start, stop, end,
     scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Return the output (ROWS, V) of queries with these lse in bits, from the keys start to stop, of which there are `end`."""
+    """Return the output (ROWS, V) of the queries behind the pointers `q`, with lse in bits, from the keys start to stop."""
     o = tl.zeros((ROWS, BLOCK_V), tl.float32)
     for n in tl.range(start, stop, ROWS, num_stages=1):
-        k = load_tile(k_base, 0, 0, n, end, k_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
-        v = load_tile(v_base, 0, 0, n, end, v_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
-        v, bad = split_finite(v)
-        p, _ = probabilities_of(tl.dot(q, k.T, input_precision=PRECISION), lse[:, None], scale, softcap)
+        k, k_present = rows_from(k_base, n, end, k_token_stride)
+        products = product_of(q, present, k, k_present, HEAD_DIM, PRECISION)
+        p, _ = probabilities_of(products, lse[:, None], scale, softcap)
+        v, bad = split_finite(load_tile(v_base, 0, 0, n, end, v_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True))
         p = tl.where(sees(n, low, high, ROWS), tl.where(bad[None, :], float("nan"), p), 0.0)
         o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
     return o
@@ -57,20 +76,20 @@ def store_isolated_output(
     q_base, k_base, v_base, o_base, lse_ptr, q_token_stride, k_token_stride, v_token_stride, o_token_stride,
     first, last, mask,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write the output of the queries from `first` to `last` of a head again."""
     # Other threads than these have written lse, and the output before.
     tl.debug_barrier()
-    for m in tl.range(first, last, ROWS, num_stages=1):
+    for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         # Its own tiles again, lest those of the program occupy registers until here.
         queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         start, left, _, full_end, masked = tiles
         stop = full_end + (masked - left) * ROWS
-        q = load_tile(q_base, 0, 0, m, mask[0], q_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
+        q, present = rows_from(q_base, m, mask[0], q_token_stride)
         o = isolated_output(
-            q, load_lse(lse_ptr, queries, mask[0]), low, high, k_base, v_base, k_token_stride, v_token_stride,
-            start, stop, mask[1], scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+            q, present, load_lse(lse_ptr, queries, mask[0]), low, high, k_base, v_base, k_token_stride, v_token_stride,
+            start, stop, mask[1], scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
         store_tile(o_base, o, m, mask[0], o_token_stride, VALUE_DIM, ROWS, BLOCK_V)
 
@@ -80,27 +99,29 @@ def store_isolated_dq(
     q_base, k_base, v_base, do_base, dq_base, lse_ptr, delta_ptr,
     q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride, first, last, mask,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write dq of the queries from `first` to `last` of a head again."""
     # Other threads than these have written delta, and dq before.
     tl.debug_barrier()
-    for m in tl.range(first, last, ROWS, num_stages=1):
+    for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         # Its own tiles again, lest those of the program occupy registers until here.
         queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         start, left, _, full_end, masked = tiles
         stop = full_end + (masked - left) * ROWS
-        q = load_tile(q_base, 0, 0, m, mask[0], q_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
-        do = load_tile(do_base, 0, 0, m, mask[0], do_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
+        q, present = rows_from(q_base, m, mask[0], q_token_stride)
+        do, _ = rows_from(do_base, m, mask[0], do_token_stride)
         lse = load_lse(lse_ptr, queries, mask[0])
         delta = tl.load(delta_ptr + queries, mask=queries < mask[0], other=0.0)
         dq = tl.zeros((ROWS, BLOCK_K), tl.float32)
         for n in tl.range(start, stop, ROWS, num_stages=1):
-            k = load_tile(k_base, 0, 0, n, mask[1], k_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
-            v = load_tile(v_base, 0, 0, n, mask[1], v_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
-            ds = ds_of(q, k, v, do, lse, delta, n, low, high, scale, softcap, PRECISION, True)
-            k, bad = split_finite(k)
-            ds = tl.where(sees(n, low, high, ROWS) & bad[None, :], float("nan"), ds)
+            k_rows, k_present = rows_from(k_base, n, mask[1], k_token_stride)
+            v_rows, _ = rows_from(v_base, n, mask[1], v_token_stride)
+            products = product_of(q, present, k_rows, k_present, HEAD_DIM, PRECISION)
+            p, slope = probabilities_of(products, lse[:, None], scale, softcap)
+            ds = p * (product_of(do, present, v_rows, k_present, VALUE_DIM, PRECISION) - delta[:, None]) * slope
+            k, bad = split_finite(load_tile(k_base, 0, 0, n, mask[1], k_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True))
+            ds = tl.where(sees(n, low, high, ROWS), tl.where(bad[None, :], float("nan"), ds), 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         store_tile(dq_base, dq * scale, m, mask[0], dq_token_stride, HEAD_DIM, ROWS, BLOCK_K)
 
@@ -116,33 +137,36 @@ def store_isolated_dk_dv(
     """Write dk and dv of the keys from `first` to `last` again, from the queries of `group_size` heads."""
     # Other threads than these have written dk and dv before.
     tl.debug_barrier()
-    for n in tl.range(first, last, ROWS, num_stages=1):
+    for n in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         keys, low, high, tiles = key_tile(n, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         start, left, _, full_end, masked = tiles
         stop = full_end + (masked - left) * ROWS
         high = tl.where(keys < mask[1], high, 0)
-        k = load_tile(k_base, 0, 0, n, num_keys, k_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
-        v = load_tile(v_base, 0, 0, n, num_keys, v_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
+        k, present = rows_from(k_base, n, num_keys, k_token_stride)
+        v, _ = rows_from(v_base, n, num_keys, v_token_stride)
         dk = tl.zeros((ROWS, BLOCK_K), tl.float32)
         dv = tl.zeros((ROWS, BLOCK_V), tl.float32)
         for i in tl.range(0, group_size, num_stages=1):
             q_of_head = q_base + tl.cast(i, tl.int64) * q_head_stride * stride_unit(q_base)
             do_of_head = do_base + tl.cast(i, tl.int64) * do_head_stride * stride_unit(do_base)
             statistics = tl.cast(i, tl.int64) * mask[0]
-            for m in tl.range(start, stop, ROWS, num_stages=1):
+            for m in tl.range(start, stop, ROWS, num_stages=1):  # pyright: ignore
                 queries = m + tl.arange(0, ROWS)
-                q = load_tile(q_of_head, 0, 0, m, mask[0], q_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
-                do = load_tile(do_of_head, 0, 0, m, mask[0], do_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
+                q_rows, q_present = rows_from(q_of_head, m, mask[0], q_token_stride)
+                do_rows, _ = rows_from(do_of_head, m, mask[0], do_token_stride)
                 lse = load_lse(lse_ptr + statistics, queries, mask[0])
                 delta = tl.load(delta_ptr + statistics + queries, mask=queries < mask[0], other=0.0)
-                p, slope = probabilities_of(tl.dot(k, q.T, input_precision=PRECISION), lse[None, :], scale, softcap)
-                ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :]) * slope
+                products = product_of(k, present, q_rows, q_present, HEAD_DIM, PRECISION)
+                p, slope = probabilities_of(products, lse[None, :], scale, softcap)
+                ds = p * (product_of(v, present, do_rows, q_present, VALUE_DIM, PRECISION) - delta[None, :]) * slope
                 seen = sees(m, low, high, ROWS)
-                do, bad_do = split_finite(do)
-                p = tl.where(seen, tl.where(bad_do[None, :], float("nan"), p), 0.0)
+                do = load_tile(do_of_head, 0, 0, m, mask[0], do_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
+                do, bad = split_finite(do)
+                p = tl.where(seen, tl.where(bad[None, :], float("nan"), p), 0.0)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-                q, bad_q = split_finite(q)
-                ds = tl.where(seen, tl.where(bad_q[None, :], float("nan"), ds), 0.0)
+                q = load_tile(q_of_head, 0, 0, m, mask[0], q_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True)
+                q, bad = split_finite(q)
+                ds = tl.where(seen, tl.where(bad[None, :], float("nan"), ds), 0.0)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         store_tile(dk_base, dk * scale, n, num_keys, dk_token_stride, HEAD_DIM, ROWS, BLOCK_K)
         store_tile(dv_base, dv, n, num_keys, dv_token_stride, VALUE_DIM, ROWS, BLOCK_V)

@@ -31,7 +31,7 @@ def documents(
         if document_ids.dim() != 2:
             raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}: allowed is (B, S), one a key")
         return Documents(*document_bounds(document_ids))
-    if batch is None or num_keys is None:
+    if cu_seqlens is None or batch is None or num_keys is None:
         raise ValueError(f"batch is {batch}, num_keys {num_keys}: with cu_seqlens both are needed")
     return Documents(*cu_seqlens_bounds(cu_seqlens, batch, num_keys))
 

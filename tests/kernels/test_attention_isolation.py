@@ -1,6 +1,7 @@
 """What a mask excludes reaches no result and no gradient, not even where it is no number; on every backend."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def reached(mask, name, place):
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_only_those_who_see_it_are_reached(backend, mask_name, name, bad):
-    options = {key: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for key, x in MASKS[mask_name].items()}
+    options: dict[str, Any] = {
+        key: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for key, x in MASKS[mask_name].items()
+    }
     case = draw_case((2, 1), (40, 40), 16, dlse=False, **options)
     mask_options = {key: x for key, x in options.items() if key != "cu_seqlens"}
     if mask_name == "documents":
