@@ -5,6 +5,7 @@ without a concatenation, and nothing keeps the projection alive.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +20,34 @@ from .reference import RopeLayout
 from .registration import count_no_flops, custom_op
 from .rope_kernel import rope_forward, rotate_heads
 from .rope_tables import rope_tables
+from .sharding import sharded_as
+
+# Which dimension of a tensor is sharded where an op is sharded along the batch, its heads or its tokens.
+SHARDED = {
+    "heads": {"batch": 0, "heads": 1, "tokens": 2},
+    "packed": {"batch": 0, "tokens": 1},
+    "positions": {"batch": 0, "tokens": 1},
+    "table": {},
+}
+
+
+def _sharding(outputs: Sequence[str], inputs: Sequence[str]) -> Callable[..., Any]:
+    # The rule for `sharded_as` of an op of `inputs`, cos, sin, positions and options. Tokens may be parted where each says its
+    # position, heads where they are not packed.
+    def choices(*args: Any) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+
+        positions = args[len(inputs) + 2]
+        ways = ["none", "batch"] + ["heads"] * ("packed" not in (*outputs, *inputs)) + ["tokens"] * (positions is not None)
+
+        def placed(kinds: Sequence[str], way: str) -> list[Any]:
+            return [Shard(SHARDED[kind][way]) if way in SHARDED[kind] else Replicate() for kind in kinds]
+
+        given = [*inputs, "table", "table", *(["positions"] if positions is not None else [])]
+        nothing = [None] * (len(args) - len(given))
+        return [(placed(outputs, way), placed(given, way) + nothing) for way in ways]
+
+    return choices
 
 
 def _is_tokens_first(x: Tensor) -> bool:
@@ -49,6 +78,7 @@ def _rope(
 
 
 @_rope.register_fake
+@sharded_as(_rope, _sharding(outputs=["heads"], inputs=["heads"]))
 def _empty_rope(x, cos, sin, positions, offset, interleaved, inverse, tokens_first):
     return _new_like(x, tokens_first)
 
@@ -89,6 +119,7 @@ def _rope_qk(
 
 
 @_rope_qk.register_fake
+@sharded_as(_rope_qk, _sharding(outputs=["heads"] * 2, inputs=["heads"] * 2))
 def _empty_rope_qk(q, k, cos, sin, positions, offset, interleaved, inverse, q_tokens_first, k_tokens_first):
     return _new_like(q, q_tokens_first), _new_like(k, k_tokens_first)
 
@@ -109,7 +140,9 @@ _rope_qk.register_autograd(_backward_rope_qk, setup_context=_save_rope_qk)
 
 def _part(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
     # q, k, v as (B, H or Hkv, T, K) views of a packed (B, T, (H + 2 Hkv) K).
-    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
+    batch, tokens, width = qkv.shape
+    all_heads = num_heads + 2 * num_kv_heads
+    heads = qkv.view(batch, tokens, all_heads, width // all_heads).transpose(1, 2)
     return list(heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1))
 
 
@@ -132,6 +165,7 @@ def _rope_qkv(
 
 
 @_rope_qkv.register_fake
+@sharded_as(_rope_qkv, _sharding(outputs=["heads"] * 3, inputs=["packed"]))
 def _empty_parts(qkv, cos, sin, positions, offset, interleaved, num_heads, num_kv_heads):
     batch, tokens, width = qkv.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
@@ -150,6 +184,7 @@ def _rope_qkv_backward(
 
 
 @_rope_qkv_backward.register_fake
+@sharded_as(_rope_qkv_backward, _sharding(outputs=["packed"], inputs=["heads"] * 3))
 def _empty_packed(dq, dk, dv, cos, sin, positions, offset, interleaved):
     batch, heads, tokens, head_dim = dq.shape
     return dq.new_empty(batch, tokens, (heads + 2 * dk.shape[1]) * head_dim)
@@ -173,18 +208,24 @@ LAYOUTS = ("interleaved", "half")
 MAX_HEAD_DIM = 256
 
 
-def _check(xs: dict[str, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, layout: RopeLayout, offset: int) -> None:
+def _check(
+    xs: dict[str, Tensor],
+    shape: Sequence[int],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    layout: RopeLayout,
+    offset: int,
+) -> None:
+    # `shape` is that of the heads of the first of `xs`, (..., T, K).
     check_choice("layout", layout, LAYOUTS)
     check_dtype(FLOATING, **xs, cos=cos, sin=sin)
     check_device(**xs, cos=cos, sin=sin, positions=positions)
-    for name, x in xs.items():
-        shape = x.shape
-        if len(shape) < 2 or shape[-1] % 2 or not 0 < shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} has shape {tuple(shape)}: allowed is (..., T, K) with an even head dim K from 2 to {MAX_HEAD_DIM}"
-            )
-    shape, table = next(iter(xs.values())).shape, cos.shape
-    num_tokens, head_dim = shape[-2], shape[-1]
+    if len(shape) < 2 or shape[-1] % 2 or not 0 < shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{next(iter(xs))} has heads of shape {tuple(shape)}: allowed is (..., T, K), K even and from 2 to {MAX_HEAD_DIM}"
+        )
+    num_tokens, head_dim, table = shape[-2], shape[-1], cos.shape
     if len(table) != 2 or table != sin.shape or not 0 < table[1] <= head_dim // 2:
         raise ValueError(
             f"cos has shape {tuple(table)}, sin {tuple(sin.shape)}: allowed is (positions, {head_dim // 2}) for both, "
@@ -239,8 +280,9 @@ def rope(
 
     cos and sin get no gradient. x may have any strides, as a slice of a packed projection has; only channels that are no
     neighbours are copied. Where x is (B, T, H, K) in memory, so are the result and the gradient. float64 runs the reference.
+    DTensors are sharded along the batch, the heads, or, with positions, the tokens; cos and sin are replicated.
     """
-    _check({"x": x}, cos, sin, positions, layout, offset)
+    _check({"x": x}, x.shape, cos, sin, positions, layout, offset)
     if not use_triton(x):
         return reference.rope(x, cos, sin, positions, layout, offset)
     # One batch, so that the angles of a token serve all rows, unless sequences have their own.
@@ -262,7 +304,7 @@ def rope_qk(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`rope` of queries (B, H, T, K) and keys (B, Hkv, T, K) in one launch, which loads the angles for both."""
-    _check({"q": q, "k": k}, cos, sin, positions, layout, offset)
+    _check({"q": q, "k": k}, q.shape, cos, sin, positions, layout, offset)
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (B, H, T, K) and (B, Hkv, T, K)")
     if not use_triton(q, k):
@@ -289,13 +331,14 @@ def rope_qkv(
     """
     check_int("num_heads", num_heads, 1)
     check_int("num_kv_heads", num_kv_heads, 1)
-    all_heads = num_heads + 2 * num_kv_heads
-    if qkv.dim() != 3 or qkv.shape[-1] % all_heads:
+    shape, all_heads = qkv.shape, num_heads + 2 * num_kv_heads
+    if len(shape) != 3 or shape[2] % all_heads:
         raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}, with {num_heads} and twice {num_kv_heads} heads: allowed is (B, T, W) "
+            f"qkv has shape {tuple(shape)}, with {num_heads} and twice {num_kv_heads} heads: allowed is (B, T, W) "
             f"with W a multiple of {all_heads}"
         )
-    _check({"qkv": _part(qkv, num_heads, num_kv_heads)[0]}, cos, sin, positions, layout, offset)
+    heads = (shape[0], num_heads, shape[1], shape[2] // all_heads)
+    _check({"qkv": qkv}, heads, cos, sin, positions, layout, offset)
     if not use_triton(qkv):
         return reference.rope_qkv(qkv, cos, sin, num_heads, num_kv_heads, positions, layout, offset)
     positions = None if positions is None else positions.expand(qkv.shape[:2])
