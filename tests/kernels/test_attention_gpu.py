@@ -8,7 +8,7 @@ import torch
 from attention_cases import check, draw_case
 from oracle import assert_accurate, assert_replays
 from tilewright.kernels import reference
-from tilewright.kernels.attention import attention, launch
+from tilewright.kernels.attention import attention, configurations
 
 pytestmark = pytest.mark.gpu
 
