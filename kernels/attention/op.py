@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -16,7 +17,6 @@ from .backward import launch_backward
 from .configurations import MAX_HEAD_DIM
 from .decode import fits_decode, launch_decode
 from .forward import launch_forward
-from .fused import fused_attention
 from .operands import with_unit_stride
 from .options import Options
 from .packing import Documents, documents
@@ -207,7 +207,8 @@ def attention(
     between documents are not visited. Layers that share documents share a `Documents`, which `documents` makes of either.
 
     What a mask excludes reaches no result and no gradient, not even as NaN; a value that is not finite may turn the rows that
-    see it to NaN as a whole.
+    see it to NaN as a whole. Where the kernels do not run, causal attention without further options is PyTorch's own, which
+    keeps to that for finite values only.
 
     float16, bfloat16 and float32, K and V up to 256; sums are in float32; float64 runs the reference. `allow_tf32` rounds
     float32 factors to TF32. Any strides: copied are tensors whose channels are no neighbours, and those in half precision whose
@@ -229,7 +230,10 @@ def attention(
             and k.shape[2] > 0
             and (not causal or q.shape[2] in (1, k.shape[2]))
         ):
-            return fused_attention(q, k, v, causal and q.shape[2] > 1, scale)
+            is_causal = causal and q.shape[2] > 1
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )  # fmt: skip
         options = (causal, scale, window, softcap, document_ids, cu_seqlens, sinks)
         return reference.attention(q, k, v, *options, cache_lengths=cache_lengths, return_lse=return_lse)
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:

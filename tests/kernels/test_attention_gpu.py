@@ -155,7 +155,7 @@ def test_descriptors_and_pointers_give_equal_results(options):
     q, do = randn(2, 2, 4, 777, 128)
     k, v = randn(2, 2, 2, 777, 128)
     described = gradients((q, k, v), do, **options)
-    with mock.patch.object(launch, "fits_tma", return_value=False):
+    with mock.patch.object(configurations, "fits_tma", return_value=False):
         pointed = gradients((q, k, v), do, **options)
     for a, b in zip(described, pointed, strict=True):
         torch.testing.assert_close(a, b)
