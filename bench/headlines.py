@@ -1,9 +1,8 @@
 """What a reader of the README wants to know first: each op, step and peak in a line, or that nobody has measured it yet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..kernels.op import ALL
 from .jobs import Row
 from .results import Run
 
@@ -108,33 +107,35 @@ def _tokenizer(beginning: str) -> Callable[[Sequence[Row]], str]:
     return of
 
 
-# What, the stage that knows, whether a GPU is what it is about, and how it is said.
-_LINES: tuple[tuple[str, str, bool, Callable[[Sequence[Row]], str]], ...] = (
-    ("ceilings", "ceilings", True, _ceilings),
-    ("GPU-marked tests", "tests", True, _tests),
-    *(
-        (f"`{op.name}`", "kernels", True, _op(op.name, by_flops=op.bound_by == "flops"))
-        for op in ALL.values()
-        if op.group == "own"
-    ),
-    *(
-        (f"`attention`, head dim {head_dim}, causal", "attention", True, _op(f"attention K{head_dim}", by_flops=True))
-        for head_dim in (128, 64)
-    ),
-    ("training", "training", True, _training),
-    ("generation", "generation", True, _generation),
-    ("peak memory", "memory", True, _memory),
-    ("the training loop", "overhead", False, _overhead),
-    ("training a tokenizer", "tokenizer", False, _tokenizer("train ")),
-    ("encoding, one thread", "tokenizer", False, _tokenizer("encode to lists, one thread")),
-    ("decoding", "tokenizer", False, _tokenizer("decode")),
-)
+Line = tuple[str, str, bool, Callable[[Sequence[Row]], str]]
+"""What, the stage that knows, whether a GPU is what it is about, and how it is said."""
+
+
+def _lines() -> Iterator[Line]:
+    # Here, because a report of what others measured needs no torch until then.
+    from ..kernels.op import ALL
+
+    yield ("ceilings", "ceilings", True, _ceilings)
+    yield ("GPU-marked tests", "tests", True, _tests)
+    for op in ALL.values():
+        if op.group == "own":
+            yield (f"`{op.name}`", "kernels", True, _op(op.name, by_flops=op.bound_by == "flops"))
+    for head_dim in (128, 64):
+        of_head_dim = _op(f"attention K{head_dim}", by_flops=True)
+        yield (f"`attention`, head dim {head_dim}, causal", "attention", True, of_head_dim)
+    yield ("training", "training", True, _training)
+    yield ("generation", "generation", True, _generation)
+    yield ("peak memory", "memory", True, _memory)
+    yield ("the training loop", "overhead", False, _overhead)
+    yield ("training a tokenizer", "tokenizer", False, _tokenizer("train "))
+    yield ("encoding, one thread", "tokenizer", False, _tokenizer("encode to lists, one thread"))
+    yield ("decoding", "tokenizer", False, _tokenizer("decode"))
 
 
 def headlines(runs: Sequence[Run]) -> list[Headline]:
     """Return the README's lines, each by the newest of `runs` (oldest first) that has its figures."""
     lines = []
-    for what, stage, needs_gpu, say in _LINES:
+    for what, stage, needs_gpu, say in _lines():
         candidates = (run for run in reversed(runs) if run.is_gpu or not needs_gpu)
         said = ((say([row for row in run.stage(stage) if "not_measured" not in row]), run) for run in candidates)
         result, run = next(((result, run) for result, run in said if result), ("", None))

@@ -17,7 +17,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .launch import is_recording
 
-_LIBRARY = torch.library.Library("tilewright", "FRAGMENT")
+
+def _open_library() -> torch.library.Library:
+    # A second copy of this package, such as pytest makes of a folder that it collects, takes over the ops of the first.
+    earlier = torch.ops.tilewright.__dict__.get("library")
+    if earlier is not None:
+        earlier._destroy()
+    torch.ops.tilewright.library = torch.library.Library("tilewright", "FRAGMENT")
+    return torch.ops.tilewright.library
+
+
+_LIBRARY = _open_library()
 _PLAIN = (Tensor, Parameter)
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
