@@ -20,11 +20,11 @@ from .launch import is_recording
 
 def _open_library() -> torch.library.Library:
     # A second copy of this package, such as pytest makes of a folder that it collects, takes over the ops of the first.
-    earlier = torch.ops.tilewright.__dict__.get("library")
-    if earlier is not None:
-        earlier._destroy()
-    torch.ops.tilewright.library = torch.library.Library("tilewright", "FRAGMENT")
-    return torch.ops.tilewright.library
+    namespace = vars(torch.ops.tilewright)
+    if "library" in namespace:
+        namespace["library"]._destroy()
+    namespace["library"] = torch.library.Library("tilewright", "FRAGMENT")
+    return namespace["library"]
 
 
 _LIBRARY = _open_library()
