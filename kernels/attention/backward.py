@@ -13,7 +13,7 @@ from ..launch import launch
 from ..shared import LOG2_E
 from .configurations import launch_config, rows_at_once
 from .intervals import key_tile, mask_of, query_tile
-from .isolated import has_nan, store_isolated_dk_dv, store_isolated_dq
+from .isolated import has_nan, program_again, store_isolated_dk_dv, store_isolated_dq
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
 from .scores import ds_of, load_lse, probabilities_of, sees
@@ -76,10 +76,19 @@ def attention_backward_q(
         ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
-    again = has_nan(dq) > 0
+    again = has_nan(dq)
+    tile, row = program_of(program_again(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    batch = row // num_heads
+    head = row % num_heads
+    start = tile * BLOCK_M
     dq_base = store_base(dq_ptr, batch, head, dq_batch_stride, dq_head_stride)
     store_tile(dq_base, dq * scale, start, num_queries, dq_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K)
-    if again:
+    if again > 0:
+        kv_head = head // group_size
+        statistics = tl.cast(row, tl.int64) * num_queries
+        mask = mask_of(
+            batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+        )
         store_isolated_dq(
             load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
             load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
@@ -193,19 +202,30 @@ def attention_backward_kv(
             q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
             scale, softcap, PRECISION, True,
         )  # fmt: skip
-    again = has_nan(dk) + has_nan(dv) > 0
+    again = tl.maximum(has_nan(dk), has_nan(dv))
+    tile, row = program_of(program_again(again), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
+    part = row % num_parts
+    kv_head = row // num_parts % num_kv_heads
+    batch = row // num_parts // num_kv_heads
+    start = tile * BLOCK_N
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+    )
     if LENGTHS:
         # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
-        dk = tl.where((keys < mask[1])[:, None], dk, 0.0)
-        dv = tl.where((keys < mask[1])[:, None], dv, 0.0)
+        present = start + tl.arange(0, BLOCK_N) < mask[1]
+        dk = tl.where(present[:, None], dk, 0.0)
+        dv = tl.where(present[:, None], dv, 0.0)
 
-    dk_ptr += tl.cast(part, tl.int64) * dk_part_stride
-    dv_ptr += tl.cast(part, tl.int64) * dv_part_stride
-    dk_base = store_base(dk_ptr, batch, kv_head, dk_batch_stride, dk_head_stride)
-    dv_base = store_base(dv_ptr, batch, kv_head, dv_batch_stride, dv_head_stride)
+    dk_part = dk_ptr + tl.cast(part, tl.int64) * dk_part_stride
+    dv_part = dv_ptr + tl.cast(part, tl.int64) * dv_part_stride
+    dk_base = store_base(dk_part, batch, kv_head, dk_batch_stride, dk_head_stride)
+    dv_base = store_base(dv_part, batch, kv_head, dv_batch_stride, dv_head_stride)
     store_tile(dk_base, dk * scale, start, num_keys, dk_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
     store_tile(dv_base, dv, start, num_keys, dv_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V)
-    if again:
+    if again > 0:
+        first_head = (kv_head * num_parts + part) * group_size
+        num_heads = num_kv_heads * num_parts * group_size
         first_row = tl.cast(batch * num_heads + first_head, tl.int64) * num_queries
         store_isolated_dk_dv(
             load_base(q_ptr, batch, first_head, q_batch_stride, q_head_stride, False),

@@ -25,6 +25,16 @@ def has_nan(x):
 
 
 @jit
+def program_again(again):
+    """Return the program's id, given what `has_nan` said of its result, for the addresses of all that follows.
+
+    `again` is 0 or 1, so that nothing is added; but the compiler, who does not know it, cannot compute these addresses before
+    the loops over tiles, where they would occupy registers to their end.
+    """
+    return tl.program_id(0) + (again >> 1)
+
+
+@jit
 def split_finite(x):
     """Return a tile (N, K) with 0 in the place of what is not finite, and which of its rows (N) had such elements.
 
