@@ -12,8 +12,8 @@ from ..dispatch import jit, tl
 from ..launch import launch
 from ..shared import LOG2_E
 from .configurations import launch_config, rows_at_once
-from .intervals import key_tile, mask_of, query_tile
-from .isolated import has_nan, program_again, store_isolated_dk_dv, store_isolated_dq
+from .intervals import key_tiles, keys_of, mask_of, queries_of, query_tiles
+from .isolated import has_nan, later_zero, store_isolated_dk_dv, store_isolated_dq
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
 from .scores import ds_of, load_lse, probabilities_of, sees
@@ -41,7 +41,8 @@ def attention_backward_q(
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
-    queries, low, high, tiles = query_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
+    queries = start + tl.arange(0, BLOCK_M)
+    tiles = query_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
@@ -67,8 +68,10 @@ def attention_backward_q(
     for n in range(full_start, full_end, BLOCK_N):
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
-        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, False)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, None, None, scale, softcap, PRECISION, False)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    # Only here, so that they occupy no registers in the loop above.
+    low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
         k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
@@ -77,7 +80,7 @@ def attention_backward_q(
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
     again = has_nan(dq)
-    tile, row = program_of(program_again(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    tile, row = program_of(tl.program_id(0) + later_zero(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
     batch = row // num_heads
     head = row % num_heads
     start = tile * BLOCK_M
@@ -163,7 +166,7 @@ def attention_backward_kv(
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
-    keys, low, high, tiles = key_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
+    tiles = key_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
     if LENGTHS:
         # Nobody sees the keys behind the length.
@@ -187,9 +190,11 @@ def attention_backward_kv(
         do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, False)
         statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
         dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, None, None, num_queries,
             scale, softcap, PRECISION, False,
         )  # fmt: skip
+    # Only here, so that they occupy no registers in the loop above.
+    low, high = queries_of(start + tl.arange(0, BLOCK_N), mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked * group_size):
         head, place = head_and_place(i, masked, first_head, GROUPED)
         m = tl.where(place < left, left_start + place * BLOCK_M, full_end + (place - left) * BLOCK_M)
@@ -203,7 +208,7 @@ def attention_backward_kv(
             scale, softcap, PRECISION, True,
         )  # fmt: skip
     again = tl.maximum(has_nan(dk), has_nan(dv))
-    tile, row = program_of(program_again(again), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
+    tile, row = program_of(tl.program_id(0) + later_zero(again), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
     part = row % num_parts
     kv_head = row // num_parts % num_kv_heads
     batch = row // num_parts // num_kv_heads

@@ -14,7 +14,7 @@ from ..shared import LN_2, LOG2_E
 from .configurations import launch_config
 from .forward import add_tile
 from .intervals import keys_of, mask_of
-from .isolated import ROWS, has_nan, isolated_output, program_again
+from .isolated import ROWS, has_nan, isolated_output, later_zero
 from .operands import aligned, load_strides
 from .options import Options
 from .scores import lse_in_bits
@@ -149,8 +149,9 @@ def attention_decode(
         )
     # The heads of one query see the same keys, and no others are loaded.
     again = 0 if ONE_QUERY else has_nan(accumulator)
-    split, batch, kv_head = split_of(program_again(again), num_splits, num_heads // group_size)
-    head, query, present = group_rows(tl.arange(0, BLOCK_M), kv_head, group_size, num_queries)
+    zero = later_zero(again)
+    split, batch, kv_head = split_of(tl.program_id(0) + zero, num_splits, num_heads // group_size)
+    head, query, present = group_rows(tl.arange(0, BLOCK_M) + zero, kv_head, group_size, num_queries)
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
     if SPLIT:

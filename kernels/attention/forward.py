@@ -6,8 +6,8 @@ from ..dispatch import jit, tl
 from ..launch import launch
 from ..shared import LN_2, LOG2_E
 from .configurations import launch_config, rows_at_once
-from .intervals import mask_of, query_tile
-from .isolated import has_nan, program_again, store_isolated_output
+from .intervals import keys_of, mask_of, query_tiles
+from .isolated import has_nan, later_zero, store_isolated_output
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
 from .scores import scores_in_bits, sees
@@ -68,7 +68,7 @@ def attention_forward(
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
-    queries, low, high, tiles = query_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
+    tiles = query_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
@@ -89,8 +89,10 @@ def attention_forward(
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
         accumulator, row_sum, row_max = add_tile(
-            q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, False
+            q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, None, None, scale, softcap, PRECISION, False
         )
+    # Only here, so that they occupy no registers in the loop above.
+    low, high = keys_of(start + tl.arange(0, BLOCK_M), mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
         k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
@@ -100,7 +102,7 @@ def attention_forward(
         )
 
     again = has_nan(accumulator)
-    tile, row = program_of(program_again(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    tile, row = program_of(tl.program_id(0) + later_zero(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
     batch = row // num_heads
     head = row % num_heads
     start = tile * BLOCK_M

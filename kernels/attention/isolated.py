@@ -10,7 +10,7 @@ what comes before it.
 from typing import Any
 
 from ..dispatch import HAS_TRITON, jit, tl
-from .intervals import key_tile, query_tile
+from .intervals import key_tiles, keys_of, queries_of, query_tiles
 from .scores import load_lse, probabilities_of, sees
 from .tiles import load_tile, store_tile, stride_unit
 
@@ -25,13 +25,13 @@ def has_nan(x):
 
 
 @jit
-def program_again(again):
-    """Return the program's id, given what `has_nan` said of its result, for the addresses of all that follows.
+def later_zero(again):
+    """Return 0, made from what `has_nan` said of a result, to be added to what the addresses of the result begin with.
 
-    `again` is 0 or 1, so that nothing is added; but the compiler, who does not know it, cannot compute these addresses before
-    the loops over tiles, where they would occupy registers to their end.
+    `again` is 0 or 1, but the compiler does not know it: so it cannot compute the addresses before the loops over tiles,
+    where they would occupy registers to the end.
     """
-    return tl.program_id(0) + (again >> 1)
+    return again >> 1
 
 
 @jit
@@ -92,9 +92,9 @@ def store_isolated_output(
     # Other threads than these have written lse, and the output before.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
-        # Its own tiles again, lest those of the program occupy registers until here.
-        queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
-        start, left, _, full_end, masked = tiles
+        queries = m + tl.arange(0, ROWS)
+        low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
+        start, left, _, full_end, masked = query_tiles(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         stop = full_end + (masked - left) * ROWS
         q, present = rows_from(q_base, m, mask[0], q_token_stride)
         o = isolated_output(
@@ -115,9 +115,9 @@ def store_isolated_dq(
     # Other threads than these have written delta, and dq before.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
-        # Its own tiles again, lest those of the program occupy registers until here.
-        queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
-        start, left, _, full_end, masked = tiles
+        queries = m + tl.arange(0, ROWS)
+        low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
+        start, left, _, full_end, masked = query_tiles(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         stop = full_end + (masked - left) * ROWS
         q, present = rows_from(q_base, m, mask[0], q_token_stride)
         do, _ = rows_from(do_base, m, mask[0], do_token_stride)
@@ -148,8 +148,9 @@ def store_isolated_dk_dv(
     # Other threads than these have written dk and dv before.
     tl.debug_barrier()
     for n in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
-        keys, low, high, tiles = key_tile(n, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
-        start, left, _, full_end, masked = tiles
+        keys = n + tl.arange(0, ROWS)
+        low, high = queries_of(keys, mask, CAUSAL, WINDOW, DOCUMENTS)
+        start, left, _, full_end, masked = key_tiles(n, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         stop = full_end + (masked - left) * ROWS
         high = tl.where(keys < mask[1], high, 0)
         k, present = rows_from(k_base, n, num_keys, k_token_stride)
