@@ -99,7 +99,7 @@ def attention_backward_q(
             load_base(do_ptr, batch, head, do_batch_stride, do_head_stride, False),
             dq_base, lse_ptr + statistics, delta_ptr + statistics,
             q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride,
-            start, start + BLOCK_M, mask,
+            start, start + BLOCK_M, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K,
         )  # fmt: skip
 
@@ -239,7 +239,7 @@ def attention_backward_kv(
             load_base(do_ptr, batch, first_head, do_batch_stride, do_head_stride, False),
             dk_base, dv_base, lse_ptr + first_row, delta_ptr + first_row,
             q_head_stride, q_token_stride, k_token_stride, v_token_stride, do_head_stride, do_token_stride,
-            dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask,
+            dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
         )  # fmt: skip
 

@@ -69,7 +69,7 @@ def keys_of_split(
 
 @jit
 def store_isolated_group(
-    split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
+    again, split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
     num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
@@ -77,7 +77,7 @@ def store_isolated_group(
     LENGTHS: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of a program again: see `isolated.py`."""
+    """Write the output of a program again: see `isolated.py`; `again` is 1, but the compiler must not know it."""
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
@@ -95,7 +95,7 @@ def store_isolated_group(
         lse = tl.load(lse_ptr + part, mask=present, other=float("inf"))
         o = isolated_output(
             q, present, lse_in_bits(lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
-            start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
+            start, end, end, HEAD_DIM * again, scale, softcap, PRECISION, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
         if SPLIT:
             offsets = part * VALUE_DIM
@@ -163,7 +163,7 @@ def attention_decode(
     if not ONE_QUERY:
         if again > 0:
             store_isolated_group(
-                split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
+                again, split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
                 q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
                 v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
                 num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,

@@ -123,7 +123,7 @@ def attention_forward(
             load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
             load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
             o_base, lse_row,
-            q_token_stride, k_token_stride, v_token_stride, o_token_stride, start, start + BLOCK_M, mask,
+            q_token_stride, k_token_stride, v_token_stride, o_token_stride, start, start + BLOCK_M, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
 
