@@ -80,7 +80,8 @@ def attention_backward_q(
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
     again = has_nan(dq)
-    tile, row = program_of(tl.program_id(0) + later_zero(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    zero = later_zero(again)
+    tile, row = program_of(tl.program_id(0) | zero, tl.cdiv(num_queries | zero, BLOCK_M), num_rows, rows_at_once, CAUSAL)
     batch = row // num_heads
     head = row % num_heads
     start = tile * BLOCK_M
@@ -208,7 +209,8 @@ def attention_backward_kv(
             scale, softcap, PRECISION, True,
         )  # fmt: skip
     again = tl.maximum(has_nan(dk), has_nan(dv))
-    tile, row = program_of(tl.program_id(0) + later_zero(again), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
+    zero = later_zero(again)
+    tile, row = program_of(tl.program_id(0) | zero, tl.cdiv(num_keys | zero, BLOCK_N), num_rows, rows_at_once, False)
     part = row % num_parts
     kv_head = row // num_parts % num_kv_heads
     batch = row // num_parts // num_kv_heads

@@ -150,8 +150,8 @@ def attention_decode(
     # The heads of one query see the same keys, and no others are loaded.
     again = 0 if ONE_QUERY else has_nan(accumulator)
     zero = later_zero(again)
-    split, batch, kv_head = split_of(tl.program_id(0) + zero, num_splits, num_heads // group_size)
-    head, query, present = group_rows(tl.arange(0, BLOCK_M) + zero, kv_head, group_size, num_queries)
+    split, batch, kv_head = split_of(tl.program_id(0) | zero, num_splits, num_heads // group_size)
+    head, query, present = group_rows(tl.arange(0, BLOCK_M) | zero, kv_head, group_size, num_queries)
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
     if SPLIT:

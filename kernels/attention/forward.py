@@ -102,7 +102,8 @@ def attention_forward(
         )
 
     again = has_nan(accumulator)
-    tile, row = program_of(tl.program_id(0) + later_zero(again), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    zero = later_zero(again)
+    tile, row = program_of(tl.program_id(0) | zero, tl.cdiv(num_queries | zero, BLOCK_M), num_rows, rows_at_once, CAUSAL)
     batch = row // num_heads
     head = row % num_heads
     start = tile * BLOCK_M

@@ -26,7 +26,7 @@ def has_nan(x):
 
 @jit
 def later_zero(again):
-    """Return 0, made from what `has_nan` said of a result, to be added to what the addresses of the result begin with.
+    """Return 0, made from what `has_nan` said of a result, for `|` with what the addresses of the result begin with.
 
     `again` is 0 or 1, but the compiler does not know it: so it cannot compute the addresses before the loops over tiles,
     where they would occupy registers to the end.
