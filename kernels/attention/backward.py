@@ -12,8 +12,8 @@ from ..dispatch import jit, tl
 from ..launch import launch
 from ..shared import LOG2_E
 from .configurations import launch_config, rows_at_once
-from .intervals import key_tile, mask_of, query_tile
-from .isolated import has_nan, store_isolated_dk_dv, store_isolated_dq
+from .intervals import key_tiles, keys_of, mask_of, queries_of, query_tiles
+from .isolated import has_nan, later_zero, store_isolated_dk_dv, store_isolated_dq
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
 from .scores import ds_of, load_lse, probabilities_of, sees
@@ -41,7 +41,8 @@ def attention_backward_q(
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
-    queries, low, high, tiles = query_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
+    queries = start + tl.arange(0, BLOCK_M)
+    tiles = query_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
@@ -67,8 +68,10 @@ def attention_backward_q(
     for n in range(full_start, full_end, BLOCK_N):
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
-        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, False)
+        ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, None, None, scale, softcap, PRECISION, False)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    # Only here, so that they occupy no registers in the loop above.
+    low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
         k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
@@ -76,10 +79,20 @@ def attention_backward_q(
         ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, low, high, scale, softcap, PRECISION, True)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
-    again = has_nan(dq) > 0
+    again = has_nan(dq)
+    zero = later_zero(again)
+    tile, row = program_of(tl.program_id(0) | zero, tl.cdiv(num_queries | zero, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    batch = row // num_heads
+    head = row % num_heads
+    start = tile * BLOCK_M
     dq_base = store_base(dq_ptr, batch, head, dq_batch_stride, dq_head_stride)
     store_tile(dq_base, dq * scale, start, num_queries, dq_token_stride, HEAD_DIM, BLOCK_M, BLOCK_K)
-    if again:
+    if again > 0:
+        kv_head = head // group_size
+        statistics = tl.cast(row, tl.int64) * num_queries
+        mask = mask_of(
+            batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+        )
         store_isolated_dq(
             load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
             load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
@@ -87,7 +100,7 @@ def attention_backward_q(
             load_base(do_ptr, batch, head, do_batch_stride, do_head_stride, False),
             dq_base, lse_ptr + statistics, delta_ptr + statistics,
             q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride,
-            start, start + BLOCK_M, mask,
+            start, start + BLOCK_M, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K,
         )  # fmt: skip
 
@@ -154,7 +167,7 @@ def attention_backward_kv(
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
-    keys, low, high, tiles = key_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
+    tiles = key_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
     if LENGTHS:
         # Nobody sees the keys behind the length.
@@ -178,9 +191,11 @@ def attention_backward_kv(
         do_tile = load_tile(do_base, batch, head, m, num_queries, do_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, TMA, False)
         statistics = tl.cast(batch * num_heads + head, tl.int64) * num_queries
         dk, dv = add_to_dk_dv(
-            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
+            q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, None, None, num_queries,
             scale, softcap, PRECISION, False,
         )  # fmt: skip
+    # Only here, so that they occupy no registers in the loop above.
+    low, high = queries_of(start + tl.arange(0, BLOCK_N), mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked * group_size):
         head, place = head_and_place(i, masked, first_head, GROUPED)
         m = tl.where(place < left, left_start + place * BLOCK_M, full_end + (place - left) * BLOCK_M)
@@ -193,19 +208,31 @@ def attention_backward_kv(
             q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, low, high, num_queries,
             scale, softcap, PRECISION, True,
         )  # fmt: skip
-    again = has_nan(dk) + has_nan(dv) > 0
+    again = tl.maximum(has_nan(dk), has_nan(dv))
+    zero = later_zero(again)
+    tile, row = program_of(tl.program_id(0) | zero, tl.cdiv(num_keys | zero, BLOCK_N), num_rows, rows_at_once, False)
+    part = row % num_parts
+    kv_head = row // num_parts % num_kv_heads
+    batch = row // num_parts // num_kv_heads
+    start = tile * BLOCK_N
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+    )
     if LENGTHS:
         # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
-        dk = tl.where((keys < mask[1])[:, None], dk, 0.0)
-        dv = tl.where((keys < mask[1])[:, None], dv, 0.0)
+        present = start + tl.arange(0, BLOCK_N) < mask[1]
+        dk = tl.where(present[:, None], dk, 0.0)
+        dv = tl.where(present[:, None], dv, 0.0)
 
-    dk_ptr += tl.cast(part, tl.int64) * dk_part_stride
-    dv_ptr += tl.cast(part, tl.int64) * dv_part_stride
-    dk_base = store_base(dk_ptr, batch, kv_head, dk_batch_stride, dk_head_stride)
-    dv_base = store_base(dv_ptr, batch, kv_head, dv_batch_stride, dv_head_stride)
+    dk_part = dk_ptr + tl.cast(part, tl.int64) * dk_part_stride
+    dv_part = dv_ptr + tl.cast(part, tl.int64) * dv_part_stride
+    dk_base = store_base(dk_part, batch, kv_head, dk_batch_stride, dk_head_stride)
+    dv_base = store_base(dv_part, batch, kv_head, dv_batch_stride, dv_head_stride)
     store_tile(dk_base, dk * scale, start, num_keys, dk_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K)
     store_tile(dv_base, dv, start, num_keys, dv_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V)
-    if again:
+    if again > 0:
+        first_head = (kv_head * num_parts + part) * group_size
+        num_heads = num_kv_heads * num_parts * group_size
         first_row = tl.cast(batch * num_heads + first_head, tl.int64) * num_queries
         store_isolated_dk_dv(
             load_base(q_ptr, batch, first_head, q_batch_stride, q_head_stride, False),
@@ -214,7 +241,7 @@ def attention_backward_kv(
             load_base(do_ptr, batch, first_head, do_batch_stride, do_head_stride, False),
             dk_base, dv_base, lse_ptr + first_row, delta_ptr + first_row,
             q_head_stride, q_token_stride, k_token_stride, v_token_stride, do_head_stride, do_token_stride,
-            dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask,
+            dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from ..shared import LN_2, LOG2_E
 from .configurations import launch_config
 from .forward import add_tile
 from .intervals import keys_of, mask_of
-from .isolated import ROWS, has_nan, isolated_output
+from .isolated import ROWS, has_nan, isolated_output, later_zero
 from .operands import aligned, load_strides
 from .options import Options
 from .scores import lse_in_bits
@@ -48,6 +48,62 @@ def store_group(rows, tile, present, VALUE_DIM: tl.constexpr, BLOCK_V: tl.conste
     tl.store(rows[:, None] + columns[None, :], tile.to(rows.dtype.element_ty), mask=mask)
 
 
+@jit
+def split_of(program, num_splits, num_kv_heads):
+    """Return (split, batch, kv_head) of a program."""
+    row = program // num_splits
+    return program % num_splits, row // num_kv_heads, row % num_kv_heads
+
+
+@jit
+def keys_of_split(
+    split, num_splits, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return (start, end): the keys of one split of those that the queries of a sequence see."""
+    first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
+    _, last_high = keys_of(mask[0] - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
+    tiles = tl.cdiv(tl.cdiv(tl.maximum(last_high - first_low, 0), BLOCK_N), num_splits)
+    start = first_low + split * tiles * BLOCK_N
+    return start, tl.minimum(start + tiles * BLOCK_N, last_high)
+
+
+@jit
+def store_isolated_group(
+    again, split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
+    q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
+    v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
+    num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
+    scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    LENGTHS: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a program again: see `isolated.py`; `again` is 1, but the compiler must not know it."""
+    mask = mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+    )
+    start, end = keys_of_split(split, num_splits, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_N)
+    q_base = q_ptr + tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
+    k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
+    v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
+    # Other threads than these have written what comes again.
+    tl.debug_barrier()
+    for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):
+        head, query, present = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
+        low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
+        q = q_base + rows_offset(head, query, q_head_stride, q_token_stride) * stride_unit(q_ptr)
+        part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
+        lse = tl.load(lse_ptr + part, mask=present, other=float("inf"))
+        o = isolated_output(
+            q, present, lse_in_bits(lse), low, high, k_base, v_base, k_token_stride, v_token_stride,
+            start, end, end, HEAD_DIM * again, scale, softcap, PRECISION, VALUE_DIM, BLOCK_V,
+        )  # fmt: skip
+        if SPLIT:
+            offsets = part * VALUE_DIM
+        else:
+            offsets = tl.cast(batch, tl.int64) * o_batch_stride + rows_offset(head, query, o_head_stride, o_token_stride)
+        store_group(o_ptr + offsets, o, present, VALUE_DIM, BLOCK_V)
+
+
 @jit(do_not_specialize=SIZES)
 def attention_decode(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, begins_ptr, ends_ptr, lengths_ptr,
@@ -63,26 +119,17 @@ def attention_decode(
 
     SPLIT: of one split of its keys, o (B, H, T, splits, V) float32 and lse (B, H, T, splits), contiguous and without sinks.
     """
-    split = tl.program_id(0) % num_splits
-    row = tl.program_id(0) // num_splits
-    num_kv_heads = num_heads // group_size
-    batch = row // num_kv_heads
-    kv_head = row % num_kv_heads
+    split, batch, kv_head = split_of(tl.program_id(0), num_splits, num_heads // group_size)
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
 
     head, query, present = group_rows(tl.arange(0, BLOCK_M), kv_head, group_size, num_queries)
     low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
-    first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
-    _, last_high = keys_of(num_queries - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
-    start = first_low
-    tiles = tl.cdiv(tl.cdiv(tl.maximum(last_high - start, 0), BLOCK_N), num_splits)
-    start += split * tiles * BLOCK_N
-    end = tl.minimum(start + tiles * BLOCK_N, last_high)
+    start, end = keys_of_split(split, num_splits, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_N)
 
-    q_ptr += tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
-    q_rows = q_ptr + rows_offset(head, query, q_head_stride, q_token_stride) * stride_unit(q_ptr)
+    q_base = q_ptr + tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
+    q_rows = q_base + rows_offset(head, query, q_head_stride, q_token_stride) * stride_unit(q_ptr)
     columns = tl.arange(0, BLOCK_K)[None, :]
     q = tl.load(q_rows[:, None] + columns, mask=present[:, None] & (columns < HEAD_DIM), other=0.0)
     k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
@@ -100,37 +147,29 @@ def attention_decode(
         accumulator, row_sum, row_max = add_tile(
             q, k, v, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
         )
-    again = False
-    if not ONE_QUERY:
-        # The heads of one query see the same keys, and no others are loaded.
-        again = has_nan(accumulator) > 0
+    # The heads of one query see the same keys, and no others are loaded.
+    again = 0 if ONE_QUERY else has_nan(accumulator)
+    zero = later_zero(again)
+    split, batch, kv_head = split_of(tl.program_id(0) | zero, num_splits, num_heads // group_size)
+    head, query, present = group_rows(tl.arange(0, BLOCK_M) | zero, kv_head, group_size, num_queries)
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     part = ((tl.cast(batch, tl.int64) * num_heads + head) * num_queries + query) * num_splits + split
     if SPLIT:
         offsets = part * VALUE_DIM
     else:
-        o_ptr += tl.cast(batch, tl.int64) * o_batch_stride
-        offsets = rows_offset(head, query, o_head_stride, o_token_stride)
+        offsets = tl.cast(batch, tl.int64) * o_batch_stride + rows_offset(head, query, o_head_stride, o_token_stride)
     store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
     tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * LN_2, mask=present)
-    if again:
-        # Other threads than these have written what comes again.
-        tl.debug_barrier()
-        for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):
-            head_again, query_again, present_again = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
-            low_again, high_again = keys_of(query_again, mask, CAUSAL, WINDOW, DOCUMENTS)
-            q_again = q_ptr + rows_offset(head_again, query_again, q_head_stride, q_token_stride) * stride_unit(q_ptr)
-            part_again = ((tl.cast(batch, tl.int64) * num_heads + head_again) * num_queries + query_again) * num_splits + split
-            if SPLIT:
-                offsets_again = part_again * VALUE_DIM
-            else:
-                offsets_again = rows_offset(head_again, query_again, o_head_stride, o_token_stride)
-            lse = tl.load(lse_ptr + part_again, mask=present_again, other=float("inf"))
-            o = isolated_output(
-                q_again, present_again, lse_in_bits(lse), low_again, high_again, k_base, v_base, k_token_stride, v_token_stride,
-                start, end, end, scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
+    if not ONE_QUERY:
+        if again > 0:
+            store_isolated_group(
+                again, split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
+                q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
+                v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride, document_stride,
+                num_heads, group_size, num_queries, num_keys, window_left, window_right, num_splits,
+                scale, softcap, CAUSAL, WINDOW, DOCUMENTS, LENGTHS, SPLIT, HEAD_DIM, VALUE_DIM, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_V,
             )  # fmt: skip
-            store_group(o_ptr + offsets_again, o, present_again, VALUE_DIM, BLOCK_V)
 
 
 @jit(do_not_specialize=SIZES)

@@ -6,8 +6,8 @@ from ..dispatch import jit, tl
 from ..launch import launch
 from ..shared import LN_2, LOG2_E
 from .configurations import launch_config, rows_at_once
-from .intervals import mask_of, query_tile
-from .isolated import has_nan, store_isolated_output
+from .intervals import keys_of, mask_of, query_tiles
+from .isolated import has_nan, later_zero, store_isolated_output
 from .operands import aligned, as_tiles, load_strides
 from .options import Options
 from .scores import scores_in_bits, sees
@@ -68,7 +68,7 @@ def attention_forward(
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
-    queries, low, high, tiles = query_tile(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
+    tiles = query_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
 
     q_base = load_base(q, batch, head, q_batch_stride, q_head_stride, TMA)
@@ -89,8 +89,10 @@ def attention_forward(
         k_tile = load_tile(k_base, batch, kv_head, n, num_keys, k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, False)
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
         accumulator, row_sum, row_max = add_tile(
-            q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, False
+            q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, None, None, scale, softcap, PRECISION, False
         )
+    # Only here, so that they occupy no registers in the loop above.
+    low, high = keys_of(start + tl.arange(0, BLOCK_M), mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
         k_tile = load_tile(k_base, batch, kv_head, n, mask[1], k_token_stride, HEAD_DIM, BLOCK_N, BLOCK_K, TMA, True)
@@ -100,32 +102,29 @@ def attention_forward(
         )
 
     again = has_nan(accumulator)
+    zero = later_zero(again)
+    tile, row = program_of(tl.program_id(0) | zero, tl.cdiv(num_queries | zero, BLOCK_M), num_rows, rows_at_once, CAUSAL)
+    batch = row // num_heads
+    head = row % num_heads
+    start = tile * BLOCK_M
+    queries = start + tl.arange(0, BLOCK_M)
+    lse_row = lse_ptr + tl.cast(row, tl.int64) * num_queries
     # A row that saw no key has a sum of 0: its output is 0 and its lse -inf.
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     o_base = store_base(o_ptr, batch, head, o_batch_stride, o_head_stride)
     store_tile(o_base, accumulator, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V)
-    tl.store(
-        lse_ptr + tl.cast(row, tl.int64) * num_queries + queries,
-        (row_max + tl.log2(row_sum)) * LN_2,
-        mask=queries < num_queries,
-    )
-    # At most once; a loop, because its index keeps the compiler from holding all of this in registers until here.
-    for i in tl.range(0, again, num_stages=1):
-        tile, row = program_of(tl.program_id(0) + i, tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
-        batch = row // num_heads
-        head = row % num_heads
+    tl.store(lse_row + queries, (row_max + tl.log2(row_sum)) * LN_2, mask=queries < num_queries)
+    if again > 0:
         kv_head = head // group_size
-        start = tile * BLOCK_M
         mask = mask_of(
             batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
         )
-        o_base = store_base(o_ptr, batch, head, o_batch_stride, o_head_stride)
         store_isolated_output(
             load_base(q_ptr, batch, head, q_batch_stride, q_head_stride, False),
             load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False),
             load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False),
-            o_base, lse_ptr + tl.cast(row, tl.int64) * num_queries,
-            q_token_stride, k_token_stride, v_token_stride, o_token_stride, start, start + BLOCK_M, mask,
+            o_base, lse_row,
+            q_token_stride, k_token_stride, v_token_stride, o_token_stride, start, start + BLOCK_M, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
 

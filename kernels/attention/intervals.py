@@ -84,28 +84,24 @@ def tiles_of(first_low, first_high, last_low, last_high, BLOCK: tl.constexpr):
 
 
 @jit
-def query_tile(
+def query_tiles(
     start, mask,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return (queries, low, high, tiles): the queries from `start` on, their intervals of keys, and `tiles_of` them all."""
-    queries = start + tl.arange(0, BLOCK_M)
+    """Return `tiles_of` the queries from `start` on."""
     last = tl.minimum(start + BLOCK_M, mask[0]) - 1
-    low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
     first_low, first_high = keys_of(start, mask, CAUSAL, WINDOW, DOCUMENTS)
     last_low, last_high = keys_of(last, mask, CAUSAL, WINDOW, DOCUMENTS)
-    return queries, low, high, tiles_of(first_low, first_high, last_low, last_high, BLOCK_N)
+    return tiles_of(first_low, first_high, last_low, last_high, BLOCK_N)
 
 
 @jit
-def key_tile(
+def key_tiles(
     start, mask,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return (keys, low, high, tiles): the keys from `start` on, the intervals of queries that see them, and the tiles."""
-    keys = start + tl.arange(0, BLOCK_N)
+    """Return `tiles_of` the keys from `start` on: tiles of the queries that see them."""
     last = tl.minimum(start + BLOCK_N, mask[1]) - 1
-    low, high = queries_of(keys, mask, CAUSAL, WINDOW, DOCUMENTS)
     first_low, first_high = queries_of(start, mask, CAUSAL, WINDOW, DOCUMENTS)
     last_low, last_high = queries_of(last, mask, CAUSAL, WINDOW, DOCUMENTS)
-    return keys, low, high, tiles_of(first_low, first_high, last_low, last_high, BLOCK_M)
+    return tiles_of(first_low, first_high, last_low, last_high, BLOCK_M)

@@ -10,7 +10,7 @@ what comes before it.
 from typing import Any
 
 from ..dispatch import HAS_TRITON, jit, tl
-from .intervals import key_tile, query_tile
+from .intervals import key_tiles, keys_of, queries_of, query_tiles
 from .scores import load_lse, probabilities_of, sees
 from .tiles import load_tile, store_tile, stride_unit
 
@@ -22,6 +22,16 @@ ROWS: Any = tl.constexpr(16) if HAS_TRITON else None
 def has_nan(x):
     """Return 1 where a tile (M, N) holds a NaN, else 0."""
     return tl.max((x != x).to(tl.int32))
+
+
+@jit
+def later_zero(again):
+    """Return 0, made from what `has_nan` said of a result, for `|` with what the addresses of the result begin with.
+
+    `again` is 0 or 1, but the compiler does not know it: so it cannot compute the addresses before the loops over tiles,
+    where they would occupy registers to the end.
+    """
+    return again >> 1
 
 
 @jit
@@ -42,28 +52,30 @@ def rows_from(base, start, end, token_stride):
 
 
 @jit
-def product_of(a, a_present, b, b_present, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
-    """Return a b^T (ROWS, ROWS) of rows behind pointers, a few channels at a time: whole rows would fill the registers."""
+def product_of(a, a_present, b, b_present, width, PRECISION: tl.constexpr):
+    """Return a b^T (ROWS, ROWS) of rows behind pointers, a few channels at a time: whole rows would fill the registers.
+
+    So would the addresses of all channels, if the compiler knew the width and unrolled the loop.
+    """
     product = tl.zeros((ROWS, ROWS), tl.float32)
-    for channel in tl.range(0, HEAD_DIM, ROWS, num_stages=1):
+    for channel in tl.range(0, width, ROWS, num_stages=1):
         channels = channel + tl.arange(0, ROWS)[None, :]
-        a_tile = tl.load(a[:, None] + channels, mask=a_present[:, None] & (channels < HEAD_DIM), other=0.0)
-        b_tile = tl.load(b[:, None] + channels, mask=b_present[:, None] & (channels < HEAD_DIM), other=0.0)
+        a_tile = tl.load(a[:, None] + channels, mask=a_present[:, None] & (channels < width), other=0.0)
+        b_tile = tl.load(b[:, None] + channels, mask=b_present[:, None] & (channels < width), other=0.0)
         product = tl.dot(a_tile, b_tile.T, product, input_precision=PRECISION)
     return product
 
 
 @jit
 def isolated_output(
-    q, present, lse, low, high, k_base, v_base, k_token_stride, v_token_stride, start, stop, end,
-    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    q, present, lse, low, high, k_base, v_base, k_token_stride, v_token_stride, start, stop, end, head_dim,
+    scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Return the output (ROWS, V) of the queries behind the pointers `q`, with lse in bits, from the keys start to stop."""
     o = tl.zeros((ROWS, BLOCK_V), tl.float32)
     for n in tl.range(start, stop, ROWS, num_stages=1):
         k, k_present = rows_from(k_base, n, end, k_token_stride)
-        products = product_of(q, present, k, k_present, HEAD_DIM, PRECISION)
+        products = product_of(q, present, k, k_present, head_dim, PRECISION)
         p, _ = probabilities_of(products, lse[:, None], scale, softcap)
         v, bad = split_finite(load_tile(v_base, 0, 0, n, end, v_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True))
         p = tl.where(sees(n, low, high, ROWS), tl.where(bad[None, :], float("nan"), p), 0.0)
@@ -74,22 +86,22 @@ def isolated_output(
 @jit
 def store_isolated_output(
     q_base, k_base, v_base, o_base, lse_ptr, q_token_stride, k_token_stride, v_token_stride, o_token_stride,
-    first, last, mask,
+    first, last, mask, again,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of the queries from `first` to `last` of a head again."""
+    """Write the output of the queries from `first` to `last` of a head again; `again` is 1, but the compiler must not know it."""
     # Other threads than these have written lse, and the output before.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
-        # Its own tiles again, lest those of the program occupy registers until here.
-        queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
-        start, left, _, full_end, masked = tiles
+        queries = m + tl.arange(0, ROWS)
+        low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
+        start, left, _, full_end, masked = query_tiles(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         stop = full_end + (masked - left) * ROWS
         q, present = rows_from(q_base, m, mask[0], q_token_stride)
         o = isolated_output(
             q, present, load_lse(lse_ptr, queries, mask[0]), low, high, k_base, v_base, k_token_stride, v_token_stride,
-            start, stop, mask[1], scale, softcap, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
+            start, stop, mask[1], HEAD_DIM * again, scale, softcap, PRECISION, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
         store_tile(o_base, o, m, mask[0], o_token_stride, VALUE_DIM, ROWS, BLOCK_V)
 
@@ -97,17 +109,17 @@ def store_isolated_output(
 @jit
 def store_isolated_dq(
     q_base, k_base, v_base, do_base, dq_base, lse_ptr, delta_ptr,
-    q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride, first, last, mask,
+    q_token_stride, k_token_stride, v_token_stride, do_token_stride, dq_token_stride, first, last, mask, again,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of the queries from `first` to `last` of a head again."""
+    """Write dq of the queries from `first` to `last` of a head again; `again` is 1, but the compiler must not know it."""
     # Other threads than these have written delta, and dq before.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
-        # Its own tiles again, lest those of the program occupy registers until here.
-        queries, low, high, tiles = query_tile(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
-        start, left, _, full_end, masked = tiles
+        queries = m + tl.arange(0, ROWS)
+        low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
+        start, left, _, full_end, masked = query_tiles(m, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         stop = full_end + (masked - left) * ROWS
         q, present = rows_from(q_base, m, mask[0], q_token_stride)
         do, _ = rows_from(do_base, m, mask[0], do_token_stride)
@@ -117,9 +129,9 @@ def store_isolated_dq(
         for n in tl.range(start, stop, ROWS, num_stages=1):
             k_rows, k_present = rows_from(k_base, n, mask[1], k_token_stride)
             v_rows, _ = rows_from(v_base, n, mask[1], v_token_stride)
-            products = product_of(q, present, k_rows, k_present, HEAD_DIM, PRECISION)
+            products = product_of(q, present, k_rows, k_present, HEAD_DIM * again, PRECISION)
             p, slope = probabilities_of(products, lse[:, None], scale, softcap)
-            ds = p * (product_of(do, present, v_rows, k_present, VALUE_DIM, PRECISION) - delta[:, None]) * slope
+            ds = p * (product_of(do, present, v_rows, k_present, VALUE_DIM * again, PRECISION) - delta[:, None]) * slope
             k, bad = split_finite(load_tile(k_base, 0, 0, n, mask[1], k_token_stride, HEAD_DIM, ROWS, BLOCK_K, False, True))
             ds = tl.where(sees(n, low, high, ROWS), tl.where(bad[None, :], float("nan"), ds), 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -130,16 +142,20 @@ def store_isolated_dq(
 def store_isolated_dk_dv(
     q_base, k_base, v_base, do_base, dk_base, dv_base, lse_ptr, delta_ptr,
     q_head_stride, q_token_stride, k_token_stride, v_token_stride, do_head_stride, do_token_stride,
-    dk_token_stride, dv_token_stride, group_size, first, last, num_keys, mask,
+    dk_token_stride, dv_token_stride, group_size, first, last, num_keys, mask, again,
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of the keys from `first` to `last` again, from the queries of `group_size` heads."""
+    """Write dk and dv of the keys from `first` to `last` again, from the queries of `group_size` heads.
+
+    `again` is 1, but the compiler must not know it.
+    """
     # Other threads than these have written dk and dv before.
     tl.debug_barrier()
     for n in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
-        keys, low, high, tiles = key_tile(n, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
-        start, left, _, full_end, masked = tiles
+        keys = n + tl.arange(0, ROWS)
+        low, high = queries_of(keys, mask, CAUSAL, WINDOW, DOCUMENTS)
+        start, left, _, full_end, masked = key_tiles(n, mask, CAUSAL, WINDOW, DOCUMENTS, ROWS, ROWS)
         stop = full_end + (masked - left) * ROWS
         high = tl.where(keys < mask[1], high, 0)
         k, present = rows_from(k_base, n, num_keys, k_token_stride)
@@ -156,9 +172,9 @@ def store_isolated_dk_dv(
                 do_rows, _ = rows_from(do_of_head, m, mask[0], do_token_stride)
                 lse = load_lse(lse_ptr + statistics, queries, mask[0])
                 delta = tl.load(delta_ptr + statistics + queries, mask=queries < mask[0], other=0.0)
-                products = product_of(k, present, q_rows, q_present, HEAD_DIM, PRECISION)
+                products = product_of(k, present, q_rows, q_present, HEAD_DIM * again, PRECISION)
                 p, slope = probabilities_of(products, lse[None, :], scale, softcap)
-                ds = p * (product_of(v, present, do_rows, q_present, VALUE_DIM, PRECISION) - delta[None, :]) * slope
+                ds = p * (product_of(v, present, do_rows, q_present, VALUE_DIM * again, PRECISION) - delta[None, :]) * slope
                 seen = sees(m, low, high, ROWS)
                 do = load_tile(do_of_head, 0, 0, m, mask[0], do_token_stride, VALUE_DIM, ROWS, BLOCK_V, False, True)
                 do, bad = split_finite(do)
