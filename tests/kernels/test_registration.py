@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tilewright.kernels.registration import custom_op
+from tilewright.kernels.registration import count_no_flops, custom_op
 
 CALLS = []
 
@@ -39,6 +39,7 @@ def square(x: Tensor) -> Tensor:
 
 
 square.register_fake(torch.empty_like)
+count_no_flops(twice, add_one_, square)
 
 
 class Seen(TorchDispatchMode):
