@@ -391,7 +391,7 @@ _ALONE = {"batch": 16, "num_tokens": 4096, "num_heads": 32, "num_kv_heads": 0, "
 _LLAMA = _ALONE | {"num_kv_heads": 8}
 _SMALL = {"batch": 2, "num_tokens": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 _OPTIONS = {"layout": "half", "rotary_dim": 12, "placed": True}
-_HUGE = {"batch": 1, "num_tokens": 2**19 + 1, "num_heads": 24, "num_kv_heads": 8, "head_dim": 128}
+_HUGE = {"batch": 1, "num_tokens": 2**19 + 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 # GPT-2 small and XL, Llama 3 8B, Gemma's head dim and one that is no power of two, and one decoded token.
 _COMPILED = tuple(
     {"batch": 8, "num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim} | other

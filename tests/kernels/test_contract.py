@@ -305,10 +305,12 @@ def test_float64_runs_the_reference_and_integers_are_refused(op, sizes, device):
 @every_example
 def test_it_runs_inside_a_cuda_graph_without_synchronising(op, sizes, device):
     call = Call(op, sizes, device, torch.bfloat16)
+    drawn = drawn_like([y for y in call.run() if y.requires_grad])
 
     def step() -> tuple[Tensor, ...]:
         results = call.run()
-        return *(y.detach() for y in results), *call.gradients(results)
+        differentiable = [y for y in results if y.requires_grad]
+        return *(y.detach() for y in results), *torch.autograd.grad(differentiable, call.trained, drawn)
 
     oracle.assert_replays(step)
 
@@ -322,6 +324,6 @@ def test_more_elements_than_32_bits_count(op):
     result = call.run()[0]
     (gradient, *_) = call.gradients([result])
     assert result.numel() > 2**31 or call.values[0].numel() > 2**31
-    assert torch.isfinite(result[-1]).all()
+    assert torch.isfinite(result if result.dim() == 0 else result[-1]).all()
     assert torch.isfinite(gradient[-1]).all()
     assert gradient[-1].count_nonzero() > gradient[-1].numel() // 2
