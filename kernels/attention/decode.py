@@ -160,7 +160,7 @@ def attention_decode(
         offsets = tl.cast(batch, tl.int64) * o_batch_stride + rows_offset(head, query, o_head_stride, o_token_stride)
     store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
     tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * LN_2, mask=present)
-    if not ONE_QUERY:
+    if not ONE_QUERY:  # noqa: SIM102 - the former is a constant, of which the compiler keeps one side
         if again > 0:
             store_isolated_group(
                 again, split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,

@@ -90,7 +90,7 @@ def store_isolated_output(
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of the queries from `first` to `last` of a head again; `again` is 1, but the compiler must not know it."""
+    """Write the output of queries `first` to `last` of a head again; `again` is 1, which the compiler must not know."""
     # Other threads than these have written lse, and the output before.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
