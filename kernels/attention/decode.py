@@ -87,7 +87,7 @@ def store_isolated_group(
     v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
     # Other threads than these have written what comes again.
     tl.debug_barrier()
-    for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):
+    for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         head, query, present = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
         low, high = keys_of(query, mask, CAUSAL, WINDOW, DOCUMENTS)
         q = q_base + rows_offset(head, query, q_head_stride, q_token_stride) * stride_unit(q_ptr)
