@@ -1,12 +1,12 @@
 """What attention must give where nobody can hold its scores: the reference in float32, a few queries at a time."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.op import ALL, Sizes
+from ..kernels import reference
+from ..kernels.op import Arguments
 from .check import WrongError, output_gradients
 
 # Scores that the reference holds at once, of all heads of one sequence.
@@ -16,10 +16,9 @@ SCORES = 2**26
 TOLERANCE = 2**-5
 
 
-def exact(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
+def exact(arguments: Arguments, do: Tensor) -> dict[str, Tensor]:
     """Return o and, where q is trained, dq, dk and dv, in memory linear in T; causal, queries being the last of the keys."""
-    attention = ALL["attention"].reference
-    options = ALL["attention"].arguments(q.device, q.dtype, **sizes).options
+    q, k, v = arguments.positional
     trained = q.requires_grad
     names = ("result 0", "gradient 0", "gradient 1", "gradient 2") if trained else ("result 0",)
     results = {name: torch.zeros(like.shape, device=q.device) for name, like in zip(names, (q, q, k, v), strict=False)}
@@ -32,7 +31,7 @@ def exact(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str
             own = slice(sequence, sequence + 1), slice(None), slice(start, end)
             seen = *own[:2], slice(0, num_keys - num_queries + end)
             inputs = [piece.detach().float().requires_grad_(trained) for piece in (q[own], k[seen], v[seen])]
-            o = attention(*inputs, **options)
+            o = reference.attention(*inputs, **arguments.options)  # pyright: ignore[reportArgumentType]
             results["result 0"][own] = o.detach()
             if trained:
                 gradients = torch.autograd.grad(o, inputs, do[own].float())
@@ -63,8 +62,7 @@ class RightTokens:
             raise WrongError(f"{what} of a token is off by {error:.1%}, allowed is {TOLERANCE:.1%}")
 
 
-def attention_right(sizes: Sizes, positional: tuple[Any, ...]) -> Mapping[str, RightTokens]:
+def attention_right(arguments: Arguments) -> Mapping[str, RightTokens]:
     """Return what the result and the gradients of a call must be."""
-    (do,) = output_gradients((positional[0].detach(),))
-    q, k, v = positional
-    return {name: RightTokens(right) for name, right in exact(sizes, q, k, v, do).items()}
+    (do,) = output_gradients((arguments.positional[0].detach(),))
+    return {name: RightTokens(right) for name, right in exact(arguments, do).items()}

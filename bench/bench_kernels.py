@@ -25,7 +25,9 @@ def _cases() -> dict[str, Case]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a test of each variant of each op at each shape, installed or not."""
-    ids = [(name, way, variant) for name, case in _cases().items() for way in case.costs() for variant in case.forms(here())]
+    ids = [
+        (name, way, variant) for name, case in _cases().items() for way in case.costs() for variant in case.forms({}, here())
+    ]
     metafunc.parametrize(("name", "direction", "variant"), ids, ids=[", ".join(one) for one in ids])
 
 
@@ -38,9 +40,11 @@ def test_op(benchmark, name: str, direction: str, variant: str) -> None:
         pytest.skip("compiles C++ for a minute on a CPU")
     clean_up(device)
     benchmark.group = f"{name} {direction}"
-    positional = case.arguments(device).positional
+    arguments = case.arguments(device)
     try:
-        call, note = prepare(case.forms(device)[variant](), direction, positional, case.right(positional, device))
+        call, note = prepare(
+            case.forms(arguments.options, device)[variant](), direction, arguments.positional, case.right(arguments)
+        )
     except Exception as error:  # what a peer cannot do is no failure of ours
         if variant in (OWN, "torch"):
             raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.op import Cost
+from ..kernels.op import Arguments, Cost
 from .ceilings import Ceilings
 from .check import Judge, WrongError, check, copies
 from .jobs import Job, Row, Rows
@@ -96,11 +96,11 @@ def prepare(
 
 
 def _calls(
-    case: Case, direction: str, positional: tuple[Any, ...], right: Mapping[str, Judge], so_far: _Progress, device: torch.device
+    case: Case, direction: str, arguments: Arguments, right: Mapping[str, Judge], so_far: _Progress, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """Return the call of each variant; one that fails or disagrees goes into `failed` with its reason."""
     calls = {}
-    for name, make in case.forms(device).items():
+    for name, make in case.forms(arguments.options, device).items():
         if name in so_far.failed or not case.is_timed(name, direction):
             continue
         start = time.perf_counter()
@@ -110,8 +110,8 @@ def _calls(
                 if name not in so_far.ready:
                     so_far.ready[name] = make()
                 # Both ways together it computes what it did backward.
-                known = direction == "both" and name in so_far.ready_s and "backward" in case.costs()
-                calls[name], note = prepare(so_far.ready[name], direction, positional, None if known else right)
+                known = direction == "both" and name in so_far.ready_s
+                calls[name], note = prepare(so_far.ready[name], direction, arguments.positional, None if known else right)
                 so_far.notes[name] = so_far.notes[name] if known else note
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -164,13 +164,13 @@ def timed_rows(
 
 def bench_case(case: Case, device: torch.device, ceilings: Ceilings) -> Rows:
     """Yield the times of one op's variants in each direction; a variant that errs is named instead of timed."""
-    positional = case.arguments(device).positional
-    right = case.right(positional, device)
+    arguments = case.arguments(device)
+    right = case.right(arguments)
     so_far = _Progress()
     series = case.op.series(case.sizes) if case.op.series else case.op.name
     for direction, cost in case.costs().items():
         name, reported = f"{case.name} {direction}", {*so_far.failed}
-        calls = _calls(case, direction, positional, right, so_far, device)
+        calls = _calls(case, direction, arguments, right, so_far, device)
         for variant in so_far.failed.keys() - reported:
             yield {"case": name, "variant": variant, "not_measured": so_far.failed[variant]}
         rounds = 2 if cost.seconds(ceilings.copy, ceilings.matmul) > LONG_SECONDS else 5

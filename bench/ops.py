@@ -43,16 +43,17 @@ class Case:
 
     def costs(self) -> dict[str, Cost]:
         """Return what each direction costs; where nothing is trained there is only the forward pass."""
-        trains = any(isinstance(x, Tensor) and x.requires_grad for x in self.arguments(torch.device("meta")).positional)
+        drawn = self.op.arguments(torch.device("meta"), torch.bfloat16, **self.sizes)
+        trains = any(isinstance(x, Tensor) and x.requires_grad for x in drawn.positional)
         costs = self.op.cost(torch.bfloat16.itemsize, **self.sizes)._asdict()
         return {way: cost for way, cost in costs.items() if cost is not None and (trains or way == "forward")}
 
-    def forms(self, device: torch.device) -> dict[str, Callable[[], Variant]]:
+    def forms(self, options: Mapping[str, Any], device: torch.device) -> dict[str, Callable[[], Variant]]:
         """Return what is measured, each made when it is called: ours, PyTorch's eager and compiled, and the peers'.
 
-        A variant takes the positional arguments. One that is not here, or has no such shape, raises `Unsupported`.
+        A variant takes the positional arguments; `options` are the others. One that is not here, or has no such shape, raises
+        `Unsupported`.
         """
-        options = self.arguments(device).options
         baseline = partial(self.op.baseline or self.op.reference, **options)
         forms: dict[str, Callable[[], Variant]] = {OWN: lambda: partial(self.op.function, **options)}
         if self.op.name not in ORACLES:
@@ -65,12 +66,12 @@ class Case:
         """Whether a direction of this variant compares: some compute gradients in their forward pass."""
         return direction == "both" or (self.op.name, name) not in BOTH_ONLY
 
-    def right(self, positional: tuple[Any, ...], device: torch.device) -> Mapping[str, Judge]:
-        """Return what the results and the gradients must be."""
+    def right(self, arguments: Arguments) -> Mapping[str, Judge]:
+        """Return what the results and the gradients of a call must be."""
         if self.op.name in ORACLES:
-            return ORACLES[self.op.name](self.sizes, positional)
-        options = self.arguments(device).options
-        return what_is_right(partial(self.op.reference, **options), self.forms(device)["torch"](), positional)
+            return ORACLES[self.op.name](arguments)
+        baseline = partial(self.op.baseline or self.op.reference, **arguments.options)
+        return what_is_right(partial(self.op.reference, **arguments.options), baseline, arguments.positional)
 
 
 def cases(group: str) -> Iterator[Case]:

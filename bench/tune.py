@@ -109,12 +109,11 @@ def sizes_of(kernel: Kernel, head_dim: int) -> Sizes:
 
 def compiled(
     kernel: Kernel, generation: Generation, key: str, config: LaunchConfig, shapes: Iterable[Sizes]
-) -> Iterator[KernelCase]:
-    """Yield a kernel as calls of these shapes would launch it with another configuration."""
+) -> list[KernelCase]:
+    """Return a kernel as calls of these shapes would launch it with another configuration."""
     with use_configuration(key, config):
-        for sizes in shapes:
-            cases = launches(ATTENTION, {"dtype": torch.bfloat16, **sizes}, generation)
-            yield from (case for case in cases if case.kernel.__name__ == KERNELS[kernel])
+        cases = [case for sizes in shapes for case in launches(ATTENTION, {"dtype": torch.bfloat16, **sizes}, generation)]
+    return [case for case in cases if case.kernel.__name__ == KERNELS[kernel]]
 
 
 def _name(config: LaunchConfig) -> str:
@@ -163,13 +162,14 @@ def tune_kernel(
     tried = {_name(config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
     with ThreadPoolExecutor() as pool:
         sizes = sizes_of(kernel, head_dim)
-        cases = [next(compiled(kernel, generation, key, config, [sizes])) for config in tried.values()]
+        cases = [compiled(kernel, generation, key, config, [sizes])[0] for config in tried.values()]
         flaws = dict(zip(tried, pool.map(lambda case: inspector(case, generation), cases), strict=True))
 
     torch.manual_seed(0)
-    q, k, v = ATTENTION.arguments(device, DTYPE, **sizes).positional
+    arguments = ATTENTION.arguments(device, DTYPE, **sizes)
+    q, k, v = arguments.positional
     (do,) = output_gradients((q.detach(),))
-    right = exact(sizes, q, k, v, do)
+    right = exact(arguments, do)
     call = _call(kernel, q, k, v, do)
     calls = {name: _under(key, config, call) for name, config in tried.items() if flaws[name] is None}
     flaws |= {name: _error(run, right) for name, run in calls.items()}

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,9 @@ def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[Ke
     for op in ALL.values() if ops is None else ops:
         for sizes in op.compiled:
             for case in launches(op, sizes, architecture):
-                key = (
-                    case.kernel.__name__,
-                    *(getattr(case, field) for field in case.__dataclass_fields__ if field not in ("name", "kernel")),
-                )
-                if key not in seen:
-                    seen.add(key)
+                compiled = replace(case, name="")
+                if compiled not in seen:
+                    seen.add(compiled)
                     yield case
 
 

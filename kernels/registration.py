@@ -82,7 +82,7 @@ class CustomOp:
             output = self._below_autograd(keyset, inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
-            return tuple(output) if isinstance(output, list) else output
+            return output
 
         def backward_or_error(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
             if backward is None:
@@ -97,10 +97,14 @@ class CustomOp:
         """Run the op."""
         if torch.compiler.is_compiling() or _is_watched(args):
             return self.overload(*args)
+        return self._run(None, args)
+
+    def _run(self, keyset: Any, args: Sequence[Any]) -> Any:
+        # `keyset` says what lies below autograd; None, where the dispatcher was not asked.
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            output = self._differentiable.apply(*args, None)
+            output = self._differentiable.apply(*args, keyset)
         else:
-            output = self.function(*args)
+            output = self._below_autograd(keyset, args)
         for i in self._mutated:
             torch.autograd.graph.increment_version(args[i])
         return output
@@ -117,13 +121,7 @@ class CustomOp:
             isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
         ):
             raise NotImplementedError(f"tilewright::{self.name} has no forward-mode derivative: use_backend('reference') has")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            output = self._differentiable.apply(*args, keyset)
-        else:
-            output = self._below_autograd(keyset, args)
-        for i in self._mutated:
-            torch.autograd.graph.increment_version(args[i])
-        return output
+        return self._run(keyset, args)
 
 
 def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], CustomOp]:

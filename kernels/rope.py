@@ -6,6 +6,7 @@ without a concatenation, and nothing keeps the projection alive.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -401,45 +402,38 @@ _COMPILED = tuple(
     for other in grid(layout=("interleaved", "half"), dtype=(torch.bfloat16, torch.float32), placed=(tokens == 1,))
 )  # fmt: skip
 
+_QK = Op(
+    function=rope_qk,
+    reference=reference.rope_qk,
+    kernels=(rope_forward,),
+    arguments=partial(_arguments, "q k"),
+    cost=_costs,
+    shapes=(_LLAMA, _LLAMA | {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}),
+    examples=(_SMALL, _SMALL | _OPTIONS),
+    compiled=tuple(sizes for sizes in _COMPILED if sizes["dtype"] == torch.bfloat16),
+    over="num_heads",
+    huge=_HUGE,
+)
 record(
-    Op(
+    replace(
+        _QK,
         function=rope,
         reference=reference.rope,
-        kernels=(rope_forward,),
         arguments=partial(_arguments, "x"),
-        cost=_costs,
         shapes=(_ALONE,),
-        examples=(_SMALL | {"num_kv_heads": 0}, _SMALL | {"num_kv_heads": 0} | _OPTIONS),
+        examples=tuple({**sizes, "num_kv_heads": 0} for sizes in _QK.examples),
         compiled=({**_ALONE, "dtype": torch.bfloat16},),
-        over="num_heads",
-        huge=_HUGE | {"num_heads": 32, "num_kv_heads": 0},
+        huge=_HUGE | {"num_kv_heads": 0},
     )
 )
+record(_QK)
 record(
-    Op(
-        function=rope_qk,
-        reference=reference.rope_qk,
-        kernels=(rope_forward,),
-        arguments=partial(_arguments, "q k"),
-        cost=_costs,
-        shapes=(_LLAMA, _LLAMA | {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}),
-        examples=(_SMALL, _SMALL | _OPTIONS),
-        compiled=tuple(sizes for sizes in _COMPILED if sizes["dtype"] == torch.bfloat16),
-        over="num_heads",
-        huge=_HUGE,
-    )
-)
-record(
-    Op(
+    replace(
+        _QK,
         function=rope_qkv,
         reference=reference.rope_qkv,
-        kernels=(rope_forward,),
         arguments=partial(_arguments, "qkv"),
         cost=_qkv_costs,
-        shapes=(_LLAMA, _LLAMA | {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}),
-        examples=(_SMALL, _SMALL | _OPTIONS),
         compiled=_COMPILED,
-        over="num_heads",
-        huge=_HUGE,
     )
 )

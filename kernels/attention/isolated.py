@@ -26,10 +26,11 @@ def has_nan(x):
 
 @jit
 def later_zero(again):
-    """Return 0, made from what `has_nan` said of a result, for `|` with what the addresses of the result begin with.
+    """Return 0, made from what `has_nan` said of a result.
 
-    `again` is 0 or 1, but the compiler does not know it: so it cannot compute the addresses before the loops over tiles,
-    where they would occupy registers to the end.
+    `again` is 0 or 1, but the compiler does not know it. What begins with `x | later_zero(again)`, such as the addresses of the
+    result, it cannot compute before the loops over tiles, where it would occupy registers to the end. A sum would not do: the
+    compiler orders additions anew.
     """
     return again >> 1
 

@@ -127,7 +127,7 @@ _attention.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.tilewright.attention)
 def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    # All pairs of queries and keys, whatever the mask: PyTorch's convention for its own. `costs.attention` counts exactly.
+    # All pairs of queries and keys, whatever the mask: PyTorch's convention for its own. The record counts exactly.
     return 2 * q_shape[:3].numel() * k_shape[2] * (q_shape[3] + v_shape[3])
 
 

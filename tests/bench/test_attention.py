@@ -41,19 +41,19 @@ def case(request):
 
 
 def right_of(case):
-    """The arguments of a case and what is exact."""
-    q, k, v = case.arguments(CPU).positional
-    (do,) = output_gradients((q.detach(),))
-    return (q, k, v, do), exact(case.sizes, q, k, v, do)
+    """The arguments of a case, the gradient of its output, and what is exact."""
+    arguments = case.arguments(CPU)
+    (do,) = output_gradients((arguments.positional[0].detach(),))
+    return arguments, do, exact(arguments, do)
 
 
 def test_what_is_exact_does_not_depend_on_how_many_queries_at_a_time(case, monkeypatch):
-    (q, k, v, do), whole = right_of(case)
+    arguments, do, whole = right_of(case)
     monkeypatch.setattr(attention_oracle, "SCORES", 7 * case.sizes["num_heads"] * case.sizes["num_keys"])
-    for name, right in exact(case.sizes, q, k, v, do).items():
+    for name, right in exact(arguments, do).items():
         torch.testing.assert_close(right, whole[name], rtol=1e-4, atol=1e-5)
-    leaves = [t.detach().float().requires_grad_() for t in (q, k, v)]
-    o = reference.attention(*leaves, **case.arguments(CPU).options)
+    leaves = [t.detach().float().requires_grad_() for t in arguments.positional]
+    o = reference.attention(*leaves, **arguments.options)
     torch.testing.assert_close(whole["result 0"], o, rtol=1e-4, atol=1e-5)
     if "backward" in case.costs():
         for i, gradient in enumerate(torch.autograd.grad(o, leaves, do.float())):
@@ -148,11 +148,12 @@ def test_adapters_hand_over_layouts_and_masks(case, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", packed_attention)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(attention_peers, "FLEX_SHAPE", (2, 2, 40))
-    (q, k, v, _), right = right_of(case)
+    arguments, _, right = right_of(case)
+    q, k, v = (t.detach() for t in arguments.positional)
     computed = set()
     for name in ("SDPA flash", "SDPA math", "torch varlen", "flex_attention", "flash-attn 2"):
         try:
-            o = ATTENTION_PEERS[name](case.sizes, CPU)(q.detach(), k.detach(), v.detach())
+            o = ATTENTION_PEERS[name](case.sizes, CPU)(q, k, v)
         except Unsupported:
             continue
         assert error_of(o.detach(), right["result 0"]) <= TOLERANCE, name

@@ -44,7 +44,7 @@ class Doubled(Case):
 
     others: dict[str, Any] = field(default_factory=dict)
 
-    def forms(self, device):
+    def forms(self, options, device):
         """Return PyTorch's form and the peers'."""
 
         def missing(reason):

@@ -54,7 +54,7 @@ def small(monkeypatch):
     # The interpreter multiplies float16 rightly, and bfloat16 not.
     monkeypatch.setattr(tune, "DTYPE", torch.float16)
     monkeypatch.setattr(
-        tune, "compiled", lambda kernel, generation, key, config, shapes: (Compiled("served", config, each) for each in shapes)
+        tune, "compiled", lambda kernel, generation, key, config, shapes: [Compiled("served", config, each) for each in shapes]
     )
     sizes = {"batch": 1, "num_heads": 2, "num_kv_heads": 1, "num_keys": 40}
     monkeypatch.setattr(

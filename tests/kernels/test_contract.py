@@ -123,17 +123,18 @@ def test_costs_are_those_of_the_sizes(op):
 
 
 @every_example
-def test_it_launches_its_kernels_and_no_other(op, sizes, device, monkeypatch):
+def test_it_launches_its_kernels_and_no_other(op, sizes, device):
     launched = set()
-    for kernel in {kernel.__name__: kernel for other in ALL.values() for kernel in other.kernels}.values():
-        kernel.add_pre_run_hook(lambda *args, name=kernel.__name__, **kwargs: launched.add(name))
+    kernels = {kernel.__name__: kernel for other in ALL.values() for kernel in other.kernels}
+    hooks = {name: lambda *args, name=name, **kwargs: launched.add(name) for name in kernels}
+    for name, kernel in kernels.items():
+        kernel.add_pre_run_hook(hooks[name])
     try:
         call = Call(op, sizes, device)
         call.gradients(call.run())
     finally:
-        for other in ALL.values():
-            for kernel in other.kernels:
-                kernel.pre_run_hooks.clear()
+        for name, kernel in kernels.items():
+            kernel.pre_run_hooks.remove(hooks[name])
     assert launched
     assert launched <= {kernel.__name__ for kernel in op.kernels}
 

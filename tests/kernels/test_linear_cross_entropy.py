@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import BACKENDS, EVERY_OPTION
 from torch.utils.flop_counter import FlopCounterMode
 
 from oracle import assert_accurate, poisoned_memory
@@ -19,8 +20,6 @@ pytestmark = [
 
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-BACKENDS = ["triton", "reference"]
-EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 
 
 def loss_and_gradients(function, x, weight, targets, dloss=None, dlse=None, bias=None, **options):

@@ -1,11 +1,8 @@
 """RoPE on DTensors in two processes, against the same on plain tensors."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from two_processes import as_one_of_two, run_in_two_processes
 
 from tilewright.kernels import rope, rope_qk, rope_qkv, rope_tables, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
@@ -62,23 +59,8 @@ def check_all():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_rope_on_dtensors_equals_that_on_plain_tensors(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TRITON_INTERPRET": "1"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate()[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    run_in_two_processes(__file__, tmp_path)
 
 
 if __name__ == "__main__":
-    import torch.distributed as dist
-
-    number, store = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
-    check_all()
-    dist.destroy_process_group()
+    as_one_of_two(check_all)

@@ -1,12 +1,10 @@
 """Ops on DTensors in two processes, each row sharded or whole, against the same ops on plain tensors."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+from two_processes import as_one_of_two, run_in_two_processes
 
 from tilewright.kernels import add_rms_norm, geglu, layer_norm, rms_norm, swiglu, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
@@ -88,24 +86,8 @@ def check_uneven_and_compiled():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ops_on_dtensors_equal_those_on_plain_tensors(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TRITON_INTERPRET": "1"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate()[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    run_in_two_processes(__file__, tmp_path)
 
 
 if __name__ == "__main__":
-    import torch.distributed as dist
-
-    number, store = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
-    check_all()
-    check_uneven_and_compiled()
-    dist.destroy_process_group()
+    as_one_of_two(check_all, check_uneven_and_compiled)

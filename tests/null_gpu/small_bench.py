@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tilewright.bench import attention_oracle, check, kernels, op_peers, ops, training, tune, worker
 from tilewright.cli import main
-from tilewright.kernels.op import Sizes
+from tilewright.kernels.op import Arguments
 from tilewright.train.trainer import Trainer
 
 
@@ -34,7 +34,8 @@ def _no_error(own: Tensor, right: Tensor) -> float:
     return 0.0
 
 
-def _exact(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Tensor]:
+def _exact(arguments: Arguments, do: Tensor) -> dict[str, Tensor]:
+    q, k, v = arguments.positional
     # The reference loops over pieces of long sequences: minutes of a host for values that nobody looks at.
     names = ("result 0", "gradient 0", "gradient 1", "gradient 2") if q.requires_grad else ("result 0",)
     return {name: like.new_zeros(like.shape) for name, like in zip(names, (q, q, k, v), strict=False)}
