@@ -26,7 +26,7 @@ def documents(
     last length on are one more document.
     """
     if (document_ids is None) == (cu_seqlens is None):
-        raise ValueError("document_ids and cu_seqlens say the same thing: give one of them")
+        raise ValueError("document_ids and cu_seqlens: give one of them, and one only")
     if document_ids is not None:
         if document_ids.dim() != 2:
             raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}: allowed is (B, S), one a key")

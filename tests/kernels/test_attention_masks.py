@@ -65,6 +65,20 @@ def test_empty_documents_and_tokens_behind_the_last(dtype, cumulative):
         check(draw_case((1, 1), (50, 50), 16, batch=2, cu_seqlens=cu_seqlens))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give one of them, and one only"),
+        ({"document_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 4])}, "give one of them, and one only"),
+        ({"document_ids": torch.zeros(4)}, r"document_ids has shape \(4,\): allowed is \(B, S\)"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "batch": 2}, "batch is 2, num_keys None: with cu_seqlens both are needed"),
+    ],
+)
+def test_documents_that_are_not_given_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        kernel_documents(**given)
+
+
 @some(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 5), max_size=6), behind=st.integers(0, 3))
 def test_where_documents_begin_and_end(lengths, behind):
