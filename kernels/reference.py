@@ -208,6 +208,33 @@ def attention_mask(
     return mask
 
 
+def packed_mask(
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int, causal: bool = True, window: Window = None
+) -> Tensor:
+    """Return which keys each query may see (T, S): those of its document, whose last query stands at its last key.
+
+    Cumulative lengths (documents + 1) of queries and of keys; those from the last length on are one more document.
+    """
+
+    def place(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        ends = F.pad(cu_seqlens.clamp(max=size), (0, 1), value=size)
+        row = torch.arange(size, dtype=ends.dtype, device=ends.device)
+        document = torch.searchsorted(ends, row, right=True)
+        return document, row - ends[document]
+
+    (document, query), (document_k, key) = place(cu_seqlens, num_queries), place(cu_seqlens_k, num_keys)
+    ahead = key[None, :] - query[:, None]
+    mask = document[:, None] == document_k[None, :]
+    left, right = window_sides(window, causal) or (-1, -1)
+    if causal:
+        mask = mask & (ahead <= 0)
+    if left >= 0:
+        mask = mask & (ahead >= -left)
+    if right >= 0:
+        mask = mask & (ahead <= right)
+    return mask
+
+
 class _MaskedProduct(torch.autograd.Function):
     # p (..., M, N), 0 where the mask excludes a pair, times x (..., N, K): a row of x that is not finite turns the rows of the
     # result that see it to NaN, and no other. In a plain product 0 * NaN would reach them all.
@@ -269,6 +296,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
     *,
+    cu_seqlens_k: Tensor | None = None,
     cache_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -276,20 +304,24 @@ def attention(
 
     q (B, H, T, K); k (B, Hkv, S, K), v (B, Hkv, S, V) with H a multiple of Hkv -> (B, H, T, V). Scale is 1 / sqrt(K) unless
     given; softcap c turns a score s into c tanh(s / c). Packed documents come as `document_ids` (B, S), as `Documents`, or as
-    `cu_seqlens` (documents + 1), the cumulative lengths of FlashAttention's varlen form. `sinks` (H) are scores of one more
-    key whose value is 0; one of -inf is none. Sequence b has the first cache_lengths[b] keys only. A fully masked row gives 0,
-    and -inf in lse (B, H, T), which is the log of the sum of exponentials. What is masked reaches no result, not even as NaN.
+    `cu_seqlens` (documents + 1), the cumulative lengths of FlashAttention's varlen form; `cu_seqlens_k` are those of the keys
+    where they differ. `sinks` (H) are scores of one more key whose value is 0; one of -inf is none. Sequence b has the first
+    cache_lengths[b] keys only. A fully masked row gives 0, and -inf in lse (B, H, T), which is the log of the sum of
+    exponentials. What is masked reaches no result, not even as NaN.
     """
-    if cu_seqlens is not None:
-        tokens = torch.arange(k.shape[-2], device=q.device)
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    if cu_seqlens is not None and cu_seqlens_k is None:
+        tokens = torch.arange(num_keys, device=q.device)
         document_ids = torch.searchsorted(cu_seqlens.long(), tokens, right=True).expand(k.shape[0], -1)
     elif isinstance(document_ids, tuple):
         # Where a document begins is as good an id as any.
         document_ids = document_ids[0]
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (_widen(k), _widen(v)))
-    num_keys = k.shape[-2]
-    mask = attention_mask(q.shape[-2], num_keys, causal, window, document_ids, q.device, cache_lengths)
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        mask = packed_mask(cu_seqlens, cu_seqlens_k, num_queries, num_keys, causal, window)
+    else:
+        mask = attention_mask(num_queries, num_keys, causal, window, document_ids, q.device, cache_lengths)
     products = _widen(q) @ k.mT if is_forward_mode() else _MaskedScores.apply(_widen(q), k, mask)
     scores = products * (q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore
     if softcap is not None:

@@ -191,7 +191,10 @@ class LayerCache:
     """Where the next tokens stand; None: in every sequence after `length` others."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        *sizes, head_dim = shape
+        # Each token on 16 bytes, as the kernels load them: else every step of decoding would copy the whole cache.
+        padded = (*sizes, -(-head_dim // 8) * 8)
+        self.k, self.v = (torch.empty(padded, dtype=dtype, device=device)[..., :head_dim] for _ in range(2))
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,3 +43,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def compile_afresh():
+    """Forget what a test compiled: PyTorch refuses the ninth variant of a function, whichever tests made the others."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

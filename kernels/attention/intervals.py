@@ -4,7 +4,8 @@ Causality, a sliding window and packed documents each confine a query to keys [l
 seen from a key, the queries that see it are an interval [low, high) as well. Both ends grow with the position. Hence the
 first and the last row of a tile tell which tiles it meets, and which of those need no mask. A position is that of a key;
 queries stand at the end of the keys: query i has the position i + num_keys - num_queries. `num_keys` counts those that a
-sequence has, which may be fewer than there is memory for.
+sequence has, which may be fewer than there is memory for. DOCUMENTS is 1 where positions have documents; 2 where each query
+and each key has its interval in memory, begins and ends being those of the rows that a kernel asks for.
 
 A mask goes from function to function as the tuple `mask` = (num_queries, num_keys, window_left, window_right, begins_ptr,
 ends_ptr) of one sequence, beside the constants that say which parts of it count.
@@ -39,9 +40,10 @@ def keys_of(queries, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS
         if not CAUSAL:
             high = tl.minimum(high, positions + window_right + 1)
     if DOCUMENTS:
-        inside = (positions >= 0) & (positions < num_keys)
-        low = tl.maximum(low, tl.load(begins_ptr + positions, mask=inside, other=0))
-        high = tl.minimum(high, tl.load(ends_ptr + positions, mask=inside, other=0))
+        rows = queries if DOCUMENTS == 2 else positions
+        inside = (rows >= 0) & (rows < (num_queries if DOCUMENTS == 2 else num_keys))
+        low = tl.maximum(low, tl.load(begins_ptr + rows, mask=inside, other=0))
+        high = tl.minimum(high, tl.load(ends_ptr + rows, mask=inside, other=0))
     return low, tl.maximum(high, 0)
 
 
@@ -49,9 +51,10 @@ def keys_of(queries, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS
 def queries_of(keys, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Return low and high, like `keys`: the queries [low, high) that see each key; none where high <= low."""
     num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr = mask
-    shift = num_keys - num_queries
+    # Of intervals in memory nothing needs the positions of queries.
+    shift = 0 if DOCUMENTS == 2 else num_keys - num_queries
     low = keys * 0 + shift
-    high = keys * 0 + num_keys
+    high = low + num_queries
     if CAUSAL:
         low = tl.maximum(low, keys)
     if WINDOW:

@@ -19,7 +19,7 @@ from .decode import fits_decode, launch_decode
 from .forward import launch_forward
 from .operands import with_unit_stride
 from .options import Options
-from .packing import Documents, documents
+from .packing import Documents, cross_intervals, documents
 
 
 def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:
@@ -30,8 +30,8 @@ def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:
     return x.new_empty(shape)
 
 
-def _options(causal, scale, window, softcap, precision, begins, ends, lengths) -> Options:
-    return Options(causal, scale, None if window is None else tuple(window), softcap, precision, begins, ends, lengths)
+def _options(causal, scale, window, softcap, precision, begins, ends, *others) -> Options:
+    return Options(causal, scale, None if window is None else tuple(window), softcap, precision, begins, ends, *others)
 
 
 @custom_op("attention")
@@ -48,8 +48,10 @@ def _attention(
     softcap: float | None,
     precision: str,
     lengths: Tensor | None,
+    query_begins: Tensor | None,
+    query_ends: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(causal, scale, window, softcap, precision, begins, ends, lengths)
+    options = _options(causal, scale, window, softcap, precision, begins, ends, lengths, query_begins, query_ends)
     o, lse = _empty_outputs(q, k, v)
     q, k, v = map(with_unit_stride, (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
@@ -82,8 +84,10 @@ def _attention_backward(
     softcap: float | None,
     precision: str,
     lengths: Tensor | None,
+    query_begins: Tensor | None,
+    query_ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _options(causal, scale, window, softcap, precision, begins, ends, lengths)
+    options = _options(causal, scale, window, softcap, precision, begins, ends, lengths, query_begins, query_ends)
     dq, dk, dv, dsinks = _empty_gradients(do, dlse, q, k, v, o, lse, sinks)
     do, q, k, v, o = map(with_unit_stride, (do, q, k, v, o))
     if q.numel() == 0:
@@ -109,17 +113,17 @@ def _empty_gradients(do, dlse, q, k, v, o, lse, sinks, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, sinks, begins, ends, *ctx.options, lengths = inputs
-    ctx.save_for_backward(q, k, v, *output, sinks, begins, ends, lengths)
+    q, k, v, sinks, begins, ends, *ctx.options, lengths, query_begins, query_ends = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks, begins, ends, lengths, query_begins, query_ends)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do: Tensor | None, dlse: Tensor | None):
-    q, k, v, o, lse, sinks, begins, ends, lengths = ctx.saved_tensors
+    q, k, v, o, lse, sinks, begins, ends, *others = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    dq, dk, dv, dsinks = _attention_backward(do, dlse, q, k, v, o, lse, sinks, begins, ends, *ctx.options, lengths)
-    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 8
+    dq, dk, dv, dsinks = _attention_backward(do, dlse, q, k, v, o, lse, sinks, begins, ends, *ctx.options, *others)
+    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 10
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -137,7 +141,7 @@ def _backward_flops(do_shape, dlse_shape, q_shape, k_shape, v_shape, *args, out_
     return 2 * q_shape[:3].numel() * k_shape[2] * (3 * q_shape[3] + 2 * v_shape[3])
 
 
-def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cache_lengths) -> None:
+def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_seqlens_k, cache_lengths) -> None:
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[3]) != k.shape[::3]:
         shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"{shapes}: allowed are (B, H, T, K), (B, Hkv, S, K) and (B, Hkv, S, V)")
@@ -146,7 +150,7 @@ def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cac
     if min(q.shape[3], v.shape[3]) == 0:
         raise ValueError(f"the head dim is {q.shape[3]}, that of v {v.shape[3]}: allowed is 1 or more")
     check_dtype(FLOATING, q=q, k=k, v=v, sinks=sinks)
-    check_dtype(INTEGER, cu_seqlens=cu_seqlens, cache_lengths=cache_lengths)
+    check_dtype(INTEGER, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, cache_lengths=cache_lengths)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: allowed is one dtype for all")
     if scale is not None and not math.isfinite(scale):
@@ -163,7 +167,14 @@ def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cac
         raise ValueError(f"sinks has shape {tuple(sinks.shape)}: allowed is ({q.shape[1]},), one a query head")
     if cu_seqlens is not None and document_ids is not None:
         raise ValueError("document_ids and cu_seqlens say the same thing: give one of them")
-    if (cu_seqlens is not None or document_ids is not None) and q.shape[2] > k.shape[2]:
+    if cu_seqlens_k is not None:
+        if cu_seqlens is None or cu_seqlens.shape != cu_seqlens_k.shape:
+            shape = None if cu_seqlens is None else tuple(cu_seqlens.shape)
+            shapes = f"cu_seqlens has shape {shape}, cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
+            raise ValueError(f"{shapes}: allowed is one shape, as each document has a length on either side")
+        if cache_lengths is not None:
+            raise ValueError("cache_lengths and cu_seqlens_k both say how many keys there are: give one of them")
+    elif (cu_seqlens is not None or document_ids is not None) and q.shape[2] > k.shape[2]:
         raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} keys: with documents each query needs a key of its own")
     ids = document_ids.begins if isinstance(document_ids, Documents) else document_ids
     if ids is not None and ids.shape != (k.shape[0], k.shape[2]):
@@ -173,7 +184,8 @@ def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cac
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: allowed is one row, cumulative lengths")
     if cache_lengths is not None and cache_lengths.shape != q.shape[:1]:
         raise ValueError(f"cache_lengths has shape {tuple(cache_lengths.shape)}: allowed is ({q.shape[0]},), one a sequence")
-    check_device(q=q, k=k, v=v, sinks=sinks, document_ids=ids, cu_seqlens=cu_seqlens, cache_lengths=cache_lengths)
+    packed = {"document_ids": ids, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    check_device(q=q, k=k, v=v, sinks=sinks, cache_lengths=cache_lengths, **packed)
 
 
 def attention(
@@ -188,6 +200,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
     *,
+    cu_seqlens_k: Tensor | None = None,
     cache_lengths: Tensor | None = None,
     return_lse: bool = False,
     allow_tf32: bool = False,
@@ -205,6 +218,8 @@ def attention(
     only, and its queries are the last T of those. `document_ids` (B, S), of which a run of equal ids is a document, or
     `cu_seqlens` (documents + 1), cumulative lengths of every sequence alike, confine attention to packed documents; tiles
     between documents are not visited. Layers that share documents share a `Documents`, which `documents` makes of either.
+    With `cu_seqlens_k`, `cu_seqlens` are the lengths of queries only, and the keys of each document have lengths of their own:
+    its last query stands at its last key.
 
     What a mask excludes reaches no result and no gradient, not even as NaN; a value that is not finite may turn the rows that
     see it to NaN as a whole. Where the kernels do not run, causal attention without further options is PyTorch's own, which
@@ -219,7 +234,7 @@ def attention(
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = (t.to(dtype) for t in (q, k, v))
-    _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cache_lengths)
+    _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_seqlens_k, cache_lengths)
     if not use_triton(q):
         masks = (window, softcap, document_ids, cu_seqlens, sinks, cache_lengths)
         # One query sees every key, so a decoding step needs no mask; other offsets of queries to keys are not PyTorch's.
@@ -235,19 +250,26 @@ def attention(
                 q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )  # fmt: skip
         options = (causal, scale, window, softcap, document_ids, cu_seqlens, sinks)
-        return reference.attention(q, k, v, *options, cache_lengths=cache_lengths, return_lse=return_lse)
+        lengths = {"cu_seqlens_k": cu_seqlens_k, "cache_lengths": cache_lengths}
+        return reference.attention(q, k, v, *options, **lengths, return_lse=return_lse)
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         raise ValueError(f"the head dim is {q.shape[3]}, that of v {v.shape[3]}: allowed is 1 to {MAX_HEAD_DIM}")
-    bounds = None
-    if isinstance(document_ids, Documents):
-        bounds = document_ids
+    sides = reference.window_sides(window, causal)
+    begins = ends = query_begins = query_ends = None
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        left, right = sides or (-1, -1)
+        visible = (left, 0 if causal else right)
+        sizes = (k.shape[0], q.shape[2], k.shape[2])
+        begins, ends, query_begins, query_ends = cross_intervals(cu_seqlens, cu_seqlens_k, *sizes, visible)
+        causal, sides = False, None
+    elif isinstance(document_ids, Documents):
+        begins, ends = document_ids
     elif document_ids is not None or cu_seqlens is not None:
-        bounds = documents(document_ids, cu_seqlens=cu_seqlens, batch=k.shape[0], num_keys=k.shape[2])
-    begins, ends = bounds or (None, None)
+        begins, ends = documents(document_ids, cu_seqlens=cu_seqlens, batch=k.shape[0], num_keys=k.shape[2])
     lengths = None if cache_lengths is None else cache_lengths.to(torch.int32).contiguous()
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else float(softcap)
     precision = "tf32" if allow_tf32 else "ieee"
-    sides = reference.window_sides(window, causal)
-    o, lse = _attention(q, k, v, sinks, begins, ends, causal, scale, sides, softcap, precision, lengths)
+    options = (causal, scale, sides, softcap, precision, lengths, query_begins, query_ends)
+    o, lse = _attention(q, k, v, sinks, begins, ends, *options)
     return (o, lse) if return_lse else o

@@ -1,6 +1,6 @@
 """What an attention call is asked to compute with its queries, keys and values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -29,6 +29,12 @@ class Options:
     lengths: Tensor | None = None
     """(B) int32: how many keys each sequence has; None: all that there is memory for."""
 
+    query_begins: Tensor | None = None
+    """(B, S) int32: the first query that sees each key; then begins and ends (B, T) are the keys that each query sees, which
+    is the whole mask."""
+    query_ends: Tensor | None = None
+    """(B, S) int32: the query after the last that sees it."""
+
     @property
     def document_stride(self) -> int:
         """Distance of two sequences in begins and ends."""
@@ -38,6 +44,10 @@ class Options:
         """Return begins, ends and lengths; a tensor that no kernel will read in the place of those that are None."""
         begins, ends, lengths = (unused if t is None else t for t in (self.begins, self.ends, self.lengths))
         return begins, ends, lengths
+
+    def of_keys(self) -> "Options":
+        """Return the options for a kernel that asks which queries see a key."""
+        return self if self.query_begins is None else replace(self, begins=self.query_begins, ends=self.query_ends)
 
     def window_of(self, num_queries: int, num_keys: int) -> tuple[int, int]:
         """Return the window as kernels take it: no greater than what it can leave out, so that no sum with it overflows."""
@@ -52,7 +62,7 @@ class Options:
             "softcap": self.softcap,
             "CAUSAL": self.causal,
             "WINDOW": self.window is not None,
-            "DOCUMENTS": self.begins is not None,
+            "DOCUMENTS": 0 if self.begins is None else 1 if self.query_begins is None else 2,
             "LENGTHS": self.lengths is not None,
             "PRECISION": self.precision,
         }

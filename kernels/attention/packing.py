@@ -57,9 +57,54 @@ def cu_seqlens_bounds(cu_seqlens: Tensor, batch: int, num_positions: int) -> tup
 
     Positions from the last length on are one more document.
     """
-    positions = torch.arange(num_positions, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    borders = torch.cat([cu_seqlens.clamp(max=num_positions), cu_seqlens.new_full((1,), num_positions)])
-    document = torch.searchsorted(borders[:-1].contiguous(), positions, right=True)
-    starts = borders[(document - 1).clamp(min=0)] * (document > 0)
-    begins, ends = (t.to(torch.int32)[None].expand(batch, -1) for t in (starts, borders[document]))
-    return begins, ends
+    borders = _borders(cu_seqlens, num_positions)
+    return _intervals(borders, borders, num_positions, batch)
+
+
+class Intervals(NamedTuple):
+    """Which keys [begins, ends) each query sees, (B, T), and which queries see each key, (B, S), all int32.
+
+    From row to row neither end decreases, not even where nothing is between them.
+    """
+
+    begins: Tensor
+    ends: Tensor
+    query_begins: Tensor
+    query_ends: Tensor
+
+
+def cross_intervals(
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    window: tuple[int, int] = (-1, -1),
+) -> Intervals:
+    """Return the mask of documents of which queries and keys have cumulative lengths of their own, (documents + 1) each.
+
+    The last query of a document stands at its last key. A query sees `window` (left, right) keys before its own and behind
+    it, -1 for all.
+    """
+    queries, keys = _borders(cu_seqlens, num_queries), _borders(cu_seqlens_k, num_keys)
+    # No more than what a window can leave out, so that no sum with it overflows.
+    left, right = (min(side, num_queries + num_keys) for side in window)
+    of_queries = _intervals(queries, keys, num_queries, batch, left, right)
+    return Intervals(*of_queries, *_intervals(keys, queries, num_keys, batch, right, left))
+
+
+def _borders(cu_seqlens: Tensor, size: int) -> Tensor:
+    # What stands before the first length, and what stands from the last one on, are documents too.
+    return torch.cat([cu_seqlens.new_zeros(1), cu_seqlens.clamp(max=size), cu_seqlens.new_full((1,), size)])
+
+
+def _intervals(own: Tensor, others: Tensor, size: int, batch: int, before: int = -1, after: int = -1) -> tuple[Tensor, Tensor]:
+    # Of each of `size` rows the other side's rows of its document, so many before the row's own place and after it at most.
+    rows = torch.arange(size, dtype=own.dtype, device=own.device)
+    document = torch.searchsorted(own[1:-1], rows, right=True)
+    begins, ends = others[document], others[document + 1]
+    place = rows - own[document + 1] + ends
+    low = begins if before < 0 else torch.maximum(begins, torch.minimum(place - before, ends))
+    high = ends if after < 0 else torch.minimum(ends, torch.maximum(place + after + 1, begins))
+    low, high = (t.to(torch.int32)[None].expand(batch, -1) for t in (low, high))
+    return low, high

@@ -114,7 +114,7 @@ def _arguments(
     if cache_lengths is not None:
         options["cache_lengths"] = torch.tensor(cache_lengths[:batch], dtype=torch.int32, device=device)
     if sinks:
-        options["sinks"] = draw(device, torch.float32, num_heads)
+        options["sinks"] = draw(device, torch.float32, num_heads).requires_grad_(q.requires_grad)
     return Arguments((q, k, v), options)
 
 

@@ -32,6 +32,7 @@ def gradients(inputs, do, **options):
         {"window": 1000},
         {"softcap": 30.0, "sinks": True},
         {"cu_seqlens": torch.tensor([0, 1000, 1000, 1777, 4000])},
+        {"cu_seqlens": torch.tensor([0, 1000, 1777]), "cu_seqlens_k": torch.tensor([0, 1500, 1600])},
     ],
 )
 @pytest.mark.parametrize(("heads", "head_dim"), [((2, 2), 64), ((4, 1), 128), ((1, 1), 256), ((2, 1), 80)])

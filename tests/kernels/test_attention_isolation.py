@@ -22,6 +22,7 @@ MASKS = {
     "window": {"window": (6, 3), "causal": False},
     "documents": {"cu_seqlens": [0, 21, 40]},
     "lengths": {"cache_lengths": [33]},
+    "lengths of keys": {"cu_seqlens": [0, 19, 40], "cu_seqlens_k": [0, 12, 40], "causal": False, "window": (6, 3)},
 }
 
 
@@ -43,7 +44,10 @@ def test_only_those_who_see_it_are_reached(backend, mask_name, name, bad):
     mask_options = {key: x for key, x in options.items() if key != "cu_seqlens"}
     if mask_name == "documents":
         mask_options["document_ids"] = (torch.arange(40, device=DEVICE) >= 21)[None].int()
-    mask = reference.attention_mask(40, 40, **mask_options, device=DEVICE).expand(1, 1, 40, 40)[0, 0].cpu()
+    if mask_name == "lengths of keys":
+        mask = reference.packed_mask(**options, num_queries=40, num_keys=40).cpu()
+    else:
+        mask = reference.attention_mask(40, 40, **mask_options, device=DEVICE).expand(1, 1, 40, 40)[0, 0].cpu()
     place = 37 if mask_name == "lengths" and name in ("k", "v") else 25
     with use_backend(backend), tiles(16, 16):
         expected = case.run(attention)

@@ -49,6 +49,38 @@ def test_packed_documents_equal_separate_calls(lengths, form, causal, window):
         torch.testing.assert_close(result, torch.cat([part[name] for part in separate], dim=2), rtol=1e-4, atol=1e-5)
 
 
+@some(max_examples=12)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=4),
+    causal=st.booleans(),
+    window=st.none() | st.integers(2, 20) | st.tuples(st.integers(-1, 9), st.integers(-1, 9)),
+)
+def test_documents_with_other_lengths_of_keys_equal_separate_calls(lengths, causal, window):
+    of_queries, of_keys = (list(side) for side in zip(*lengths, strict=True))
+    case = draw_case((2, 1), (sum(of_queries), sum(of_keys)), 16, causal=causal, window=window)
+    parts = [t.split(of_queries, dim=2) for t in (case.q, case.do, case.dlse)] + [t.split(of_keys, 2) for t in (case.k, case.v)]
+    with use_backend("reference"):
+        separate = [
+            Case(q, k, v, do, dlse, options=case.options).run(attention) for q, do, dlse, k, v in zip(*parts, strict=True)
+        ]
+    cumulative = [torch.tensor([0, *side[:-1]], device=DEVICE).cumsum(0) for side in (of_queries, of_keys)]
+    case.options = case.options | dict(zip(("cu_seqlens", "cu_seqlens_k"), cumulative, strict=True))
+    for backend in ("triton", "reference"):
+        with tiles(16, 16), use_backend(backend):
+            packed = case.run(attention)
+        for name, result in packed.items():
+            torch.testing.assert_close(result, torch.cat([part[name] for part in separate], dim=2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(90, 50), (50, 90), (3, 90)])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"causal": False, "window": (3, 12)}], ids=str)
+def test_other_lengths_of_keys_beside_other_options(lengths, options):
+    cu_seqlens = torch.tensor([0, lengths[0] // 3, lengths[0] // 3, lengths[0]], dtype=torch.int32, device=DEVICE)
+    cu_seqlens_k = torch.tensor([0, 20, 41, 48], device=DEVICE)
+    with tiles(16, 32, splits=2):
+        check(draw_case((4, 2), lengths, 16, batch=2, sinks=True, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options))
+
+
 def test_documents_that_differ_from_sequence_to_sequence():
     ids = torch.tensor([[0] * 5 + [1] * 40 + [0] * 5, [2] * 20 + [1] * 30], device=DEVICE)
     with tiles(16, 16):

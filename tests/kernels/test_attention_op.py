@@ -17,19 +17,21 @@ pytestmark = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packing", [("document_ids",), ("cu_seqlens", "cu_seqlens_k")])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_equals_eager(dynamic):
+def test_compiled_equals_eager(dynamic, packing):
     ids = torch.tensor([[0] * 4 + [1] * 6], device=DEVICE)
+    packed_by = dict(zip(packing, (ids,) if len(packing) == 1 else torch.tensor([[0, 4], [0, 6]], device=DEVICE), strict=True))
 
-    def attend(packed, sinks, ids):
+    def attend(packed, sinks, packed_by):
         q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in (2 * packed).split((64, 32, 32), dim=-1))
-        o, lse = attention(q, k, v, window=4, softcap=20.0, document_ids=ids, sinks=sinks, return_lse=True)
+        o, lse = attention(q, k, v, window=4, softcap=20.0, sinks=sinks, **packed_by, return_lse=True)
         return o.transpose(1, 2).flatten(-2), lse
 
     def gradients(function):
         torch.manual_seed(0)
         packed, sinks = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 10, 128), (4,)))
-        outputs = function(packed, sinks, ids)
+        outputs = function(packed, sinks, packed_by)
         return [*outputs, *torch.autograd.grad(outputs, (packed, sinks), [torch.randn_like(t) for t in outputs])]
 
     with use_backend("triton"), tiles(16, 16):
@@ -114,6 +116,12 @@ def test_without_kernels_pytorchs_own_are_used_where_they_fit():
         ({"document_ids": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 5])}, "give one of them"),
         ({"document_ids": torch.zeros(1, 4)}, r"document_ids has shape \(1, 4\).*\(1, 5\)"),
         ({"document_ids": torch.zeros(1, 5), "q": torch.ones(1, 4, 6, 16)}, r"6 queries for 5 keys"),
+        ({"cu_seqlens_k": torch.tensor([0, 5])}, r"cu_seqlens has shape None, cu_seqlens_k \(2,\): allowed is one shape"),
+        ({"cu_seqlens": torch.tensor([0]), "cu_seqlens_k": torch.tensor([0, 5])}, r"cu_seqlens has shape \(1,\)"),
+        (
+            {name: torch.tensor([0]) for name in ("cu_seqlens", "cu_seqlens_k", "cache_lengths")},
+            "cache_lengths and cu_seqlens_k both",
+        ),
         ({"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens has shape \(1, 2\)"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens has dtype torch\.float32: allowed is torch\.int64"),
     ],

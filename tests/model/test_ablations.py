@@ -151,7 +151,6 @@ def assert_captured_as_one_graph(change, checkpointing, dtype, backend, device):
     model.activation_checkpointing, model.compute_dtype = checkpointing, dtype
     tokens, targets = (t.to(device) for t in tokens_and_targets(1 if backend == "triton" else 2, 4))
     documents = (tokens == 3).cumsum(dim=1)
-    torch._dynamo.reset()
     # Forward and backward graphs without code generation, which would take a minute each.
     step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False, backend="aot_eager")
     with use_backend(backend):
@@ -164,7 +163,6 @@ def assert_captured_as_one_graph(change, checkpointing, dtype, backend, device):
 def test_generated_code_computes_the_same():
     model = ablated({})
     tokens, targets = tokens_and_targets()
-    torch._dynamo.reset()
     step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False)
     compiled = loss_and_gradients(model, step(model, tokens, targets, z_loss=1e-4))
     eager = loss_and_gradients(model, model.loss(tokens, targets, z_loss=1e-4))

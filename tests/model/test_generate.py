@@ -8,9 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
+from tilewright.kernels.attention.operands import aligned
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import KVCache, ModelConfig, TransformerLM, generate
 from tilewright.model.generate import sample
+from tilewright.model.layers import LayerCache
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
@@ -122,6 +124,15 @@ def test_a_full_sequence_lets_others_go_on(model):
     assert cache.length == 6
     with pytest.raises(ValueError, match=r"lengths are \[7, 1\]: allowed is 0 to 6"):
         cache.keep([7, 1])
+
+
+@pytest.mark.parametrize("head_dim", [6, 20, 64])
+def test_kernels_read_the_cache_without_a_copy(head_dim):
+    cache = LayerCache((2, 1, 8, head_dim), torch.bfloat16, torch.device("cpu"))
+    k, v = torch.randn(2, 2, 1, 3, head_dim, dtype=torch.bfloat16)
+    for kept, new in zip(cache.append(k, v), (k, v), strict=True):
+        assert aligned(kept) is kept
+        assert torch.equal(kept, new)
 
 
 def test_the_cache_follows_autocast(model):
