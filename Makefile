@@ -8,13 +8,16 @@ TESTS ?= tests
 PARTS ?= own gpu rehearsal
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-oldest test-null-gpu lint bench readme clean help
+.PHONY: demo test test-long test-oldest test-null-gpu lint bench readme clean help
 
 demo: .venv/base  ## raw text to a model that writes stories
 	$(BIN)/tilewright demo
 
 test: .venv/dev  ## the whole test suite
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+test-long: .venv/dev  ## what takes minutes: the compiler's gate of every architecture, runs killed at every operation
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m long
 
 test-oldest: .venv-oldest/dev  ## the suite, or TESTS, on the oldest versions that pyproject.toml allows
 	$(OLDEST)/pytest --numprocesses 2 --dist worksteal $(TESTS)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,10 +48,25 @@ def check_int(name: str, value: Any, least: int, most: float = math.inf) -> None
         raise ValueError(f"{name} is {value!r}: allowed is an integer, {allowed}")
 
 
-def check_softcap(softcap: float | None) -> None:
-    """Refuse a softcap that is no finite number above 0; None passes."""
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}: allowed is a finite number above 0, or None")
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> None:
+    """Refuse what is no finite number from `least` to `most`, and `above` another."""
+    comparable = isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+    x: Any = value
+    if not comparable or not (least <= x <= most and above < x and -math.inf < x < math.inf):
+        allowed = f" above {above}" if above > -math.inf else ""
+        if least > -math.inf:
+            allowed = f", {least} or more" if most == math.inf else f", {least} to {most}"
+        raise ValueError(f"{name} is {value!r}: allowed is a finite number{allowed}")
+
+
+def check_cu_seqlens(**cumulative: Tensor | None) -> None:
+    """Refuse cumulative lengths that are no row of integers, or that decrease, where that can be seen."""
+    check_dtype(INTEGER, **cumulative)
+    for name, x in cumulative.items():
+        if x is not None and x.dim() != 1:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: allowed is one row, cumulative lengths")
+        if x is not None and is_readable(x) and (x.diff() < 0).any():
+            raise ValueError(f"{name} is {x.tolist()}: allowed are lengths that do not decrease")
 
 
 def is_readable(x: Tensor) -> bool:

@@ -293,20 +293,21 @@ def cross_entropy(
 
     logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none"; a `CrossEntropyOutput` where lse,
     accuracy, predictions or the z-loss are asked for, which come from the same pass as the loss. Label smoothing as in Szegedy
-    et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l into c tanh(l / c) (Gemma 2,
-    section 2). `class_weights` (V) as `weight` of PyTorch's: a token counts as much in its loss and in the mean as its target
-    weighs, its z-loss included. A z-loss that changes from call to call may be a tensor of shape (); as a float, too, it is
-    compiled once.
+    et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l into c tanh(l / c) (Gemma
+    2, section 2). `class_weights` (V) as `weight` of PyTorch's: a token counts as much in its loss and in the mean as its
+    target weighs, its z-loss included; where the weights sum up to 0 the mean is divided by 1. A z-loss that changes from call
+    to call may be a tensor of shape (); as a float, too, it is compiled once.
 
     Ignored targets do not count in the mean; where nothing counts the mean is 0. The loss and the gradient of an ignored row
     are 0, whatever its logits hold; its lse (which passes no gradient on) and its prediction are those of its logits. Any other
-    target outside of 0 to V - 1 makes the loss and the gradient of its row NaN, because checking it first would stall the GPU.
+    target outside of 0 to V - 1 makes the loss and the gradient of its row NaN, because checking it first would stall the GPU;
+    its lse is that of its logits.
     A row with a NaN among its logits has the prediction -1 and counts as wrong.
 
     float32, float16, bfloat16, and float64 by the reference; logits of any strides, copied only where the elements of a row
     are not neighbours. The gradient is new memory. `inplace_backward` writes it over the logits instead, which saves as much
     as they take; it CORRUPTS every other reader of them after the backward pass, so pass it only where the logits are used
-    nowhere else. What cannot be computed is a ValueError.
+    nowhere else. ValueError: an argument has another shape, dtype, device or value than these.
     """
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: allowed is (..., V) with V of 1 or more")

@@ -178,12 +178,12 @@ count_no_flops(_layer_norm, _layer_norm_backward)
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Shift each row of `x` to mean 0 and scale it to variance 1, then by `weight`, then add `bias` (Ba et al. 2016, eq. 4).
 
-    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`, and in float32 under autocast. float32, float16, bfloat16,
-    which may differ; float64 runs the reference. Statistics and the gradients of weight and bias are summed in float32, in a
-    fixed order; the variance, over D, comes from the deviations themselves, so that a large mean costs no accuracy. Any strides
-    of `x`; rows whose elements are not neighbours are copied.
+    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`, and in float32 under CUDA autocast. float32, float16,
+    bfloat16, which may differ; float64 runs the reference. Statistics and the gradients of weight and bias are summed in
+    float32, in a fixed order; the variance, over D, comes from the deviations themselves, so that a large mean costs no
+    accuracy. Any strides of `x`; rows whose elements are not neighbours are copied.
     """
-    check_norm(x, weight=weight, bias=bias)
+    check_norm(x, eps, weight=weight, bias=bias)
     dtype = result_dtype(x)
     if use_triton(x, weight, bias):
         return _layer_norm(x, weight, bias, eps, dtype)[0]

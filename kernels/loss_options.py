@@ -1,6 +1,5 @@
 """What a cross-entropy is asked for: its options, their checks, and how the losses of the rows become what is returned."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -95,12 +94,11 @@ class LossOptions:
         checks.check_dtype(checks.FLOATING, class_weights=self.class_weights, z_loss=factor)
         checks.check_device(**first, targets=targets, class_weights=self.class_weights, z_loss=factor)
         checks.check_int("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
-        checks.check_softcap(self.softcap)
+        if self.softcap is not None:
+            checks.check_number("softcap", self.softcap, above=0)
+        checks.check_number("label_smoothing", self.label_smoothing, 0, 1)
+        checks.check_number("z_loss", number, 0)
         checks.check_choice("reduction", reduction, ("none", "mean", "sum"))
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}: allowed is 0 to 1")
-        if not 0 <= number < math.inf:
-            raise ValueError(f"z_loss is {number}: allowed is a finite number, 0 or more")
         if factor is not None and factor.dim() > 0:
             raise ValueError(f"z_loss has shape {tuple(factor.shape)}: allowed is a number, or a tensor of shape ()")
         if self.class_weights is not None and self.class_weights.shape != (num_classes,):
@@ -136,7 +134,7 @@ class LossOptions:
                 return x.sum()
             total = (counted if weights is None else weights).sum()
             # Where nothing counts the mean is 0.
-            return x.sum() / (total.clamp(min=1) if weights is None else torch.where(total > 0, total, 1.0))
+            return x.sum() / (total.clamp(min=1) if weights is None else torch.where(total != 0, total, 1.0))
 
         loss = reduced(losses)
         if not (self.return_lse or self.return_accuracy or self.return_predictions or self.return_z_loss):

@@ -12,7 +12,7 @@ PARTS, and is read twice.
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, check_device, check_dtype
+from .checks import FLOATING, check_device, check_dtype, check_number
 from .dispatch import jit, tl
 
 # It differs from call to call, and no load is wider for its divisors.
@@ -383,7 +383,7 @@ def empty_gradient(like: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(0 if dtype is None else like.shape, dtype=dtype, device=like.device)
 
 
-def check_norm(x: Tensor, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
+def check_norm(x: Tensor, eps: float, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
     """Refuse what is no x (..., D), residual of its shape, and weight or bias (D), floating and on one device."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., D) with D of 1 or more")
@@ -394,6 +394,7 @@ def check_norm(x: Tensor, residual: Tensor | None = None, **vectors: Tensor | No
             raise ValueError(
                 f"{name} has shape {tuple(vector.shape)}: allowed is {tuple(x.shape[-1:])}, the last dimension of x"
             )
+    check_number("eps", eps, 0)
     check_dtype(FLOATING, x=x, residual=residual, **vectors)
     check_device(x=x, residual=residual, **vectors)
 

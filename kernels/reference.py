@@ -169,10 +169,17 @@ Window = int | tuple[int, int] | None
 
 def window_sides(window: Window, causal: bool) -> tuple[int, int] | None:
     """Return how many keys a query sees before its own and behind it, -1 for all; None where a window excludes nothing."""
-    if window is None or isinstance(window, int):
-        return None if window is None else (window - 1, 0 if causal else window - 1)
-    left, right = window
-    return None if left < 0 and right < 0 else (left, right)
+    if window is None:
+        return None
+    left, right = (window - 1, 0 if causal else window - 1) if isinstance(window, int) else window
+    # As many as a tensor's integers can count.
+    return None if left < 0 and right < 0 else (min(left, 2**62), min(right, 2**62))
+
+
+def _sides_within(most: int, window: Window, causal: bool) -> tuple[int, int]:
+    # A side that leaves nothing out is no greater, so that no sum with it overflows.
+    left, right = window_sides(window, causal) or (-1, -1)
+    return min(left, most), min(right, most)
 
 
 def attention_mask(
@@ -191,11 +198,11 @@ def attention_mask(
     not causal), (left, right) so many before its own and after it, -1 for all. `document_ids` (B, S) confines attention to one
     document, a run of equal ids.
     """
-    length = num_keys if cache_lengths is None else cache_lengths.long()[:, None, None, None]
+    length = num_keys if cache_lengths is None else cache_lengths.long().clamp(0, num_keys)[:, None, None, None]
     query = torch.arange(num_queries, device=device)[:, None] + (length - num_queries)
     key = torch.arange(num_keys, device=device)[None, :]
     mask = key <= query if causal else (key < length).expand(*query.shape[:-1], num_keys)
-    left, right = window_sides(window, causal) or (-1, -1)
+    left, right = _sides_within(num_queries + num_keys, window, causal)
     if left >= 0:
         mask = mask & (key >= query - left)
     if right >= 0:
@@ -225,7 +232,7 @@ def packed_mask(
     (document, query), (document_k, key) = place(cu_seqlens, num_queries), place(cu_seqlens_k, num_keys)
     ahead = key[None, :] - query[:, None]
     mask = document[:, None] == document_k[None, :]
-    left, right = window_sides(window, causal) or (-1, -1)
+    left, right = _sides_within(num_queries + num_keys, window, causal)
     if causal:
         mask = mask & (ahead <= 0)
     if left >= 0:
@@ -394,8 +401,8 @@ def _token_losses(logits: Tensor, targets: Tensor, options: LossOptions) -> tupl
         if options.has_z_loss:
             factors = options.z_loss if weights is None else options.z_loss * weights[targets.clamp(min=0)]
             losses = losses + (factors * lse.square()).masked_fill(~counted, 0.0)
-        if options.return_lse:
-            lse = torch.where(counted, lse, torch.logsumexp(_capped(logits.detach(), options.softcap), dim=-1))
+        if options.return_lse or options.return_z_loss:
+            lse = torch.where(counted & valid, lse, torch.logsumexp(_capped(logits.detach(), options.softcap), dim=-1))
     return losses, lse, predictions
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .checks import check_choice
+from .checks import check_choice, check_number
 from .device import num_sms
 from .dispatch import jit, tl, use_triton
 from .launch import launch
@@ -217,8 +217,9 @@ _rms_norm.register_autograd(_backward, setup_context=_save_for_backward)
 count_no_flops(_rms_norm, _rms_norm_backward)
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, casting: str, offset: float) -> None:
-    check_norm(x, residual, weight=weight)
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, casting: str, offset: float) -> None:
+    check_norm(x, eps, residual, weight=weight)
+    check_number("offset", offset)
     if weight is None and offset != 0.0:
         raise ValueError(f"offset is {offset}: without a weight to be added to, allowed is 0.0")
     check_choice("casting", casting, get_args(Casting))
@@ -229,14 +230,14 @@ def rms_norm(
 ) -> Tensor:
     """Scale each row of `x` to unit root mean square, then by offset + weight (Zhang & Sennrich 2019, eq. 4).
 
-    x (..., D), weight (D) -> (..., D) in the dtype of `x`, and in float32 under autocast. float32, float16, bfloat16; x and
-    weight may differ; float64 runs the reference. Statistics and the gradient of `weight` are summed in float32, in a fixed
-    order. Any strides of `x`; rows whose elements are not neighbours are copied.
+    x (..., D), weight (D) -> (..., D) in the dtype of `x`, and in float32 under CUDA autocast. float32, float16, bfloat16; x
+    and weight may differ; float64 runs the reference. Statistics and the gradient of `weight` are summed in float32, in a
+    fixed order. Any strides of `x`; rows whose elements are not neighbours are copied.
 
     casting="float32" rounds the result once; "llama" rounds also before the weight is applied, as Hugging Face's Llama does.
     Gemma's weights are deviations from one: offset=1.0.
     """
-    _check(x, None, weight, casting, offset)
+    _check(x, None, weight, eps, casting, offset)
     dtype = result_dtype(x)
     if use_triton(x, weight):
         return _rms_norm(x, None, weight, eps, offset, casting == "llama", dtype)[0]
@@ -258,7 +259,7 @@ def add_rms_norm(
     too, where the next product wants it; the sum is computed in float32 and has the dtype of `residual`, which may be wider,
     and is normalised as rounded to it. The options are those of `rms_norm`.
     """
-    _check(x, residual, weight, casting, offset)
+    _check(x, residual, weight, eps, casting, offset)
     if use_triton(x, residual, weight):
         y, total, _ = _rms_norm(x, residual, weight, eps, offset, casting == "llama", x.dtype)
         return y, total

@@ -233,6 +233,8 @@ def _check(
             f"or fewer columns where not all {head_dim} channels are rotated"
         )
     num_positions = table[0]
+    if num_positions == 0 and num_tokens > 0:
+        raise ValueError(f"cos has shape {tuple(table)}: allowed is one position or more")
     check_int("offset", offset, 0)
     if positions is None:
         if offset + num_tokens > num_positions:
@@ -267,12 +269,12 @@ def rope(
 ) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
 
-    x (..., T, K), K even and at most 256; cos, sin (positions, K / 2), as `rope_tables` makes them -> (..., T, K) in the dtype
-    of `x`, computed in float32. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + K / 2) as in
-    Llama checkpoints.
+    x (..., T, K), K even and at most 256; cos, sin (positions, R / 2), as `rope_tables` makes them, R being K unless its
+    `rotary_dim` is less -> (..., T, K) in the dtype of `x`, computed in float32. Pairs are neighbours (2i, 2i + 1) as in
+    RoFormer, or with layout="half" (i, i + K / 2) as in Llama checkpoints.
 
-    Partial rotary: tables of R / 2 columns, fewer than K / 2, rotate the first R channels as if they were the whole head; the
-    others are copied (GPT-NeoX, Black et al. 2022, section 3.1; Phi, GLM).
+    Partial rotary: with R less than K the first R channels are rotated as if they were the whole head; the others are copied
+    (GPT-NeoX, Black et al. 2022, section 3.1; Phi, GLM).
 
     Tokens stand at offset .. offset + T - 1, after `offset` cached ones; or at `positions`, int64 or int32 of shape (T), (1, T)
     or, for x (B, ..., T, K), (B, T). A position below 0 marks padding and counts as 0, so that row and gradient stay finite.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_int
+from .checks import check_choice, check_int, check_number
 
 ScalingKind = Literal["default", "linear", "llama3", "yarn"]
 # The options that each kind reads; one that is set and not read is an error.
@@ -60,8 +60,7 @@ class RopeScaling:
                 raise ValueError(
                     f"{field.name} is {value!r}: kind {self.kind!r} reads {', '.join(OPTIONS[self.kind]) or 'none'}"
                 )
-        if not 1 <= self.factor < math.inf:
-            raise ValueError(f"factor is {self.factor}: allowed is a finite number, 1 or more")
+        check_number("factor", self.factor, 1)
         if "original_max_position_embeddings" in OPTIONS[self.kind]:
             if self.original_max_position_embeddings is None:
                 raise ValueError(f"original_max_position_embeddings is None: kind {self.kind!r} needs it")
@@ -77,9 +76,8 @@ class RopeScaling:
                 "greater"
             )
         for name in ("mscale", "mscale_all_dim", "attention_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}: allowed is a finite number above 0, or None")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -136,14 +134,15 @@ def rope_tables(
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     scaling = RopeScaling() if scaling is None else scaling
+    if not isinstance(scaling, RopeScaling):
+        raise ValueError(f"scaling is {scaling!r}: allowed is a RopeScaling, or None")
     check_int("num_positions", num_positions, 0)
     for name, dim, most in (("head_dim", head_dim, math.inf), ("rotary_dim", rotary_dim, head_dim)):
         check_int(name, dim, 2, most)
         if dim % 2:
             raise ValueError(f"{name} is {dim}: allowed is an even number")
     least = 1 if scaling.kind == "yarn" else 0
-    if not least < theta < math.inf:
-        raise ValueError(f"theta is {theta}: allowed is a finite number above {least}")
+    check_number("theta", theta, above=least)
     frequencies = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim)
     if scaling.kind == "linear":
         frequencies = frequencies / scaling.factor

@@ -285,6 +285,7 @@ def launch_backward(
         batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
         **options.constants(), DLSE=dlse is not None, TMA=config.tma, **config.blocks(q, v),
     )  # fmt: skip
+    options = options.of_keys()
     config = launch_config("backward_kv", inputs, options)
     num_tiles = -(-num_keys // config.block_n)
     num_parts = parts_of(group_size, batch * num_kv_heads * num_tiles, q.device)
@@ -294,7 +295,7 @@ def launch_backward(
     part_strides = [0 if num_parts == 1 else part.stride(0) for part in parts]
     launch(
         attention_backward_kv, num_rows * num_tiles,
-        *as_tiles(inputs, "mnnm", config), *inputs, lse, delta, *parts, *options.of_keys().mask_tensors(q),
+        *as_tiles(inputs, "mnnm", config), *inputs, lse, delta, *parts, *options.mask_tensors(q),
         *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
         num_rows, num_kv_heads, num_parts, *part_strides, part_size, *sizes, rows_at_once(q, part_size, num_rows),
         **options.constants(), GROUPED=part_size > 1, TMA=config.tma, **config.blocks(q, v),

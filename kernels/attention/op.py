@@ -1,6 +1,5 @@
 """The registered op and the public function."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..checks import FLOATING, INTEGER, check_device, check_dtype, check_int, check_softcap
+from ..checks import FLOATING, INTEGER, check_cu_seqlens, check_device, check_dtype, check_int, check_number
 from ..dispatch import autocast_dtype, is_transformed, use_triton
 from ..registration import custom_op
 from .backward import launch_backward
@@ -149,15 +148,16 @@ def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_
         raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: allowed is a divisor of {q.shape[1]}")
     if min(q.shape[3], v.shape[3]) == 0:
         raise ValueError(f"the head dim is {q.shape[3]}, that of v {v.shape[3]}: allowed is 1 or more")
-    check_dtype(FLOATING, q=q, k=k, v=v, sinks=sinks)
-    check_dtype(INTEGER, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, cache_lengths=cache_lengths)
+    check_dtype(INTEGER, cache_lengths=cache_lengths)
+    check_cu_seqlens(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: allowed is one dtype for all")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}: allowed is a finite number")
-    check_softcap(softcap)
+    if scale is not None:
+        check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
     if isinstance(window, tuple | list):
-        if len(window) != 2:
+        if len(window) != 2 or None in window:
             raise ValueError(f"window is {window}: allowed is an integer or two, (left, right)")
         for side in window:
             check_int("a side of the window", side, -1)
@@ -176,12 +176,15 @@ def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_
             raise ValueError("cache_lengths and cu_seqlens_k both say how many keys there are: give one of them")
     elif (cu_seqlens is not None or document_ids is not None) and q.shape[2] > k.shape[2]:
         raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} keys: with documents each query needs a key of its own")
-    ids = document_ids.begins if isinstance(document_ids, Documents) else document_ids
+    ids = document_ids
+    if isinstance(ids, Documents):
+        ids.check()
+        ids = ids.begins
+    if ids is not None and not isinstance(ids, Tensor):
+        raise ValueError(f"document_ids is a {type(ids).__name__}: allowed is a tensor (B, S), or what `documents` returns")
     if ids is not None and ids.shape != (k.shape[0], k.shape[2]):
         allowed = (k.shape[0], k.shape[2])
         raise ValueError(f"document_ids has shape {tuple(ids.shape)}: allowed is {allowed}, one a key")
-    if cu_seqlens is not None and cu_seqlens.dim() != 1:
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: allowed is one row, cumulative lengths")
     if cache_lengths is not None and cache_lengths.shape != q.shape[:1]:
         raise ValueError(f"cache_lengths has shape {tuple(cache_lengths.shape)}: allowed is ({q.shape[0]},), one a sequence")
     packed = {"document_ids": ids, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
@@ -214,23 +217,27 @@ def attention(
     et al. 2023); one of -inf is none.
 
     A window of n keeps a query's own key and the n - 1 before it (and after it, where not causal); (left, right) keeps so many
-    keys before its own and after it, -1 for all. `cache_lengths` (B) integers: sequence b has its first cache_lengths[b] keys
-    only, and its queries are the last T of those. `document_ids` (B, S), of which a run of equal ids is a document, or
-    `cu_seqlens` (documents + 1), cumulative lengths of every sequence alike, confine attention to packed documents; tiles
-    between documents are not visited. Layers that share documents share a `Documents`, which `documents` makes of either.
-    With `cu_seqlens_k`, `cu_seqlens` are the lengths of queries only, and the keys of each document have lengths of their own:
-    its last query stands at its last key.
+    keys before its own and after it, -1 for all; where causal none is after it. `cache_lengths` (B) integers: sequence b has
+    its first cache_lengths[b] keys only, at most all, and its queries are the last T of those.
+
+    Packed documents, between which no tile is visited: `document_ids` (B, S), of which a run of equal ids is a document; or
+    `cu_seqlens`, one more than there are documents, the cumulative lengths of every sequence alike, which do not decrease.
+    What stands before the first length or from the last one on is a document too. Each query is one of the keys, so T is at
+    most S. With `cu_seqlens_k` (no ids or `cache_lengths` beside it) `cu_seqlens` are the lengths of queries only: the keys of
+    a document have a length of their own, and its last query stands at its last key. Layers that share documents share a
+    `Documents`, which `documents` makes of ids or of one `cu_seqlens`.
 
     What a mask excludes reaches no result and no gradient, not even as NaN; a value that is not finite may turn the rows that
     see it to NaN as a whole. Where the kernels do not run, causal attention without further options is PyTorch's own, which
     keeps to that for finite values only.
 
-    float16, bfloat16 and float32, K and V up to 256; sums are in float32; float64 runs the reference. `allow_tf32` rounds
-    float32 factors to TF32. Any strides: copied are tensors whose channels are no neighbours, and those in half precision whose
-    tokens do not begin on 16 bytes. Gradients flow to q, k, v and sinks, and from lse too. Equal calls give equal bits; with
-    few queries against many keys the order of sums follows the batch and the GPU. Raises ValueError where an argument is none
-    of these.
+    float16, bfloat16 and float32, sums in float32, K and V up to 256 in the kernels; float64 runs the reference, lse included.
+    `allow_tf32` rounds float32 factors to TF32. Any strides: copied are tensors whose channels are no neighbours, and those in
+    half precision whose tokens do not begin on 16 bytes. Gradients flow to q, k, v and sinks, and from lse too. Equal calls
+    give equal bits; with few queries against many keys the order of sums follows the batch and the GPU. ValueError: an
+    argument has another shape, dtype, device or value than these.
     """
+    check_dtype(FLOATING, q=q, k=k, v=v, sinks=sinks)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = (t.to(dtype) for t in (q, k, v))
@@ -263,10 +270,14 @@ def attention(
         begins, ends, query_begins, query_ends = cross_intervals(cu_seqlens, cu_seqlens_k, *sizes, visible)
         causal, sides = False, None
     elif isinstance(document_ids, Documents):
-        begins, ends = document_ids
+        begins, ends = document_ids.in_rows()
     elif document_ids is not None or cu_seqlens is not None:
         begins, ends = documents(document_ids, cu_seqlens=cu_seqlens, batch=k.shape[0], num_keys=k.shape[2])
-    lengths = None if cache_lengths is None else cache_lengths.to(torch.int32).contiguous()
+    lengths = cache_lengths
+    if lengths is not None and lengths.dtype != torch.int32:
+        # Before the cast, so that none wraps; the kernels do it too.
+        lengths = lengths.clamp(0, k.shape[2]).to(torch.int32)
+    lengths = None if lengths is None else lengths.contiguous()
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else float(softcap)
     precision = "tf32" if allow_tf32 else "ieee"

@@ -5,12 +5,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_cu_seqlens, check_device, check_dtype, check_int
+
 
 class Documents(NamedTuple):
     """Where the document of each position begins and where it ends, both (B, S) int32: computed once for many layers."""
 
     begins: Tensor
     ends: Tensor
+
+    def check(self) -> None:
+        """Refuse what `documents` does not make."""
+        begins, ends = self
+        if begins.shape != ends.shape:
+            raise ValueError(f"begins has shape {tuple(begins.shape)}, ends {tuple(ends.shape)}: allowed is one shape")
+        check_dtype((torch.int32,), begins=begins, ends=ends)
+        check_device(begins=begins, ends=ends)
+
+    def in_rows(self) -> tuple[Tensor, Tensor]:
+        """Return begins and ends as kernels read them: positions are neighbours in memory, both have the same strides."""
+        begins, ends = self
+        if begins.stride() == ends.stride() and begins.stride(1) == 1:
+            return begins, ends
+        return begins.contiguous(), ends.contiguous()
 
 
 def documents(
@@ -20,19 +37,23 @@ def documents(
     batch: int | None = None,
     num_keys: int | None = None,
 ) -> Documents:
-    """Return what `attention` takes as `document_ids`, from ids (B, S), or from cumulative lengths (documents + 1).
+    """Return what `attention` takes as `document_ids`, from ids (B, S), or from cumulative lengths.
 
-    A run of equal ids is a document. `cu_seqlens` hold for each of `batch` sequences of `num_keys` positions; those from the
-    last length on are one more document.
+    A run of equal ids is a document. `cu_seqlens` hold for each of `batch` sequences of `num_keys` positions; what stands
+    before the first length or from the last one on is a document too.
     """
     if (document_ids is None) == (cu_seqlens is None):
         raise ValueError("document_ids and cu_seqlens: give one of them, and one only")
     if document_ids is not None:
-        if document_ids.dim() != 2:
-            raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}: allowed is (B, S), one a key")
+        if not isinstance(document_ids, Tensor) or document_ids.dim() != 2:
+            given = tuple(document_ids.shape) if isinstance(document_ids, Tensor) else type(document_ids).__name__
+            raise ValueError(f"document_ids has shape {given}: allowed is (B, S), one a key")
         return Documents(*document_bounds(document_ids))
     if cu_seqlens is None or batch is None or num_keys is None:
         raise ValueError(f"batch is {batch}, num_keys {num_keys}: with cu_seqlens both are needed")
+    check_int("batch", batch, 0)
+    check_int("num_keys", num_keys, 0)
+    check_cu_seqlens(cu_seqlens=cu_seqlens)
     return Documents(*cu_seqlens_bounds(cu_seqlens, batch, num_keys))
 
 

@@ -94,6 +94,7 @@ def _arguments(
     num_keys: int,
     head_dim: int,
     document_lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
     cache_lengths: Sequence[int] | None = None,
     value_dim: int | None = None,
     sinks: bool = False,
@@ -109,8 +110,9 @@ def _arguments(
     if num_queries < num_keys:
         # A decoding step is not trained.
         q, k, v = (t.detach() for t in (q, k, v))
-    if document_lengths is not None:
-        options["cu_seqlens"] = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32, device=device)
+    for name, lengths in (("cu_seqlens", document_lengths), ("cu_seqlens_k", key_lengths)):
+        if lengths is not None:
+            options[name] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     if cache_lengths is not None:
         options["cache_lengths"] = torch.tensor(cache_lengths[:batch], dtype=torch.int32, device=device)
     if sinks:
@@ -142,6 +144,7 @@ def _decoding(batch: int, num_keys: int, head_dim: int = 128, **options: Any) ->
 _SMALL = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "num_queries": 24, "num_keys": 24, "head_dim": 16}
 _OPTIONS = {"window": 5, "softcap": 20.0, "document_lengths": (9, 15), "sinks": True, "return_lse": True}
 _OTHERS = {"batch": 2, "causal": False, "window": (6, 3), "cache_lengths": (24, 17), "value_dim": 24}
+_PACKED = {"batch": 2, "num_queries": 30, "window": 8, "document_lengths": (12, 18), "key_lengths": (16, 8), "allow_tf32": True}
 
 
 def _measured() -> Iterator[dict[str, Any]]:
@@ -180,6 +183,9 @@ def _compiled() -> Iterator[dict[str, Any]]:
         yield _causal(head_dim, 2048, groups=2, dtype=torch.bfloat16, **every_option)
         yield _decoding(8, 2048, head_dim, dtype=torch.bfloat16, cache_lengths=(2048,) * 8, **every_option)
         yield _causal(head_dim, 2048, dtype=torch.bfloat16, expanded=True)
+    sides: dict[str, Any] = {"causal": False, "window": (512, 64), "dtype": torch.bfloat16}
+    yield _causal(128, 2048, **sides)
+    yield _causal(128, 2048, document_lengths=(1000, 1048), key_lengths=(48, 2000), **sides)
 
 
 def _series(sizes: Sizes) -> str | None:
@@ -196,7 +202,7 @@ record(
         arguments=_arguments,
         cost=_costs,
         shapes=tuple(_measured()),
-        examples=(_SMALL, _SMALL | _OPTIONS, _SMALL | _OTHERS),
+        examples=(_SMALL, _SMALL | _OPTIONS, _SMALL | _OTHERS, _SMALL | _PACKED),
         compiled=tuple(_compiled()),
         over="num_queries",
         series=_series,

@@ -13,7 +13,7 @@ from attention_cases import DEVICE, Case, check, draw_case, some, tiles, without
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention, backward, forward
 from tilewright.kernels.attention import documents as kernel_documents
-from tilewright.kernels.attention.packing import cu_seqlens_bounds, document_bounds
+from tilewright.kernels.attention.packing import Documents, cu_seqlens_bounds, document_bounds
 from tilewright.kernels.dispatch import HAS_TRITON, interpreting
 
 pytestmark = [
@@ -81,6 +81,51 @@ def test_other_lengths_of_keys_beside_other_options(lengths, options):
         check(draw_case((4, 2), lengths, 16, batch=2, sinks=True, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options))
 
 
+def test_tensors_that_are_laid_out_anew_for_the_backward_pass():
+    # Offloading keeps a contiguous copy of what is saved.
+    cu_seqlens = {"cu_seqlens": torch.tensor([0, 2, 6], device=DEVICE), "cu_seqlens_k": torch.tensor([0, 7, 9], device=DEVICE)}
+    case = draw_case((2, 1), (6, 9), 16, batch=2, **cu_seqlens)
+    with use_backend("triton"):
+        expected = case.run(attention)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+            found = case.run(attention)
+    for name, result in found.items():
+        assert torch.equal(result, expected[name]), name
+
+
+def test_documents_in_any_layout():
+    ids = torch.tensor([[0] * 5 + [1] * 30, [2] * 20 + [1] * 15], device=DEVICE)
+    begins, ends = kernel_documents(ids)
+    case = draw_case((2, 1), (35, 35), 16, batch=2, document_ids=ids)
+    with use_backend("triton"):
+        expected = case.run(attention)
+        for laid in (lambda t: t.T.contiguous().T, lambda t: t.repeat_interleave(2, dim=1)[:, ::2]):
+            for pair in ((laid(begins), laid(ends)), (laid(begins), ends), (begins, laid(ends))):
+                case.options = {"document_ids": Documents(*pair)}
+                for name, result in case.run(attention).items():
+                    assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9, 20]}, {"cu_seqlens": [0, 9, 20], "cu_seqlens_k": [0, 4, 20]}])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [2**31, 2**63 - 1, (2**63 - 1, 2**63 - 1), 2**70])
+def test_a_window_beyond_every_integer_leaves_all(options, causal, window):
+    options = {name: torch.tensor(x, dtype=torch.int32, device=DEVICE) for name, x in options.items()}
+    case = draw_case((1, 1), (20, 20), 16, causal=causal, **options)
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            o = attention(case.q, case.k, case.v, window=window, **case.options)
+            torch.testing.assert_close(o, attention(case.q, case.k, case.v, **case.options))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("options", [{}, {"cu_seqlens": torch.tensor([0, 15, 20])}])
+def test_more_keys_than_there_are_count_as_all(dtype, options):
+    lengths = torch.tensor([23, 2**31 - 1 if dtype == torch.int32 else 2**32 + 2, -3], dtype=dtype, device=DEVICE)
+    options = {name: x.to(DEVICE) for name, x in options.items()}
+    check(draw_case((2, 1), (5, 20), 16, batch=3, cache_lengths=lengths, **options))
+
+
 def test_documents_that_differ_from_sequence_to_sequence():
     ids = torch.tensor([[0] * 5 + [1] * 40 + [0] * 5, [2] * 20 + [1] * 30], device=DEVICE)
     with tiles(16, 16):
@@ -103,6 +148,9 @@ def test_empty_documents_and_tokens_behind_the_last(dtype, cumulative):
         ({}, "give one of them, and one only"),
         ({"document_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 4])}, "give one of them, and one only"),
         ({"document_ids": torch.zeros(4)}, r"document_ids has shape \(4,\): allowed is \(B, S\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0]), "batch": 2, "num_keys": 4}, "cu_seqlens has dtype torch.float32"),
+        ({"cu_seqlens": torch.tensor([4, 0]), "batch": 2, "num_keys": 4}, r"cu_seqlens is \[4, 0\]"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "batch": 2, "num_keys": 2.5}, "num_keys is 2.5: allowed is an integer"),
         ({"cu_seqlens": torch.tensor([0, 4]), "batch": 2}, "batch is 2, num_keys None: with cu_seqlens both are needed"),
     ],
 )

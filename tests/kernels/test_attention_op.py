@@ -8,12 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from attention_cases import DEVICE, draw_case, tiles
 from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention
+from tilewright.kernels.attention.packing import Documents
 from tilewright.kernels.dispatch import HAS_TRITON
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
 ]
+BOUNDS = torch.zeros(1, 5, dtype=torch.int32)
 
 
 @pytest.mark.slow
@@ -122,6 +124,13 @@ def test_without_kernels_pytorchs_own_are_used_where_they_fit():
             {name: torch.tensor([0]) for name in ("cu_seqlens", "cu_seqlens_k", "cache_lengths")},
             "cache_lengths and cu_seqlens_k both",
         ),
+        ({"window": (None, 1)}, r"window is \(None, 1\)"),
+        ({"scale": "0.1"}, "scale is '0.1': allowed is a finite number"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2])}, r"cu_seqlens is \[0, 4, 2\]: allowed are lengths that do not decrease"),
+        ({"document_ids": (torch.zeros(1, 5), torch.zeros(1, 5))}, "document_ids is a tuple: allowed is a tensor"),
+        ({"document_ids": Documents(BOUNDS, BOUNDS[:, :4])}, r"begins has shape \(1, 5\), ends \(1, 4\)"),
+        ({"document_ids": Documents(BOUNDS, BOUNDS.float())}, r"ends has dtype torch\.float32: allowed is torch\.int32"),
+        ({"document_ids": Documents(BOUNDS, BOUNDS.to("meta"))}, "ends is on meta"),
         ({"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens has shape \(1, 2\)"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens has dtype torch\.float32: allowed is torch\.int64"),
     ],
@@ -131,6 +140,24 @@ def test_bad_arguments_are_refused_by_name(change, message):
     for backend in ("triton", "reference"):
         with use_backend(backend), pytest.raises(ValueError, match=message):
             attention(**arguments | change)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_under_autocast_the_same_arguments_are_refused(backend):
+    x = torch.ones(1, 2, 5, 16, device=DEVICE)
+    with use_backend(backend), torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(ValueError, match="k has dtype"):
+        attention(x, x.long(), x)
+
+
+@pytest.mark.slow
+def test_a_scale_that_changes_compiles():
+    case = draw_case((2, 1), (5, 5), 16)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    with use_backend("triton"):
+        for scale in (0.3, 0.4, 0.5):
+            torch.testing.assert_close(
+                compiled(case.q, case.k, case.v, scale=scale), attention(case.q, case.k, case.v, scale=scale)
+            )
 
 
 def test_heads_too_wide_for_the_kernels_are_refused():

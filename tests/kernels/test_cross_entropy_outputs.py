@@ -141,6 +141,29 @@ def test_an_ignored_row_of_nan_gives_exact_zeros(device, backend, options):
     assert output.lse[1].isnan()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_of_no_class_spoils_its_loss_alone(device, backend):
+    logits, options = torch.randn(3, 20, device=device), {"z_loss": 0.1, "return_lse": True, "return_z_loss": True}
+    with use_backend(backend):
+        good, bad = (
+            cross_entropy(logits, torch.tensor([2, target, 4], device=device), reduction="none", **options)
+            for target in (3, 20)
+        )
+    assert good.loss.isfinite().all()
+    assert bad.loss.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(bad.lse, good.lse)
+    torch.testing.assert_close(bad.z_loss, good.z_loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_class_weights_below_0_average_as_in_pytorch(device, backend):
+    logits, targets = torch.randn(2, 3, device=device), torch.tensor([0, 1], device=device)
+    weights = torch.tensor([-1.0, -2.0, -1.0], device=device)
+    with use_backend(backend):
+        loss = cross_entropy(logits, targets, class_weights=weights)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, weights))
+
+
 @pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "softcap"])
 def test_another_value_of_an_option_is_not_another_kernel(device, monkeypatch, option):
     module, seen = sys.modules["tilewright.kernels.cross_entropy"], []

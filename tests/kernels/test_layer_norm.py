@@ -177,11 +177,12 @@ def test_the_reference_passes_gradcheck():
         ((torch.ones(2, 0),), r"x has shape \(2, 0\)"),
         ((torch.ones(2, 8, dtype=torch.int64),), "x has dtype torch.int64: allowed is .*torch.float64"),
         ((torch.ones(2, 8), torch.ones(8), torch.ones(8, dtype=torch.bool)), "bias has dtype torch.bool"),
+        ((torch.ones(2, 8), None, None, "1e-5"), "eps is '1e-5': allowed is a finite number"),
         ((torch.ones(2, 8), torch.ones(8, device="meta")), "weight is on meta: allowed is c"),
     ],
 )
 def test_bad_arguments_are_refused(device, backend, arguments, message):
-    arguments = [t if t is None or t.is_meta else t.to(device) for t in arguments]
+    arguments = [t.to(device) if isinstance(t, torch.Tensor) and not t.is_meta else t for t in arguments]
     with use_backend(backend), pytest.raises(ValueError, match=message):
         layer_norm(*arguments)
 

@@ -15,7 +15,7 @@ from tilewright.train.folder import CONFIG_FILE
 # On a machine that is busy, or slow.
 pytestmark = pytest.mark.timeout(600)
 
-KILLS = 100
+long = pytest.mark.long
 
 
 @pytest.fixture
@@ -38,11 +38,12 @@ def leftovers(run):
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_any_operation_on_a_file_goes_on(saving):
+@pytest.mark.parametrize("every", [pytest.param(1, marks=long), 7])
+def test_a_run_killed_before_any_operation_on_a_file_goes_on(saving, every):
     expected, num_operations = uninterrupted(saving)
     assert num_operations > 40
     before_it_began = 0
-    for kill_at in range(num_operations):
+    for kill_at in range(0, num_operations, every):
         config = dataclasses.replace(saving, out=saving.out.with_name(f"killed-{kill_at}"))
         status, printed = run_in_child(train_until_killed, config, kill_at)
         assert status == -signal.SIGKILL, printed
@@ -52,23 +53,24 @@ def test_a_run_killed_before_any_operation_on_a_file_goes_on(saving):
         assert outcome(config.out) == expected, kill_at
         assert leftovers(config.out) == []
     # While the folder was made, in the first save, and later.
-    assert 10 < before_it_began < num_operations - 20
+    assert 10 / every < before_it_began < (num_operations - 20) / every
 
 
 @pytest.mark.slow
-def test_a_run_killed_100_times_ends_as_if_it_had_not_been(saving):
+@pytest.mark.parametrize("kills", [pytest.param(100, marks=long), 10])
+def test_a_run_killed_many_times_ends_as_if_it_had_not_been(saving, kills):
     # A start takes 6 operations, a checkpoint with the two steps before it 16, and some milliseconds each: so many kills never
     # come to the end.
-    config = dataclasses.replace(saving, steps=400)
+    config = dataclasses.replace(saving, steps=4 * kills)
     expected, _ = uninterrupted(config)
     rng = random.Random(0)
     half_saved = 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         moment = rng.randrange(50), rng.choice((0.0, rng.uniform(0, 5e-3)))
         status, printed = run_in_child(train_until_killed, config, *moment)
         assert status == -signal.SIGKILL, printed
         half_saved += any((config.out / "checkpoints").glob(".step-*.tmp"))
-    assert half_saved >= KILLS // 5
+    assert half_saved >= kills // 5
     status, printed = run_in_child(train_until_killed, config)
     assert status == 0, printed
     assert outcome(config.out) == expected
