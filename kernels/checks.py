@@ -11,6 +11,7 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What ops compute with; float64 runs the reference."""
 INTEGER = (torch.int64, torch.int32)
+NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
 
 def _listed(allowed: Iterable[Any]) -> str:
@@ -27,10 +28,14 @@ def check_dtype(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> N
 
 def check_device(**tensors: Tensor | None) -> None:
     """Refuse tensors that are not on the device of the first one."""
-    (first_name, first), *others = ((name, x) for name, x in tensors.items() if x is not None)
-    for name, x in others:
-        if x.device != first.device:
-            raise ValueError(f"{name} is on {x.device}: allowed is {first.device}, the device of {first_name}")
+    first_name, device = "", None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if device is None:
+            first_name, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{name} is on {x.device}: allowed is {device}, the device of {first_name}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -50,7 +55,8 @@ def check_int(name: str, value: Any, least: int, most: float = math.inf) -> None
 
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> None:
     """Refuse what is no finite number from `least` to `most`, and `above` another."""
-    comparable = isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+    # Most are floats, and asking whether something is a Real takes long.
+    comparable = type(value) is float or (isinstance(value, NUMBERS) and not isinstance(value, bool))
     x: Any = value
     if not comparable or not (least <= x <= most and above < x and -math.inf < x < math.inf):
         allowed = f" above {above}" if above > -math.inf else ""

@@ -55,7 +55,8 @@ def launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None
         raise ValueError("a launch needs a tensor, whose device it runs on")
     # torch.cuda.current_device would first look whether CUDA is initialised, which a tensor of it says already.
     if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
-        kernel[(num_programs,)](*args, **constants)
+        # What kernel[grid](...) calls, less one call that hands all arguments on.
+        kernel.run(*args, grid=(num_programs,), warmup=False, **constants)
         return
     with torch.cuda.device(x.device):
-        kernel[(num_programs,)](*args, **constants)
+        kernel.run(*args, grid=(num_programs,), warmup=False, **constants)

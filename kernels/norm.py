@@ -9,6 +9,8 @@ PARTS, and is read twice.
 # The loops that Triton unrolls, and tuples that grow in them, are no Python that a type checker knows.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -334,6 +336,7 @@ def _blocks(width: int, most_parts: int) -> tuple[int, int]:
     return min(((p, block) for p, block in sizes if p == 1 or block >= 32), key=lambda size: (size[0] * size[1], size[0]))
 
 
+@cache
 def forward_config(width: int, *element_sizes: int) -> dict[str, int]:
     """Return the launch that ships for rows of `width` elements, of so many bytes in each input."""
     parts, block_width = _blocks(width, 7 if len(element_sizes) == 1 else 5)
@@ -352,6 +355,7 @@ def forward_config(width: int, *element_sizes: int) -> dict[str, int]:
     return {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
 
 
+@cache
 def backward_config(width: int, *element_sizes: int, num_sums: int = 1) -> tuple[dict[str, int], int]:
     """Return the launch that ships, and how many of its programs a multiprocessor holds; `num_sums` is 2 for dw and db."""
     parts, block_width = _blocks(width, 5)

@@ -7,10 +7,10 @@ give equal bits. The price is that two of seven products are computed twice.
 import torch
 from torch import Tensor
 
+from .. import shared
 from ..device import num_sms
 from ..dispatch import jit, tl
 from ..launch import launch
-from ..shared import LOG2_E
 from .configurations import launch_config, rows_at_once
 from .intervals import key_tiles, keys_of, mask_of, queries_of, query_tiles
 from .isolated import has_nan, later_zero, store_isolated_dk_dv, store_isolated_dq
@@ -117,7 +117,7 @@ def add_to_dk_dv(
     if MASKED:
         lse = load_lse(lse_ptr, queries, num_queries)
     else:
-        lse = tl.load(lse_ptr + queries) * LOG2_E
+        lse = tl.load(lse_ptr + queries) * shared.LOG2_E
     p, slope = probabilities_of(products, lse[None, :], scale, softcap)
     if MASKED:
         p = tl.where(sees(start, low, high, q.shape[0]), p, 0.0)

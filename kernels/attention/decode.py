@@ -7,10 +7,10 @@ query heads that share it ("Flash-Decoding", Dao, Haziza, Massa & Sizov 2023). B
 import torch
 from torch import Tensor
 
+from .. import shared
 from ..device import num_sms
 from ..dispatch import jit, tl
 from ..launch import launch
-from ..shared import LN_2, LOG2_E
 from .configurations import launch_config
 from .forward import add_tile
 from .intervals import keys_of, mask_of
@@ -137,7 +137,7 @@ def attention_decode(
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if SINKS and not SPLIT:
         row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
-        row_max = tl.load(sinks_ptr + head, mask=present, other=0.0).to(tl.float32) * LOG2_E
+        row_max = tl.load(sinks_ptr + head, mask=present, other=0.0).to(tl.float32) * shared.LOG2_E
     else:
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -159,7 +159,7 @@ def attention_decode(
     else:
         offsets = tl.cast(batch, tl.int64) * o_batch_stride + rows_offset(head, query, o_head_stride, o_token_stride)
     store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
-    tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * LN_2, mask=present)
+    tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * shared.LN_2, mask=present)
     if not ONE_QUERY:  # noqa: SIM102 - the former is a constant, of which the compiler keeps one side
         if again > 0:
             store_isolated_group(
@@ -185,7 +185,7 @@ def attention_combine(
     batch = row // num_queries // num_heads
     columns = tl.arange(0, BLOCK_V)
     if SINKS:
-        row_max = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        row_max = tl.load(sinks_ptr + head).to(tl.float32) * shared.LOG2_E
         row_sum = tl.cast(1.0, tl.float32)
     else:
         row_max = tl.cast(-float("inf"), tl.float32)
@@ -194,7 +194,7 @@ def attention_combine(
     for start in range(0, num_splits, BLOCK_SPLITS):
         splits = start + tl.arange(0, BLOCK_SPLITS)
         present = splits < num_splits
-        lses = tl.load(part_lse_ptr + row * num_splits + splits, mask=present, other=-float("inf")) * LOG2_E
+        lses = tl.load(part_lse_ptr + row * num_splits + splits, mask=present, other=-float("inf")) * shared.LOG2_E
         parts = tl.load(
             part_ptr + (row * num_splits + splits)[:, None] * VALUE_DIM + columns[None, :],
             mask=present[:, None] & (columns < VALUE_DIM)[None, :], other=0.0,
@@ -209,7 +209,7 @@ def attention_combine(
     o = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)
     o_row = o_ptr + batch * o_batch_stride + head * o_head_stride + query * o_token_stride
     tl.store(o_row + columns, o.to(o_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
-    tl.store(lse_ptr + row, (row_max + tl.log2(row_sum)) * LN_2)
+    tl.store(lse_ptr + row, (row_max + tl.log2(row_sum)) * shared.LN_2)
 
 
 def fits_decode(q: Tensor, k: Tensor, options: Options) -> bool:

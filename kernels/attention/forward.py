@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from .. import shared
 from ..dispatch import jit, tl
 from ..launch import launch
-from ..shared import LN_2, LOG2_E
 from .configurations import launch_config, rows_at_once
 from .intervals import keys_of, mask_of, query_tiles
 from .isolated import has_nan, later_zero, store_isolated_output
@@ -20,7 +20,7 @@ def scores_of(q, k, scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.co
     scores = tl.dot(q, k.T, input_precision=PRECISION)
     # With a scale above 0, in float32 too, the greatest product has the greatest score, and exp(score) takes one multiply-add.
     DIRECT: tl.constexpr = tl.constexpr(softcap is None and scale > 1e-30)
-    factor: tl.constexpr = tl.constexpr(scale * LOG2_E if DIRECT else 1.0)
+    factor: tl.constexpr = tl.constexpr(scale * shared.LOG2_E if DIRECT else 1.0)
     if not DIRECT:
         scores = scores_in_bits(scores, scale, softcap)
     return scores, factor
@@ -79,7 +79,7 @@ def attention_forward(
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if SINKS:
         # A sink is a key that every query sees, with this score and a value of 0.
-        row_max = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        row_max = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * shared.LOG2_E
         row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -113,7 +113,7 @@ def attention_forward(
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     o_base = store_base(o_ptr, batch, head, o_batch_stride, o_head_stride)
     store_tile(o_base, accumulator, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V)
-    tl.store(lse_row + queries, (row_max + tl.log2(row_sum)) * LN_2, mask=queries < num_queries)
+    tl.store(lse_row + queries, (row_max + tl.log2(row_sum)) * shared.LN_2, mask=queries < num_queries)
     if again > 0:
         kv_head = head // group_size
         mask = mask_of(

@@ -31,7 +31,10 @@ def aligned(x: Tensor) -> Tensor:
 
     Else tiles would be loaded element by element, so that a copy with a wider stride is the shorter way.
     """
-    if x.element_size() > 2 or (x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in _strides(x))):
+    if x.element_size() > 2:
+        return x
+    batch, head, token, _ = x.stride()
+    if x.data_ptr() % 16 == 0 and ((batch | head | token) % 8 == 0 or all(stride % 8 == 0 for stride in _strides(x))):
         return x
     *shape, head_dim = x.shape
     return x.new_empty(*shape, -(-head_dim // 16) * 16)[..., :head_dim].copy_(x)
@@ -42,7 +45,8 @@ def load_strides(x: Tensor) -> tuple[int, ...]:
 
     So the compiler sees that each token begins on 16 bytes, for strides such as 72 too that are no multiples of 16.
     """
-    return tuple(stride // 8 if x.element_size() == 2 else stride for stride in x.stride()[:3])
+    batch, head, token, _ = x.stride()
+    return (batch // 8, head // 8, token // 8) if x.element_size() == 2 else (batch, head, token)
 
 
 def fits_tma(x: Tensor) -> bool:

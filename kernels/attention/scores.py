@@ -1,16 +1,17 @@
 """From products of queries and keys to scores, probabilities and their gradient, a tile at a time."""
 
+from .. import shared
 from ..dispatch import jit, tl
-from ..shared import LOG2_E, tanh
+from ..shared import tanh
 
 
 @jit
 def scores_in_bits(scores, scale: tl.constexpr, softcap: tl.constexpr):
     """Return scaled and soft-capped scores in units of log2(e): their exponential is exp2, which the hardware has."""
     if softcap is None:
-        scores = scores * (scale * LOG2_E)
+        scores = scores * (scale * shared.LOG2_E)
     else:
-        scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
+        scores = tanh(scores * (scale / softcap)) * (softcap * shared.LOG2_E)
     return scores
 
 
@@ -26,10 +27,10 @@ def probabilities_of(products, lse, scale: tl.constexpr, softcap: tl.constexpr):
     """Return exp(score - lse) and the derivative of the score by `scale` q k^T, from products q k^T; lse is in bits."""
     slope = 1.0
     if softcap is None:
-        scores = products * (scale * LOG2_E)
+        scores = products * (scale * shared.LOG2_E)
     else:
         capped = tanh(products * (scale / softcap))
-        scores = capped * (softcap * LOG2_E)
+        scores = capped * (softcap * shared.LOG2_E)
         slope = 1.0 - capped * capped
     return tl.exp2(scores - lse), slope
 
@@ -37,7 +38,7 @@ def probabilities_of(products, lse, scale: tl.constexpr, softcap: tl.constexpr):
 @jit
 def lse_in_bits(lse):
     """Return lse in bits, +inf (a probability of 0) where a query sees no key."""
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+    return tl.where(lse == -float("inf"), float("inf"), lse * shared.LOG2_E)
 
 
 @jit

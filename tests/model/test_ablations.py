@@ -159,6 +159,7 @@ def assert_captured_as_one_graph(change, checkpointing, dtype, backend, device):
     torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_generated_code_computes_the_same():
     model = ablated({})

@@ -90,6 +90,7 @@ def test_a_signal_stops_a_finished_run_that_is_resumed(config, expected):
     assert_goes_on(config, expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
