@@ -13,7 +13,7 @@ PARTS ?= own gpu rehearsal
 demo: .venv/base  ## raw text to a model that writes stories
 	$(BIN)/tilewright demo
 
-test: .venv/dev  ## the whole test suite
+test: .venv/dev  ## the tests, but those that take minutes
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test-long: .venv/dev  ## what takes minutes: the compiler's gate of every architecture, runs killed at every operation

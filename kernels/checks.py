@@ -22,6 +22,8 @@ def _listed(allowed: Iterable[Any]) -> str:
 def check_dtype(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
     """Refuse tensors of another dtype than those `allowed`."""
     for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}: allowed is a tensor")
         if x is not None and x.dtype not in allowed:
             raise ValueError(f"{name} has dtype {x.dtype}: allowed is {_listed(allowed)}")
 
@@ -71,8 +73,8 @@ def check_cu_seqlens(**cumulative: Tensor | None) -> None:
     for name, x in cumulative.items():
         if x is not None and x.dim() != 1:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: allowed is one row, cumulative lengths")
-        if x is not None and is_readable(x) and (x.diff() < 0).any():
-            raise ValueError(f"{name} is {x.tolist()}: allowed are lengths that do not decrease")
+        if x is not None and is_readable(x) and (x.diff(prepend=x.new_zeros(1)) < 0).any():
+            raise ValueError(f"{name} is {x.tolist()}: allowed are lengths from 0 on that do not decrease")
 
 
 def is_readable(x: Tensor) -> bool:

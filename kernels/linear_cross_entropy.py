@@ -286,7 +286,8 @@ def linear_cross_entropy(
 
     Gradients of "mean" and "sum" are computed in the forward pass, as far as x, weight and bias require them, and kept for the
     backward pass: (..., D) in the dtype of x and (V, D) in float32. With reduction="none", and where a gradient flows into the
-    returned lse, the logits are computed again: detach an lse that is only to be shown.
+    returned lse, the logits are computed again: detach an lse that is only to be shown. What an ignored row of x holds reaches
+    no loss and no gradient of x; the gradient of weight is a product with all rows of x, which must be finite for it.
     """
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}"

@@ -285,9 +285,9 @@ class _MaskedScores(torch.autograd.Function):
 
 
 def _masked_product(p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    # Dynamo traces no Function that has a rule for forward mode, so that this mode has the plain product.
+    # Dynamo traces no Function that has a rule for forward mode, whose product is written out.
     if is_forward_mode():
-        return p @ x
+        return _MaskedProduct.forward(p, x, mask)
     return _MaskedProduct.apply(p, x, mask)  # pyright: ignore[reportReturnType]
 
 

@@ -168,9 +168,10 @@ def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_
     if cu_seqlens is not None and document_ids is not None:
         raise ValueError("document_ids and cu_seqlens say the same thing: give one of them")
     if cu_seqlens_k is not None:
-        if cu_seqlens is None or cu_seqlens.shape != cu_seqlens_k.shape:
-            shape = None if cu_seqlens is None else tuple(cu_seqlens.shape)
-            shapes = f"cu_seqlens has shape {shape}, cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens is None: cu_seqlens_k needs it, the lengths of the queries")
+        if cu_seqlens.shape != cu_seqlens_k.shape:
+            shapes = f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
             raise ValueError(f"{shapes}: allowed is one shape, as each document has a length on either side")
         if cache_lengths is not None:
             raise ValueError("cache_lengths and cu_seqlens_k both say how many keys there are: give one of them")

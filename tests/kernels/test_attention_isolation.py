@@ -65,6 +65,21 @@ def test_only_those_who_see_it_are_reached(backend, mask_name, name, bad):
         assert found["dk"][:, :, keys].isnan().any(dim=-1).all()
 
 
+@pytest.mark.parametrize("options", [{"window": 3}, {"cu_seqlens": [0, 5, 11]}, {"cache_lengths": [6]}], ids=str)
+def test_forward_mode_keeps_apart_what_is_masked_too(options):
+    options = {key: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for key, x in options.items()}
+    case = draw_case((2, 1), (12, 12), 16)
+    v = case.v.clone()
+    v[:, :, 0 if "window" in options else -1] = math.nan
+    with use_backend("reference"):
+        expected = attention(case.q, case.k, v, **options)
+        inputs = (case.q, case.k, v)
+        o, tangent = torch.func.jvp(lambda *x: attention(*x, **options), inputs, tuple(map(torch.ones_like, inputs)))
+    torch.testing.assert_close(o, expected, equal_nan=True)
+    assert torch.equal(tangent.isnan().any(dim=-1), expected.isnan().any(dim=-1))
+    assert not expected.isnan().all(dim=-1).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 def test_plain_causal_attention(backend, name):

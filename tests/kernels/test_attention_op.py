@@ -118,7 +118,9 @@ def test_without_kernels_pytorchs_own_are_used_where_they_fit():
         ({"document_ids": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 5])}, "give one of them"),
         ({"document_ids": torch.zeros(1, 4)}, r"document_ids has shape \(1, 4\).*\(1, 5\)"),
         ({"document_ids": torch.zeros(1, 5), "q": torch.ones(1, 4, 6, 16)}, r"6 queries for 5 keys"),
-        ({"cu_seqlens_k": torch.tensor([0, 5])}, r"cu_seqlens has shape None, cu_seqlens_k \(2,\): allowed is one shape"),
+        ({"cu_seqlens_k": torch.tensor([0, 5])}, "cu_seqlens is None: cu_seqlens_k needs it"),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens is a list: allowed is a tensor"),
+        ({"cu_seqlens": torch.tensor([-3, 5])}, r"cu_seqlens is \[-3, 5\]: allowed are lengths from 0 on"),
         ({"cu_seqlens": torch.tensor([0]), "cu_seqlens_k": torch.tensor([0, 5])}, r"cu_seqlens has shape \(1,\)"),
         (
             {name: torch.tensor([0]) for name in ("cu_seqlens", "cu_seqlens_k", "cache_lengths")},
@@ -126,7 +128,10 @@ def test_without_kernels_pytorchs_own_are_used_where_they_fit():
         ),
         ({"window": (None, 1)}, r"window is \(None, 1\)"),
         ({"scale": "0.1"}, "scale is '0.1': allowed is a finite number"),
-        ({"cu_seqlens": torch.tensor([0, 4, 2])}, r"cu_seqlens is \[0, 4, 2\]: allowed are lengths that do not decrease"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4, 2])},
+            r"cu_seqlens is \[0, 4, 2\]: allowed are lengths from 0 on that do not decrease",
+        ),
         ({"document_ids": (torch.zeros(1, 5), torch.zeros(1, 5))}, "document_ids is a tuple: allowed is a tensor"),
         ({"document_ids": Documents(BOUNDS, BOUNDS[:, :4])}, r"begins has shape \(1, 5\), ends \(1, 4\)"),
         ({"document_ids": Documents(BOUNDS, BOUNDS.float())}, r"ends has dtype torch\.float32: allowed is torch\.int32"),

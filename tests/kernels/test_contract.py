@@ -102,6 +102,15 @@ def test_every_public_op_has_a_record():
 
 
 @every_op
+def test_pytorchs_own_form_computes_the_same(op, device):
+    # The bench takes the error that it allows from it.
+    if op.baseline is None:
+        pytest.skip("the reference is measured")
+    positional, options = op.arguments(device, torch.float32, **op.examples[0])
+    close([op.baseline(*positional)], [op.reference(*positional, **options)])
+
+
+@every_op
 def test_a_trace_says_whose_a_kernel_is(op):
     names = tuple(ALL)
     assert op.kernels
@@ -327,4 +336,4 @@ def test_more_elements_than_32_bits_count(op):
     assert result.numel() > 2**31 or call.values[0].numel() > 2**31
     assert torch.isfinite(result if result.dim() == 0 else result[-1]).all()
     assert torch.isfinite(gradient[-1]).all()
-    assert gradient[-1].count_nonzero() > gradient[-1].numel() // 2
+    assert gradient[-1].count_nonzero() > gradient[-1].numel() // 4
