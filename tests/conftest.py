@@ -1,5 +1,6 @@
 """Set-up for the whole suite: without a GPU, kernels run in Triton's interpreter on CPU tensors."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -51,3 +52,11 @@ def compile_afresh():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def all_memory(request):
+    """Free what a failed test on the GPU held: pytest keeps its exception, whose frames refer to their tensors."""
+    if HAS_GPU and "gpu" in request.node.keywords:
+        sys.last_value = sys.last_traceback = sys.last_exc = None
+        gc.collect()
