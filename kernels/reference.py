@@ -172,14 +172,8 @@ def window_sides(window: Window, causal: bool) -> tuple[int, int] | None:
     if window is None:
         return None
     left, right = (window - 1, 0 if causal else window - 1) if isinstance(window, int) else window
-    # As many as a tensor's integers can count.
+    # No more, so that its sum with a position, in int64, does not overflow.
     return None if left < 0 and right < 0 else (min(left, 2**62), min(right, 2**62))
-
-
-def _sides_within(most: int, window: Window, causal: bool) -> tuple[int, int]:
-    # A side that leaves nothing out is no greater, so that no sum with it overflows.
-    left, right = window_sides(window, causal) or (-1, -1)
-    return min(left, most), min(right, most)
 
 
 def attention_mask(
@@ -202,7 +196,7 @@ def attention_mask(
     query = torch.arange(num_queries, device=device)[:, None] + (length - num_queries)
     key = torch.arange(num_keys, device=device)[None, :]
     mask = key <= query if causal else (key < length).expand(*query.shape[:-1], num_keys)
-    left, right = _sides_within(num_queries + num_keys, window, causal)
+    left, right = window_sides(window, causal) or (-1, -1)
     if left >= 0:
         mask = mask & (key >= query - left)
     if right >= 0:
@@ -224,7 +218,7 @@ def packed_mask(
     """
 
     def place(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        ends = F.pad(cu_seqlens.clamp(max=size), (0, 1), value=size)
+        ends = F.pad(cu_seqlens.long().clamp(max=size), (0, 1), value=size)
         row = torch.arange(size, dtype=ends.dtype, device=ends.device)
         document = torch.searchsorted(ends, row, right=True)
         return document, row - ends[document]
@@ -232,7 +226,7 @@ def packed_mask(
     (document, query), (document_k, key) = place(cu_seqlens, num_queries), place(cu_seqlens_k, num_keys)
     ahead = key[None, :] - query[:, None]
     mask = document[:, None] == document_k[None, :]
-    left, right = _sides_within(num_queries + num_keys, window, causal)
+    left, right = window_sides(window, causal) or (-1, -1)
     if causal:
         mask = mask & (ahead <= 0)
     if left >= 0:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .dispatch import HAS_TRITON, jit, tl
 
-# exp(x) = exp2(LOG2_E x) and log(x) = LN_2 log2(x): powers of 2 are what the hardware has. Kernels name the module too, because
-# Triton compares what they take from their own globals with its value at each launch.
+# exp(x) = exp2(LOG2_E x) and log(x) = LN_2 log2(x): powers of 2 are what the hardware has. Attention's kernels write
+# shared.LOG2_E, because at each launch Triton compares the constants among a kernel's own globals with their first values.
 LOG2_E: Any = tl.constexpr(math.log2(math.e)) if HAS_TRITON else None
 LN_2: Any = tl.constexpr(math.log(2)) if HAS_TRITON else None
 

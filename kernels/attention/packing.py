@@ -108,14 +108,15 @@ def cross_intervals(
     it, -1 for all.
     """
     queries, keys = _borders(cu_seqlens, num_queries), _borders(cu_seqlens_k, num_keys)
-    # No more than what a window can leave out, so that no sum with it overflows.
-    left, right = (min(side, num_queries + num_keys) for side in window)
+    left, right = window
     of_queries = _intervals(queries, keys, num_queries, batch, left, right)
     return Intervals(*of_queries, *_intervals(keys, queries, num_keys, batch, right, left))
 
 
 def _borders(cu_seqlens: Tensor, size: int) -> Tensor:
-    # What stands before the first length, and what stands from the last one on, are documents too.
+    # What stands before the first length, and what stands from the last one on, are documents too. In int64, because a window's
+    # side is added to a position.
+    cu_seqlens = cu_seqlens.long()
     return torch.cat([cu_seqlens.new_zeros(1), cu_seqlens.clamp(max=size), cu_seqlens.new_full((1,), size)])
 
 
