@@ -14,6 +14,7 @@ class Launch:
     """A kernel with the arguments of one launch, tensors among them without contents."""
 
     kernel: Any
+    num_programs: int
     args: tuple[Any, ...]
     constants: Mapping[str, Any]
 
@@ -46,7 +47,7 @@ def recorded_capability() -> tuple[int, int] | None:
 def launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
     """Run `num_programs` programs of a kernel on the device of its first tensor, because Triton launches on the current one."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, args, constants))
+        _recorded.append(Launch(kernel, num_programs, args, constants))
         return
     for x in args:
         if isinstance(x, Tensor):

@@ -1,0 +1,181 @@
+"""One program: partitions of warps that take turns, shared memory, barriers, and what is under way."""
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .values import DType, Value
+
+ORDERS = ("early", "late", "random")
+
+
+class Deadlock(Exception):
+    """Nobody can go on."""
+
+
+class _Aborted(BaseException):
+    """Another partition has failed."""
+
+
+class Shared:
+    """A buffer in shared memory, or a part or another view of one."""
+
+    def __init__(self, data: np.ndarray, dtype: DType, unfenced: set[Any] | None = None) -> None:
+        self.data, self.dtype = data, dtype
+        self.unfenced: set[Any] = set() if unfenced is None else unfenced
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def index(self, i: Any) -> Any:
+        part = self.data[int(i)]
+        return part.item() if part.dtype == object and part.size == 1 else Shared(part, self.dtype, self.unfenced)
+
+    def permute(self, order: Sequence[int]) -> "Shared":
+        return Shared(self.data.transpose(order), self.dtype, self.unfenced)
+
+    def store(self, value: Value) -> None:
+        self.data[...] = self.dtype.round(value.data)
+        self.unfenced.add((threading.current_thread(), self.data.ctypes.data))
+
+    def load(self, layout: Any = None) -> Value:
+        return Value(self.data.copy())
+
+    def read_by_hardware(self) -> np.ndarray:
+        """Return what a product sees."""
+        self.check_fences()
+        return self.data
+
+    def check_fences(self) -> None:
+        """Refuse to be read through the asynchronous proxy before a fence has followed every generic write."""
+        assert not self.unfenced, "a generic write is read through the asynchronous proxy without fence_async_shared"
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all expected bytes are there."""
+
+    def __init__(self) -> None:
+        self.count = self.left = self.phase = self.bytes = 0
+
+    def index(self, i: Any) -> "Barrier":
+        return self
+
+    def end_of_phase(self) -> None:
+        if self.left == 0 and self.bytes == 0:
+            self.phase ^= 1
+            self.left = self.count
+
+
+class Product:
+    """A product under way, which reads its operands in shared memory when it runs."""
+
+    def __init__(self, compute: Callable[[], Value]) -> None:
+        self.compute, self.value = compute, None
+
+    def run(self) -> None:
+        if self.value is None:
+            self.value = self.compute()
+
+
+class Program:
+    """What one program's partitions share: who runs, what is under way."""
+
+    current: ClassVar["Program"]
+    """The one that runs."""
+
+    def __init__(self, order: str, seed: int, place: int, num_programs: int) -> None:
+        self.order, self.random = order, random.Random(seed)
+        self.place, self.num_programs = place, num_programs
+        self.buffers: list[Shared] = []
+        self.copies: list[Callable[[], None]] = []
+        self.stores: dict[Any, list[Callable[[], None]]] = {}
+        """Those of the copies that leave shared memory, by partition."""
+        self.products: dict[Any, list[Product]] = {}
+        self.ready: dict[Any, Callable[[], bool]] = {}
+        self.waits_for: dict[Any, str] = {}
+        self.turns: dict[Any, threading.Semaphore] = {}
+        self.failure: BaseException | None = None
+
+    def me(self) -> Any:
+        return threading.current_thread()
+
+    def _events(self) -> list[Callable[[], None]]:
+        products = [next((p for p in queue if p.value is None), None) for queue in self.products.values()]
+        return [*self.copies, *(p.run for p in products if p is not None)]
+
+    def _happen(self, event: Callable[[], None]) -> None:
+        if event in self.copies:
+            self.copies.remove(event)
+        event()
+
+    def _next(self) -> Any:
+        """Let events happen until a partition is chosen to go on; None where no partition is left."""
+        while self.ready:
+            able = [partition for partition, ready in self.ready.items() if ready()]
+            events = self._events()
+            if events and (not able or (self.order == "random" and self.random.random() < 0.5)):
+                self._happen(self.random.choice(events))
+            elif able:
+                return self.random.choice(able)
+            else:
+                raise Deadlock("; ".join(sorted(f"{p.name} waits for {self.waits_for[p]}" for p in self.ready)))
+        return None
+
+    def give_way(self, ready: Callable[[], bool] = lambda: True, reason: str = "its turn") -> None:
+        """Let others go on, and return once this partition may, where `ready` holds."""
+        me = self.me()
+        if me not in self.turns:
+            # Outside of partitions there is nobody else.
+            while not ready():
+                self._happen(self._events()[0])
+            return
+        self.ready[me], self.waits_for[me] = ready, reason
+        self._pass_on()
+        self.turns[me].acquire()
+        if self.failure is not None:
+            raise _Aborted
+
+    def _pass_on(self) -> None:
+        try:
+            chosen = None if self.failure is not None else self._next()
+        except BaseException as error:
+            self.failure = error
+            chosen = None
+        if self.failure is not None:
+            for turn in self.turns.values():
+                turn.release()
+        elif chosen is not None:
+            del self.ready[chosen]
+            self.turns[chosen].release()
+
+    def run(self, partitions: Sequence[tuple[Callable[..., None], Sequence[Any]]]) -> None:
+        """Run partitions to their ends."""
+
+        def body(function: Callable[..., None], arguments: Sequence[Any]) -> None:
+            self.turns[self.me()].acquire()
+            try:
+                if self.failure is None:
+                    function(*arguments)
+            except _Aborted:
+                pass
+            except BaseException as error:
+                self.failure = self.failure or error
+            del self.turns[self.me()]
+            self._pass_on()
+
+        threads = []
+        for i, (function, arguments) in enumerate(partitions):
+            thread = threading.Thread(target=body, args=(function, arguments), name=f"{function.__name__} {i}")
+            threads.append(thread)
+            self.turns[thread], self.ready[thread], self.waits_for[thread] = threading.Semaphore(0), lambda: True, "its start"
+        for thread in threads:
+            thread.start()
+        self._pass_on()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
