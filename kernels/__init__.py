@@ -3,7 +3,14 @@
 Knows no module and no model. `set_backend` chooses what runs; by default Triton on CUDA tensors, else the reference.
 """
 
-from .attention import Documents, attention, documents
+from .attention import (
+    Documents,
+    attention,
+    documents,
+    get_attention_kernel,
+    set_attention_kernel,
+    use_attention_kernel,
+)
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .flash_reference import tiled_attention
@@ -24,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "documents",
     "geglu",
+    "get_attention_kernel",
     "get_backend",
     "layer_norm",
     "linear_cross_entropy",
@@ -32,8 +40,10 @@ __all__ = [
     "rope_qk",
     "rope_qkv",
     "rope_tables",
+    "set_attention_kernel",
     "set_backend",
     "swiglu",
     "tiled_attention",
+    "use_attention_kernel",
     "use_backend",
 ]

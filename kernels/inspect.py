@@ -6,20 +6,23 @@ Run as `tilewright bench inspect`. It needs a process without TRITON_INTERPRET, 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attention.choice import AttentionKernel, use_attention_kernel
 from .dispatch import HAS_TRITON, interpreting
 from .launch import Launch, recording
 from .op import ALL, DTYPES, Op, Sizes
 
+FORMS: tuple[AttentionKernel, ...] = ("portable", "gluon")
 # The arguments of a launch that are the compiler's options and no arguments of the kernel.
-OPTIONS = {"num_warps": 4, "num_stages": 3}
+OPTIONS: Mapping[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class KernelCase:
     """Arguments that are multiples of 16."""
     num_warps: int = OPTIONS["num_warps"]
     num_stages: int = OPTIONS["num_stages"]
+    maxnreg: int | None = OPTIONS["maxnreg"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Report:
     spilled_bytes: int
     """Of a thread's local memory."""
     shared_bytes: int
+    programs_per_sm: int
+    """How many of its programs registers and shared memory let run on a multiprocessor at once."""
     occupancy: float
     """Share of a multiprocessor's threads that registers and shared memory let run at once."""
     load_bytes: int
@@ -85,8 +91,9 @@ def _type_of(value: Any) -> str:
         return "fp32"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
-    # A TMA descriptor of tiles.
-    return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+    # A TMA descriptor of tiles, whose layout in shared memory a kernel in Gluon knows.
+    layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+    return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
 
 
 def kernel_case(launch: Launch, name: str) -> KernelCase:
@@ -124,25 +131,20 @@ def launches(op: Op, sizes: Sizes, architecture: str) -> Iterator[KernelCase]:
 
 
 def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[KernelCase]:
-    """Yield every kernel with every launch that ships for one of `ARCHITECTURES` and matters, each once."""
+    """Yield every kernel with every launch that ships for one of `ARCHITECTURES` and matters, each once.
+
+    Of attention's kernels both forms, because a GPU may choose either.
+    """
     seen = set()
     for op in ALL.values() if ops is None else ops:
-        for sizes in op.compiled:
-            for case in launches(op, sizes, architecture):
+        for sizes, form in product(op.compiled, FORMS):
+            with use_attention_kernel(form):
+                cases = list(launches(op, sizes, architecture))
+            for case in cases:
                 compiled = replace(case, name="")
                 if compiled not in seen:
                     seen.add(compiled)
                     yield case
-
-
-def _occupancy(architecture: Architecture, registers: int, shared_bytes: int, num_warps: int) -> float:
-    # Registers are handed out to warps in units of 256, shared memory in units of 128 bytes with 1 KB kept by the system.
-    warp_registers = -(-registers * 32 // 256) * 256
-    by_registers = architecture.registers // (warp_registers * num_warps)
-    by_shared = architecture.shared_bytes // (-(-shared_bytes // 128) * 128 + 1024)
-    by_threads = architecture.max_threads // (32 * num_warps)
-    programs = min(by_registers, by_shared, by_threads, architecture.max_programs)
-    return programs * 32 * num_warps / architecture.max_threads
 
 
 def _load_bytes(ptx: str) -> int:
@@ -162,6 +164,42 @@ def _matrix_instruction(ptx: str) -> str:
 
 def inspect(case: KernelCase, architecture_name: str) -> Report:
     """Compile `case` for one of `ARCHITECTURES` and read the result with the tools that Triton brings along."""
+    return report_on(case, architecture_name, compile_case(case, architecture_name))
+
+
+def programs_per_sm(architecture: Architecture, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Return how many programs a multiprocessor runs at once."""
+    # Registers are handed out to warps in units of 256, shared memory in units of 128 bytes with 1 KB kept by the system.
+    warp_registers = -(-registers * 32 // 256) * 256
+    by_registers = architecture.registers // (warp_registers * num_warps)
+    by_shared = architecture.shared_bytes // (-(-shared_bytes // 128) * 128 + 1024)
+    by_threads = architecture.max_threads // (32 * num_warps)
+    return min(by_registers, by_shared, by_threads, architecture.max_programs)
+
+
+def report_on(case: KernelCase, architecture_name: str, compiled: Any) -> Report:
+    """Return what `compile_case` made of a case."""
+    architecture = ARCHITECTURES[architecture_name]
+    usage = tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # pyright: ignore
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    num_warps = num_warps_of(ptx)
+    programs = programs_per_sm(architecture, registers, shared, num_warps)
+    return Report(
+        case.name,
+        architecture_name,
+        registers,
+        stack,
+        shared,
+        programs,
+        programs * num_warps * 32 / architecture.max_threads,
+        _load_bytes(ptx),
+        _matrix_instruction(ptx),
+    )
+
+
+def compile_case(case: KernelCase, architecture_name: str) -> Any:
+    """Return what Triton compiles a case to for one of `ARCHITECTURES`: its metadata, and `asm` with the binary."""
     if not HAS_TRITON or interpreting():
         raise RuntimeError(
             "kernels are compiled by Triton, which must be there and must not be interpreting (TRITON_INTERPRET)"
@@ -169,32 +207,33 @@ def inspect(case: KernelCase, architecture_name: str) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    architecture = ARCHITECTURES[architecture_name]
     names = case.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr") | dict(case.types)
-    source = ASTSource(
+    source = (GluonASTSource if case.kernel.is_gluon() else ASTSource)(
         fn=case.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in case.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture.capability, 32), options=options)
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    options = {option: getattr(case, option) for option in OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture_name].capability, 32), options=options)
+
+
+def tool(name: str, cubin: bytes, *arguments: str) -> str:
+    """Return what one of the tools that Triton brings along says of a binary."""
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # pyright: ignore
-    shared = compiled.metadata.shared
-    return Report(
-        case.name,
-        architecture_name,
-        registers,
-        stack,
-        shared,
-        _occupancy(architecture, registers, shared, case.num_warps),
-        _load_bytes(compiled.asm["ptx"]),
-        _matrix_instruction(compiled.asm["ptx"]),
-    )
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name, *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def num_warps_of(ptx: str) -> int:
+    """Return how many warps a program has, those of all partitions among them."""
+    found = re.search(r"\.reqntid (\d+)", ptx)
+    assert found is not None
+    return int(found[1]) // 32

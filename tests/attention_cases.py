@@ -14,8 +14,8 @@ from torch import Tensor
 
 from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import reference, use_backend
-from tilewright.kernels.attention import attention, backward, configurations, decode, forward
-from tilewright.kernels.attention.configurations import Generation, Kernel, Kind, LaunchConfig, key_of
+from tilewright.kernels.attention import attention, configurations, decode, launches
+from tilewright.kernels.attention.configurations import GLUON_KINDS, Generation, Kernel, Kind, LaunchConfig, key_of
 
 # Without shrinking, which would interpret kernels for minutes before it shows a failure.
 some = partial(settings, derandomize=True, deadline=None, phases=[Phase.generate])
@@ -48,6 +48,7 @@ def tiles(
             block_m, block_n, block_k, num_warps=4, num_stages=2, tma=tma and generation in ("sm_90", "sm_100")
         )
         for generation, kernel, kind in product(get_args(Generation), get_args(Kernel), get_args(Kind))
+        if kind not in GLUON_KINDS.values()
         for block_k in (16, 32, 64, 128, 256)
     }
     with ExitStack() as stack:
@@ -55,8 +56,7 @@ def tiles(
         if splits is not None:
             stack.enter_context(mock.patch.object(decode, "splits_of", return_value=splits))
         if rows_at_once is not None:
-            for module in (forward, backward):
-                stack.enter_context(mock.patch.object(module, "rows_at_once", return_value=rows_at_once))
+            stack.enter_context(mock.patch.object(launches, "rows_at_once", return_value=rows_at_once))
         yield
 
 
@@ -65,6 +65,27 @@ def without_decoding() -> Iterator[None]:
     """Send few queries through the kernel of many."""
     with mock.patch("tilewright.kernels.attention.op.fits_decode", return_value=False):
         yield
+
+
+# Calls that every form of the kernels takes in half precision: (query, key-value heads), (queries, keys), head dim, options.
+CALLS: list[tuple[tuple[int, int], tuple[int, int], int, dict[str, Any]]] = [
+    ((2, 1), (300, 300), 64, {}),
+    ((2, 1), (300, 300), 128, {}),
+    ((1, 1), (64, 400), 128, {"causal": False}),
+    ((2, 1), (130, 700), 64, {"window": 200, "sinks": True}),
+    ((4, 1), (300, 300), 96, {"window": (40, 90), "causal": False, "softcap": 10.0}),
+    ((2, 2), (300, 300), 64, {"batch": 2, "cache_lengths": torch.tensor([300, 170])}),
+    ((2, 1), (300, 300), 64, {"cu_seqlens": torch.tensor([0, 100, 130, 300])}),
+    (
+        (2, 1), (300, 260), 64,
+        {"cu_seqlens": torch.tensor([0, 100, 130, 300]), "cu_seqlens_k": torch.tensor([0, 50, 200, 260]), "window": 90},
+    ),
+    ((2, 1), (300, 300), 64, {"batch": 3, "causal": False, "cache_lengths": torch.tensor([300, 170, 0])}),
+    ((1, 1), (200, 200), 64, {"scale": -0.3}),
+    ((1, 1), (200, 200), 64, {"scale": 0.0, "document_ids": torch.arange(200)[None] // 70}),
+    ((1, 1), (200, 150), 64, {}),
+    ((1, 1), (1, 1), 128, {}),
+]  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -114,6 +135,7 @@ def draw_case(
     rows = (of_queries, of_keys, of_keys, of_queries)
     q, k, v, do = (_as(MEMORY[name](*shape, width), dtype) for name, shape, width in zip(memory, rows, widths, strict=True))
     row_gradients, scores = torch.randn(of_queries), torch.randn(heads[0])
+    options = {name: option.to(DEVICE) if isinstance(option, Tensor) else option for name, option in options.items()}
     return Case(q, k, v, do, row_gradients.to(DEVICE) if dlse else None, scores.to(DEVICE) if sinks else None, options)
 
 
@@ -167,5 +189,28 @@ def check(case: Case) -> dict[str, Tensor]:
     """Compare the kernels with the reference, and return their results."""
     with use_backend("triton"), poisoned_memory():
         actual = case.run(attention)
-    compare(actual, case.run(reference.attention), case.run(reference.attention, wide=True), rounding_of_terms(case))
+    check_results(case, actual)
     return actual
+
+
+def check_results(case: Case, actual: dict[str, Tensor]) -> None:
+    """Compare what kernels gave for a case with the reference."""
+    compare(actual, case.run(reference.attention), case.run(reference.attention, wide=True), rounding_of_terms(case))
+
+
+def check_isolation(name: str, bad: float, run: Callable[[Case], dict[str, Tensor]]) -> None:
+    """Put one bad number into an input, and see that it reaches the results of those who see it and of nobody else."""
+    case = draw_case((2, 1), (200, 200), 64, dlse=False, dtype=torch.bfloat16, cu_seqlens=torch.tensor([0, 90, 200]))
+    expected = run(case)
+    place = 140
+    getattr(case, name)[:, :, place, 3] = bad
+    found = run(case)
+    seeing = torch.zeros(200, dtype=torch.bool, device=DEVICE)
+    seeing[place : place + 1 if name in ("q", "do") else 200] = True
+    of_document = torch.arange(200, device=DEVICE) >= 90
+    reached = {"o": seeing, "lse": seeing, "dq": seeing, "dk": of_document, "dv": of_document}
+    for result, rows in reached.items():
+        torch.testing.assert_close(found[result][:, :, ~rows], expected[result][:, :, ~rows], rtol=2e-2, atol=2e-2)
+    marked = [found["dq"][:, :, [place]]] + ([found["o"][:, :, seeing]] if bad != bad and name != "do" else [])
+    for rows in marked:
+        torch.testing.assert_close(rows.isnan().any(dim=-1), torch.ones(rows.shape[:-1], dtype=torch.bool, device=DEVICE))

@@ -1,6 +1,15 @@
 """Exact softmax attention that never holds the matrix of scores: forward, backward, and decoding from a cache."""
 
+from .choice import AttentionKernel, get_attention_kernel, set_attention_kernel, use_attention_kernel
 from .packing import Documents, documents
 from .record import attention
 
-__all__ = ["Documents", "attention", "documents"]
+__all__ = [
+    "AttentionKernel",
+    "Documents",
+    "attention",
+    "documents",
+    "get_attention_kernel",
+    "set_attention_kernel",
+    "use_attention_kernel",
+]

@@ -4,20 +4,12 @@ Each recomputes the probabilities from lse, and each sums in an order of its own
 give equal bits. The price is that two of seven products are computed twice.
 """
 
-import torch
-from torch import Tensor
-
 from .. import shared
-from ..device import num_sms
 from ..dispatch import jit, tl
-from ..launch import launch
-from .configurations import launch_config, rows_at_once
 from .intervals import key_tiles, keys_of, mask_of, queries_of, query_tiles
 from .isolated import has_nan, later_zero, store_isolated_dk_dv, store_isolated_dq
-from .operands import aligned, as_tiles, load_strides
-from .options import Options
 from .scores import ds_of, load_lse, probabilities_of, sees
-from .tiles import SIZES, load_base, load_tile, program_of, store_base, store_tile
+from .tiles import SIZES, head_and_place, load_base, load_tile, program_of, store_base, store_tile
 
 
 @jit(do_not_specialize=SIZES)
@@ -131,18 +123,6 @@ def add_to_dk_dv(
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
-@jit
-def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
-    """Return the head that the i-th tile belongs to, and the tile's place there, where heads have `num_tiles` tiles each."""
-    head = first_head
-    place = i
-    if GROUPED:
-        # The pipeline may compute the first of these even where there is none.
-        head += i // tl.maximum(num_tiles, 1)
-        place = i % tl.maximum(num_tiles, 1)
-    return head, place
-
-
 @jit(do_not_specialize=SIZES)
 def attention_backward_kv(
     q, k, v, do, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, begins_ptr, ends_ptr, lengths_ptr,
@@ -244,62 +224,3 @@ def attention_backward_kv(
             dk_token_stride, dv_token_stride, group_size, start, start + BLOCK_N, num_keys, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
         )  # fmt: skip
-
-
-def parts_of(group_size: int, num_programs: int, device: torch.device) -> int:
-    """Return into how many parts to cut the query heads of a group, whose programs would else be too few to fill the GPU."""
-    wanted = -(-2 * num_sms(device) // max(num_programs, 1))
-    return next(n for n in range(1, group_size + 1) if group_size % n == 0 and (n >= wanted or n == group_size))
-
-
-def launch_backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    delta: Tensor,
-    options: Options,
-) -> None:
-    """Fill dq, dk, dv, shaped like q, k, v with a contiguous head dim, and delta (B, H, T) float32: rowsum(o do) - dlse.
-
-    lse, dlse and delta are contiguous, and the head dim of the others is.
-    """
-    batch, num_heads, num_queries, _ = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
-    group_size = num_heads // num_kv_heads
-    q, k, v, do, o = map(aligned, (q, k, v, do, o))
-    inputs = (q, k, v, do)
-    sizes = (num_queries, num_keys, *options.window_of(num_queries, num_keys))
-    strides = [stride for t in inputs for stride in load_strides(t)]
-    config = launch_config("backward_q", inputs, options)
-    launch(
-        attention_backward_q, batch * num_heads * -(-num_queries // config.block_m),
-        *as_tiles(inputs, "mnnm", config), *inputs, o, lse, lse if dlse is None else dlse, delta, dq, *options.mask_tensors(q),
-        *strides, *load_strides(o), *dq.stride()[:3], options.document_stride,
-        batch * num_heads, num_heads, group_size, *sizes, rows_at_once(k, 1 / group_size, batch * num_heads),
-        **options.constants(), DLSE=dlse is not None, TMA=config.tma, **config.blocks(q, v),
-    )  # fmt: skip
-    options = options.of_keys()
-    config = launch_config("backward_kv", inputs, options)
-    num_tiles = -(-num_keys // config.block_n)
-    num_parts = parts_of(group_size, batch * num_kv_heads * num_tiles, q.device)
-    num_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
-    # One part writes the gradients themselves; several write float32, which is summed in order.
-    parts = [t if num_parts == 1 else t.new_empty(num_parts, *t.shape, dtype=torch.float32) for t in (dk, dv)]
-    part_strides = [0 if num_parts == 1 else part.stride(0) for part in parts]
-    launch(
-        attention_backward_kv, num_rows * num_tiles,
-        *as_tiles(inputs, "mnnm", config), *inputs, lse, delta, *parts, *options.mask_tensors(q),
-        *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
-        num_rows, num_kv_heads, num_parts, *part_strides, part_size, *sizes, rows_at_once(q, part_size, num_rows),
-        **options.constants(), GROUPED=part_size > 1, TMA=config.tma, **config.blocks(q, v),
-    )  # fmt: skip
-    if num_parts > 1:
-        for t, part in zip((dk, dv), parts, strict=True):
-            t.copy_(part.sum(dim=0))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -13,14 +13,17 @@ from torch import Tensor
 
 from ...files import write_text
 from ..device import l2_bytes
-from ..launch import recorded_capability
-from .operands import block_k_of, fits_tma
+from ..dispatch import interpreting
+from ..launch import is_recording, recorded_capability
+from .operands import block_k_of, fits_tma, is_aligned
 from .options import Options
 
 Kernel = Literal["forward", "backward_q", "backward_kv", "decode"]
-Kind = Literal["half", "half_softcap", "tf32", "ieee"]
+Kind = Literal["half", "half_softcap", "tf32", "ieee", "gluon", "gluon_softcap"]
 Generation = Literal["sm_80", "sm_86", "sm_90", "sm_100"]
 
+# What the kernels in Gluon compute, by what the portable ones do.
+GLUON_KINDS: Mapping[Kind, Kind] = {"half": "gluon", "half_softcap": "gluon_softcap"}
 CONFIGURATIONS = Path(__file__).parent / "configurations.json"
 MAX_HEAD_DIM = 256
 # Whose configurations serve where descriptors cannot: those with the least shared memory, which run everywhere.
@@ -38,6 +41,8 @@ class LaunchConfig:
     num_stages: int
     tma: bool
     """Whether tiles come through TMA descriptors where the tensors' addresses and strides allow it."""
+    gluon: bool = False
+    """Whether this is for the kernel in Gluon; of a portable kernel's, whether that one, by its own, ships in its place."""
 
     def blocks(self, q: Tensor, v: Tensor) -> dict[str, int]:
         """Return the arguments of a launch with q (B, H, T, K) and v (B, Hkv, S, V)."""
@@ -46,6 +51,14 @@ class LaunchConfig:
         widths = {"BLOCK_K": block_k_of(head_dim), "BLOCK_V": block_k_of(value_dim)}
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, **widths}
         return {**dims, **blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def gluon_blocks(self, q: Tensor, v: Tensor, kept: str) -> dict[str, int]:
+        """Return the arguments of a launch in Gluon, whose groups of four warps keep 64 queries (m) or keys (n) each."""
+        rows, looped = (self.block_m, "BLOCK_N") if kept == "m" else (self.block_n, "BLOCK_M")
+        shape = {"GROUPS": rows // 64, looped: self.block_n if kept == "m" else self.block_m, "STAGES": self.num_stages}
+        # All warps begin with an equal share of the registers, those that load among them; then the groups divide them anew.
+        registers = 2**16 // (128 * (rows // 64 + 1)) // 8 * 8
+        return {"HEAD_DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], **shape, "num_warps": self.num_warps, "maxnreg": registers}
 
 
 def generation_of(capability: tuple[int, int]) -> Generation:
@@ -76,11 +89,22 @@ def key_of(generation: str, kernel: Kernel, kind: Kind, block_k: int) -> str:
     return f"{generation} {kernel} {kind} {block_k}"
 
 
+def gluon_key(key: str) -> str:
+    """Return the name of the configuration of the kernel in Gluon that may ship in the place of another's."""
+    generation, kernel, kind, block_k = key.split()
+    return " ".join((generation, kernel, GLUON_KINDS[kind], block_k))  # pyright: ignore[reportArgumentType]
+
+
+def _is_gluon(key: str) -> bool:
+    return key.split()[2] in GLUON_KINDS.values()
+
+
 @cache
 def read_configurations() -> dict[str, LaunchConfig]:
     """Return all shipped configurations by `key_of`."""
     entries = json.loads(CONFIGURATIONS.read_text())
-    return {key: LaunchConfig(block_k=int(key.split()[-1]), **entry) for key, entry in entries.items()}
+    keys = {key: {"block_k": int(key.split()[-1]), "gluon": _is_gluon(key)} for key in entries}
+    return {key: LaunchConfig(**keys[key] | entry) for key, entry in entries.items()}
 
 
 def write_configurations(configurations: Mapping[str, LaunchConfig]) -> None:
@@ -88,21 +112,34 @@ def write_configurations(configurations: Mapping[str, LaunchConfig]) -> None:
     lines = []
     for key, config in sorted(configurations.items()):
         entry = {name: value for name, value in asdict(config).items() if name != "block_k"}
+        if entry["gluon"] == _is_gluon(key):
+            del entry["gluon"]
         lines.append(f" {json.dumps(key)}: {json.dumps(entry)}")
     write_text(CONFIGURATIONS, "{\n" + ",\n".join(lines) + "\n}\n")
     read_configurations.cache_clear()
 
 
+def with_configuration(key: str, config: LaunchConfig) -> dict[str, LaunchConfig]:
+    """Return which shipped configurations change where another ships under `key`: of one in Gluon two, that it does and how."""
+    if not config.gluon:
+        return {key: config}
+    return {key: replace(read_configurations()[key], gluon=True), gluon_key(key): config}
+
+
 @contextmanager
 def use_configuration(key: str, config: LaunchConfig) -> Iterator[None]:
-    """Run a block with another configuration in the place of a shipped one."""
-    configurations = read_configurations()
-    shipped = configurations[key]
-    configurations[key] = config
+    """Run a block with another configuration, portable or in Gluon, in the place of a shipped one."""
+    configurations, changed = read_configurations(), with_configuration(key, config)
+    shipped = {key: configurations.get(key) for key in changed}
+    configurations.update(changed)
     try:
         yield
     finally:
-        configurations[key] = shipped
+        for key, before in shipped.items():
+            if before is None:
+                del configurations[key]
+            else:
+                configurations[key] = before
 
 
 def generation_at(device: torch.device) -> Generation:
@@ -116,18 +153,27 @@ def _generation_at(device: torch.device) -> Generation:
     return generation_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
-def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options) -> LaunchConfig:
-    """Return the configuration that ships for the GPU, dtype and head dim of the tensors (B, H, T, K), and the options.
+def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options, output: Tensor | None = None) -> LaunchConfig:
+    """Return the configuration for the GPU, dtype and head dim of the tensors (B, H, T, K), and the options.
 
-    Where a descriptor cannot describe one of them, as an expanded gradient, it is that of the GPUs without descriptors.
+    It is that of the kernel in Gluon where that is chosen and can serve, which writes `output`; Triton's interpreter does not
+    run Gluon. Where a descriptor cannot describe one of the tensors, as an expanded gradient, it is that of the GPUs without
+    descriptors.
     """
     q = tensors[0]
     configurations = read_configurations()
-    kind, block_k = kind_of(q.dtype, options), block_k_of(max(t.shape[-1] for t in tensors))
-    config = configurations[key_of(generation_at(q.device), kernel, kind, block_k)]
-    if config.tma and not all(map(fits_tma, tensors)):
+    generation, kind = generation_at(q.device), kind_of(q.dtype, options)
+    block_k = block_k_of(max(t.shape[-1] for t in tensors))
+    config = configurations[key_of(generation, kernel, kind, block_k)]
+    all_described = all(map(fits_tma, tensors))
+    if config.tma and not all_described:
         return configurations[key_of(WITHOUT_TMA, kernel, kind, block_k)]
-    return config
+    if options.kernel == "gluon" or (options.kernel == "auto" and config.gluon):
+        in_gluon = configurations.get(key_of(generation, kernel, GLUON_KINDS[kind], block_k)) if kind in GLUON_KINDS else None
+        serves = all(block_k_of(t.shape[-1]) == block_k for t in tensors) and (output is None or is_aligned(output))
+        if in_gluon is not None and serves and all_described and (is_recording() or not interpreting()):
+            return in_gluon
+    return replace(config, gluon=False) if config.gluon else config
 
 
 def rows_at_once(x: Tensor, heads: float, num_rows: int) -> int:

@@ -1,15 +1,9 @@
 """The forward pass: FlashAttention-2's loop over tiles of keys with an online softmax (Dao 2023, algorithm 1)."""
 
-from torch import Tensor
-
 from .. import shared
 from ..dispatch import jit, tl
-from ..launch import launch
-from .configurations import launch_config, rows_at_once
 from .intervals import keys_of, mask_of, query_tiles
 from .isolated import has_nan, later_zero, store_isolated_output
-from .operands import aligned, as_tiles, load_strides
-from .options import Options
 from .scores import scores_in_bits, sees
 from .tiles import SIZES, load_base, load_tile, program_of, store_base, store_tile
 
@@ -127,19 +121,3 @@ def attention_forward(
             q_token_stride, k_token_stride, v_token_stride, o_token_stride, start, start + BLOCK_M, mask, again,
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
-
-
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, options: Options) -> None:
-    """Fill o (B, H, T, V), its head dim contiguous, and lse (B, H, T) float32, contiguous."""
-    batch, num_heads, num_queries, _ = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
-    q, k, v = (aligned(t) for t in (q, k, v))
-    config = launch_config("forward", (q, k, v), options)
-    launch(
-        attention_forward, batch * num_heads * -(-num_queries // config.block_m),
-        *as_tiles((q, k, v), "mnn", config), q, k, v, o, lse, q if sinks is None else sinks, *options.mask_tensors(q),
-        *load_strides(q), *load_strides(k), *load_strides(v), *o.stride()[:3], options.document_stride,
-        batch * num_heads, num_heads, num_heads // num_kv_heads, num_queries, num_keys,
-        *options.window_of(num_queries, num_keys), rows_at_once(k, num_kv_heads / num_heads, batch * num_heads),
-        **options.constants(), SINKS=sinks is not None, TMA=config.tma, **config.blocks(q, v),
-    )  # fmt: skip

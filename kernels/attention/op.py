@@ -12,10 +12,10 @@ from .. import reference
 from ..checks import FLOATING, INTEGER, check_cu_seqlens, check_device, check_dtype, check_int, check_number
 from ..dispatch import autocast_dtype, is_transformed, use_triton
 from ..registration import custom_op
-from .backward import launch_backward
+from .choice import get_attention_kernel
 from .configurations import MAX_HEAD_DIM
 from .decode import fits_decode, launch_decode
-from .forward import launch_forward
+from .launches import launch_backward, launch_forward
 from .operands import with_unit_stride
 from .options import Options
 from .packing import Documents, cross_intervals, documents
@@ -29,8 +29,8 @@ def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:
     return x.new_empty(shape)
 
 
-def _options(causal, scale, window, softcap, precision, begins, ends, *others) -> Options:
-    return Options(causal, scale, None if window is None else tuple(window), softcap, precision, begins, ends, *others)
+def _options(causal, scale, window, softcap, precision, kernel, *tensors) -> Options:
+    return Options(causal, scale, None if window is None else tuple(window), softcap, precision, kernel, *tensors)
 
 
 @custom_op("attention")
@@ -46,11 +46,13 @@ def _attention(
     window: Sequence[int] | None,
     softcap: float | None,
     precision: str,
+    kernel: str,
     lengths: Tensor | None,
     query_begins: Tensor | None,
     query_ends: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(causal, scale, window, softcap, precision, begins, ends, lengths, query_begins, query_ends)
+    tensors = (begins, ends, lengths, query_begins, query_ends)
+    options = _options(causal, scale, window, softcap, precision, kernel, *tensors)
     o, lse = _empty_outputs(q, k, v)
     q, k, v = map(with_unit_stride, (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
@@ -82,11 +84,13 @@ def _attention_backward(
     window: Sequence[int] | None,
     softcap: float | None,
     precision: str,
+    kernel: str,
     lengths: Tensor | None,
     query_begins: Tensor | None,
     query_ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _options(causal, scale, window, softcap, precision, begins, ends, lengths, query_begins, query_ends)
+    tensors = (begins, ends, lengths, query_begins, query_ends)
+    options = _options(causal, scale, window, softcap, precision, kernel, *tensors)
     dq, dk, dv, dsinks = _empty_gradients(do, dlse, q, k, v, o, lse, sinks)
     do, q, k, v, o = map(with_unit_stride, (do, q, k, v, o))
     if q.numel() == 0:
@@ -97,6 +101,8 @@ def _attention_backward(
     if sinks is not None:
         # The sink's value is 0, so dP of its column is 0 and dS = -P delta.
         weights = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+        # A query without keys has an output of 0, whatever its gradient.
+        delta = torch.where(o.any(dim=-1), delta, 0.0 if dlse is None else -dlse)
         dsinks = -(weights * delta).sum(dim=(0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
@@ -122,7 +128,7 @@ def _backward(ctx, do: Tensor | None, dlse: Tensor | None):
     if do is None:
         do = torch.zeros_like(o)
     dq, dk, dv, dsinks = _attention_backward(do, dlse, q, k, v, o, lse, sinks, begins, ends, *ctx.options, *others)
-    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 10
+    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 11
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -282,6 +288,7 @@ def attention(
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else float(softcap)
     precision = "tf32" if allow_tf32 else "ieee"
-    options = (causal, scale, sides, softcap, precision, lengths, query_begins, query_ends)
+    # The choice goes along to the backward pass, which may run when another is in force, and in a thread of its own.
+    options = (causal, scale, sides, softcap, precision, get_attention_kernel(), lengths, query_begins, query_ends)
     o, lse = _attention(q, k, v, sinks, begins, ends, *options)
     return (o, lse) if return_lse else o

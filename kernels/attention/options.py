@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .choice import AttentionKernel
+
 Precision = Literal["ieee", "tf32"]
 
 
@@ -21,6 +23,8 @@ class Options:
     """Scores s become softcap tanh(s / softcap)."""
     precision: Precision
     """Of products of float32: `tf32` rounds the factors to 10 bits."""
+    kernel: AttentionKernel = "auto"
+    """Which form of the kernels runs on Hopper."""
     begins: Tensor | None = None
     """(B, S) int32: where the document of each position begins; its positions are neighbours in memory."""
     ends: Tensor | None = None

@@ -10,9 +10,8 @@ import torch
 
 from .. import reference
 from ..op import Arguments, Cost, Costs, Op, Sizes, draw, record
-from .backward import attention_backward_kv, attention_backward_q
 from .decode import attention_combine, attention_decode
-from .forward import attention_forward
+from .launches import FORMS
 from .op import attention
 
 
@@ -198,7 +197,7 @@ record(
     Op(
         function=attention,
         reference=reference.attention,
-        kernels=(attention_forward, attention_backward_q, attention_backward_kv, attention_decode, attention_combine),
+        kernels=(*(kernel for forms in FORMS.values() for kernel in forms[:2]), attention_decode, attention_combine),
         arguments=_arguments,
         cost=_costs,
         shapes=tuple(_measured()),

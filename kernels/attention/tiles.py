@@ -27,6 +27,18 @@ def program_of(program, num_tiles, num_rows, rows_at_once, LAST_FIRST: tl.conste
 
 
 @jit
+def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
+    """Return the head that the i-th tile belongs to, and the tile's place there, where heads have `num_tiles` tiles each."""
+    head = first_head
+    place = i
+    if GROUPED:
+        # The pipeline may compute the first of these even where there is none.
+        head += i // tl.maximum(num_tiles, 1)
+        place = i % tl.maximum(num_tiles, 1)
+    return head, place
+
+
+@jit
 def stride_unit(source):
     """Return in how many elements the strides of a tensor that is loaded are given: see `load_strides`."""
     return 8 if source.dtype.element_ty.primitive_bitwidth == 16 else 1

@@ -5,12 +5,23 @@ from unittest import mock
 import pytest
 import torch
 
-from attention_cases import check, draw_case
+from attention_cases import CALLS, check, check_isolation, draw_case, without_decoding
 from oracle import assert_accurate, assert_replays
 from tilewright.kernels import reference
-from tilewright.kernels.attention import attention, configurations
+from tilewright.kernels.attention import attention, configurations, use_attention_kernel
 
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(
+    autouse=True,
+    params=["portable", pytest.param("gluon", marks=pytest.mark.skipif(not IS_HOPPER, reason="Gluon kernels are for Hopper"))],
+)
+def kernel(request):
+    """Run each test with both forms of the kernels."""
+    with use_attention_kernel(request.param):
+        yield request.param
 
 
 def randn(*shape, **options):
@@ -39,6 +50,19 @@ def gradients(inputs, do, **options):
 def test_long_rows_in_bfloat16(heads, head_dim, options):
     options = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in options.items()}
     check(draw_case(heads, (4096, 4096), head_dim, dtype=torch.bfloat16, memory=["packed"] * 4, **options))
+
+
+@pytest.mark.parametrize(("heads", "lengths", "head_dim", "options"), CALLS)
+def test_every_option(heads, lengths, head_dim, options):
+    memory = ["tokens first", "packed", "heads first", "packed"]
+    with without_decoding():
+        check(draw_case(heads, lengths, head_dim, dtype=torch.bfloat16, memory=memory, **options))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_only_those_who_see_it_are_reached(name, bad):
+    check_isolation(name, bad, lambda case: case.run(attention))
 
 
 @pytest.mark.parametrize("allow_tf32", [False, True])
@@ -151,7 +175,9 @@ def test_more_elements_than_32_bits_count(memory):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 200}, {"causal": False, "softcap": 20.0}])
-def test_descriptors_and_pointers_give_equal_results(options):
+def test_descriptors_and_pointers_give_equal_results(kernel, options):
+    if kernel == "gluon":
+        pytest.skip("without descriptors the portable kernels run, whose sums have another order")
     torch.manual_seed(0)
     q, do = randn(2, 2, 4, 777, 128)
     k, v = randn(2, 2, 2, 777, 128)
@@ -162,8 +188,10 @@ def test_descriptors_and_pointers_give_equal_results(options):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="Hopper's configurations")
-def test_hopper_loads_through_descriptors():
+@pytest.mark.skipif(not IS_HOPPER, reason="Hopper's configurations")
+def test_hopper_loads_through_descriptors(kernel):
+    if kernel == "gluon":
+        pytest.skip("without descriptors there is no kernel in Gluon")
     tensor_descriptor = pytest.importorskip("triton.tools.tensor_descriptor")
     q, k, v, do = randn(4, 1, 2, 512, 128).unbind()
     with mock.patch.object(tensor_descriptor, "TensorDescriptor", wraps=tensor_descriptor.TensorDescriptor) as described:

@@ -138,3 +138,15 @@ def test_a_sink_of_minus_infinity_is_none(backend, lengths):
         torch.testing.assert_close(found[name][:, 1:], with_one[name][:, 1:])
     assert found["dsinks"][0] == 0
     assert all(t.isfinite().all() for name, t in found.items() if name != "lse")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dlse", [False, True])
+def test_the_gradient_of_an_output_without_keys_reaches_no_sink(backend, dlse):
+    # The first 20 queries see none.
+    case = draw_case((2, 1), (40, 20), 16, sinks=True, dlse=dlse)
+    with use_backend(backend), tiles(16, 16):
+        expected = case.run(attention)
+        case.do[0, 0, 3, 5] = math.nan
+        found = case.run(attention)
+    torch.testing.assert_close(found["dsinks"], expected["dsinks"])

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from tilewright.kernels.attention.launches import FORMS
 from tilewright.kernels.dispatch import HAS_TRITON
-from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, _occupancy
+from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, programs_per_sm
 from tilewright.kernels.op import ALL
 
 SCRIPT = """
@@ -21,16 +22,21 @@ for case in all_cases(sys.argv[1]):
 # Of each op the first call that is measured.
 FIRST = """
 import dataclasses, json, sys, torch
+from tilewright.kernels import use_attention_kernel
 from tilewright.kernels.inspect import inspect, launches
 from tilewright.kernels.op import ALL
-for op in ALL.values():
-    for case in launches(op, {**op.shapes[0], "dtype": torch.bfloat16}, sys.argv[1]):
-        print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
+cases = [case for op in ALL.values() for case in launches(op, {**op.shapes[0], "dtype": torch.bfloat16}, sys.argv[1])]
+with use_attention_kernel("gluon"):
+    cases += launches(ALL["attention"], {**ALL["attention"].shapes[0], "dtype": torch.bfloat16}, sys.argv[1])
+for case in cases:
+    print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
 """
 # sm_86 has the instructions of sm_80 and less shared memory, which only the widest tiles ask for. All its
 # kernels would take the compiler some minutes more; `tilewright bench inspect` shows them.
 CHOSEN = {"sm_80": "", "sm_86": r"attention_(forward|backward_\w+) .* K(128|256) ", "sm_90": "", "sm_100": ""}
-ATTENTION = {"attention_forward", "attention_backward_q", "attention_backward_kv"}
+PORTABLE = {portable.__name__ for portable, _, _ in FORMS.values()}
+IN_GLUON = {in_gluon.__name__ for _, in_gluon, _ in FORMS.values()}
+KERNELS = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
 # What multiplies matrices of half precision in attention's kernels.
 MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}}
 
@@ -51,8 +57,8 @@ def compile_kernels(*arguments):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_asks_for_too_much(architecture):
     reports = compile_kernels(SCRIPT, architecture, CHOSEN[architecture])
-    kernels = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
-    assert {report["name"].split()[0] for report in reports} == (ATTENTION if CHOSEN[architecture] else kernels)
+    kernels = PORTABLE if CHOSEN[architecture] else KERNELS if architecture == "sm_90" else KERNELS - IN_GLUON
+    assert {report["name"].split()[0] for report in reports} == kernels
     assert_fits(reports, architecture)
 
 
@@ -60,8 +66,7 @@ def test_no_kernel_spills_or_asks_for_too_much(architecture):
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 def test_the_first_call_of_each_op_compiles_without_a_spill():
     reports = compile_kernels(FIRST, "sm_90")
-    kernels = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
-    assert {report["name"].split()[0] for report in reports} == kernels - {"attention_decode", "attention_combine"}
+    assert {report["name"].split()[0] for report in reports} == KERNELS - {"attention_decode", "attention_combine"}
     assert_fits(reports, "sm_90")
 
 
@@ -72,18 +77,18 @@ def assert_fits(reports, architecture):
         assert report["registers"] <= 255, report
         assert report["occupancy"] > 0, report
         kernel, *_, dtype = report["name"].split()
-        if kernel in ATTENTION and dtype == "bf16":
+        if kernel in PORTABLE | IN_GLUON and dtype == "bf16":
             assert report["matrix_instruction"] in MATRIX_INSTRUCTIONS[architecture], report
 
 
-def test_occupancy_by_hand():
+def test_programs_of_a_multiprocessor_by_hand():
     sm_90 = ARCHITECTURES["sm_90"]
-    # 64 registers of 128 threads: 8 programs of 8,192 registers fill the file with 1,024 of 2,048 threads.
-    assert _occupancy(sm_90, 64, 0, 4) == 0.5
-    assert _occupancy(sm_90, 32, 0, 4) == 1.0
-    assert _occupancy(sm_90, 255, 0, 8) == 8 * 32 / 2048
+    # 64 registers of 128 threads: 8 programs of 8,192 registers fill the file.
+    assert programs_per_sm(sm_90, 64, 0, 4) == 8
+    assert programs_per_sm(sm_90, 32, 0, 4) == 16
+    assert programs_per_sm(sm_90, 255, 0, 8) == 1
     # 100 KB of shared memory: two programs.
-    assert _occupancy(sm_90, 32, 100 * 1024, 4) == 2 * 128 / 2048
+    assert programs_per_sm(sm_90, 32, 100 * 1024, 4) == 2
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,7 @@ from tilewright.kernels.launch import Launch
 from tilewright.kernels.op import ALL
 from tilewright.kernels.swiglu import swiglu_forward
 x, odd = torch.empty(4, 32, dtype=torch.bfloat16, device="meta"), torch.empty(33, device="meta")[1:]
-launch = Launch(swiglu_forward, (x, odd, x, 32, 2**31, 7, 1, 32, 3), {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 32, "num_warps": 2})
+launch = Launch(swiglu_forward, 1, (x, odd, x, 32, 2**31, 7, 1, 32, 3), {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 32, "num_warps": 2})
 case = kernel_case(launch, "name")
 assert dict(case.types)["gate_ptr"] == "*bf16" and dict(case.types)["up_ptr"] == "*fp32", case
 assert dict(case.types)["gate_row_stride"] == "i32" and dict(case.types)["up_row_stride"] == "i64", case

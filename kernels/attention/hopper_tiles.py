@@ -1,0 +1,63 @@
+"""What the kernels for Hopper share: the order of tiles, and the ring of buffers that they pass through."""
+
+from ..dispatch import tl
+from .gluon import gl, gluon
+from .intervals import mask_of
+from .tiles import program_of
+
+
+@gluon.jit
+def stage_of(i, STAGES: tl.constexpr):
+    """Return the buffer of the i-th tile in a ring, and the phase of its barriers."""
+    return i % STAGES, i // STAGES & 1
+
+
+@gluon.jit
+def num_tiles_of(tiles, BLOCK: tl.constexpr):
+    """Return how many tiles a program takes: all of `tiles_of`, or one, of which the mask leaves nothing."""
+    return gl.maximum(tiles[4] + (tiles[3] - tiles[2]) // BLOCK, 1)
+
+
+@gluon.jit
+def tile_at(i, tiles, BLOCK: tl.constexpr):
+    """Return where the i-th tile begins: those with a mask come first, so that a program ends with those without one."""
+    start, left, full_start, full_end, masked = tiles
+    at_side = gl.where(i < left, start + i * BLOCK, full_end + (i - left) * BLOCK)
+    return gl.where(i < masked, at_side, full_start + (i - masked) * BLOCK)
+
+
+@gluon.jit
+def opaque(values, zero):
+    """Return a tuple of integers made from `later_zero`, so that nothing that follows from them occupies registers before."""
+    result = (values[0] | zero,)
+    for i in gl.static_range(1, len(values)):
+        result = result + (values[i] | zero,)  # noqa: RUF005, which Triton's language does not have
+    return result
+
+
+@gluon.jit
+def place_of(program, sizes, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return the (first query, row, batch, head, kv_head) of a program."""
+    num_rows, num_heads, group_size, num_queries, num_keys, window_left, window_right, rows_at_once, document_stride = sizes
+    tile, row = program_of(program, gl.num_programs(0) // num_rows, num_rows, rows_at_once, CAUSAL)
+    head = row % num_heads
+    return tile * BLOCK_M, row, row // num_heads, head, head // group_size
+
+
+@gluon.jit
+def mask_at(batch, sizes, masks, LENGTHS: tl.constexpr):
+    """Return `mask_of` one sequence."""
+    num_rows, num_heads, group_size, num_queries, num_keys, window_left, window_right, rows_at_once, document_stride = sizes
+    begins_ptr, ends_ptr, lengths_ptr = masks
+    return mask_of(
+        batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
+    )
+
+
+@gluon.jit
+def store_sums(base, x, start, end, token_stride, HEAD_DIM: tl.constexpr, LAYOUT: tl.constexpr):
+    """Store the result (M, K) of products as rows from `start` on, up to row `end` and the head dim."""
+    rows = start + gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT))
+    channels = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    address = base + (rows.to(gl.int64) * token_stride)[:, None] + channels[None, :]
+    gl.store(address, x.to(base.dtype.element_ty), mask=(rows < end)[:, None] & (channels < HEAD_DIM)[None, :])

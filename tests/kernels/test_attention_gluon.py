@@ -1,0 +1,272 @@
+"""Attention's kernels in Gluon for Hopper, emulated: every option, every order of what is asynchronous, and faults put in."""
+
+import dataclasses
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from attention_cases import CALLS, Case, check_isolation, check_results, draw_case, without_decoding
+from gluon_emulator import ORDERS, Deadlock, Mutation, emulating
+from tilewright.kernels import reference, use_backend
+from tilewright.kernels.attention import attention, op, set_attention_kernel, use_attention_kernel
+from tilewright.kernels.attention.configurations import GLUON_KINDS, read_configurations
+from tilewright.kernels.dispatch import HAS_TRITON
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels/test_attention_gpu.py runs them on the GPU"),
+]
+ALL_THREE = ["attention_forward_hopper", "attention_backward_q_hopper", "attention_backward_kv_hopper"]
+
+
+def not_needed(*_):
+    raise AssertionError("a NaN in a result, of a case without any")
+
+
+# What computes again whose result holds a NaN would mend what a fault in a kernel has done.
+FINITE = dict.fromkeys(("store_isolated_output", "store_isolated_dq", "store_isolated_dk_dv"), not_needed)
+
+
+def run(case: Case, order: str = "random", seed: int = 0, mutation: Mutation | None = None, replaced=FINITE) -> dict[str, Any]:
+    """Return o, lse and the gradients of a case, from the kernels in Gluon alone."""
+    with use_attention_kernel("gluon"), emulating(order, seed, mutation, replaced) as launches:
+        found = case.run(attention)
+    assert [launch.kernel.__name__ for launch in launches] == ALL_THREE
+    return found
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("heads", "lengths", "head_dim", "options"), CALLS)
+def test_every_option_in_every_order(heads, lengths, head_dim, options, order):
+    memory = ["tokens first", "packed", "heads first", "packed"]
+    # A softcap's derivative leaves the kernel of dk and dv at head dim 128 no registers: there the portable one serves.
+    dtype = torch.float16 if "window" in options else torch.bfloat16
+    case = draw_case(heads, lengths, head_dim, dtype=dtype, memory=memory, **options)
+    with use_attention_kernel("gluon"), without_decoding(), emulating(order, replaced=FINITE) as launches:
+        found = case.run(attention)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == (ALL_THREE if "softcap" not in options else [*ALL_THREE[:2], "attention_backward_kv"])
+    check_results(case, found)
+
+
+def test_wide_heads_and_the_rest_of_the_backward_pass():
+    case = draw_case((1, 1), (150, 150), 256, dtype=torch.bfloat16)
+    with use_attention_kernel("gluon"), emulating() as launches:
+        o = attention(case.q, case.k, case.v)
+    assert [launch.kernel.__name__ for launch in launches] == ["attention_forward_hopper"]
+    exact = reference.attention(case.q.double(), case.k.double(), case.v.double())
+    assert (o.double() - exact).abs().max() < 0.02
+
+
+def test_the_order_of_events_changes_no_bit():
+    case = draw_case((4, 1), (300, 300), 64, dtype=torch.bfloat16, window=90)
+    first = run(case, "early")
+    for order, seed in (("late", 0), ("random", 1), ("random", 2)):
+        assert all(torch.equal(first[name], t) for name, t in run(case, order, seed).items())
+
+
+def test_the_gradient_of_an_lse_without_keys_is_nobodys():
+    # The first 50 queries see none.
+    case = draw_case((2, 1), (200, 150), 64, dtype=torch.bfloat16)
+
+    def gradients():
+        inputs = [t.detach().requires_grad_() for t in (case.q, case.k, case.v)]
+        with use_attention_kernel("gluon"), emulating(replaced=FINITE):
+            return torch.autograd.grad(attention(*inputs, return_lse=True), inputs, (case.do, case.dlse))
+
+    expected = gradients()
+    case.dlse[:, :, :50] = torch.nan
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_backward_pass_has_the_choice_of_its_call(compiled):
+    case = draw_case((1, 1), (60, 60), 64, dtype=torch.float16)
+    function = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled else attention
+    for kernel in ("gluon", "portable"):
+        with ExitStack() as stack:
+            stack.enter_context(use_backend("triton"))
+            launched = [
+                stack.enter_context(mock.patch.object(op, name, wraps=getattr(op, name)))
+                for name in ("launch_forward", "launch_backward")
+            ]
+            with use_attention_kernel(kernel):
+                o = function(*(t.detach().requires_grad_() for t in (case.q, case.k, case.v)))
+            o.sum().backward()
+        assert [launch.call_args.args[-1].kernel for launch in launched] == [kernel] * 2
+
+
+@pytest.mark.parametrize("kernel", ["auto", "gluon"])
+def test_interpreted_it_is_the_portable_kernel(kernel):
+    case = draw_case((1, 1), (60, 60), 64, dtype=torch.float16)
+    key = "sm_90 forward half 64"
+    ships = dataclasses.replace(read_configurations()[key], gluon=True)
+    with use_backend("triton"), use_attention_kernel(kernel), mock.patch.dict(read_configurations(), {key: ships}):
+        o = attention(case.q, case.k, case.v)
+    torch.testing.assert_close(o, reference.attention(case.q, case.k, case.v), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_only_those_who_see_it_are_reached(name, bad):
+    with np.errstate(all="ignore"):
+        check_isolation(name, bad, lambda case: run(case, replaced={}))
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        (lambda: draw_case((1, 1), (60, 60), 64), ["attention_forward"]),
+        (lambda: draw_case((1, 1), (60, 60), 32, dtype=torch.float16), ["attention_forward"]),
+        (lambda: draw_case((1, 1), (60, 60), 128, value_dim=64, dtype=torch.float16), ["attention_forward"]),
+        (
+            lambda: draw_case((2, 2), (60, 60), 64, dtype=torch.float16, memory=["heads first", "expanded heads"] * 2),
+            ["attention_forward"],
+        ),
+        # An output of 65 channels begins no token on 16 bytes, which TMA needs to store it.
+        (lambda: draw_case((1, 1), (60, 60), 65, dtype=torch.float16), ["attention_forward"]),
+        (lambda: draw_case((1, 1), (60, 60), 72, dtype=torch.float16), ["attention_forward_hopper"]),
+        (lambda: draw_case((1, 1), (4, 600), 64, dtype=torch.float16), ["attention_decode", "attention_combine"]),
+    ],
+)
+@pytest.mark.parametrize("tma", [True, False])
+def test_where_it_cannot_serve_the_portable_kernel_does(case, names, tma):
+    case = case()
+    # Whether or not the portable kernel that ships takes descriptors.
+    ships = {key: dataclasses.replace(config, tma=tma and config.tma) for key, config in read_configurations().items()}
+    changed = {key: config for key, config in ships.items() if not config.gluon and "gluon" not in key}
+    with use_attention_kernel("gluon"), mock.patch.dict(read_configurations(), changed), emulating() as launches:
+        o = attention(case.q, case.k, case.v)
+    assert [launch.kernel.__name__ for launch in launches] == names
+    exact = reference.attention(case.q.double(), case.k.double(), case.v.double())
+    torch.testing.assert_close(o.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_which_form_runs_is_chosen():
+    case = draw_case((1, 1), (60, 60), 64, dtype=torch.float16)
+
+    def launched(kernel):
+        with use_attention_kernel(kernel), emulating() as launches:
+            attention(case.q, case.k, case.v)
+        return launches[0].kernel.__name__
+
+    assert launched("gluon") == "attention_forward_hopper"
+    assert launched("portable") == "attention_forward"
+    ships = read_configurations()["sm_90 forward half 64"].gluon
+    assert launched("auto") == ("attention_forward_hopper" if ships else "attention_forward")
+    with pytest.raises(ValueError, match="attention kernel 'fast' is unknown: choose one of auto, portable, gluon"):
+        set_attention_kernel("fast")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_ships_in_gluon_has_a_configuration():
+    configurations = read_configurations()
+    for key, config in configurations.items():
+        generation, kernel, kind, block_k = key.split()
+        if kind in GLUON_KINDS and config.gluon:
+            assert f"{generation} {kernel} {GLUON_KINDS[kind]} {block_k}" in configurations  # pyright: ignore
+
+
+FORWARD = {
+    "keys are freed before their product is waited for": (
+        "consume",
+        "        s = warpgroup_mma_wait(1, (scores,))\n        mbarrier.arrive(k_free.index(stage))",
+        "        mbarrier.arrive(k_free.index(stage))\n        s = warpgroup_mma_wait(1, (scores,))",
+    ),
+    "values are freed before their product is waited for": (
+        "consume",
+        "        acc, p = warpgroup_mma_wait(0, (sums, p))\n        mbarrier.arrive(v_free.index(stage_before))",
+        "        mbarrier.arrive(v_free.index(stage_before))\n        acc, p = warpgroup_mma_wait(0, (sums, p))",
+    ),
+    "values are not waited for": ("consume", "        mbarrier.wait(v_ready.index(stage_before), phase_before)\n", ""),
+    "the queries are not waited for": ("consume", "    mbarrier.wait(q_ready, 0)\n", ""),
+    "a product too few is waited for": (
+        "consume", "s = warpgroup_mma_wait(1, (scores,))", "s = warpgroup_mma_wait(2, (scores,))",
+    ),
+    "the sums of a tile are not rescaled": (
+        "consume",
+        "        acc = acc * gl.convert_layout(rescale, O_ROWS)[:, None]\n        p = gl.convert_layout(next_p",
+        "        p = gl.convert_layout(next_p",
+    ),
+    "the phase of the producer is wrong": (
+        "produce", "mbarrier.wait(k_free.index(stage), phase ^ 1)", "mbarrier.wait(k_free.index(stage), phase)",
+    ),
+    "keys are overwritten as soon as one group is done": (
+        "attention_forward_hopper", "mbarrier.init(k_free.index(i), count=GROUPS)", "mbarrier.init(k_free.index(i), count=1)",
+    ),
+    "the mask is off by one": ("masked_softmax", "keys < high[:, None]", "keys <= high[:, None]"),
+    "the program ends before the output has left": ("consume", "        tma.store_wait(0)\n", ""),
+    "a scale of any sign is taken for one above 0": ("consume", "softcap is None and scale > 1e-30", "softcap is None"),
+    "the output leaves before it is visible": ("consume", "        fence_async_shared()\n", ""),
+    "a tile is taken twice": ("tile_at", "full_start + (i - masked) * BLOCK", "full_start"),
+    "the greatest score is forgotten": (
+        "softmax", "gl.maximum(row_max, gl.max(s, 1) * factor)", "gl.max(s, 1) * factor + 0.0 * row_max",
+    ),
+}  # fmt: skip
+BACKWARD_Q = {
+    "values are freed before their product is waited for": (
+        "add_tile",
+        "    dp = warpgroup_mma_wait(0, (dps,))\n    mbarrier.arrive(v_free.index(stage))",
+        "    mbarrier.arrive(v_free.index(stage))\n    dp = warpgroup_mma_wait(0, (dps,))",
+    ),
+    "keys are freed before dq has them": (
+        "add_tile",
+        "    ds = gl.convert_layout(ds.to(k_tiles.dtype)",
+        "    mbarrier.arrive(k_free.index(stage))\n    ds = gl.convert_layout(ds.to(k_tiles.dtype)",
+    ),
+    "keys are not waited for": ("add_tile", "    mbarrier.wait(k_ready.index(stage), phase)\n", ""),
+    "the gradient of the output is not waited for": (
+        "produce", "(q_desc.block_type.nbytes + do_desc.block_type.nbytes)", "q_desc.block_type.nbytes",
+    ),
+    "the mask is off by one": ("add_tile", "keys < high[:, None]", "keys < high[:, None] - 1"),
+    "delta is forgotten": ("add_tile", "(dp - delta[:, None])", "dp"),
+}  # fmt: skip
+BACKWARD_KV = {
+    "buffers are freed before dk has them": (
+        "add_tile",
+        "    ds = gl.convert_layout(ds.to(q.dtype), P_LAYOUT)",
+        "    mbarrier.arrive(free.index(stage))\n    ds = gl.convert_layout(ds.to(q.dtype), P_LAYOUT)",
+    ),
+    "lse is not waited for": (
+        "attention_backward_kv_hopper", "mbarrier.init(q_ready.index(i), count=2)", "mbarrier.init(q_ready.index(i), count=1)",
+    ),
+    "delta is not waited for": (
+        "attention_backward_kv_hopper",
+        "mbarrier.init(do_ready.index(i), count=2)", "mbarrier.init(do_ready.index(i), count=1)",
+    ),
+    "keys beyond the length have gradients": ("consume", "        if LENGTHS:\n", "        if False:\n"),
+    "dp is used before it is there": ("add_tile", "dp = warpgroup_mma_wait(1, (dps,))", "dp = warpgroup_mma_wait(2, (dps,))"),
+    "the mask is off by one": ("add_tile", "seen = queries >= low[:, None]", "seen = queries > low[:, None]"),
+    "the second head's queries are the first's": (
+        "tile_at", "head, place = head_and_place(i, masked, 0, GROUPED)", "head, place = 0, i % masked",
+    ),
+}  # fmt: skip
+# Those that another case shows than the one that shows the others.
+SHOWN_BY: dict[str, dict[str, Any]] = {
+    "a scale of any sign is taken for one above 0": {"scale": -0.3},
+    "keys beyond the length have gradients": {"causal": False, "cache_lengths": torch.tensor([300])},
+}
+MUTANTS = [
+    pytest.param(Mutation(*fault), result, SHOWN_BY.get(name, {}), id=f"{result}: {name}")
+    for result, faults in (("o", FORWARD), ("dq", BACKWARD_Q), ("dk", BACKWARD_KV))
+    for name, fault in faults.items()
+]
+
+
+@pytest.mark.parametrize(("mutation", "result", "options"), MUTANTS)
+def test_a_fault_is_found(mutation, result, options):
+    def is_found(order: str, seed: int) -> bool:
+        try:
+            with np.errstate(all="ignore"):
+                found = run(case, order, seed, mutation)[result]
+        except (Deadlock, AssertionError):
+            return True
+        return not torch.allclose(found.float(), exact[result].float(), rtol=0.05, atol=0.05)
+
+    # Several tiles of each kind for each ring, and both heads of a group in one program of dk and dv.
+    case = draw_case((2, 1), (800, 800), 64, dtype=torch.bfloat16, **options)
+    exact = case.run(reference.attention, wide=True)
+    assert any(is_found(order, seed) for order, seed in (("late", 0), ("early", 0), ("random", 0), ("random", 1)))
