@@ -18,7 +18,7 @@ _HEADINGS = {
     "speedup": "times our time",
 }
 _FIRST = ("case", "variant", "p50_ms", "p20_ms", "p80_ms", "count")
-_UNITS = {"gb": "GB", "mb": "MB", "mib": "MiB", "mhz": "MHz", "tflop": "TFLOP", "mfu": "MFU", "w": "W", "c": "°C"}
+_UNITS = {"gb": "GB", "mb": "MB", "kib": "KiB", "mib": "MiB", "mhz": "MHz", "tflop": "TFLOP", "mfu": "MFU", "w": "W", "c": "°C"}
 
 
 def heading(name: str) -> str:

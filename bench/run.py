@@ -33,7 +33,7 @@ from .worker import run_here, run_in_workers
 
 StageName = Literal[
     "all", "machine", "ceilings", "tests", "kernels", "attention", "training", "generation", "memory", "accounting", "inspect",
-    "overhead", "tokenizer", "tokenizer-long",
+    "model", "overhead", "tokenizer", "tokenizer-long",
 ]  # fmt: skip
 MAX_MINUTES = 10_000
 # Until a worker has imported PyTorch and a GPU has answered: the first stage would have no time left.
@@ -51,8 +51,10 @@ class BenchConfig:
 
     What is timed stands beside peers and bounds. machine: clocks, throttling, other processes; ceilings: of a copy and of
     products; tests: the GPU-marked ones; memory: peaks, predicted and measured; accounting: FLOPs by formula and as counted;
-    inspect: what the compiler made of every kernel, without a GPU; overhead: what the training loop adds to a step;
-    tokenizer-long takes an hour and is no part of all."""
+    inspect: what the compiler made of every kernel, without a GPU; model: what limits each by its machine code, the same as
+    inspect --model; overhead: what the training loop adds to a step; tokenizer-long takes an hour and is no part of all."""
+    model: bool = False
+    """With inspect: show what limits each kernel on Hopper, by a static model of its machine code, instead of its registers."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     out: Path | None = None
@@ -67,10 +69,17 @@ class BenchConfig:
         for name in self.stages:
             if name not in get_args(StageName):
                 raise UserError(f"stage {name!r} is unknown: choose of {', '.join(get_args(StageName))}")
+        if self.model and "inspect" not in self.stages:
+            raise UserError(f"--model belongs to the stage inspect: the stages are {', '.join(self.stages)}")
         if self.minutes is not None and not 0 < self.minutes <= MAX_MINUTES:
             raise UserError(f"minutes is {self.minutes:g}: it must be above 0, and at most {MAX_MINUTES:,}")
         if self.out is not None and self.resume is not None:
             raise UserError("--resume names the file that goes on: leave --out away")
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The stages that run."""
+        return tuple("model" if self.model and name == "inspect" else name for name in self.stages)
 
 
 def _table(title: str, rows: list[Mapping[str, Any]]) -> Table:
@@ -230,7 +239,7 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
     On a GPU they run in a process of its own, which a new one replaces where a kernel hangs, kills it, or breaks its context.
     """
     device = resolve_device(config.device)
-    stages = chosen_stages(config.stages, device.type == "cuda")
+    stages = chosen_stages(config.asked, device.type == "cuda")
     seconds = math.inf
     if config.minutes is not None:
         seconds = 60 * config.minutes

@@ -20,6 +20,7 @@ from .kernels import kernel_jobs
 from .machine import machine_rows
 from .memory import memory_jobs
 from .overhead import overhead_jobs
+from .static_model import model_jobs
 from .tokenizer import LONG, bench_tokenizer
 from .training import training_jobs
 from .tune import TuneConfig, tune_jobs
@@ -143,6 +144,9 @@ STAGES: dict[str, Stage] = {
     "memory": Stage("peaks of memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
     "accounting": Stage("FLOPs by formula and as PyTorch counts them", lambda on: accounting_jobs(), 5, 40, True),
     "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 0, 150, True, limit_s=480),
+    "model": Stage(
+        "what limits each kernel, by a static model", lambda on: model_jobs(), 0, 0, True, in_all=False, limit_s=600, needs=()
+    ),
     "overhead": Stage("what the training loop adds to a step", lambda on: overhead_jobs(on.device), 45, 60, limit_s=240),
     "tokenizer": Stage(
         "the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 0, 240, True, limit_s=540

@@ -1,0 +1,212 @@
+"""A static model of a Hopper kernel's main loop: its instructions, issued on one sub-partition of a multiprocessor.
+
+The four sub-partitions of a multiprocessor are alike and each has one warp of every group of four, so one stands for all. The
+model issues one instruction a cycle from the warps that may go on, by the control bits that the assembler set: stalls,
+scoreboards, barriers, waits for products. It charges each instruction to its pipe, and products to the tensor core, in order.
+
+What it assumes: loads through TMA and cp.async are in time; caches, power and clocks limit nothing; a branch that is not the
+loop's own is not taken. It overrates how programs that share a multiprocessor overlap, so shares above 65% are upper bounds;
+what it says of waiting in step it says reliably: see `CALIBRATION`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .sass import NO_SCOREBOARD, Instruction
+
+# Cycles that a warp's instruction keeps its pipe of a sub-partition busy: CUDA C++ Programming Guide, table "Throughput of
+# Native Arithmetic Instructions", compute capability 9.0: 32 lanes over those that a quarter of a multiprocessor has a clock.
+CYCLES = {"fma": 1, "imad": 2, "alu": 2, "mufu": 8, "lsu": 4, "uniform": 2, "control": 1}
+# Until a result can be used: Luo et al. 2024, arXiv:2402.13499, rounded.
+LATENCY = {"fma": 6, "imad": 6, "alu": 6, "mufu": 22, "lsu": 28, "uniform": 12, "control": 20}
+BARRIER_LATENCY = 24
+TENSOR_LATENCY = 32
+"""Cycles from the end of a product to the warp that waits for it."""
+MUFU_QUEUE = 4
+MULTIPLY_ADDS = 2048
+"""Of a multiprocessor's tensor cores a cycle, in half precision: 989.4 TFLOP/s of 132 at 1.83 GHz (NVIDIA, H100 whitepaper)."""
+SHARED_BYTES = 128
+"""That a multiprocessor's shared memory delivers a cycle."""
+PEAK_TFLOPS = 989.4
+CALIBRATION = {"portable": 0.81, "gluon": 0.66}
+"""Measured over modelled, by one public figure each, of an H100 at head dim 128 and 16,384 tokens, no mask: Triton's tutorial
+487 TFLOP/s, of which our portable forward pass is modelled at 600; FlashAttention-3 648, of which our Gluon one is modelled at
+the peak, 989. Power, clocks and whatever else the model leaves out are in it, so it tells no forms apart that differ by less
+than 15% or so."""
+MOST_TFLOPS = PEAK_TFLOPS * CALIBRATION["gluon"]
+"""The most that is predicted, a choice: FlashAttention-3 has reached 740 in its best case (arXiv:2407.08608)."""
+SKEW = 500
+"""Cycles by which groups of warps that nothing ties together begin one after the other, or one instruction each of a loop."""
+
+
+@dataclass
+class _Warp:
+    program: int
+    ready: float
+    at: int = 0
+    iteration: int = 0
+    boards: list[list[float]] = field(default_factory=lambda: [[] for _ in range(6)])
+    groups: list[float] = field(default_factory=list)
+    """When each group of products under way ends."""
+    at_barrier: bool = False
+    ends: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """One iteration of every program on a multiprocessor."""
+
+    cycles: float
+    tensor: float
+    """Of them, those in which the tensor cores multiply or wait for their factors."""
+    products: float
+    """Cycles that its products take at the tensor cores' peak."""
+    pipes: dict[str, float]
+    """Cycles in which each pipe is busy."""
+    issue: float
+    """Cycles in which an instruction is issued."""
+    waits: dict[str, float]
+    """Cycles for which a warp, on average, could not issue, by what it waited for."""
+
+    @property
+    def share(self) -> float:
+        """Of the tensor cores' peak."""
+        return self.products / self.cycles
+
+    @property
+    def limiter(self) -> str:
+        """What is busy for longest."""
+        busy = {"tensor": self.tensor, **self.pipes, "issue": self.issue}
+        return max(busy, key=lambda name: busy[name])
+
+
+def calibrated(share: float, form: str) -> float:
+    """Return the TFLOP/s that a GPU may measure where the model gives a kernel, portable or in gluon, a share of the peak."""
+    return min(share * PEAK_TFLOPS * CALIBRATION[form], MOST_TFLOPS)
+
+
+def peak_cycles(x: Instruction) -> float:
+    """Return how long a product takes at the tensor cores' peak."""
+    return 64 * x.columns * 16 / MULTIPLY_ADDS
+
+
+def tensor_cycles(x: Instruction) -> float:
+    """Return how long a product occupies the tensor cores: it multiplies, or waits for its factors from shared memory."""
+    return max(peak_cycles(x), x.from_shared * 16 * 2 / SHARED_BYTES)
+
+
+class _Model:
+    """The state of a sub-partition."""
+
+    def __init__(self, body: Sequence[Instruction], groups: int, programs: int, iterations: int) -> None:
+        self.body, self.iterations = body, iterations
+        # Groups of one program begin together if a barrier of all its warps ties them.
+        tied = any(x.barrier_threads == 0 for x in body)
+        skew = min(SKEW, len(body))
+        self.warps = [_Warp(p, (p if tied else p * groups + g) * skew) for p in range(programs) for g in range(groups)]
+        self.free = dict.fromkeys(CYCLES, 0.0)
+        self.busy = dict.fromkeys(CYCLES, 0.0)
+        self.queue: list[float] = []
+        self.tensor_free = self.tensor_busy = 0.0
+        self.issued = 0
+        self.waits: defaultdict[str, float] = defaultdict(float)
+
+    def next_time(self, w: _Warp) -> tuple[float, str]:
+        """Return when a warp can issue its next instruction, and what it waits for until then."""
+        x = self.body[w.at]
+        times = [(w.ready, "the instruction before")]
+        for b in range(6):
+            if x.wait >> b & 1 and w.boards[b]:
+                times.append((max(w.boards[b]), "results"))
+        allowed = x.outstanding
+        if allowed is not None:
+            if len(w.groups) > allowed:
+                times.append((w.groups[len(w.groups) - allowed - 1] + TENSOR_LATENCY, "products"))
+        elif x.pipe == "mufu" and len(self.queue) >= MUFU_QUEUE:
+            times.append((min(self.queue), "mufu"))
+        elif x.pipe != "mufu" and not x.columns:
+            times.append((self.free[x.pipe], x.pipe))
+        return max(times)
+
+    def issue(self, w: _Warp, now: float) -> None:
+        """Issue a warp's next instruction."""
+        x = self.body[w.at]
+        self.issued += 1
+        done = now + LATENCY[x.pipe]
+        if x.columns:
+            done = self.tensor_free = max(now, self.tensor_free) + tensor_cycles(x)
+            self.tensor_busy += tensor_cycles(x)
+            if x.ends_group:
+                w.groups.append(done)
+        elif x.pipe == "mufu":
+            self.free["mufu"] = max(now, self.free["mufu"]) + CYCLES["mufu"]
+            self.busy["mufu"] += CYCLES["mufu"]
+            self.queue.append(self.free["mufu"])
+            done = self.free["mufu"] + LATENCY["mufu"] - CYCLES["mufu"]
+        else:
+            self.free[x.pipe] = max(now, self.free[x.pipe]) + CYCLES[x.pipe]
+            self.busy[x.pipe] += CYCLES[x.pipe]
+        for board in (x.write, x.read):
+            if board < NO_SCOREBOARD - 1:
+                w.boards[board] = [end for end in w.boards[board] if end > now] + [done]
+        w.ready = now + max(x.stall, 1)
+        if x.outstanding is not None:
+            w.groups = w.groups[len(w.groups) - x.outstanding :] if x.outstanding else []
+        if x.barrier_threads == 0:
+            self.meet(w, now)
+        w.at += 1
+        if w.at == len(self.body):
+            w.at, w.iteration = 0, w.iteration + 1
+            w.ends.append(now)
+
+    def meet(self, w: _Warp, now: float) -> None:
+        """Hold a warp at a barrier until all of its program are there; of a barrier of four warps one is here."""
+        w.at_barrier = True
+        peers = [v for v in self.warps if v.program == w.program]
+        if all(v.at_barrier or v.iteration >= self.iterations for v in peers):
+            for v in peers:
+                if v.at_barrier:
+                    self.waits["barrier"] += max(0.0, now - v.ready)
+                v.at_barrier = False
+                v.ready = max(v.ready, now + BARRIER_LATENCY)
+
+    def run(self) -> None:
+        """Issue all iterations of all warps, in turn where several can."""
+        now, last = 0.0, 0
+        while any(w.iteration < self.iterations for w in self.warps):
+            self.queue = [t for t in self.queue if t > now]
+            wake = float("inf")
+            for step in range(1, len(self.warps) + 1):
+                i = (last + step) % len(self.warps)
+                w = self.warps[i]
+                if w.iteration >= self.iterations or w.at_barrier:
+                    continue
+                time, reason = self.next_time(w)
+                if time <= now:
+                    self.waits[reason] += max(0.0, time - w.ready)
+                    self.issue(w, now)
+                    last = i
+                    break
+                wake = min(wake, time)
+            else:
+                now = max(now, float(-(-wake // 1)) - 1)
+            now += 1
+
+
+def simulate(body: Sequence[Instruction], groups: int, programs: int, iterations: int = 8) -> LoopReport:
+    """Return what a loop costs where `programs` programs of `groups` groups of four warps share a multiprocessor."""
+    model = _Model(body, groups, programs, iterations)
+    model.run()
+    warps = model.warps
+    # The steady state: without the first two iterations and the last, whose neighbours may have ended.
+    first, final = (sum(w.ends[i] for w in warps) / len(warps) for i in (1, -2))
+    per_iteration = 1 / iterations
+    return LoopReport(
+        cycles=(final - first) / (iterations - 3),
+        tensor=model.tensor_busy * per_iteration,
+        products=sum(map(peak_cycles, body)) * len(warps),
+        pipes={pipe: busy * per_iteration for pipe, busy in model.busy.items()},
+        issue=model.issued * per_iteration,
+        waits={reason: cycles * per_iteration / len(warps) for reason, cycles in model.waits.items()},
+    )

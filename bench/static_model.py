@@ -1,0 +1,235 @@
+"""What limits each kernel on Hopper, by a static analysis of its machine code: `tilewright bench inspect --model`.
+
+Kernels with products of warp groups are told by their main loops (`loop_model`), those that move memory by what they keep in
+flight (`bandwidth_model`). Nothing is run, and no GPU is needed; the assumptions stand in those two modules.
+"""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ..kernels.attention import use_attention_kernel
+from ..kernels.inspect import FORMS, KernelCase, Report, compile_case, kernel_case, launches, num_warps_of, report_on
+from ..kernels.launch import Launch
+from ..kernels.op import ALL, Op, Sizes
+from .bandwidth_model import BANDWIDTH, bandwidth_of
+from .jobs import Job, Row, Rows
+from .loop_model import PEAK_TFLOPS, LoopReport, calibrated, simulate
+from .op_peers import PEERS
+from .peers import Unsupported
+from .sass import Item, disassemble, loops, multiplies
+
+ARCHITECTURE = "sm_90"
+PREDICTED = "predicted"
+NUM_SMS = 132
+CLOCK_GHZ = 1.83
+PROGRAM_CYCLES = 3000
+"""Assumed of a program beside its loops: until the first tile is there, and until the result is written. At 16,384 tokens
+twice as much takes 2% off a prediction at head dim 128."""
+
+
+def form_of(case: KernelCase) -> str:
+    """Return whether a kernel is `portable` or in `gluon`."""
+    return "gluon" if case.kernel.is_gluon() else "portable"
+
+
+def groups_of(case: KernelCase) -> int:
+    """Return how many groups of four warps multiply in a program."""
+    return dict(case.constants)["GROUPS"] if case.kernel.is_gluon() else case.num_warps // 4
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the compiler made of a kernel, and what the model says of its main loops."""
+
+    report: Report
+    items: list[Item]
+    num_warps: int
+    full: LoopReport | None
+    """A tile without a mask; None of a kernel whose loops hold no products of warp groups."""
+    masked: LoopReport | None
+
+
+@cache
+def analyse(case: KernelCase) -> Analysis:
+    """Compile a kernel and model its main loops."""
+    compiled = compile_case(case, ARCHITECTURE)
+    items = disassemble(compiled.asm["cubin"])
+    report = report_on(case, ARCHITECTURE, compiled)
+    # Of warps that are specialised, all groups have the same loops; the mask makes a loop longer.
+    bodies = sorted((body for body in loops(items) if multiplies(body)), key=len)
+    ends = (bodies[0], bodies[-1]) if bodies else ()
+    full, masked = [simulate(body, groups_of(case), report.programs_per_sm) for body in ends] or (None, None)
+    return Analysis(report, items, num_warps_of(compiled.asm["ptx"]), full, masked)
+
+
+def _loop_rows(case: KernelCase, found: Analysis, full: LoopReport, masked: LoopReport) -> Rows:
+    # All of attention's calls that are modelled are causal and of one length, so that the head dim tells them apart.
+    head_dim = next(part for part in case.name.split() if re.fullmatch(r"K\d+", part))
+    waits = max(full.waits, key=lambda reason: full.waits[reason])
+    row = {"case": f"{case.kernel.__name__} {head_dim}", "variant": form_of(case)}
+    yield row | {
+        "table": "main loops",
+        "programs": found.report.programs_per_sm,
+        "cycles": full.cycles,
+        "cycles_masked": masked.cycles,
+        "share_of_peak": full.share,
+        "executed_tflop_per_s": calibrated(full.share, form_of(case)),
+        "busiest": full.limiter,
+        "waits_for": waits,
+        "wait_cycles": full.waits[waits],
+    }
+    pipes = {name: full.pipes[name] for name in ("mufu", "alu", "fma", "imad", "lsu")}
+    yield row | {"table": "busy cycles of main loops", "tensor": full.tensor, **pipes, "issue": full.issue}
+
+
+def model_rows(case: KernelCase, variant: str) -> Rows:
+    """Yield what the model says of a kernel."""
+    found = analyse(case)
+    if found.full is not None and found.masked is not None:
+        yield from _loop_rows(case, found, found.full, found.masked)
+        return
+    bandwidth = bandwidth_of(found.items, found.num_warps, case.num_stages, found.report.programs_per_sm)
+    if bandwidth is not None:
+        yield {
+            "case": case.name,
+            "variant": variant,
+            "table": "memory",
+            "registers": found.report.registers,
+            "occupancy": found.report.occupancy,
+            "kib_in_flight": bandwidth.bytes_in_flight / 1024,
+            "instructions_per_element": bandwidth.instructions_per_element,
+            "mufu_per_element": bandwidth.mufu_per_element,
+            **{f"share_of_{gpu}": bandwidth.share(gpu) for gpu in BANDWIDTH},
+            **{f"limit_on_{gpu}": bandwidth.limiter(gpu) for gpu in BANDWIDTH},
+        }
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Write down what other people's code launches on tensors of the device `meta`, in the place of launching it."""
+    from triton.runtime.jit import JITFunction
+
+    launched: list[Launch] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **constants: Any) -> None:
+        launched.append(Launch(kernel, 0, args, constants))
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(multi_processor_count=NUM_SMS)),
+        # Values that are asked for, such as the count of targets, only scale or are checked.
+        mock.patch.object(torch.Tensor, "item", return_value=1),
+        mock.patch.object(torch.Tensor, "__bool__", return_value=True),
+        mock.patch.object(torch, "equal", return_value=True),
+    ):
+        yield launched
+
+
+def peer_cases(op: Op, sizes: Sizes, peer: str) -> list[KernelCase]:
+    """Return the kernels of a peer's call and its backward pass; `Unsupported` where there is none."""
+    device = torch.device("meta")
+    arguments = op.arguments(device, torch.bfloat16, **sizes)
+    function = PEERS[op.name][peer](sizes, device)
+    with recorded_launches() as launched:
+        outputs = function(*arguments.positional)
+        outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None and y.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    label = op.label(dict(sizes))
+    return [kernel_case(launch, f"{launch.kernel.__name__} {label}") for launch in launched]
+
+
+def _op_rows(op: Op, sizes: Sizes) -> Rows:
+    cases: dict[KernelCase, str] = {}
+    for form in FORMS:
+        with use_attention_kernel(form):
+            cases |= dict.fromkeys(launches(op, {**sizes, "dtype": torch.bfloat16}, ARCHITECTURE), "tilewright")
+    row: Row = {"case": op.label(dict(sizes)), "variant": "liger"}
+    try:
+        if "liger" in PEERS.get(op.name, {}):
+            cases |= dict.fromkeys(peer_cases(op, sizes, "liger"), "liger")
+    except Unsupported as reason:
+        yield row | {"not_measured": str(reason)}
+    except Exception as error:  # of another version of a peer, which may ask a tensor for its values
+        yield row | {"not_measured": f"{type(error).__name__}: {error}"[:200]}
+    with ThreadPoolExecutor() as pool:
+        for rows in pool.map(lambda item: list(model_rows(*item)), cases.items()):
+            yield from rows
+
+
+def causal_tiles(num_tokens: int, kept: int, looped: int, of_keys: bool) -> tuple[int, int, int]:
+    """Return the (programs, tiles without a mask, tiles with one) of one head under a causal mask.
+
+    A program keeps `kept` queries and loops over keys, or the other way round where it is `of_keys`.
+    """
+    full = masked = 0
+    starts = range(0, num_tokens, kept)
+    for start in starts:
+        end = min(start + kept, num_tokens)
+        # In the order of the loop, tiles before the first row's diagonal are whole, or those behind the last row's.
+        before = (num_tokens - (-(-(end - 1) // looped) * looped)) // looped if of_keys else start // looped
+        met = -(-num_tokens // looped) - start // looped if of_keys else -(-end // looped)
+        full, masked = full + before, masked + met - before
+    return len(starts), full, masked
+
+
+def _shape(case: KernelCase) -> tuple[int, int, bool]:
+    constants = dict(case.constants)
+    of_keys = "backward_kv" in case.kernel.__name__
+    if case.kernel.is_gluon():
+        return 64 * constants["GROUPS"], constants["BLOCK_M" if of_keys else "BLOCK_N"], of_keys
+    kept, looped = constants["BLOCK_M"], constants["BLOCK_N"]
+    return (looped, kept, True) if of_keys else (kept, looped, False)
+
+
+def predicted_ms(case: KernelCase, sizes: Sizes) -> float:
+    """Return how long a kernel of causal attention takes by the model, calibrated."""
+    found = analyse(case)
+    assert found.full is not None
+    assert found.masked is not None
+    programs, tiles, masked_tiles = causal_tiles(sizes["num_queries"], *_shape(case))
+    # A report is of one iteration of all programs that share a multiprocessor.
+    per_sm = found.report.programs_per_sm
+    cycles = (tiles * found.full.cycles + masked_tiles * found.masked.cycles + programs * PROGRAM_CYCLES) / per_sm
+    slower = found.full.share * PEAK_TFLOPS / calibrated(found.full.share, form_of(case))
+    return cycles * slower * sizes["batch"] * sizes["num_heads"] / NUM_SMS / (CLOCK_GHZ * 1e6)
+
+
+def _predicted(sizes: Sizes) -> Rows:
+    op = ALL["attention"]
+    for form in FORMS:
+        with use_attention_kernel(form):
+            cases = list(launches(op, {**sizes, "dtype": torch.bfloat16}, ARCHITECTURE))
+        times = {case.kernel.__name__: predicted_ms(case, sizes) for case in cases}
+        costs = op.cost(2, **sizes)
+        forward, *backward = times.values()
+        parts = {
+            "forward": (costs.forward, forward),
+            "backward": (costs.backward, sum(backward)),
+            "both": (costs.both, forward + sum(backward)),
+        }
+        for direction, (cost, ms) in parts.items():
+            assert cost is not None
+            name, rate = f"{op.label(dict(sizes))} {direction}", cost.flops / ms / 1e9
+            yield {"case": name, "variant": form, "table": PREDICTED, "predicted_ms": ms, "predicted_tflop_per_s": rate}
+
+
+def model_jobs() -> Iterator[Job]:
+    """Yield the model of each op's first shape, and of attention's at each head dim."""
+    for op in ALL.values():
+        yield Job(f"model of {op.name}", partial(_op_rows, op, op.shapes[0]))
+    attention = ALL["attention"]
+    causal = [s for s in attention.shapes if s["num_queries"] == 16_384 and "window" not in s]
+    shapes = {head_dim: next(s for s in causal if s["head_dim"] == head_dim) for head_dim in (64, 128, 256)}
+    for head_dim in (128, 256):
+        yield Job(f"model of attention K{head_dim}", partial(_op_rows, attention, shapes[head_dim]))
+    for head_dim, sizes in shapes.items():
+        yield Job(f"prediction of attention K{head_dim}", partial(_predicted, sizes))
