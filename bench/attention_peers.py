@@ -1,6 +1,7 @@
 """Other people's attention, each as a function of q, k and v for one shape."""
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels import reference
-from ..kernels.op import Sizes
-from .peers import Unsupported, find
+from ..kernels import attention, reference
+from ..kernels.attention import AttentionKernel, use_attention_kernel
+from ..kernels.inspect import FORMS, launches
+from ..kernels.op import ALL, Sizes
+from .peers import OWN, Unsupported, find
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B, H, T, K), k, v (B, Hkv, S, K) -> o (B, H, T, K)."""
@@ -122,7 +125,38 @@ def _varlen(sizes: Sizes, device: torch.device) -> Attention:
     return _packed(varlen_attn, sizes, device, window_size=(back, 0))
 
 
+def variant_of(form: str) -> str:
+    """Return what a form of our attention, `portable` or `gluon`, is called where it is measured."""
+    return f"{OWN}, {form}"
+
+
+def _own(form: AttentionKernel) -> Peer:
+    def make(sizes: Sizes, device: torch.device) -> Attention:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+            raise Unsupported("without a GPU of Hopper's generation there is one form only")
+        op = ALL["attention"]
+        with use_attention_kernel("gluon"):
+            cases = launches(op, {**sizes, "dtype": torch.bfloat16}, "sm_90")
+            if not any(case.kernel.is_gluon() for case in cases):
+                raise Unsupported("there is no kernel in Gluon for this shape")
+        # Of the keyword arguments those that are no tensors, and the borders of documents.
+        drawn = op.arguments(torch.device("meta"), torch.bfloat16, **sizes).options
+        options = {name: x for name, x in drawn.items() if not isinstance(x, Tensor)}
+        if "document_lengths" in sizes:
+            options["cu_seqlens"] = torch.tensor([0, *accumulate(sizes["document_lengths"])], dtype=torch.int32, device=device)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with use_attention_kernel(form):
+                return attention(q, k, v, **options)
+
+        return run
+
+    return make
+
+
 ATTENTION_PEERS: Mapping[str, Peer] = {
+    # Ours as it ships is measured beside them: these are both of its forms.
+    **{variant_of(form): _own(form) for form in FORMS},
     "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),

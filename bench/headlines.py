@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .jobs import Row
+from .peers import OWN
 from .results import Run
-
-OWN = "tilewright"
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,9 @@ class Headline:
 
 def _beside_peers(rows: Sequence[Row], own: Row, how: str) -> str:
     """Return a result and the fastest peer of the same case."""
-    peers = [row for row in rows if row.get("case") == own.get("case") and row.get("variant") != OWN and row.get("p50_ms")]
+    others = [row for row in rows if row.get("case") == own.get("case") and row.get("p50_ms")]
+    # Another form of ours is no peer.
+    peers = [row for row in others if not f"{row.get('variant')},".startswith(f"{OWN},")]
     if not peers:
         return how
     best = min(peers, key=lambda row: row["p50_ms"])
@@ -97,10 +98,8 @@ def _tokenizer(beginning: str) -> Callable[[Sequence[Row]], str]:
     def of(rows: Sequence[Row]) -> str:
         for own in rows:
             if str(own.get("case", "")).startswith(beginning) and own.get("variant") == OWN and own.get("mb_per_s"):
-                # Our other rule for ties is no peer.
-                others = [row for row in rows if not str(row.get("variant", "")).startswith(f"{OWN},")]
                 return _beside_peers(
-                    others, own, f"{own['case'].removeprefix(beginning).strip(', ')}: {own['mb_per_s']:,.1f} MB/s"
+                    rows, own, f"{own['case'].removeprefix(beginning).strip(', ')}: {own['mb_per_s']:,.1f} MB/s"
                 )
         return ""
 

@@ -12,9 +12,9 @@ from ..kernels.op import ALL, Arguments, Cost, Op, Sizes
 from .attention_oracle import attention_right
 from .check import Judge, what_is_right
 from .op_peers import BOTH_ONLY, PEERS
+from .peers import OWN
 
 Variant = Callable[..., Any]
-OWN = "tilewright"
 # Results that are known in another way than by the reference in float64, which would hold all scores at once.
 ORACLES: Mapping[str, Callable[..., Mapping[str, Judge]]] = {"attention": attention_right}
 

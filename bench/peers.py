@@ -4,6 +4,8 @@ import importlib
 from functools import cache
 from typing import Any
 
+# Our own variant as it ships; other forms of it have names that begin with it and a comma.
+OWN = "tilewright"
 # How to get each package. Those that the extra `bench` leaves out compile for long, or bring a compiler of their own.
 REMEDIES = {
     "liger_kernel": "pip install liger-kernel",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..files import atomic_file
 from .jobs import Row
+from .peers import OWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 Stages = Mapping[str, Sequence[Row]]
 """The rows of each stage."""
-OWN = "tilewright"
 DIRECTIONS = ("forward", "backward")
 TEXTS = ("stories", "packages")
 

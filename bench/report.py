@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_text
+from .attention_peers import variant_of
 from .figures import columns, heading, tables, text
 from .headlines import headlines
 from .jobs import Row
@@ -16,11 +17,15 @@ from .readme import replace_block
 from .results import Run, read_runs
 from .run import slug
 from .stages import STAGES
+from .static_model import PREDICTED
 
+ASSUMED = """\
+By the static model of the kernels' machine code, which CONTRIBUTING.md describes, for an H100 of 132 multiprocessors at
+1.83 GHz. Loads are in time; power and clocks limit as they limit public kernels of the same kind."""
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NOT_MEASURED = "not measured"
 # Stages whose rows say something only together.
-OF_ONE_RUN = ("machine", "ceilings", "tests", "accounting", "inspect")
+OF_ONE_RUN = ("machine", "ceilings", "tests", "accounting", "inspect", "model")
 INTRODUCTION = """\
 # What the bench has measured
 
@@ -50,7 +55,8 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None)
     """Return the lines of a Markdown table of rows; what a row does not have stays empty."""
     names = columns(rows) if names is None else names
     lines = [f"| {' | '.join(heading(name) for name in names)} |"]
-    lines.append("|" + "|".join("---" if name in ("case", "variant", "suspicious") else "---:" for name in names) + "|")
+    words = ("case", "variant", "device", "suspicious", "busiest", "waits_for")
+    lines.append("|" + "|".join("---" if name in words else "---:" for name in names) + "|")
     lines += [f"| {' | '.join(_cell(text(name, row.get(name))) for name in names)} |" for row in rows]
     return lines
 
@@ -83,6 +89,20 @@ def _stage_lines(name: str, found: Sequence[tuple[Run, list[Row]]], folder: Path
     if left_out:
         yield from (f"<details><summary>{NOT_MEASURED}: {len(left_out)}</summary>", "")
         yield from (*table(left_out, ["case", "variant", "not_measured"]), "", "</details>", "")
+
+
+def predictions(runs: Sequence[Run]) -> list[Row]:
+    """Return what the static model predicted last, each beside what a GPU measured of it last, or not."""
+    predicted = [row for _, rows in newest(runs, "model") for row in rows if row.get("table") == PREDICTED]
+    measured: dict[tuple[Any, Any], tuple[Run, Row]] = {}
+    for run, rows in reversed(newest([run for run in runs if run.is_gpu], "attention")):
+        measured |= {(row.get("case"), row.get("variant")): (run, row) for row in rows}
+    found = []
+    for row in predicted:
+        run, one = measured.get((row.get("case"), variant_of(str(row.get("variant")))), (None, {}))
+        beside = {"measured_ms": one.get("p50_ms"), "measured_tflop_per_s": one.get("tflop_per_s")}
+        found.append({**row, **beside, "device": run.device if run else NOT_MEASURED})
+    return found
 
 
 def _link(path: Path, folder: Path) -> str:
@@ -138,6 +158,8 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     )
     for device in devices:
         lines += _device_lines(device, [run for run in runs if run.device == device], folder)
+    if beside := predictions(runs):
+        lines += ["## Predicted and measured", "", ASSUMED, "", *table(beside), ""]
     lines += ["## All runs", "", "| file | device | date | commit | stages |", "|---|---|---|---|---|"]
     for run in runs:
         stages = ", ".join(dict.fromkeys(str(row.get("stage")) for row in run.rows if "not_measured" not in row))

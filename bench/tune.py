@@ -20,9 +20,11 @@ from ..kernels.attention.configurations import (
     Kernel,
     LaunchConfig,
     generation_at,
+    gluon_key,
     key_of,
     read_configurations,
     use_configuration,
+    with_configuration,
     write_configurations,
 )
 from ..kernels.attention.operands import block_k_of
@@ -61,8 +63,10 @@ class TuneConfig:
 
 def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[LaunchConfig]:
     """Return what is tried, as (rows that a program keeps, rows it loops over, warps, stages), with and without descriptors."""
-    # Four warps multiply 64 rows at a time. A tile to loop over has 8 to 32 KiB, or 64 rows of a small head.
-    looped = [rows for rows in (16, 32, 64, 128) if min(64, 2**12 // block_k) <= rows <= 2**14 // block_k]
+    # Four warps multiply 64 rows at a time. A tile to loop over has 8 to 32 KiB, or 64 rows of a small head; of queries for dk
+    # and dv, which leave few registers, half as many.
+    least = min(64, 2**12 // block_k) // (2 if kernel == "backward_kv" else 1)
+    looped = [rows for rows in (16, 32, 64, 128) if least <= rows <= 2**14 // block_k]
     kept, stages = ((64, 4), (64, 8), (128, 8)), (2, 3)
     if kernel == "forward":
         kept, stages = ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4)
@@ -74,7 +78,17 @@ def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[Lau
     for (keeps, warps), loops, depth, tma in product(kept, looped, stages, descriptors):
         block_m, block_n = (loops, keeps) if kernel == "backward_kv" else (keeps, loops)
         tried.append(LaunchConfig(block_m, block_n, block_k, warps, depth, tma))
-    return tried
+    return [*tried, *_in_gluon(kernel, generation, block_k)]
+
+
+def _in_gluon(kernel: Kernel, generation: Generation, block_k: int) -> Iterator[LaunchConfig]:
+    if generation != "sm_90" or kernel == "decode" or block_k < 64:
+        return
+    # Three groups of four warps have too few registers for wide heads, and for the two sums of dk and dv.
+    groups = (2, 3) if block_k == 64 and kernel != "backward_kv" else (2,)
+    for count, loops, depth in product(groups, (32, 64, 128), (2, 3)):
+        block_m, block_n = (loops, 64 * count) if kernel == "backward_kv" else (64 * count, loops)
+        yield LaunchConfig(block_m, block_n, block_k, 4, depth, True, gluon=True)
 
 
 def flaw_of(case: KernelCase, generation: Generation) -> str | None:
@@ -113,11 +127,12 @@ def compiled(
     """Return a kernel as calls of these shapes would launch it with another configuration."""
     with use_configuration(key, config):
         cases = [case for sizes in shapes for case in launches(ATTENTION, {"dtype": torch.bfloat16, **sizes}, generation)]
-    return [case for case in cases if case.kernel.__name__ == KERNELS[kernel]]
+    name = f"{KERNELS[kernel]}_hopper" if config.gluon else KERNELS[kernel]
+    return [case for case in cases if case.kernel.__name__ == name]
 
 
 def _name(config: LaunchConfig) -> str:
-    tma = " TMA" if config.tma else ""
+    tma = ", in Gluon" if config.gluon else " TMA" if config.tma else ""
     return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages{tma}"
 
 
@@ -158,7 +173,8 @@ def tune_kernel(
     """
     generation = generation_at(device)
     key = key_of(generation, kernel, "half", head_dim)
-    shipped = read_configurations()[key]
+    configurations = read_configurations()
+    shipped = configurations[key] if not configurations[key].gluon else configurations[gluon_key(key)]
     tried = {_name(config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
     with ThreadPoolExecutor() as pool:
         sizes = sizes_of(kernel, head_dim)
@@ -189,7 +205,7 @@ def tune_kernel(
         verdicts[name] = flaw_in_service(name) or "chosen"
         if verdicts[name] == "chosen":
             if tried[name] != shipped:
-                write_configurations({**read_configurations(), key: tried[name]})
+                write_configurations({**read_configurations(), **with_configuration(key, tried[name])})
             break
     costs = ATTENTION.cost(DTYPE.itemsize, **sizes)
     cost = costs.backward if kernel.startswith("backward") else costs.forward

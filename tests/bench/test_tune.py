@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from gluon_emulator import emulating
 from tilewright.bench import TuneConfig, run_tune, tune
 from tilewright.bench.timing import Times
 from tilewright.errors import UserError
@@ -114,9 +115,29 @@ def test_the_fastest_is_written_and_no_other_line_changes(kernel, shipped, small
     assert [row["shipped"] for row in rows].count(True) == 1
     after = shipped.read_text().splitlines()
     changed = [new for old, new in zip(before, after, strict=True) if old != new]
-    entry = {name: value for name, value in dataclasses.asdict(GRID[1]).items() if name != "block_k"}
+    entry = {name: value for name, value in dataclasses.asdict(GRID[1]).items() if name not in ("block_k", "gluon")}
     assert changed == [f' "sm_90 {kernel} half 16": {json.dumps(entry)},']
     assert read_configurations()[f"sm_90 {kernel} half 16"] == GRID[1]
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
+def test_the_form_in_gluon_ships_where_it_is_the_fastest(kernel, shipped, small, monkeypatch):
+    grid = [LaunchConfig(32, 32, 64, 4, 2, True), LaunchConfig(128, 128, 64, 4, 2, True, gluon=True)]
+    monkeypatch.setattr(tune, "candidates", lambda *_: grid)
+    key = f"sm_90 {kernel} half 64"
+    before = read_configurations()[key]
+    with emulating("early"):
+        rows = list(tune.tune_kernel(kernel, 64, torch.device("cpu"), no_flaw, timer(*names(grid)[::-1])))
+    assert [row["variant"] for row in rows[:2]] == ["128x128, 4 warps, 2 stages, in Gluon", "32x32, 4 warps, 2 stages TMA"]
+    assert rows[0]["verdict"] == "chosen"
+    # Where it cannot serve, the portable kernel is launched as before.
+    assert read_configurations()[key] == dataclasses.replace(before, gluon=True)
+    assert read_configurations()[key.replace("half", "gluon")] == grid[1]
+    with emulating("early"):
+        rows = list(tune.tune_kernel(kernel, 64, torch.device("cpu"), no_flaw, timer(*names(grid))))
+    assert [row["shipped"] for row in rows[:2]] == [False, True]
+    assert read_configurations()[key] == grid[0]
 
 
 @interpreted
@@ -173,11 +194,13 @@ def test_an_interruption_leaves_the_file(shipped, small):
 def test_what_is_tried(kernel):
     for block_k in (16, 64, 128, 256):
         tried = tune.candidates(kernel, "sm_90", block_k)
-        assert 12 <= len(tried) == len(set(tried)) <= 72
+        assert 12 <= len(tried) == len(set(tried)) <= 84
         assert {config.block_k for config in tried} == {block_k}
         # Descriptors where the GPU has them, and where the kernel takes them.
         assert {config.tma for config in tried} == ({False} if kernel == "decode" else {False, True})
         assert not any(config.tma for config in tune.candidates(kernel, "sm_86", block_k))
+        assert any(config.gluon for config in tried) == (kernel != "decode" and block_k >= 64)
+        assert not any(config.gluon for config in tune.candidates(kernel, "sm_100", block_k))
 
 
 def test_tuning_needs_a_gpu_and_head_dims_that_have_configurations():
