@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import attention, reference
-from ..kernels.attention import AttentionKernel, use_attention_kernel
-from ..kernels.inspect import FORMS, launches
+from ..kernels.attention.choice import FORMS, AttentionKernel, use_attention_kernel
+from ..kernels.inspect import launches
 from ..kernels.op import ALL, Sizes
 from .peers import OWN, Unsupported, find
 

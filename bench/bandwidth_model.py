@@ -8,13 +8,12 @@ moves most: the loop with most bytes, or where none moves any, the code as a who
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .loop_model import CYCLES
+from ..kernels.datasheet import GPUS
+from .loop_model import CLOCK, CYCLES, NUM_SMS
 from .sass import NO_SCOREBOARD, Instruction, Item, loops
 
-NUM_SMS = 132
-CLOCK = 1.83e9
-# 3.35 and 4.8 TB/s (NVIDIA, datasheets), with some 1.3 us until a load under way has arrived.
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
+BANDWIDTH = {"H100": GPUS["NVIDIA H100 80GB HBM3"].bandwidth * 1e12, "H200": GPUS["NVIDIA H200"].bandwidth * 1e12}
+# That a multiprocessor needs: its share of the bandwidth for the 1.3 us or so until a load has arrived, rounded.
 BYTES_IN_FLIGHT = {"H100": 32 * 1024, "H200": 48 * 1024}
 SUB_PARTITIONS = 4
 

@@ -5,14 +5,15 @@ model issues one instruction a cycle from the warps that may go on, by the contr
 scoreboards, barriers, waits for products. It charges each instruction to its pipe, and products to the tensor core, in order.
 
 What it assumes: loads through TMA and cp.async are in time; caches, power and clocks limit nothing; a branch that is not the
-loop's own is not taken. It overrates how programs that share a multiprocessor overlap, so shares above 65% are upper bounds;
-what it says of waiting in step it says reliably: see `CALIBRATION`.
+loop's own is not taken. It overrates how programs that share a multiprocessor overlap, so a share above 65% of the peak that
+rests on that is an upper bound. `CALIBRATION` says how its shares compare with measurements.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..kernels.datasheet import GPUS
 from .sass import NO_SCOREBOARD, Instruction
 
 # Cycles that a warp's instruction keeps its pipe of a sub-partition busy: CUDA C++ Programming Guide, table "Throughput of
@@ -24,11 +25,15 @@ BARRIER_LATENCY = 24
 TENSOR_LATENCY = 32
 """Cycles from the end of a product to the warp that waits for it."""
 MUFU_QUEUE = 4
+# Of an H100 SXM and an H200 (NVIDIA, H100 whitepaper).
+NUM_SMS = 132
+CLOCK = 1.83e9
+"""Hz"""
+PEAK_TFLOPS = GPUS["NVIDIA H100 80GB HBM3"].bf16
 MULTIPLY_ADDS = 2048
-"""Of a multiprocessor's tensor cores a cycle, in half precision: 989.4 TFLOP/s of 132 at 1.83 GHz (NVIDIA, H100 whitepaper)."""
+"""Of a multiprocessor's tensor cores a cycle, in half precision: PEAK_TFLOPS of all at this clock."""
 SHARED_BYTES = 128
 """That a multiprocessor's shared memory delivers a cycle."""
-PEAK_TFLOPS = 989.4
 CALIBRATION = {"portable": 0.81, "gluon": 0.66}
 """Measured over modelled, by one public figure each, of an H100 at head dim 128 and 16,384 tokens, no mask: Triton's tutorial
 487 TFLOP/s, of which our portable forward pass is modelled at 600; FlashAttention-3 648, of which our Gluon one is modelled at
@@ -37,7 +42,8 @@ than 15% or so."""
 MOST_TFLOPS = PEAK_TFLOPS * CALIBRATION["gluon"]
 """The most that is predicted, a choice: FlashAttention-3 has reached 740 in its best case (arXiv:2407.08608)."""
 SKEW = 500
-"""Cycles by which groups of warps that nothing ties together begin one after the other, or one instruction each of a loop."""
+"""Cycles by which groups of warps that nothing ties together begin one after the other. Of a loop with fewer instructions
+their count is taken, because all groups must be in the loop at once."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .static_model import PREDICTED
 
 ASSUMED = """\
 By the static model of the kernels' machine code, which CONTRIBUTING.md describes, for an H100 of 132 multiprocessors at
-1.83 GHz. Loads are in time; power and clocks limit as they limit public kernels of the same kind."""
+1.83 GHz. It takes loads to be in time. One factor for each form stands for power and clocks."""
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NOT_MEASURED = "not measured"
 # Stages whose rows say something only together.

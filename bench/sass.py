@@ -4,7 +4,6 @@ NVIDIA does not document the control bits; Jia et al. (2018, arXiv:1804.06826, s
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -134,8 +133,3 @@ def loops(items: list[Item]) -> list[list[Instruction]]:
 def multiplies(body: Iterable[Instruction]) -> bool:
     """Whether products of warp groups are in these instructions."""
     return any(x.columns for x in body)
-
-
-def counts(body: Iterable[Instruction]) -> Counter[str]:
-    """Return how many instructions of each name there are."""
-    return Counter(x.base for x in body)

@@ -16,21 +16,19 @@ from unittest import mock
 
 import torch
 
-from ..kernels.attention import use_attention_kernel
-from ..kernels.inspect import FORMS, KernelCase, Report, compile_case, kernel_case, launches, num_warps_of, report_on
+from ..kernels.attention.choice import FORMS, use_attention_kernel
+from ..kernels.inspect import KernelCase, Report, compile_case, kernel_case, launches, num_warps_of, report_on
 from ..kernels.launch import Launch
 from ..kernels.op import ALL, Op, Sizes
 from .bandwidth_model import BANDWIDTH, bandwidth_of
 from .jobs import Job, Row, Rows
-from .loop_model import PEAK_TFLOPS, LoopReport, calibrated, simulate
+from .loop_model import CLOCK, NUM_SMS, PEAK_TFLOPS, LoopReport, calibrated, simulate
 from .op_peers import PEERS
 from .peers import Unsupported
 from .sass import Item, disassemble, loops, multiplies
 
 ARCHITECTURE = "sm_90"
 PREDICTED = "predicted"
-NUM_SMS = 132
-CLOCK_GHZ = 1.83
 PROGRAM_CYCLES = 3000
 """Assumed of a program beside its loops: until the first tile is there, and until the result is written. At 16,384 tokens
 twice as much takes 2% off a prediction at head dim 128."""
@@ -200,7 +198,7 @@ def predicted_ms(case: KernelCase, sizes: Sizes) -> float:
     per_sm = found.report.programs_per_sm
     cycles = (tiles * found.full.cycles + masked_tiles * found.masked.cycles + programs * PROGRAM_CYCLES) / per_sm
     slower = found.full.share * PEAK_TFLOPS / calibrated(found.full.share, form_of(case))
-    return cycles * slower * sizes["batch"] * sizes["num_heads"] / NUM_SMS / (CLOCK_GHZ * 1e6)
+    return cycles * slower * sizes["batch"] * sizes["num_heads"] / NUM_SMS / CLOCK * 1e3
 
 
 def _predicted(sizes: Sizes) -> Rows:
@@ -222,14 +220,25 @@ def _predicted(sizes: Sizes) -> Rows:
             yield {"case": name, "variant": form, "table": PREDICTED, "predicted_ms": ms, "predicted_tflop_per_s": rate}
 
 
-def model_jobs() -> Iterator[Job]:
-    """Yield the model of each op's first shape, and of attention's at each head dim."""
-    for op in ALL.values():
-        yield Job(f"model of {op.name}", partial(_op_rows, op, op.shapes[0]))
+def _causal_shapes() -> dict[int, Sizes]:
+    causal = [s for s in ALL["attention"].shapes if s["num_queries"] == 16_384 and "window" not in s]
+    return {head_dim: next(s for s in causal if s["head_dim"] == head_dim) for head_dim in (64, 128, 256)}
+
+
+def modelled() -> Iterator[tuple[str, Op, Sizes]]:
+    """Yield (name, op, sizes): each op's first shape, attention's at each head dim, and a decoding step, so every kernel."""
     attention = ALL["attention"]
-    causal = [s for s in attention.shapes if s["num_queries"] == 16_384 and "window" not in s]
-    shapes = {head_dim: next(s for s in causal if s["head_dim"] == head_dim) for head_dim in (64, 128, 256)}
-    for head_dim in (128, 256):
-        yield Job(f"model of attention K{head_dim}", partial(_op_rows, attention, shapes[head_dim]))
-    for head_dim, sizes in shapes.items():
+    for op in ALL.values():
+        if op is not attention:
+            yield op.name, op, op.shapes[0]
+    for head_dim, sizes in _causal_shapes().items():
+        yield f"attention K{head_dim}", attention, sizes
+    yield "decoding", attention, next(s for s in attention.shapes if s["num_queries"] == 1)
+
+
+def model_jobs() -> Iterator[Job]:
+    """Yield the model of all kernels, and what it predicts of causal attention."""
+    for name, op, sizes in modelled():
+        yield Job(f"model of {name}", partial(_op_rows, op, sizes))
+    for head_dim, sizes in _causal_shapes().items():
         yield Job(f"prediction of attention K{head_dim}", partial(_predicted, sizes))

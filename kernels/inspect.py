@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention.choice import AttentionKernel, use_attention_kernel
+from .attention.choice import FORMS, use_attention_kernel
 from .dispatch import HAS_TRITON, interpreting
 from .launch import Launch, recording
 from .op import ALL, DTYPES, Op, Sizes
 
-FORMS: tuple[AttentionKernel, ...] = ("portable", "gluon")
 # The arguments of a launch that are the compiler's options and no arguments of the kernel.
 OPTIONS: Mapping[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 AttentionKernel = Literal["auto", "portable", "gluon"]
+FORMS: tuple[AttentionKernel, ...] = ("portable", "gluon")
 
 _chosen: AttentionKernel = "auto"
 

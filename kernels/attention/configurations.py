@@ -165,15 +165,19 @@ def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options, o
     generation, kind = generation_at(q.device), kind_of(q.dtype, options)
     block_k = block_k_of(max(t.shape[-1] for t in tensors))
     config = configurations[key_of(generation, kernel, kind, block_k)]
-    all_described = all(map(fits_tma, tensors))
-    if config.tma and not all_described:
+    if config.tma and not all(map(fits_tma, tensors)):
         return configurations[key_of(WITHOUT_TMA, kernel, kind, block_k)]
     if options.kernel == "gluon" or (options.kernel == "auto" and config.gluon):
         in_gluon = configurations.get(key_of(generation, kernel, GLUON_KINDS[kind], block_k)) if kind in GLUON_KINDS else None
-        serves = all(block_k_of(t.shape[-1]) == block_k for t in tensors) and (output is None or is_aligned(output))
-        if in_gluon is not None and serves and all_described and (is_recording() or not interpreting()):
+        if in_gluon is not None and _serves(block_k, tensors, output):
             return in_gluon
     return replace(config, gluon=False) if config.gluon else config
+
+
+def _serves(block_k: int, tensors: Sequence[Tensor], output: Tensor | None) -> bool:
+    # Descriptors have to describe all tensors, in tiles of one width. What is written down or emulated is not interpreted.
+    described = all(block_k_of(t.shape[-1]) == block_k and fits_tma(t) for t in tensors)
+    return described and (output is None or is_aligned(output)) and (is_recording() or not interpreting())
 
 
 def rows_at_once(x: Tensor, heads: float, num_rows: int) -> int:

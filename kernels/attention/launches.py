@@ -18,7 +18,7 @@ from .operands import aligned, as_gluon_tiles, as_tiles, load_strides
 from .options import Options
 
 # The portable form and that in Gluon, and along which axis, queries (m) or keys (n), a program keeps its tile.
-FORMS: Mapping[Kernel, tuple[Any, Any, str]] = {
+KERNELS: Mapping[Kernel, tuple[Any, Any, str]] = {
     "forward": (attention_forward, attention_forward_hopper, "m"),
     "backward_q": (attention_backward_q, attention_backward_q_hopper, "m"),
     "backward_kv": (attention_backward_kv, attention_backward_kv_hopper, "n"),
@@ -34,7 +34,7 @@ def _launch(
     constants: Mapping[str, Any],
 ) -> None:
     """Launch a kernel in the form that `config` is for; its first arguments are tiles of `tensors`, q, k, v and one like q."""
-    portable, in_gluon, kept = FORMS[kernel]
+    portable, in_gluon, kept = KERNELS[kernel]
     axes = "mnnm"[: len(tensors)]
     q, v = tensors[0], tensors[2]
     if config.gluon:

@@ -11,7 +11,7 @@ import torch
 from .. import reference
 from ..op import Arguments, Cost, Costs, Op, Sizes, draw, record
 from .decode import attention_combine, attention_decode
-from .launches import FORMS
+from .launches import KERNELS
 from .op import attention
 
 
@@ -197,7 +197,7 @@ record(
     Op(
         function=attention,
         reference=reference.attention,
-        kernels=(*(kernel for forms in FORMS.values() for kernel in forms[:2]), attention_decode, attention_combine),
+        kernels=(*(kernel for forms in KERNELS.values() for kernel in forms[:2]), attention_decode, attention_combine),
         arguments=_arguments,
         cost=_costs,
         shapes=tuple(_measured()),

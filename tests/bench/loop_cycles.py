@@ -6,8 +6,8 @@ import torch
 import triton
 
 from tilewright.bench.static_model import analyse
-from tilewright.kernels.attention import use_attention_kernel
-from tilewright.kernels.inspect import FORMS, launches
+from tilewright.kernels.attention.choice import FORMS, use_attention_kernel
+from tilewright.kernels.inspect import launches
 from tilewright.kernels.op import ALL
 
 

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tilewright.bench import sass
 from tilewright.bench.bandwidth_model import BYTES_IN_FLIGHT, bandwidth_of, first_batch
 from tilewright.bench.loop_model import CYCLES, TENSOR_LATENCY, calibrated, simulate, tensor_cycles
-from tilewright.bench.static_model import causal_tiles
+from tilewright.bench.static_model import ARCHITECTURE, causal_tiles, modelled
 from tilewright.cli import main
+from tilewright.kernels.attention.choice import FORMS, use_attention_kernel
 from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.inspect import launches
+from tilewright.kernels.op import ALL
 
 CYCLES_OF_LOOPS = Path(__file__).parent / "loop_cycles.json"
 
@@ -144,6 +148,19 @@ def test_tiles_of_a_causal_mask_are_counted(num_tokens, kept, looped, of_keys):
             elif keys[0] <= queries[-1]:
                 masked += 1
     assert causal_tiles(num_tokens, kept, looped, of_keys) == (-(-num_tokens // kept), full, masked)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
+def test_every_kernel_is_modelled(monkeypatch):
+    # What is interpreted here has no types to compile with.
+    monkeypatch.setattr("tilewright.kernels.inspect.kernel_case", lambda launch, name: launch)
+    found = set()
+    for form in FORMS:
+        with use_attention_kernel(form):
+            for _, op, sizes in modelled():
+                cases = launches(op, {**sizes, "dtype": torch.bfloat16}, ARCHITECTURE)
+                found |= {case.kernel.__name__ for case in cases}
+    assert found == {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
 
 
 def test_the_flag_belongs_to_inspect(capsys):

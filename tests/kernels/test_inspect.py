@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tilewright.kernels.attention.launches import FORMS
+from tilewright.kernels.attention import launches
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, programs_per_sm
 from tilewright.kernels.op import ALL
@@ -34,8 +34,8 @@ for case in cases:
 # sm_86 has the instructions of sm_80 and less shared memory, which only the widest tiles ask for. All its
 # kernels would take the compiler some minutes more; `tilewright bench inspect` shows them.
 CHOSEN = {"sm_80": "", "sm_86": r"attention_(forward|backward_\w+) .* K(128|256) ", "sm_90": "", "sm_100": ""}
-PORTABLE = {portable.__name__ for portable, _, _ in FORMS.values()}
-IN_GLUON = {in_gluon.__name__ for _, in_gluon, _ in FORMS.values()}
+PORTABLE = {portable.__name__ for portable, _, _ in launches.KERNELS.values()}
+IN_GLUON = {in_gluon.__name__ for _, in_gluon, _ in launches.KERNELS.values()}
 KERNELS = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
 # What multiplies matrices of half precision in attention's kernels.
 MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}}
