@@ -1,4 +1,4 @@
-"""The gradients of keys and values for Hopper in Gluon: divided as in `hopper_forward`, with four products a tile."""
+"""The gradients of keys and values for Hopper in Gluon: warps as in `hopper_forward`, with four products a tile."""
 
 from ..dispatch import tl
 from .gluon import gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait

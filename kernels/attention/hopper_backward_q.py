@@ -1,4 +1,4 @@
-"""The gradient of queries for Hopper in Gluon: divided as in `hopper_forward`, with three products a tile."""
+"""The gradient of queries for Hopper in Gluon: warps as in `hopper_forward`, with three products a tile."""
 
 from ..dispatch import tl
 from .gluon import gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait

@@ -1,4 +1,4 @@
-"""The forward pass for Hopper in Gluon: FlashAttention-3's division of labour (Shah et al. 2024, algorithms 1 and 2).
+"""The forward pass for Hopper in Gluon: FlashAttention-3's warp specialisation (Shah et al. 2024, algorithms 1 and 2).
 
 One warp loads tiles of keys and values through TMA into a ring of buffers. Groups of four warps take 64 queries each; within a
 group the softmax of one tile overlaps the product of the tile before with its values, and the groups drift apart, so that one
