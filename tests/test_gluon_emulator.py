@@ -127,6 +127,37 @@ def test_a_result_needs_a_wait():
         emulate(Launch(use_before_wait, 1, (torch.zeros(16),), {}), "late")
 
 
+@gluon.jit
+def turns_done(counter_ptr):
+    return gl.inline_asm_elementwise("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter_ptr], gl.int32, False, 1)
+
+
+@gluon.jit
+def write_in_turn(y_ptr, counter_ptr, LAST_FIRST: gl.constexpr):
+    turn = gl.program_id(0)
+    if LAST_FIRST:
+        turn = gl.num_programs(0) - 1 - turn
+    done = turns_done(counter_ptr)
+    while done != turn:
+        done = turns_done(counter_ptr)
+    gl.store(y_ptr + done, gl.program_id(0))
+    gl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_programs_take_turns_and_none_may_wait_for_one_that_begins_later(order):
+    def written(last_first, at_once):
+        y, counter = torch.full((2, 5), -1, dtype=torch.int32)
+        counter.zero_()
+        emulate(Launch(write_in_turn, 5, (y, counter), {"LAST_FIRST": last_first}), order, at_once=at_once)
+        return y.tolist()
+
+    assert written(False, at_once=1) == written(False, at_once=3) == [0, 1, 2, 3, 4]
+    assert written(True, at_once=5) == [4, 3, 2, 1, 0]
+    with pytest.raises(Deadlock, match="programs wait for one another, or for one that begins later"):
+        written(True, at_once=4)
+
+
 def test_half_precision_is_rounded_to_nearest_even():
     halves = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -70000.0])
     assert DType("bfloat16", 16).round(halves.numpy()).tolist() == halves.bfloat16().float().tolist()

@@ -3,7 +3,8 @@
 One more builtin of `gl` or `tl` is an entry of `_language`, one that kernels import by its own name an entry of `BUILTINS`. It
 takes `raw` of its arguments and returns a `Value`. What happens later on the hardware is a function in the program's `copies`
 or `products`. After what others can see it calls `give_way`, with a condition and a reason where it waits; where the hardware
-reads shared memory, `check_fences`. A test in `test_gluon_emulator.py` leaves out the wait that it needs.
+reads shared memory, `check_fences`; before it changes global memory, `Grid.before_write`. A test in `test_gluon_emulator.py`
+leaves out the wait that it needs.
 """
 
 import types
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .grid import Grid
 from .program import Barrier, Product, Program, Shared
-from .values import DTYPES, OF_TORCH, DType, Value, function, load, raw, reduction, store
+from .values import DTYPES, OF_TORCH, DType, Pointer, Value, function, load, raw, reduction, store
 
 
 def _warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -152,6 +154,27 @@ def _allocate_shared_memory(dtype: DType, shape: Sequence[int], layout: Any) -> 
     return buffer
 
 
+def _atomic_add(pointer: Pointer, value: Any, sem: str) -> None:
+    places = torch.as_tensor(np.asarray(pointer.offset), dtype=torch.int64)
+    data = torch.from_numpy(np.array(np.broadcast_to(raw(value), places.shape)))
+    Grid.current.before_write()
+    pointer.memory.index_put_((places,), data.to(pointer.memory.dtype), accumulate=True)
+    Program.current.give_way()
+
+
+def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    Grid.current.before_write()
+    store(pointer, value, mask)
+
+
+def _inline_asm(asm: str, constraints: str, arguments: Sequence[Any], dtype: DType, is_pure: bool, pack: int) -> Any:
+    """Read a counter in global memory, which another program may advance."""
+    assert asm == "ld.acquire.gpu.global.b32 $0, [$1];", asm
+    Grid.current.poll()
+    Program.current.give_way(polling=True)
+    return load(arguments[0])
+
+
 class _Language(types.SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         raise NotImplementedError(f"gl.{name} is not emulated: add it to {__file__}")
@@ -168,7 +191,7 @@ def _language() -> Any:
         maximum=function(np.fmax), minimum=function(np.fmin), where=function(np.where),
         max=reduction(np.fmax.reduce), min=reduction(np.fmin.reduce), sum=reduction(np.sum),
         cdiv=lambda x, y: (x + y - 1) // y, cast=lambda x, dtype: Value(dtype.round(raw(x))),
-        load=load, store=store, debug_barrier=lambda: None,
+        load=load, store=_store, atomic_add=_atomic_add, inline_asm_elementwise=_inline_asm, debug_barrier=lambda: None,
         zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype.numpy)),
         full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype.numpy)),
         arange=lambda start, end, layout=None: Value(np.arange(start, end, dtype=np.int32)),

@@ -16,8 +16,8 @@ class Deadlock(Exception):
     """Nobody can go on."""
 
 
-class _Aborted(BaseException):
-    """Another partition has failed."""
+class Aborted(BaseException):
+    """Another partition, or another program, has failed."""
 
 
 class Shared:
@@ -34,6 +34,10 @@ class Shared:
     def index(self, i: Any) -> Any:
         part = self.data[int(i)]
         return part.item() if part.dtype == object and part.size == 1 else Shared(part, self.dtype, self.unfenced)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
+        part = (slice(None),) * dim + (slice(start, start + length),)
+        return Shared(self.data[part], self.dtype, self.unfenced)
 
     def permute(self, order: Sequence[int]) -> "Shared":
         return Shared(self.data.transpose(order), self.dtype, self.unfenced)
@@ -97,6 +101,7 @@ class Program:
         self.products: dict[Any, list[Product]] = {}
         self.ready: dict[Any, Callable[[], bool]] = {}
         self.waits_for: dict[Any, str] = {}
+        self.polling: set[Any] = set()
         self.turns: dict[Any, threading.Semaphore] = {}
         self.failure: BaseException | None = None
 
@@ -117,7 +122,8 @@ class Program:
         while self.ready:
             able = [partition for partition, ready in self.ready.items() if ready()]
             events = self._events()
-            if events and (not able or (self.order == "random" and self.random.random() < 0.5)):
+            # Who looks at memory again and again holds up nothing.
+            if events and (self.polling.issuperset(able) or (self.order == "random" and self.random.random() < 0.5)):
                 self._happen(self.random.choice(events))
             elif able:
                 return self.random.choice(able)
@@ -125,7 +131,7 @@ class Program:
                 raise Deadlock("; ".join(sorted(f"{p.name} waits for {self.waits_for[p]}" for p in self.ready)))
         return None
 
-    def give_way(self, ready: Callable[[], bool] = lambda: True, reason: str = "its turn") -> None:
+    def give_way(self, ready: Callable[[], bool] = lambda: True, reason: str = "its turn", polling: bool = False) -> None:
         """Let others go on, and return once this partition may, where `ready` holds."""
         me = self.me()
         if me not in self.turns:
@@ -134,10 +140,11 @@ class Program:
                 self._happen(self._events()[0])
             return
         self.ready[me], self.waits_for[me] = ready, reason
+        (self.polling.add if polling else self.polling.discard)(me)
         self._pass_on()
         self.turns[me].acquire()
         if self.failure is not None:
-            raise _Aborted
+            raise Aborted
 
     def _pass_on(self) -> None:
         try:
@@ -160,7 +167,7 @@ class Program:
             try:
                 if self.failure is None:
                     function(*arguments)
-            except _Aborted:
+            except Aborted:
                 pass
             except BaseException as error:
                 self.failure = self.failure or error
