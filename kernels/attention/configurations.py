@@ -18,7 +18,7 @@ from ..launch import is_recording, recorded_capability
 from .operands import block_k_of, fits_tma, is_aligned
 from .options import Options
 
-Kernel = Literal["forward", "backward_q", "backward_kv", "decode"]
+Kernel = Literal["forward", "backward_q", "backward_kv", "backward_fused", "decode"]
 Kind = Literal["half", "half_softcap", "tf32", "ieee", "gluon", "gluon_softcap"]
 Generation = Literal["sm_80", "sm_86", "sm_90", "sm_100"]
 
@@ -42,7 +42,8 @@ class LaunchConfig:
     tma: bool
     """Whether tiles come through TMA descriptors where the tensors' addresses and strides allow it."""
     gluon: bool = False
-    """Whether this is for the kernel in Gluon; of a portable kernel's, whether that one, by its own, ships in its place."""
+    """Whether this is for the kernel in Gluon; of a portable kernel's, whether that one, by its own, ships in its place, and of
+    the fused backward kernel's, whether it ships in the place of two."""
 
     def blocks(self, q: Tensor, v: Tensor) -> dict[str, int]:
         """Return the arguments of a launch with q (B, H, T, K) and v (B, Hkv, S, V)."""
@@ -99,11 +100,16 @@ def _is_gluon(key: str) -> bool:
     return key.split()[2] in GLUON_KINDS.values()
 
 
+def _gluon_by_default(key: str) -> bool:
+    # Of the fused backward kernel the file says that it ships, not that it is one in Gluon.
+    return _is_gluon(key) and key.split()[1] != "backward_fused"
+
+
 @cache
 def read_configurations() -> dict[str, LaunchConfig]:
     """Return all shipped configurations by `key_of`."""
     entries = json.loads(CONFIGURATIONS.read_text())
-    keys = {key: {"block_k": int(key.split()[-1]), "gluon": _is_gluon(key)} for key in entries}
+    keys = {key: {"block_k": int(key.split()[-1]), "gluon": _gluon_by_default(key)} for key in entries}
     return {key: LaunchConfig(**keys[key] | entry) for key, entry in entries.items()}
 
 
@@ -112,16 +118,22 @@ def write_configurations(configurations: Mapping[str, LaunchConfig]) -> None:
     lines = []
     for key, config in sorted(configurations.items()):
         entry = {name: value for name, value in asdict(config).items() if name != "block_k"}
-        if entry["gluon"] == _is_gluon(key):
+        if entry["gluon"] == _gluon_by_default(key):
             del entry["gluon"]
         lines.append(f" {json.dumps(key)}: {json.dumps(entry)}")
     write_text(CONFIGURATIONS, "{\n" + ",\n".join(lines) + "\n}\n")
     read_configurations.cache_clear()
 
 
+def shipped_configuration(key: str) -> LaunchConfig:
+    """Return what ships under `key`: of a portable kernel in whose place one in Gluon ships, the configuration of that."""
+    config = read_configurations()[key]
+    return read_configurations()[gluon_key(key)] if config.gluon and not _is_gluon(key) else config
+
+
 def with_configuration(key: str, config: LaunchConfig) -> dict[str, LaunchConfig]:
     """Return which shipped configurations change where another ships under `key`: of one in Gluon two, that it does and how."""
-    if not config.gluon:
+    if not config.gluon or _is_gluon(key):
         return {key: config}
     return {key: replace(read_configurations()[key], gluon=True), gluon_key(key): config}
 
@@ -167,7 +179,7 @@ def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options, o
     config = configurations[key_of(generation, kernel, kind, block_k)]
     if config.tma and not all(map(fits_tma, tensors)):
         return configurations[key_of(WITHOUT_TMA, kernel, kind, block_k)]
-    if options.kernel == "gluon" or (options.kernel == "auto" and config.gluon):
+    if options.kernel in ("gluon", "fused") or (options.kernel == "auto" and config.gluon):
         in_gluon = configurations.get(key_of(generation, kernel, GLUON_KINDS[kind], block_k)) if kind in GLUON_KINDS else None
         if in_gluon is not None and _serves(block_k, tensors, output):
             return in_gluon
@@ -178,6 +190,24 @@ def _serves(block_k: int, tensors: Sequence[Tensor], output: Tensor | None) -> b
     # Descriptors have to describe all tensors, in tiles of one width. What is written down or emulated is not interpreted.
     described = all(block_k_of(t.shape[-1]) == block_k and fits_tma(t) for t in tensors)
     return described and (output is None or is_aligned(output)) and (is_recording() or not interpreting())
+
+
+def fused_config(tensors: Sequence[Tensor], options: Options) -> LaunchConfig | None:
+    """Return the configuration of the one kernel for all gradients of q, k, v and do (B, H, T, K), or None where two run.
+
+    It is for causal attention of equal lengths without window, documents, lengths of a cache or softcap.
+    """
+    q, k = tensors[:2]
+    block_k = block_k_of(max(t.shape[-1] for t in tensors))
+    config = read_configurations().get(key_of(generation_at(q.device), "backward_fused", "gluon", block_k))
+    if config is None or options.kernel not in ("auto", "fused") or (options.kernel == "auto" and not config.gluon):
+        return None
+    masks = (options.window, options.begins, options.lengths, options.softcap)
+    is_plain = options.causal and q.shape[2] == k.shape[2] and all(mask is None for mask in masks)
+    # A program counts the sums of dq, of all heads of its group, in an int32.
+    counted = (q.shape[1] // k.shape[1] + 1) * (q.shape[2] + config.block_m) * block_k
+    serves = is_plain and counted < 2**31 and q.element_size() == 2 and _serves(block_k, tensors, None)
+    return config if serves else None
 
 
 def rows_at_once(x: Tensor, heads: float, num_rows: int) -> int:

@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..device import num_sms
 from ..launch import launch
 from .backward import attention_backward_kv, attention_backward_q
-from .configurations import Kernel, LaunchConfig, launch_config, rows_at_once
+from .configurations import Kernel, LaunchConfig, fused_config, launch_config, rows_at_once
 from .forward import attention_forward
+from .fused import launch_fused
 from .hopper_backward_kv import attention_backward_kv_hopper
 from .hopper_backward_q import attention_backward_q_hopper
 from .hopper_forward import attention_forward_hopper
 from .operands import aligned, as_gluon_tiles, as_tiles, load_strides
 from .options import Options
+from .parts import parts_for, sum_parts
 
 # The portable form and that in Gluon, and along which axis, queries (m) or keys (n), a program keeps its tile.
 KERNELS: Mapping[Kernel, tuple[Any, Any, str]] = {
@@ -65,12 +65,6 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sink
     _launch("forward", num_programs, config, (*inputs, o) if config.gluon else inputs, arguments, constants)
 
 
-def parts_of(group_size: int, num_programs: int, device: torch.device) -> int:
-    """Return into how many parts to cut the query heads of a group, whose programs would else be too few to fill the GPU."""
-    wanted = -(-2 * num_sms(device) // max(num_programs, 1))
-    return next(n for n in range(1, group_size + 1) if group_size % n == 0 and (n >= wanted or n == group_size))
-
-
 def launch_backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -94,6 +88,10 @@ def launch_backward(
     group_size = num_heads // num_kv_heads
     q, k, v, do, o = map(aligned, (q, k, v, do, o))
     inputs = (q, k, v, do)
+    config = fused_config(inputs, options)
+    if config is not None:
+        launch_fused(config, do, dlse, q, k, v, o, lse, dq, dk, dv, delta, options)
+        return
     sizes = (num_queries, num_keys, *options.window_of(num_queries, num_keys))
     strides = [stride for t in inputs for stride in load_strides(t)]
     config = launch_config("backward_q", inputs, options)
@@ -109,11 +107,8 @@ def launch_backward(
     options = options.of_keys()
     config = launch_config("backward_kv", inputs, options)
     num_tiles = -(-num_keys // config.block_n)
-    num_parts = parts_of(group_size, batch * num_kv_heads * num_tiles, q.device)
+    num_parts, parts, part_strides = parts_for(dk, dv, group_size, batch * num_kv_heads * num_tiles)
     num_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
-    # One part writes the gradients themselves; several write float32, which is summed in order.
-    parts = [t if num_parts == 1 else t.new_empty(num_parts, *t.shape, dtype=torch.float32) for t in (dk, dv)]
-    part_strides = [0 if num_parts == 1 else part.stride(0) for part in parts]
     arguments = (
         *inputs, lse, delta, *parts, *options.mask_tensors(q),
         *strides, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1], options.document_stride,
@@ -121,6 +116,4 @@ def launch_backward(
     )  # fmt: skip
     constants = {**options.constants(), "GROUPED": part_size > 1}
     _launch("backward_kv", num_rows * num_tiles, config, inputs, arguments, constants)
-    if num_parts > 1:
-        for t, part in zip((dk, dv), parts, strict=True):
-            t.copy_(part.sum(dim=0))
+    sum_parts((dk, dv), parts)

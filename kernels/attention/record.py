@@ -11,6 +11,7 @@ import torch
 from .. import reference
 from ..op import Arguments, Cost, Costs, Op, Sizes, draw, record
 from .decode import attention_combine, attention_decode
+from .fused import FUSED_KERNELS
 from .launches import KERNELS
 from .op import attention
 
@@ -68,7 +69,7 @@ def _costs(
     """Return the costs under the mask, or for `pairs` of query and key that each head computes.
 
     Forward: two products; read q, k and v, write o and lse. Backward: five products, the scores again, dV, dP, dQ and dK (Dao
-    2023, algorithm 2); read q, k, v, o, do and lse, write dq, dk and dv. That our kernels compute two of the five twice is
+    2023, algorithm 2); read q, k, v, o, do and lse, write dq, dk and dv. That two kernels compute two of the five twice is
     no useful work. A decoding step has no backward pass.
     """
     if pairs is None:
@@ -175,6 +176,7 @@ def _compiled() -> Iterator[dict[str, Any]]:
             yield _decoding(8, 8192, head_dim) | kind
             yield _decoding(8, 8192, head_dim, num_queries=8) | kind
     every_option: dict[str, Any] = {"causal": False, "window": 512, "document_lengths": (1000, 1048), "sinks": True}
+    yield _causal(128, 2048, groups=2, dtype=torch.bfloat16)
     # Multi-head latent attention (DeepSeek-AI 2024), trained and decoded.
     yield _causal(192, 2048, value_dim=128, dtype=torch.bfloat16)
     yield _decoding(8, 8192, 192, value_dim=128, dtype=torch.bfloat16)
@@ -197,7 +199,12 @@ record(
     Op(
         function=attention,
         reference=reference.attention,
-        kernels=(*(kernel for forms in KERNELS.values() for kernel in forms[:2]), attention_decode, attention_combine),
+        kernels=(
+            *(kernel for forms in KERNELS.values() for kernel in forms[:2]),
+            *FUSED_KERNELS,
+            attention_decode,
+            attention_combine,
+        ),
         arguments=_arguments,
         cost=_costs,
         shapes=tuple(_measured()),

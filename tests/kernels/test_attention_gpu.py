@@ -12,14 +12,19 @@ from tilewright.kernels.attention import attention, configurations, use_attentio
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(
-    autouse=True,
-    params=["portable", pytest.param("gluon", marks=pytest.mark.skipif(not IS_HOPPER, reason="Gluon kernels are for Hopper"))],
+PORTABLE = "portable"
+GLUON, FUSED = (
+    pytest.param(form, marks=pytest.mark.skipif(not IS_HOPPER, reason="Gluon kernels are for Hopper"))
+    for form in ("gluon", "fused")
 )
+# In the place of both forms.
+all_forms = pytest.mark.parametrize("kernel", [PORTABLE, GLUON, FUSED], indirect=True)
+only_fused = pytest.mark.parametrize("kernel", [FUSED], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=[PORTABLE, GLUON])
 def kernel(request):
-    """Run each test with both forms of the kernels."""
+    """Run each test with both forms of the kernels; the fused one of these has tests that say so."""
     with use_attention_kernel(request.param):
         yield request.param
 
@@ -75,6 +80,7 @@ def test_float32_is_exact_unless_tf32_is_asked_for(allow_tf32):
     assert (error > 1e-5) == allow_tf32
 
 
+@all_forms
 @pytest.mark.parametrize("window", [None, 4096])
 def test_64k_tokens_on_a_sample_of_rows(window):
     # Rows of the output and of dq need one row of scores each, rows of dk and dv one column: exact in float64, a few at a time.
@@ -121,6 +127,7 @@ def test_64k_tokens_on_a_sample_of_rows(window):
                 assert_accurate(sample[i], plain[i].bfloat16(), exact[i], what=f"{function.__name__}, row {rows[i]}")
 
 
+@all_forms
 @pytest.mark.parametrize("options", [{}, {"window": 500, "softcap": 20.0}])
 def test_equal_bits_at_real_sizes(options):
     torch.manual_seed(0)
@@ -129,6 +136,43 @@ def test_equal_bits_at_real_sizes(options):
     first = gradients((q, k, v), do, **options)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients((q, k, v), do, **options), strict=True))
+
+
+@only_fused
+@pytest.mark.parametrize(
+    ("heads", "num_tokens", "head_dim"),
+    [((1, 1), 1, 128), ((8, 2), 300, 96), ((2, 1), 320, 128), ((2, 1), 1000, 80), ((4, 4), 4096, 128), ((8, 1), 4096, 128)],
+)
+def test_one_backward_kernel(heads, num_tokens, head_dim):
+    memory = ["tokens first", "packed", "heads first", "packed"]
+    check(draw_case(heads, (num_tokens, num_tokens), head_dim, batch=2, dtype=torch.bfloat16, memory=memory))
+
+
+@only_fused
+def test_one_backward_kernel_of_many_more_programs_than_run_at_once():
+    torch.manual_seed(0)
+    inputs, do = randn(3, 4, 32, 4000, 128).unbind(), randn(4, 32, 4000, 128)
+    first = gradients(inputs, do)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(inputs, do), strict=True))
+    with use_attention_kernel("portable"):
+        expected = gradients(inputs, do)
+    for a, b in zip(first, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@only_fused
+def test_one_backward_kernel_inside_a_cuda_graph():
+    q, do = randn(2, 2, 4, 500, 128)
+    k, v = randn(2, 2, 2, 500, 128)
+    assert_replays(lambda: gradients((q, k, v), do))
+
+
+@only_fused
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_only_those_who_see_it_are_reached_by_one_backward_kernel(name, bad):
+    check_isolation(name, bad, lambda case: case.run(attention), 128, documents=False)
 
 
 @pytest.mark.parametrize("num_queries", [1, 300])

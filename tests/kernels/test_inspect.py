@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tilewright.kernels.attention import launches
+from tilewright.kernels.attention.fused import FUSED_KERNELS
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, programs_per_sm
 from tilewright.kernels.op import ALL
@@ -26,8 +27,9 @@ from tilewright.kernels import use_attention_kernel
 from tilewright.kernels.inspect import inspect, launches
 from tilewright.kernels.op import ALL
 cases = [case for op in ALL.values() for case in launches(op, {**op.shapes[0], "dtype": torch.bfloat16}, sys.argv[1])]
-with use_attention_kernel("gluon"):
-    cases += launches(ALL["attention"], {**ALL["attention"].shapes[0], "dtype": torch.bfloat16}, sys.argv[1])
+for form, sizes in zip(("gluon", "fused"), ALL["attention"].shapes):
+    with use_attention_kernel(form):
+        cases += launches(ALL["attention"], {**sizes, "dtype": torch.bfloat16}, sys.argv[1])
 for case in cases:
     print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
 """
@@ -35,7 +37,8 @@ for case in cases:
 # kernels would take the compiler some minutes more; `tilewright bench inspect` shows them.
 CHOSEN = {"sm_80": "", "sm_86": r"attention_(forward|backward_\w+) .* K(128|256) ", "sm_90": "", "sm_100": ""}
 PORTABLE = {portable.__name__ for portable, _, _ in launches.KERNELS.values()}
-IN_GLUON = {in_gluon.__name__ for _, in_gluon, _ in launches.KERNELS.values()}
+IN_GLUON = {in_gluon.__name__ for _, in_gluon, _ in launches.KERNELS.values()} | {"attention_backward_hopper"}
+FOR_HOPPER = IN_GLUON | {kernel.__name__ for kernel in FUSED_KERNELS}
 KERNELS = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
 # What multiplies matrices of half precision in attention's kernels.
 MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}}
@@ -57,7 +60,7 @@ def compile_kernels(*arguments):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_asks_for_too_much(architecture):
     reports = compile_kernels(SCRIPT, architecture, CHOSEN[architecture])
-    kernels = PORTABLE if CHOSEN[architecture] else KERNELS if architecture == "sm_90" else KERNELS - IN_GLUON
+    kernels = PORTABLE if CHOSEN[architecture] else KERNELS if architecture == "sm_90" else KERNELS - FOR_HOPPER
     assert {report["name"].split()[0] for report in reports} == kernels
     assert_fits(reports, architecture)
 
