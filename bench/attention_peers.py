@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import attention, reference
 from ..kernels.attention.choice import FORMS, AttentionKernel, use_attention_kernel
+from ..kernels.attention.hopper_backward import attention_backward_hopper
 from ..kernels.inspect import launches
 from ..kernels.op import ALL, Sizes
 from .peers import OWN, Unsupported, find
@@ -126,7 +127,7 @@ def _varlen(sizes: Sizes, device: torch.device) -> Attention:
 
 
 def variant_of(form: str) -> str:
-    """Return what a form of our attention, `portable` or `gluon`, is called where it is measured."""
+    """Return what a form of our attention, `portable`, `gluon` or `fused`, is called where it is measured."""
     return f"{OWN}, {form}"
 
 
@@ -135,10 +136,12 @@ def _own(form: AttentionKernel) -> Peer:
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
             raise Unsupported("without a GPU of Hopper's generation there is one form only")
         op = ALL["attention"]
-        with use_attention_kernel("gluon"):
-            cases = launches(op, {**sizes, "dtype": torch.bfloat16}, "sm_90")
-            if not any(case.kernel.is_gluon() for case in cases):
-                raise Unsupported("there is no kernel in Gluon for this shape")
+        with use_attention_kernel("fused" if form == "fused" else "gluon"):
+            kernels = [case.kernel for case in launches(op, {**sizes, "dtype": torch.bfloat16}, "sm_90")]
+        if not any(kernel.is_gluon() for kernel in kernels):
+            raise Unsupported("there is no kernel in Gluon for this shape")
+        if form == "fused" and attention_backward_hopper not in kernels:
+            raise Unsupported("there is no fused backward kernel for this shape")
         # Of the keyword arguments those that are no tensors, and the borders of documents.
         drawn = op.arguments(torch.device("meta"), torch.bfloat16, **sizes).options
         options = {name: x for name, x in drawn.items() if not isinstance(x, Tensor)}
@@ -155,7 +158,7 @@ def _own(form: AttentionKernel) -> Peer:
 
 
 ATTENTION_PEERS: Mapping[str, Peer] = {
-    # Ours as it ships is measured beside them: these are both of its forms.
+    # Ours as it ships is measured beside them: these are all of its forms.
     **{variant_of(form): _own(form) for form in FORMS},
     "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),

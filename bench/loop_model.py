@@ -34,11 +34,12 @@ MULTIPLY_ADDS = 2048
 """Of a multiprocessor's tensor cores a cycle, in half precision: PEAK_TFLOPS of all at this clock."""
 SHARED_BYTES = 128
 """That a multiprocessor's shared memory delivers a cycle."""
-CALIBRATION = {"portable": 0.81, "gluon": 0.66}
+CALIBRATION = {"portable": 0.81, "gluon": 0.66, "fused": 0.57}
 """Measured over modelled, by one public figure each, of an H100 at head dim 128 and 16,384 tokens, no mask: Triton's tutorial
 487 TFLOP/s, of which our portable forward pass is modelled at 600; FlashAttention-3 648, of which our Gluon one is modelled at
-the peak, 989. Power, clocks and whatever else the model leaves out are in it, so it tells no forms apart that differ by less
-than 15% or so."""
+the peak, 989; FlashAttention-3's backward pass 561, of which our fused one is modelled at the peak. Power, clocks and whatever
+else the model leaves out are in it, in the last what additions to dQ cost, so it tells no forms apart that differ by less than
+15% or so."""
 MOST_TFLOPS = PEAK_TFLOPS * CALIBRATION["gluon"]
 """The most that is predicted, a choice: FlashAttention-3 has reached 740 in its best case (arXiv:2407.08608)."""
 SKEW = 500
@@ -88,7 +89,7 @@ class LoopReport:
 
 
 def calibrated(share: float, form: str) -> float:
-    """Return the TFLOP/s that a GPU may measure where the model gives a kernel, portable or in gluon, a share of the peak."""
+    """Return the TFLOP/s that a GPU may measure where the model gives a kernel of a form a share of the peak."""
     return min(share * PEAK_TFLOPS * CALIBRATION[form], MOST_TFLOPS)
 
 

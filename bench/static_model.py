@@ -4,8 +4,9 @@ Kernels with products of warp groups are told by their main loops (`loop_model`)
 flight (`bandwidth_model`). Nothing is run, and no GPU is needed; the assumptions stand in those two modules.
 """
 
+import heapq
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from unittest import mock
 import torch
 
 from ..kernels.attention.choice import FORMS, use_attention_kernel
+from ..kernels.attention.configurations import rows_at_once
+from ..kernels.attention.hopper_backward import attention_backward_hopper
 from ..kernels.inspect import KernelCase, Report, compile_case, kernel_case, launches, num_warps_of, report_on
 from ..kernels.launch import Launch
 from ..kernels.op import ALL, Op, Sizes
@@ -29,13 +32,17 @@ from .sass import Item, disassemble, loops, multiplies
 
 ARCHITECTURE = "sm_90"
 PREDICTED = "predicted"
+BYTES_BESIDE_PRODUCTS = {"attention_backward_delta": 4, "attention_backward_dq": 6, "attention_backward_again": 4}
+"""Read and written, for each query and channel, by the kernels that run before and after the fused backward kernel."""
 PROGRAM_CYCLES = 3000
 """Assumed of a program beside its loops: until the first tile is there, and until the result is written. At 16,384 tokens
 twice as much takes 2% off a prediction at head dim 128."""
 
 
 def form_of(case: KernelCase) -> str:
-    """Return whether a kernel is `portable` or in `gluon`."""
+    """Return whether a kernel is `portable`, in `gluon`, or the `fused` one of these."""
+    if case.kernel is attention_backward_hopper:
+        return "fused"
     return "gluon" if case.kernel.is_gluon() else "portable"
 
 
@@ -179,26 +186,55 @@ def causal_tiles(num_tokens: int, kept: int, looped: int, of_keys: bool) -> tupl
     return len(starts), full, masked
 
 
+def makespan(cycles: Iterable[float]) -> float:
+    """Return when the last of programs ends that take so many cycles and begin in this order, one on a multiprocessor."""
+    free = [0.0] * NUM_SMS
+    for each in cycles:
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)
+
+
+def turns(num_blocks: int, num_rows: int, rows_at_once: int) -> Iterator[int]:
+    """Yield how many blocks of queries each program of the fused backward kernel adds to, in the order in which they begin.
+
+    That is what its turns cost: those of the last keys begin first, which are the shortest. To wait for its turn costs a
+    program nothing, where all are equally fast: it begins after those of later keys, which have fewer blocks before the same.
+    """
+    for first_row in range(0, num_rows, rows_at_once):
+        for block in range(num_blocks):
+            yield from [block + 1] * min(rows_at_once, num_rows - first_row)
+
+
 def _shape(case: KernelCase) -> tuple[int, int, bool]:
     constants = dict(case.constants)
-    of_keys = "backward_kv" in case.kernel.__name__
     if case.kernel.is_gluon():
+        of_keys = "BLOCK_M" in constants
         return 64 * constants["GROUPS"], constants["BLOCK_M" if of_keys else "BLOCK_N"], of_keys
     kept, looped = constants["BLOCK_M"], constants["BLOCK_N"]
-    return (looped, kept, True) if of_keys else (kept, looped, False)
+    return (looped, kept, True) if "backward_kv" in case.kernel.__name__ else (kept, looped, False)
 
 
 def predicted_ms(case: KernelCase, sizes: Sizes) -> float:
     """Return how long a kernel of causal attention takes by the model, calibrated."""
     found = analyse(case)
-    assert found.full is not None
-    assert found.masked is not None
-    programs, tiles, masked_tiles = causal_tiles(sizes["num_queries"], *_shape(case))
+    num_rows, num_tokens, head_dim = sizes["batch"] * sizes["num_heads"], sizes["num_queries"], sizes["head_dim"]
+    if found.full is None or found.masked is None:
+        bandwidth = bandwidth_of(found.items, found.num_warps, case.num_stages, found.report.programs_per_sm)
+        assert bandwidth is not None
+        moved = BYTES_BESIDE_PRODUCTS[case.kernel.__name__] * num_rows * num_tokens * head_dim
+        return moved / (bandwidth.share("H100") * BANDWIDTH["H100"]) * 1e3
+    slower = found.full.share * PEAK_TFLOPS / calibrated(found.full.share, form_of(case))
+    kept, looped, of_keys = _shape(case)
+    if case.kernel is attention_backward_hopper:
+        q = torch.empty(sizes["batch"], sizes["num_heads"], num_tokens, head_dim, dtype=torch.bfloat16, device="meta")
+        block_cycles = kept // looped * found.full.cycles
+        blocks = turns(-(-num_tokens // kept), num_rows, rows_at_once(q, 2, num_rows))
+        return makespan(PROGRAM_CYCLES + n * block_cycles for n in blocks) * slower / CLOCK * 1e3
+    programs, tiles, masked_tiles = causal_tiles(num_tokens, kept, looped, of_keys)
     # A report is of one iteration of all programs that share a multiprocessor.
     per_sm = found.report.programs_per_sm
     cycles = (tiles * found.full.cycles + masked_tiles * found.masked.cycles + programs * PROGRAM_CYCLES) / per_sm
-    slower = found.full.share * PEAK_TFLOPS / calibrated(found.full.share, form_of(case))
-    return cycles * slower * sizes["batch"] * sizes["num_heads"] / NUM_SMS / CLOCK * 1e3
+    return cycles * slower * num_rows / NUM_SMS / CLOCK * 1e3
 
 
 def _predicted(sizes: Sizes) -> Rows:
@@ -206,6 +242,8 @@ def _predicted(sizes: Sizes) -> Rows:
     for form in FORMS:
         with use_attention_kernel(form):
             cases = list(launches(op, {**sizes, "dtype": torch.bfloat16}, ARCHITECTURE))
+        if form == "fused" and all(case.kernel is not attention_backward_hopper for case in cases):
+            continue
         times = {case.kernel.__name__: predicted_ms(case, sizes) for case in cases}
         costs = op.cost(2, **sizes)
         forward, *backward = times.values()

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,13 +21,14 @@ from ..kernels.attention.configurations import (
     Kernel,
     LaunchConfig,
     generation_at,
-    gluon_key,
     key_of,
     read_configurations,
+    shipped_configuration,
     use_configuration,
     with_configuration,
     write_configurations,
 )
+from ..kernels.attention.fused import FUSED_KERNELS
 from ..kernels.attention.operands import block_k_of
 from ..kernels.inspect import ARCHITECTURES, KernelCase, inspect, launches
 from ..kernels.op import ALL, Sizes
@@ -63,6 +65,10 @@ class TuneConfig:
 
 def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[LaunchConfig]:
     """Return what is tried, as (rows that a program keeps, rows it loops over, warps, stages), with and without descriptors."""
+    if kernel == "backward_fused":
+        # The first stands for two kernels, as those ship. Another tile would not fit the registers.
+        config = LaunchConfig(64, 128, block_k, 4, 2, True)
+        return [config, *(replace(config, num_stages=stages, gluon=True) for stages in (2, 3))]
     # Four warps multiply 64 rows at a time. A tile to loop over has 8 to 32 KiB, or 64 rows of a small head; of queries for dk
     # and dv, which leave few registers, half as many.
     least = min(64, 2**12 // block_k) // (2 if kernel == "backward_kv" else 1)
@@ -113,6 +119,23 @@ KERNELS: dict[Kernel, str] = {
 }  # fmt: skip
 
 
+def key_tuned(kernel: Kernel, generation: Generation, head_dim: int) -> str:
+    """Return the key of the configuration that is tuned. Whether the fused backward kernel ships stands in its own."""
+    return key_of(generation, kernel, "gluon" if kernel == "backward_fused" else "half", head_dim)
+
+
+@contextmanager
+def use_candidate(key: str, config: LaunchConfig) -> Iterator[None]:
+    """Run a block with another configuration; where it is of one of the two backward kernels, the fused one does not run."""
+    generation, kernel, _, block_k = key.split()
+    fused_key = key_of(generation, "backward_fused", "gluon", int(block_k))
+    with ExitStack() as stack:
+        if kernel in ("backward_q", "backward_kv") and fused_key in read_configurations():
+            stack.enter_context(use_configuration(fused_key, replace(read_configurations()[fused_key], gluon=False)))
+        stack.enter_context(use_configuration(key, config))
+        yield
+
+
 def sizes_of(kernel: Kernel, head_dim: int) -> Sizes:
     """Return the shape at which a kernel is timed: causal and long, or a step of decoding for many sequences."""
     heads = 2048 // head_dim
@@ -124,14 +147,18 @@ def sizes_of(kernel: Kernel, head_dim: int) -> Sizes:
 def compiled(
     kernel: Kernel, generation: Generation, key: str, config: LaunchConfig, shapes: Iterable[Sizes]
 ) -> list[KernelCase]:
-    """Return a kernel as calls of these shapes would launch it with another configuration."""
-    with use_configuration(key, config):
+    """Return a kernel as calls of these shapes would launch it with another configuration; of a fused one, all it needs."""
+    with use_candidate(key, config):
         cases = [case for sizes in shapes for case in launches(ATTENTION, {"dtype": torch.bfloat16, **sizes}, generation)]
+    if kernel == "backward_fused":
+        return [case for case in cases if case.kernel in FUSED_KERNELS]
     name = f"{KERNELS[kernel]}_hopper" if config.gluon else KERNELS[kernel]
     return [case for case in cases if case.kernel.__name__ == name]
 
 
-def _name(config: LaunchConfig) -> str:
+def _name(kernel: Kernel, config: LaunchConfig) -> str:
+    if kernel == "backward_fused" and not config.gluon:
+        return "two kernels"
     tma = ", in Gluon" if config.gluon else " TMA" if config.tma else ""
     return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages{tma}"
 
@@ -146,7 +173,7 @@ def _call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callab
 
 def _under(key: str, config: LaunchConfig, call: Callable[[], Results]) -> Callable[[], Results]:
     def run() -> Results:
-        with use_configuration(key, config):
+        with use_candidate(key, config):
             return call()
 
     return run
@@ -169,17 +196,24 @@ def tune_kernel(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each configuration, fastest first, and write the fastest that ships without a flaw.
 
-    `backward_q` and `backward_kv` are timed together, the other of the two as it ships. An interruption changes nothing.
+    `backward_q` and `backward_kv` are timed together, the other of the two as it ships, and `backward_fused` with what runs
+    before and after it. An interruption changes nothing.
     """
     generation = generation_at(device)
-    key = key_of(generation, kernel, "half", head_dim)
-    configurations = read_configurations()
-    shipped = configurations[key] if not configurations[key].gluon else configurations[gluon_key(key)]
-    tried = {_name(config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
+    key = key_tuned(kernel, generation, head_dim)
+    if kernel == "backward_fused" and key not in read_configurations():
+        yield {"case": key, "variant": "fused", "not_measured": "there is no fused backward kernel for this GPU and head dim"}
+        return
+    shipped = shipped_configuration(key)
+    tried = {_name(kernel, config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
+
+    def flaw_of_any(cases: Iterable[KernelCase]) -> str | None:
+        return next((f"{case.name}: {flaw}" for case in cases if (flaw := inspector(case, generation))), None)
+
     with ThreadPoolExecutor() as pool:
         sizes = sizes_of(kernel, head_dim)
-        cases = [compiled(kernel, generation, key, config, [sizes])[0] for config in tried.values()]
-        flaws = dict(zip(tried, pool.map(lambda case: inspector(case, generation), cases), strict=True))
+        cases = [compiled(kernel, generation, key, config, [sizes]) for config in tried.values()]
+        flaws = dict(zip(tried, pool.map(flaw_of_any, cases), strict=True))
 
     torch.manual_seed(0)
     arguments = ATTENTION.arguments(device, DTYPE, **sizes)
@@ -196,8 +230,7 @@ def tune_kernel(
         # Of every head dim that the configuration would serve, with every option.
         half = [each for each in ATTENTION.compiled if each["dtype"] == torch.bfloat16 and "softcap" not in each]
         served = [each for each in half if block_k_of(each["head_dim"]) == head_dim]
-        ships = compiled(kernel, generation, key, tried[name], served)
-        return next((f"{one.name}: {flaw}" for one in ships if (flaw := inspector(one, generation))), None)
+        return flaw_of_any(compiled(kernel, generation, key, tried[name], served))
 
     ranked = sorted(times, key=lambda name: times[name].p50_ms)
     verdicts: dict[str, str] = {}

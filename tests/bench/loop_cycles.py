@@ -20,6 +20,8 @@ def main() -> None:
                 cases = list(launches(ALL["attention"], {**sizes, "dtype": torch.bfloat16}, "sm_90"))
             for case in cases:
                 loops = analyse(case)
+                if loops.full is None or loops.masked is None:
+                    continue
                 # Of multiplying, of a tile without a mask, and of one with it.
                 cycles = [loops.full.tensor, loops.full.cycles, loops.masked.cycles]
                 found[f"{case.kernel.__name__} K{head_dim}"] = [round(x) for x in cycles]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright.bench import sass
+from tilewright.bench import sass, static_model
 from tilewright.bench.bandwidth_model import BYTES_IN_FLIGHT, bandwidth_of, first_batch
 from tilewright.bench.loop_model import CYCLES, TENSOR_LATENCY, calibrated, simulate, tensor_cycles
-from tilewright.bench.static_model import ARCHITECTURE, causal_tiles, modelled
+from tilewright.bench.static_model import ARCHITECTURE, causal_tiles, makespan, modelled, turns
 from tilewright.cli import main
 from tilewright.kernels.attention.choice import FORMS, use_attention_kernel
 from tilewright.kernels.dispatch import HAS_TRITON
@@ -112,6 +112,7 @@ def test_a_pipe_limits_what_keeps_it_busy(text, pipe):
 def test_calibration_passes_no_measured_limit():
     assert calibrated(0.6, "portable") == pytest.approx(481, rel=0.01)
     assert calibrated(1.0, "gluon") == calibrated(1.0, "portable") == pytest.approx(653, rel=0.01)
+    assert calibrated(1.0, "fused") == pytest.approx(561, rel=0.01)
 
 
 def test_bytes_in_flight_and_what_limits():
@@ -148,6 +149,13 @@ def test_tiles_of_a_causal_mask_are_counted(num_tokens, kept, looped, of_keys):
             elif keys[0] <= queries[-1]:
                 masked += 1
     assert causal_tiles(num_tokens, kept, looped, of_keys) == (-(-num_tokens // kept), full, masked)
+
+
+def test_programs_that_begin_in_order(monkeypatch):
+    monkeypatch.setattr(static_model, "NUM_SMS", 2)
+    # The second begins beside the first, the third when the second has ended, the fourth when the first has.
+    assert makespan([5, 2, 4, 3]) == 8
+    assert list(turns(3, num_rows=3, rows_at_once=2)) == [1, 1, 2, 2, 3, 3, 1, 2, 3]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")

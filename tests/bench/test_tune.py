@@ -23,6 +23,8 @@ from tilewright.kernels.attention.configurations import (
 from tilewright.kernels.dispatch import HAS_TRITON
 
 KEY = "sm_90 forward half 16"
+FUSED_KEY = "sm_90 backward_fused gluon 128"
+candidates = tune.candidates
 GRID = [LaunchConfig(16, 16, 16, 4, 2, False), LaunchConfig(32, 16, 16, 4, 2, False), LaunchConfig(16, 32, 16, 8, 3, True)]
 interpreted = pytest.mark.skipif(
     not HAS_TRITON or torch.cuda.is_available(),
@@ -80,7 +82,7 @@ def timer(*fastest):
 
 
 def names(configurations):
-    return [tune._name(config) for config in configurations]
+    return [tune._name("forward", config) for config in configurations]
 
 
 def no_flaw(case, generation):
@@ -152,10 +154,32 @@ def test_what_the_compiler_spoils_is_not_timed_nor_shipped(shipped, small, monke
         return "spills 4 bytes" if case.config in GRID[1:] and "dtype" in case.sizes else None
 
     rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), inspector, timer(*names(GRID))))
-    assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {names(GRID)[0]: "spills 8 bytes"}
+    assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {
+        names(GRID)[0]: "served: spills 8 bytes"
+    }
     spoilt = "served: spills 4 bytes"
     assert [(row["verdict"], row["shipped"]) for row in rows[:3]] == [(spoilt, False), (spoilt, False), ("chosen", True)]
     assert shipped.read_bytes() == before
+
+
+@interpreted
+def test_the_fused_backward_kernel_ships_where_it_is_faster_than_two(shipped, small, monkeypatch):
+    monkeypatch.setattr(tune, "candidates", candidates)
+    fused = [f"64x128, 4 warps, {stages} stages, in Gluon" for stages in (2, 3)]
+    with emulating("early"):
+        rows = list(tune.tune_kernel("backward_fused", 128, torch.device("cpu"), no_flaw, timer(fused[1], "two kernels")))
+    assert [row["variant"] for row in rows] == [fused[1], "two kernels", fused[0]]
+    ships = read_configurations()[FUSED_KEY]
+    assert (ships.num_stages, ships.gluon) == (3, True)
+    # The two are tuned by themselves.
+    key = "sm_90 backward_q half 128"
+    with tune.use_candidate(key, read_configurations()[key]):
+        assert not read_configurations()[FUSED_KEY].gluon
+    assert read_configurations()[FUSED_KEY] == ships
+    with emulating("early"):
+        rows = list(tune.tune_kernel("backward_fused", 128, torch.device("cpu"), no_flaw, timer("two kernels", fused[1])))
+    assert [row["shipped"] for row in rows[:2]] == [False, True]
+    assert not read_configurations()[FUSED_KEY].gluon
 
 
 @interpreted
@@ -215,6 +239,8 @@ def test_each_kernel_and_head_dim_is_a_job_of_its_own():
     config = TuneConfig("attention", kernels=("forward", "decode"), head_dims=(64, 128))
     cases = [job.case for job in tune.tune_jobs(config, torch.device("cpu"))]
     assert cases == ["tune forward 64", "tune forward 128", "tune decode 64", "tune decode 128"]
+    (row,) = tune.tune_kernel("backward_fused", 64, torch.device("cpu"))
+    assert row["not_measured"] == "there is no fused backward kernel for this GPU and head dim"
 
 
 @pytest.mark.gpu
