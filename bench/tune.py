@@ -66,9 +66,9 @@ class TuneConfig:
 def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[LaunchConfig]:
     """Return what is tried, as (rows that a program keeps, rows it loops over, warps, stages), with and without descriptors."""
     if kernel == "backward_fused":
-        # The first stands for two kernels, as those ship. Another tile would not fit the registers.
+        # The first stands for two kernels, as those ship. Other tiles, and more stages, do not fit the registers.
         config = LaunchConfig(64, 128, block_k, 4, 2, True)
-        return [config, *(replace(config, num_stages=stages, gluon=True) for stages in (2, 3))]
+        return [config, replace(config, gluon=True)]
     # Four warps multiply 64 rows at a time. A tile to loop over has 8 to 32 KiB, or 64 rows of a small head; of queries for dk
     # and dv, which leave few registers, half as many.
     least = min(64, 2**12 // block_k) // (2 if kernel == "backward_kv" else 1)

@@ -7,10 +7,10 @@ float32, in turn: see `hopper_turns`.
 from ..dispatch import tl
 from .gluon import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from .hopper_isolated import has_nan
-from .hopper_tiles import opaque, stage_of, store_sums
+from .hopper_tiles import load_queries, opaque, stage_of, store_sums
 from .hopper_turns import add_dq, begin_turns, end_turns, num_tiles_of, place_of, tile_at
 from .isolated import later_zero
-from .scores import load_lse, probabilities_of
+from .scores import probabilities_of
 from .tiles import SIZES, store_base
 
 
@@ -128,8 +128,6 @@ def produce(
     """Load the keys and values, then the queries tile by tile with what belongs to them."""
     q_tiles, do_tiles, lse_tiles, delta_tiles, ds_tiles = buffers
     q_ready, do_ready, free, ds_ready, dq_free, dq_done = barriers
-    lse_ptr, delta_ptr = statistics
-    LANES: tl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     first, first_row, first_head, kv_head, batch = place_of(gl.program_id(0), sizes, 64 * GROUPS)
     num_tiles = num_tiles_of(first, sizes, BLOCK_M)
     group_size, num_tokens = sizes[3], sizes[4]
@@ -139,20 +137,11 @@ def produce(
         tma.async_copy_global_to_shared(k_desc, place, kv_ready, k_tiles.index(group))
         tma.async_copy_global_to_shared(v_desc, place, kv_ready, v_tiles.index(group))
     for i in range(num_tiles * group_size):
-        stage, phase = stage_of(i, STAGES)
         head, m = tile_at(i, first, num_tiles, BLOCK_M)
-        place = [batch, first_head + head, m, 0]
-        mbarrier.wait(free.index(stage), phase ^ 1)
-        mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, place, q_ready.index(stage), q_tiles.index(stage))
-        mbarrier.expect(do_ready.index(stage), do_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(do_desc, place, do_ready.index(stage), do_tiles.index(stage))
-        queries = m + gl.arange(0, BLOCK_M, LANES)
-        offset = gl.cast(first_row + head, gl.int64) * num_tokens
-        lse_tiles.index(stage).store(load_lse(lse_ptr + offset, queries, num_tokens))
-        mbarrier.arrive(q_ready.index(stage))
-        delta_tiles.index(stage).store(gl.load(delta_ptr + offset + queries, mask=queries < num_tokens, other=0.0))
-        mbarrier.arrive(do_ready.index(stage))
+        load_queries(
+            i, batch, first_head + head, first_row + head, m, num_tokens, q_desc, do_desc, statistics,
+            (q_tiles, do_tiles, lse_tiles, delta_tiles), (q_ready, do_ready), free, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=(*SIZES, "num_tokens"))

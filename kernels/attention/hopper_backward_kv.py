@@ -3,10 +3,10 @@
 from ..dispatch import tl
 from .gluon import gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from .hopper_isolated import has_nan, store_isolated_dk_dv
-from .hopper_tiles import mask_at, opaque, stage_of, store_sums
+from .hopper_tiles import load_queries, mask_at, opaque, stage_of, store_sums
 from .intervals import key_tiles, queries_of
 from .isolated import later_zero
-from .scores import load_lse, probabilities_of
+from .scores import probabilities_of
 from .tiles import SIZES, head_and_place, load_base, program_of, store_base
 
 
@@ -182,10 +182,7 @@ def produce(
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Load the keys and values, then the queries tile by tile with what belongs to them."""
-    q_tiles, do_tiles, lse_tiles, delta_tiles = buffers
     q_ready, do_ready, free = barriers
-    lse_ptr, delta_ptr = statistics
-    LANES: tl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     first, part, kv_head, batch = place_of(gl.program_id(0), sizes, num_parts, 64 * GROUPS)
     mask = mask_at(batch, sizes, masks, LENGTHS)
     tiles = tiles_at(first, mask, CAUSAL, WINDOW, DOCUMENTS, LENGTHS, BLOCK_M, 64 * GROUPS)
@@ -198,21 +195,11 @@ def produce(
     first_head = (kv_head * num_parts + part) * group_size
     first_row = batch * (sizes[1] * num_parts * group_size) + first_head
     for i in range((tiles[4] + (tiles[3] - tiles[2]) // BLOCK_M) * group_size):
-        stage, phase = stage_of(i, STAGES)
         head, m = tile_at(i, tiles, group_size, GROUPED, BLOCK_M)
-        place = [batch, first_head + head, m, 0]
-        mbarrier.wait(free.index(stage), phase ^ 1)
-        mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, place, q_ready.index(stage), q_tiles.index(stage))
-        mbarrier.expect(do_ready.index(stage), do_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(do_desc, place, do_ready.index(stage), do_tiles.index(stage))
-        # So few that a copy of their own is not worth a descriptor: they come through registers.
-        queries = m + gl.arange(0, BLOCK_M, LANES)
-        offset = gl.cast(first_row + head, gl.int64) * num_queries
-        lse_tiles.index(stage).store(load_lse(lse_ptr + offset, queries, num_queries))
-        mbarrier.arrive(q_ready.index(stage))
-        delta_tiles.index(stage).store(gl.load(delta_ptr + offset + queries, mask=queries < num_queries, other=0.0))
-        mbarrier.arrive(do_ready.index(stage))
+        load_queries(
+            i, batch, first_head + head, first_row + head, m, num_queries, q_desc, do_desc, statistics, buffers,
+            (q_ready, do_ready), free, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=SIZES)

@@ -1,8 +1,9 @@
 """What the kernels for Hopper share: the order of tiles, and the ring of buffers that they pass through."""
 
 from ..dispatch import tl
-from .gluon import gl, gluon
+from .gluon import gl, gluon, mbarrier, tma
 from .intervals import mask_of
+from .scores import load_lse
 from .tiles import program_of
 
 
@@ -52,6 +53,32 @@ def mask_at(batch, sizes, masks, LENGTHS: tl.constexpr):
     return mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
+
+
+@gluon.jit
+def load_queries(
+    i, batch, head, row, m, num_queries, q_desc, do_desc, statistics, tiles, ready, free, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Load the i-th tile of queries, of a row (batch and head) from `m` on: q, do, lse and delta, for the gradients of keys."""
+    q_tiles, do_tiles, lse_tiles, delta_tiles = tiles
+    q_ready, do_ready = ready
+    lse_ptr, delta_ptr = statistics
+    BLOCK_M: tl.constexpr = q_tiles.shape[1]
+    LANES: tl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    stage, phase = stage_of(i, STAGES)
+    place = [batch, head, m, 0]
+    mbarrier.wait(free.index(stage), phase ^ 1)
+    mbarrier.expect(q_ready.index(stage), q_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, place, q_ready.index(stage), q_tiles.index(stage))
+    mbarrier.expect(do_ready.index(stage), do_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(do_desc, place, do_ready.index(stage), do_tiles.index(stage))
+    # So few that a copy of their own is not worth a descriptor: they come through registers.
+    queries = m + gl.arange(0, BLOCK_M, LANES)
+    offset = gl.cast(row, gl.int64) * num_queries
+    lse_tiles.index(stage).store(load_lse(lse_ptr + offset, queries, num_queries))
+    mbarrier.arrive(q_ready.index(stage))
+    delta_tiles.index(stage).store(gl.load(delta_ptr + offset + queries, mask=queries < num_queries, other=0.0))
+    mbarrier.arrive(do_ready.index(stage))
 
 
 @gluon.jit
