@@ -199,13 +199,17 @@ def check_results(case: Case, actual: dict[str, Tensor]) -> None:
 
 
 def check_isolation(
-    name: str, bad: float, run: Callable[[Case], dict[str, Tensor]], head_dim: int = 64, documents: bool = True
+    name: str,
+    bad: float,
+    run: Callable[[Case], dict[str, Tensor]],
+    head_dim: int = 64,
+    documents: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Put one bad number into an input, and see that it reaches the results of those who see it and of nobody else."""
     num_tokens, place, first = (200, 140, 90) if documents else (140, 100, 0)
     options = {"cu_seqlens": torch.tensor([0, first, num_tokens])} if documents else {}
-    # What is interpreted beside the kernels in Gluon multiplies bfloat16 wrongly.
-    case = draw_case((2, 1), (num_tokens, num_tokens), head_dim, dlse=False, dtype=torch.float16, **options)
+    case = draw_case((2, 1), (num_tokens, num_tokens), head_dim, dlse=False, dtype=dtype, **options)
     expected = run(case)
     getattr(case, name)[:, :, place, 3] = bad
     found = run(case)

@@ -16,8 +16,7 @@ def get_attention_kernel() -> AttentionKernel:
 
 
 def set_attention_kernel(kernel: AttentionKernel) -> None:
-    """Choose attention's kernels for the whole process: `auto`, `portable`, or `gluon` or `fused` wherever those can
-    serve.
+    """Choose attention's kernels for the whole process: `auto`, `portable`, or, wherever they can serve, `gluon` or `fused`.
 
     In Gluon there are kernels for Hopper, in half precision, for tensors that TMA can describe and head dims from 33 to 256,
     of which the backward pass takes those up to 128, and with a softcap dK and dV up to 64; elsewhere the portable ones run,

@@ -202,8 +202,9 @@ def test_only_those_who_see_it_are_reached(name, bad):
 
 @pytest.mark.parametrize(("name", "bad"), [("q", torch.nan), ("v", torch.nan), ("do", torch.inf)])
 def test_only_those_who_see_it_are_reached_by_one_backward_kernel(name, bad):
+    # The interpreter, which runs the kernels beside the one in Gluon, multiplies bfloat16 wrongly.
     with np.errstate(all="ignore"):
-        check_isolation(name, bad, lambda case: run(case, replaced={}, kernel="fused"), 72, documents=False)
+        check_isolation(name, bad, lambda case: run(case, replaced={}, kernel="fused"), 72, False, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def is_right(results, kernel, options, mutation=None, order="random", seed=0, at
     # Several tiles of each kind for each ring, and both heads of a group in one program of dk and dv.
     num_tokens, head_dim = (800, 64) if kernel == "gluon" else (440, 128)
     case = draw_case((2, 1), (num_tokens, num_tokens), head_dim, dtype=torch.bfloat16, **options)
-    exact = case.run(reference.attention)
+    exact = case.run(reference.attention, wide=True)
     try:
         with np.errstate(all="ignore"):
             found = run(case, order, seed, mutation, kernel=kernel, at_once=at_once)
