@@ -46,11 +46,12 @@ def tokenizer_train(
     import time
 
     from ..files import require_absent
-    from ..tokenizer import Tokenizer, counts_file
+    from ..tokenizer import Tokenizer
+    from ..tokenizer.counting import counts_file
+    from ..tokenizer.counting.count_text import count_text
     from ..tokenizer.formats import save_tokenizer
-    from ..tokenizer.pretokens import count_text
-    from ..tokenizer.sources import Files
-    from ..tokenizer.trainer import check_training, known_ids, learn_bpe, shorten_vocab
+    from ..tokenizer.learning.trainer import check_training, known_ids, learn_bpe, shorten_vocab
+    from ..tokenizer.text.sources import Files
 
     if bool(texts) == (from_counts is not None):
         raise UserError("either texts or --from-counts is needed: make a corpus with `tilewright corpus`")

@@ -257,7 +257,7 @@ def test_the_caches_are_those_of_the_libraries(folders, monkeypatch):
     from numba.core import caching, config
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    from tilewright.tokenizer import scanner
+    from tilewright.tokenizer.text import scanner
 
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR"):
         monkeypatch.delenv(name)

@@ -4,13 +4,13 @@ Names and results follow CS336: the GPT-2 pattern cuts text into pretokens, merg
 are hard boundaries. The room knows no torch, so that its worker processes start fast.
 """
 
-from .counts_file import load_counts, save_counts
+from .counting.count_text import count_text
+from .counting.counts_file import load_counts, save_counts
 from .encode_file import iter_encoded
-from .patterns import END_OF_TEXT
-from .pretokens import count_text
-from .sources import Documents, Files
+from .learning.trainer import learn_bpe, shorten_vocab, train_bpe
+from .text.patterns import END_OF_TEXT
+from .text.sources import Documents, Files
 from .tokenizer import Tokenizer, token_dtype
-from .trainer import learn_bpe, shorten_vocab, train_bpe
 
 __all__ = [
     "END_OF_TEXT",

@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from .patterns import PATTERNS
-from .sources import BLOCK_BYTES, Block, Inputs, iter_blocks, resolve, text_bytes
+from .text.patterns import PATTERNS
+from .text.sources import BLOCK_BYTES, Block, Inputs, iter_blocks, resolve, text_bytes
 from .tokenizer import Tokenizer
 from .workers import POOL_BYTES, choose_workers, map_in_threads, ordered_map
 

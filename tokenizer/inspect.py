@@ -9,7 +9,7 @@ from rich.text import Text
 
 from .encode_file import iter_encoded
 from .formats import TokenizerData
-from .sources import iter_blocks
+from .text.sources import iter_blocks
 from .tokenizer import Tokenizer
 
 # Neighbours always differ; all are readable with black on them.

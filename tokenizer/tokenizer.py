@@ -9,16 +9,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .borders import last_border
-from .decoder import StreamDecoder, decode_bytes, decode_text, token_table
-from .encoder import new_encoder
+from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, token_table
+from .encoding.encoder import new_encoder
+from .encoding.pretoken_cache import NO_ID
 from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
-from .patterns import END_OF_TEXT, check_special_tokens, pattern_name, resolve_pattern
-from .pretoken_ids import NO_ID
-from .pretokens import borders_of
-from .sources import Block
-from .specials import NO_SPECIALS, SpecialFinder
-from .utf8 import encode_utf8, repair_utf8
+from .text.block_borders import borders_of
+from .text.borders import last_border
+from .text.patterns import END_OF_TEXT, check_special_tokens, pattern_name, resolve_pattern
+from .text.sources import Block
+from .text.specials import NO_SPECIALS, SpecialFinder
+from .text.utf8 import encode_utf8, repair_utf8
 
 # Text that `encode_iterable` waits for before it encodes.
 _BLOCK_BYTES = 1 << 14

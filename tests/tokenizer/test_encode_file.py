@@ -8,7 +8,7 @@ import pytest
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer, iter_encoded, token_dtype
-from tilewright.tokenizer.sources import Documents
+from tilewright.tokenizer.text.sources import Documents
 
 BYTES = {id: bytes([id]) for id in range(256)}
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.tokenizer import Tokenizer
-from tilewright.tokenizer.patterns import split_pretokens
+from tilewright.tokenizer.text.patterns import split_pretokens
 
 # Everything the pattern looks ahead for, white space of every kind, and special tokens that overlap, contain white space
 # and begin like one another.

@@ -11,10 +11,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tilewright.errors import UserError
-from tilewright.tokenizer import Tokenizer, merging
-from tilewright.tokenizer.encoder import CompiledEncoder, PlainEncoder
+from tilewright.tokenizer import Tokenizer
+from tilewright.tokenizer.encoding import merging
+from tilewright.tokenizer.encoding.encoder import CompiledEncoder, PlainEncoder
 from tilewright.tokenizer.formats import save_huggingface
-from tilewright.tokenizer.patterns import PATTERNS
+from tilewright.tokenizer.text.patterns import PATTERNS
 
 BYTES = {id: bytes([id]) for id in range(256)}
 

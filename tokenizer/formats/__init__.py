@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files import require_file
-from .data import MOST_IDS, TokenizerData, fingerprint, from_printable, read_object, to_printable
 from .gpt2 import read_gpt2_files, save_gpt2_files
 from .huggingface import parse_huggingface, save_huggingface
 from .native import FORMAT, parse_native, save_tokenizer
 from .ranks import load_tiktoken, save_tiktoken
+from .tokenizer_data import MOST_IDS, TokenizerData, fingerprint, from_printable, read_object, to_printable
 
 __all__ = [
     "MOST_IDS",

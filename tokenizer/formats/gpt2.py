@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...files import atomic_file, require_file
-from .data import TokenizerData, merge_text, parse_merge, parse_vocab, printable_vocab, read_object, read_text
+from .tokenizer_data import TokenizerData, merge_text, parse_merge, parse_vocab, printable_vocab, read_object, read_text
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 

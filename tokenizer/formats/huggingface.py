@@ -12,9 +12,9 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import atomic_file
-from ..patterns import GPT2_PATTERN
-from .data import TokenizerData, check_id, merge_text, parse_merge, parse_vocab, printable_vocab
+from ..text.patterns import GPT2_PATTERN
 from .ranks import check_ranks
+from .tokenizer_data import TokenizerData, check_id, merge_text, parse_merge, parse_vocab, printable_vocab
 
 # That library's engine is Oniguruma, to which `{1,3}+` is no possessive repeat, `$` the end of any line, `\w` a wider class.
 _CONSTRUCTS = re.compile(r"\\.|\{[\d,]+\}\+|\$|(?<!\[)\^|\[\[|&&|\(\?P", re.DOTALL)

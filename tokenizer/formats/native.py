@@ -21,7 +21,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import atomic_file
-from .data import TokenizerData, content_of, digest, from_printable, parse_merge
+from .tokenizer_data import TokenizerData, content_of, digest, from_printable, parse_merge
 
 FORMAT = "tilewright-tokenizer"
 _VERSION = 2

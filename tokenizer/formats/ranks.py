@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files import atomic_file, require_file
-from .data import TokenizerData, check_id
+from .tokenizer_data import TokenizerData, check_id
 
 
 def save_tiktoken(path: Path | str, data: TokenizerData) -> None:

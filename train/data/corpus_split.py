@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ...errors import UserError
 from ...files import atomic_file, require_absent
 from ...tokenizer import END_OF_TEXT, Files
-from ...tokenizer.sources import resolve, text_bytes
-from ...tokenizer.streams import open_stream
+from ...tokenizer.text.sources import resolve, text_bytes
+from ...tokenizer.text.streams import open_stream
 
 _MARK = END_OF_TEXT.encode()
 _READ_BYTES = 1 << 20

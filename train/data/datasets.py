@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...files import require_file
 from ...tokenizer import Tokenizer
-from ...tokenizer.sources import text_bytes
+from ...tokenizer.text.sources import text_bytes
 from ..config import DataConfig
 from .encoding import encode_text, text_sha256
 from .sampling import inputs_and_targets, require_length

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...files import require_absent, require_file
 from ...tokenizer import Tokenizer
 from ...tokenizer.encode_file import encode_blocks
-from ...tokenizer.sources import Block, iter_blocks, text_bytes
+from ...tokenizer.text.sources import Block, iter_blocks, text_bytes
 from ...tokenizer.workers import POOL_BYTES, choose_workers
 from .token_file import FileStamp, TokenDataset, TokenHeader, TokenWriter, read_header
 

@@ -14,7 +14,7 @@ import pytest
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
-from tilewright.tokenizer.sources import iter_blocks
+from tilewright.tokenizer.text.sources import iter_blocks
 from tilewright.train.data import encoding
 from tilewright.train.data.encoding import decode_text, encode_text, text_sha256
 from tilewright.train.data.token_file import HEADER_BYTES, FileStamp, TokenDataset, TokenWriter, read_header

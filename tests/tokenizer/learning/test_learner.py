@@ -1,0 +1,172 @@
+import itertools
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from tilewright.errors import UserError
+from tilewright.tokenizer.counting.counter import PretokenCounts
+from tilewright.tokenizer.formats import from_printable, to_printable
+from tilewright.tokenizer.learning.learner import learn_merges
+
+# Few letters make ties and long runs; the others have bytes that sort differently in GPT-2's alphabet.
+ALPHABETS = (b"a", b"ab", b"abc", b"\x00\x01", b"etaoin \xc3\xa9\xad", bytes(range(256)))
+
+
+def naive_merges(counts, num_merges, ties="cs336", min_frequency=1, max_token_length=None, known=()):
+    """Count all pairs again for each merge."""
+    ids = {from_printable(character): id for id, character in enumerate(sorted(to_printable(bytes(range(256)))))}
+    words = [([bytes([byte]) for byte in word], count) for word, count in counts.items()]
+    merges = []
+    while len(merges) < num_merges:
+        frequencies = Counter()
+        for word, count in words:
+            for pair in itertools.pairwise(word):
+                frequencies[pair] += count
+        pairs = [pair for pair, frequency in frequencies.items() if frequency >= min_frequency]
+        pairs = [pair for pair in pairs if max_token_length is None or len(pair[0] + pair[1]) <= max_token_length]
+        if len(merges) < len(known):
+            best = known[len(merges)]
+        elif not pairs:
+            break
+        elif ties == "cs336":
+            best = max(pairs, key=lambda pair: (frequencies[pair], pair))
+        else:
+            best = min(pairs, key=lambda pair: (-frequencies[pair], ids[pair[0]], ids[pair[1]]))
+        merges.append(best)
+        ids.setdefault(best[0] + best[1], len(ids))
+        for word, _ in words:
+            place = 0
+            while place + 1 < len(word):
+                if (word[place], word[place + 1]) == best:
+                    word[place : place + 2] = [best[0] + best[1]]
+                place += 1
+    return merges
+
+
+def random_counts(rng):
+    letters = rng.choice(ALPHABETS)
+    counts = {}
+    for _ in range(rng.randint(1, 12)):
+        counts[bytes(rng.choices(letters, k=rng.randint(1, rng.choice([3, 8, 40]))))] = rng.choice([1, 1, 2, 3, 100])
+    return counts
+
+
+def learn(counts, *arguments, **options):
+    return learn_merges(PretokenCounts.of(counts), *arguments, **options).as_bytes()
+
+
+@pytest.mark.parametrize("ties", ["cs336", "huggingface"])
+@pytest.mark.parametrize("seed", range(15))
+def test_merges_equal_the_naive_trainers(ties, seed):
+    rng = random.Random(seed)
+    for _ in range(50):
+        counts, num_merges = random_counts(rng), rng.randint(0, 40)
+        options = {"min_frequency": rng.choice([1, 1, 2, 5]), "max_token_length": rng.choice([None, None, 2, 3, 10])}
+        expected = naive_merges(counts, num_merges, ties, **options)
+        learned = learn_merges(PretokenCounts.of(counts), num_merges, ties=ties, **options)
+        assert learned.as_bytes() == expected
+        # All of it again, after a beginning that is given.
+        known = learned.pairs[: rng.randint(0, len(expected))]
+        again = learn_merges(PretokenCounts.of(counts), num_merges, ties=ties, known=known, **options)
+        assert np.array_equal(again.pairs, learned.pairs)
+        assert np.array_equal(again.counts, learned.counts)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_merges_go_on_from_those_of_another_text(seed):
+    rng = random.Random(seed)
+    for _ in range(60):
+        known = learn_merges(PretokenCounts.of(random_counts(rng)), rng.randint(0, 15))
+        counts = random_counts(rng)
+        expected = naive_merges(counts, 30, known=known.as_bytes())
+        assert learn(counts, 30, known=known.pairs) == expected
+
+
+def merges_of_huggingface(counts, num_merges):
+    # Blanks are the only borders, and every byte has its character in the alphabet from the beginning.
+    peer = Tokenizer(models.BPE())
+    peer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256 + num_merges, initial_alphabet=alphabet, show_progress=False)
+    words = [to_printable(word) for word, count in counts.items() for _ in range(count)]
+    peer.train_from_iterator([" ".join(words)], trainer)
+    vocab = peer.get_vocab()
+    return [from_printable(token) for token in sorted(vocab, key=vocab.__getitem__)][256:]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ties_are_those_of_huggingface(seed):
+    rng = random.Random(seed)
+    for _ in range(30):
+        counts = random_counts(rng)
+        merges = learn(counts, 40, ties="huggingface")
+        assert [left + right for left, right in merges] == merges_of_huggingface(counts, 40)
+
+
+def test_real_text_gives_huggingfaces_merges(specification, real_text):
+    counts = Counter(pretoken.encode() for pretoken in specification.split(real_text))
+    merges = learn(counts, 1000, ties="huggingface")
+    assert [left + right for left, right in merges] == merges_of_huggingface(counts, 1000)
+
+
+def test_counts_need_64_bits():
+    learned = learn_merges(PretokenCounts.of({b"ab": 1 << 60, b"cd": (1 << 60) + 1}), 2)
+    assert learned.as_bytes() == [(b"c", b"d"), (b"a", b"b")]
+    assert learned.counts.tolist() == [(1 << 60) + 1, 1 << 60]
+
+
+def test_tokens_that_agree_in_eight_bytes_are_told_apart():
+    # Every byte pair is as frequent as any other, so only the bytes far behind decide.
+    words = {b"abcdefghi" + bytes([last]) * 2: 1 for last in b"xyz"}
+    assert learn(words, 40) == naive_merges(words, 40)
+    assert learn(words, 40, ties="huggingface") == naive_merges(words, 40, "huggingface")
+
+
+@pytest.mark.parametrize("letters", [b"a", b"ACGT"], ids=["one letter", "dna"])
+def test_long_runs_take_linear_time(letters):
+    text = bytes(random.Random(0).choices(letters, k=1_000_000))
+    learned = learn_merges(PretokenCounts.of({text: 1}), 300)
+    tokens = learned.tokens()
+    if len(letters) == 1:
+        assert [len(token) for token in tokens[256:275]] == [2 << power for power in range(19)]
+    else:
+        assert len(learned) == 300
+        # The most frequent pair of bytes, counted in another way.
+        assert learned.counts[0] == max(sum(1 for i in range(len(text) - 1) if text[i : i + 2] == tokens[256]), 1)
+
+
+def test_progress_rises_to_the_end():
+    made = []
+    text = bytes(random.Random(1).choices(b"abcdefgh", k=20_000))
+    learn_merges(PretokenCounts.of({text: 1}), 1000, progress=made.append)
+    assert made == sorted(made)
+    assert made[-1] == 1000
+    assert len(made) > 2
+
+
+def test_nothing_to_merge_is_no_merge():
+    assert learn({}, 10) == []
+    assert learn({b"a": 5, b"b": 1}, 10) == []
+    assert learn({b"ab": 5}, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ties": "none"}, "ties is 'none': one of cs336, huggingface"),
+        ({"min_frequency": 0}, "min_frequency is 0: at least 1"),
+        ({"max_token_length": 1}, "max_token_length is 1: at least 2"),
+        ({"max_token_length": 2, "known": np.array([[97, 98], [256, 97]])}, "known merge 1 makes a token of 3 bytes"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        learn({b"abab": 1}, 10, **options)
+
+
+def test_known_merges_need_ids_that_are_there():
+    with pytest.raises(ValueError, match="known merge 0 is of 97 and 256: ids from 0 to 255"):
+        learn({b"abab": 1}, 10, known=np.array([[97, 256]]))

@@ -1,0 +1,226 @@
+"""The compiled scanners against `regex` with the published patterns."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilewright.tokenizer.text.patterns import PATTERNS
+from tilewright.tokenizer.text.scanner import scanner_of
+from tilewright.tokenizer.text.specials import SpecialFinder
+from tilewright.tokenizer.text.unicode_classes import LETTER, NUMBER, SPACE, UPPER, class_table
+
+# GPT-2's as OpenAI published it, the others as tiktoken has them.
+PUBLISHED = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "cl100k": "|".join(
+        [
+            r"""'(?i:[sdmt]|ll|ve|re)""",
+            r"""[^\r\n\p{L}\p{N}]?+\p{L}++""",
+            r"""\p{N}{1,3}+""",
+            r""" ?[^\s\p{L}\p{N}]++[\r\n]*+""",
+            r"""\s++$""",
+            r"""\s*[\r\n]""",
+            r"""\s+(?!\S)""",
+            r"""\s""",
+        ]
+    ),
+    "o200k": "|".join(
+        [
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""\p{N}{1,3}""",
+            r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+            r"""\s*[\r\n]+""",
+            r"""\s+(?!\S)""",
+            r"""\s+""",
+        ]
+    ),
+}  # fmt: skip
+
+# Every kind of character in every width, and what the patterns name.
+PARTS = [*"aBzSsTtdmlLvVrReEk  \n\r\t\v'''019!?./_", *"\x00\x1c\x1f\x7f\x85\xa0\u1680\u2003\u2028\u3000\ufeff"]
+PARTS += [*"éÉßſKǅʰª中アÅ̈\u0301\u20dd½²٣Ⅷ€\u200d🙂𝐀𝐚𝟘𐐀𐐨\U000e0100\ufffd\U0010ffff"]
+PARTS += ["'s", "'S", "'ll", "'Re", "'ſ", "  ", " \n", "\n\n", "\r\n", " '", "//", "123", "the", " The", "...\n"]
+
+names = pytest.mark.parametrize("name", list(PUBLISHED))
+
+
+def ends_of(name, data, start=0, end=None, room=4096, specials=None):
+    """All ends, drawn in batches of `room`."""
+    scan, array = scanner_of(name), np.frombuffer(data, np.uint8)
+    place, end, found = start, len(data) if end is None else end, []
+    while place < end:
+        ends = np.full(room + 1, 77)
+        arguments = () if specials is None else (specials,)
+        size = scan(array, place, end, ends[:room], *arguments)
+        assert ends[room] == 77
+        assert 0 < size <= room
+        found += ends[:size].tolist()
+        place = abs(found[-1])
+    return found
+
+
+def expected(name, text, offset=0):
+    ends = np.cumsum([len(match.encode()) for match in regex.findall(PUBLISHED[name], text)])
+    return (ends + offset).tolist()
+
+
+@names
+def test_the_patterns_are_the_published_ones(name):
+    assert PATTERNS[name] == PUBLISHED[name]
+
+
+@pytest.fixture(scope="module")
+def characters():
+    """The first and last of every run of one class, with those beside them, and many others."""
+    table = class_table()
+    edges = np.flatnonzero(np.diff(table))
+    codes = {*edges.tolist(), *(edges + 1).tolist(), *range(0x300), *range(0, 0x110000, 997)}
+    return [chr(code) for code in sorted(codes) if not 0xD800 <= code < 0xE000]
+
+
+def test_every_character_has_its_classes():
+    table = class_table()
+    text = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    for bit, members in ((LETTER, r"\p{L}"), (NUMBER, r"\p{N}"), (SPACE, r"\s"), (UPPER, r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]")):
+        found = {ord(character) for character in regex.findall(members, text)}
+        assert found == set(np.flatnonzero(table & bit).tolist())
+
+
+@names
+@pytest.mark.parametrize("before", ["", " ", "a", "A", "1", "!", "'", "\n", " \n"])
+@pytest.mark.parametrize("behind", ["", "a", "A1"])
+def test_every_class_of_characters(name, characters, before, behind):
+    # Apart by pretokens of their own, and many in one text, which is quicker.
+    text = "".join(f"x0{before}{character}{behind}-\nx " for character in characters)
+    assert ends_of(name, text.encode()) == expected(name, text)
+
+
+@names
+@pytest.mark.parametrize("room", [1, 63, 64, 4096])
+def test_texts_at_random(name, room):
+    draw = random.Random(room)
+    for _ in range(20_000 if room == 4096 else 2000):
+        text = "".join(draw.choices(PARTS, k=draw.choice([1, 2, 3, 5, 8, 20, 40, 70, 200])))
+        assert ends_of(name, text.encode(), room=room) == expected(name, text), text
+
+
+@names
+def test_every_distance_from_the_window_and_from_the_ends(name):
+    scenes = [
+        "'s",
+        "'lle",
+        " 's",
+        "''s",
+        "\u3000 x",
+        " \u3000x",
+        " \n x",
+        "é'll",
+        "中 '",
+        "1½2",
+        "\xa0a",
+        "  ",
+        "'",
+        "!'ve",
+        "🙂 🙂",
+        "A中a",
+    ]
+    for scene in scenes:
+        for filler in ("a", "é", " ", "1", "-", "a b"):
+            for size in range(70):
+                text = (filler * size)[:size] + scene
+                for tail in ("", "b", " ", "bc d" * 20):
+                    data = (text + tail).encode()
+                    assert ends_of(name, data) == expected(name, text + tail), (scene, filler, size, tail)
+    for scene in scenes:
+        for size in range(56, 70):
+            # The array goes on behind the text, with what must not be looked at.
+            text = "a" * size + scene
+            for after in ("s", "'s", " ", "1", "\n", "e" * 80):
+                assert ends_of(name, (text + after).encode(), end=len(text.encode())) == expected(name, text)
+
+
+@names
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(text=st.text(max_size=150) | st.lists(st.sampled_from(PARTS), max_size=150).map("".join), offset=st.integers(0, 5))
+def test_any_text(name, text, offset):
+    text = text.encode(errors="replace").decode()
+    assert ends_of(name, b"'" * offset + text.encode(), start=offset) == expected(name, text, offset)
+
+
+@names
+def test_tiktoken_agrees(name):
+    # Ids are bytes, and every merge of two adjacent bytes is known: what does not merge is apart.
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(draw.choices(PARTS, k=60))
+        ends = ends_of(name, text.encode())
+        pretokens = [text.encode()[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        for pretoken in pretokens:
+            ranks.setdefault(pretoken, len(ranks))
+        encoding = tiktoken.Encoding("own", pat_str=PUBLISHED[name], mergeable_ranks=ranks, special_tokens={})
+        assert encoding.decode_tokens_bytes(encoding.encode(text)) == pretokens
+
+
+@names
+def test_special_tokens_are_borders(name):
+    specials = ("<|a|>", " \n", "b ", "b  ")
+    split = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+    draw = random.Random(0)
+    for room in (2, 64, 4096):
+        for _ in range(1000):
+            text = "".join(draw.choices([*PARTS, *specials], k=draw.choice([3, 30, 100])))
+            found, offset = [], 0
+            for piece in split.split(text):
+                if piece in specials:
+                    found.append(-offset - len(piece.encode()))
+                elif piece:
+                    found += expected(name, piece, offset)
+                offset += len(piece.encode())
+            places = SpecialFinder(specials).find(np.frombuffer(text.encode(), np.uint8))
+            assert ends_of(name, text.encode(), specials=places, room=room) == found
+
+
+@names
+def test_real_text(name, real_text):
+    assert ends_of(name, real_text.encode()) == expected(name, real_text)
+
+
+def test_the_classes_are_those_of_regex():
+    table = class_table()
+    assert not table.flags.writeable
+    for bits, members in [
+        (1, r"\p{L}"),
+        (2, r"\p{N}"),
+        (4, r"\s"),
+        (8, r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"),
+        (16, r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"),
+    ]:
+        everything = "".join(map(chr, range(0x110000)))
+        members = {match.start() for match in regex.finditer(members, everything)}
+        assert members == set(np.flatnonzero(table & bits).tolist())
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    tokens=st.lists(st.text(alphabet="ab<|>é", min_size=1, max_size=5), unique=True, max_size=6),
+    text=st.text(alphabet="ab<|>é.", max_size=300),
+)
+def test_special_tokens_are_found_as_re_finds_them(tokens, text):
+    longest_first = sorted((token.encode() for token in tokens), key=len, reverse=True)
+    spans = [m.span() for m in re.finditer(b"|".join(map(re.escape, longest_first)), text.encode())] if tokens else []
+    assert SpecialFinder(tokens).find(np.frombuffer(text.encode(), np.uint8)).reshape(-1, 2).tolist() == [
+        list(s) for s in spans
+    ]
+
+
+def test_many_special_tokens_are_found():
+    data = np.frombuffer(b"<|x|>." * 1000, np.uint8)
+    assert SpecialFinder(["<|x|>"]).find(data).tolist() == [place for k in range(1000) for place in (6 * k, 6 * k + 5)]

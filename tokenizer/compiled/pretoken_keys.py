@@ -1,0 +1,65 @@
+"""What the hash tables of the counter and the encoder know a pretoken by: two words and a hash of them.
+
+These are helpers of compiled functions in other files. The words are the pretoken itself where it has at most `INLINE` bytes.
+"""
+
+import numpy as np
+
+from .intrinsics import load8, load64
+from .jit import helper, int64, uint64
+
+INLINE = 16
+_ALL = ~np.uint64(0)
+_F0, _F1, _F2 = uint64(0x9E3779B97F4A7C15), uint64(0xC2B2AE3D27D4EB4F), uint64(0x165667B19E3779F9)
+_LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(INLINE + 1)], np.uint64)
+_HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE + 1)], np.uint64)
+
+
+@helper
+def pretoken_key(data, start, size):
+    """Return the two words that stand for the `size` bytes: the bytes themselves up to 16, else a hash of them."""
+    if size <= INLINE:
+        if start + INLINE <= len(data):
+            n = uint64(size)
+            return load64(data, start) & _LOW_MASKS[n], load64(data, start + 8) & _HIGH_MASKS[n]
+        low, high = uint64(0), uint64(0)
+        for k in range(size):
+            if k < 8:
+                low |= uint64(load8(data, start + k)) << uint64(8 * k)
+            else:
+                high |= uint64(load8(data, start + k)) << uint64(8 * k - 64)
+        return low, high
+    low, high = load64(data, start), load64(data, start + size - 8)
+    for k in range(8, size - 8, 8):
+        low = (low ^ load64(data, start + k)) * _F0
+        low ^= low >> uint64(32)
+        high = (high + low) * _F1
+    return low, high ^ (high >> uint64(29))
+
+
+@helper
+def pretoken_hash(low, high, size):
+    """Return the hash of a pretoken, given the words that stand for it; its highest bits are its best."""
+    mixed = (low ^ (high * _F1) ^ (uint64(size) * _F2)) * _F0
+    return mixed ^ (mixed >> uint64(32))
+
+
+@helper
+def compare_bytes(data, start, other, other_start, size):
+    """Return a number below, at or above 0, as the first `size` bytes stand before, equal or stand after the other ones."""
+    for k in range(size):
+        difference = load8(data, start + k) - load8(other, other_start + k)
+        if difference != 0:
+            return difference
+    return int64(0)
+
+
+@helper
+def equal_bytes(data, start, other, other_start, size):
+    """Whether the `size` bytes at the two places are the same."""
+    k = 0
+    while k + 8 <= size:
+        if load64(data, start + k) != load64(other, other_start + k):
+            return False
+        k += 8
+    return compare_bytes(data, start + k, other, other_start + k, size - k) == 0

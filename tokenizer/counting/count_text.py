@@ -1,0 +1,163 @@
+"""Count the distinct pretokens of any amount of text: in parallel, in bounded memory, with one and the same result."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ...errors import UserError
+from ..text.block_borders import borders_of
+from ..text.patterns import check_special_tokens, pattern_name, resolve_pattern, split_pretokens
+from ..text.scanner import Scanner, scanner_of
+from ..text.sources import BLOCK_BYTES, Block, Inputs, iter_blocks, resolve, text_bytes
+from ..text.specials import SpecialFinder
+from ..workers import POOL_BYTES, choose_workers, map_in_threads, ordered_map
+from .counter import PretokenCounter, PretokenCounts, merge_counts
+from .counts_file import CountedText
+from .spill import Spill
+
+# For each worker: with less, the disk would be busy with runs of no size.
+LEAST_MEMORY = 1 << 24
+
+# Pretokens between two calls into compiled code: enough that Python's part does not show, few enough for the processor's cache.
+_BATCH = 1 << 15
+
+# Of a block, and of the long pretokens that a table had before it: together these stay within the table's 32 bits.
+_MOST_BYTES = 1 << 31
+
+
+def count_text(
+    inputs: Inputs,
+    special_tokens: Sequence[str] = (),
+    *,
+    pattern: str = "gpt2",
+    num_workers: int | None = None,
+    memory: int | None = None,
+    scratch: Path | str | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> CountedText:
+    """Return how often each pretoken occurs; special tokens and the ends of documents bound pretokens and are not counted.
+
+    The counts and their order do not depend on `num_workers` (None: the machine's cores, one for little text) or `block_bytes`.
+    Workers are threads for the patterns that have a compiled scanner and processes for any other. Tables of more than about
+    `memory` bytes, all workers together, are written to a temporary folder in `scratch` (None: the system's) and merged from
+    there. Text that is not UTF-8 becomes U+FFFD. For errors in the inputs see `iter_blocks`; a full disk and a worker that is
+    killed raise a `UserError` too.
+    """
+    special_tokens = check_special_tokens(special_tokens)
+    inputs = resolve(inputs)
+    size = text_bytes(inputs)
+    num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
+    if memory is not None and memory < (least := LEAST_MEMORY * num_workers):
+        raise UserError(f"memory is {memory} bytes: at least {least} are needed for {num_workers} workers")
+    name, expression = pattern_name(pattern), resolve_pattern(pattern)
+    source = iter_blocks(inputs, special_tokens, pattern=pattern, block_bytes=block_bytes)
+    read = weighed = 0
+
+    def watched() -> Iterator[Block]:
+        nonlocal read, weighed
+        for block in source:
+            # No count, of a pretoken or a pair, is greater than this.
+            weighed += len(block.data) * block.weight
+            if weighed >= 1 << 63:
+                raise UserError(
+                    f"the text has {weighed} bytes, times their weights: counts have 64 bits, choose lesser weights"
+                )
+            yield block
+            read += len(block.data)
+            bar.update(len(block.data))
+
+    with Spill(scratch) as spill, tqdm(total=size, desc="counting pretokens", unit="B", unit_scale=True, disable=None) as bar:
+        allowance = None if memory is None else memory // num_workers
+        new_part = partial(_Part, spill, allowance)
+        if name:
+            count = partial(_count_block, scanner_of(name), SpecialFinder(special_tokens))
+            parts = _count_in_threads(count, watched(), num_workers, new_part)
+        else:
+            parts = [new_part()]
+            for block, counts in ordered_map(_count_by_regex, (expression, special_tokens), watched(), num_workers):
+                parts[0].add(counts.data, 0, counts.ends, counts.counts * block.weight)
+        if not read:
+            raise UserError("the input holds no text: at least one byte is needed")
+        return CountedText(_sum(parts, spill), name or expression, special_tokens, read)
+
+
+class _Part:
+    """What one worker has counted, as far as it is still in memory."""
+
+    def __init__(self, spill: Spill, allowance: int | None):
+        self._spill, self._allowance = spill, allowance
+        self._counter = PretokenCounter()
+
+    def add(self, data: np.ndarray, start: int, ends: np.ndarray, counts: np.ndarray) -> None:
+        if len(data) > _MOST_BYTES:
+            raise UserError(
+                f"{len(data)} bytes of text have no place to cut them: at most {_MOST_BYTES} can be counted at once"
+            )
+        self._counter.add(data, start, ends, counts)
+        # The table doubles when it is half full, and then both stand in memory; sorting takes less than that.
+        full = self._allowance is not None and 3 * self._counter.num_bytes > self._allowance
+        if full or self._counter.long_bytes > _MOST_BYTES:
+            self.spill()
+
+    def spill(self) -> None:
+        self._spill.add(self.counts())
+
+    def counts(self) -> PretokenCounts:
+        """Return the counts, and forget them."""
+        counts = self._counter.counts()
+        self._counter = PretokenCounter()
+        return counts
+
+
+def _sum(parts: list[_Part], spill: Spill) -> PretokenCounts:
+    if len(spill):
+        for part in parts:
+            part.spill()
+        return spill.merged()
+    total = parts[0].counts()
+    for part in parts[1:]:
+        total = merge_counts(total, part.counts())
+    return total
+
+
+def _count_in_threads(
+    count: Callable[[Block, _Part], None], blocks: Iterator[Block], num_workers: int, new_part: Callable[[], _Part]
+) -> list[_Part]:
+    idle = [new_part() for _ in range(num_workers)]
+
+    def work(block: Block) -> None:
+        # Taking from a list and adding to one cannot be interrupted by another thread.
+        part = idle.pop()
+        count(block, part)
+        idle.append(part)
+
+    for _ in map_in_threads(work, blocks, num_workers):
+        pass
+    return idle
+
+
+def _count_block(scan: Scanner, finder: SpecialFinder, block: Block, part: _Part) -> None:
+    data, borders = borders_of(block, finder)
+    counts = np.full(1, block.weight, np.int64)
+    ends = np.empty(_BATCH, np.int64)
+    start = 0
+    while start < len(data):
+        found = scan(data, start, len(data), ends, borders)
+        part.add(data, start, ends[:found], counts)
+        start = abs(int(ends[found - 1]))
+
+
+def _count_by_regex(shared: tuple[str, tuple[str, ...]], block: Block) -> PretokenCounts:
+    pattern, special_tokens = shared
+    counts: Counter[str] = Counter()
+    start = 0
+    for end in block.ends.tolist():
+        text = block.data[start:end].tobytes().decode(errors="replace")
+        for run, _ in split_pretokens([text], special_tokens, pattern=pattern):
+            counts.update(run)
+        start = end
+    return PretokenCounts.of({pretoken.encode(): count for pretoken, count in counts.items()})

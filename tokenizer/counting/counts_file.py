@@ -1,0 +1,101 @@
+"""Counts of pretokens as a file, so that another vocabulary can be learned from them without reading the text again.
+
+    line 1      a JSON object: format, version, pattern, special_tokens, text_bytes, num_pretokens, num_bytes, and the sha256 of
+                its other entries, as compact JSON in this order, followed by all that comes after the line
+    then        where pretokens end, int64; their counts, int64; their bytes; all little-endian
+
+Equal counts give equal files.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ...files import atomic_file, require_file
+from ..text.patterns import check_special_tokens, resolve_pattern
+from .counter import PretokenCounts
+
+_FORMAT = "tilewright-counts"
+_VERSION = 1
+_SIZES = ("text_bytes", "num_pretokens", "num_bytes")
+# The longest first line that is read: room for thousands of special tokens.
+_LONGEST_HEADER = 1 << 22
+
+
+@dataclass(frozen=True)
+class CountedText:
+    """Counts, and what decided on them: the pattern by name or as a regular expression, the special tokens, the text's size."""
+
+    counts: PretokenCounts
+    pattern: str
+    special_tokens: tuple[str, ...]
+    text_bytes: int
+
+
+def save_counts(path: Path | str, text: CountedText) -> None:
+    """Write the counts to `path`, atomically."""
+    counts = text.counts
+    header: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "pattern": text.pattern,
+        "special_tokens": list(text.special_tokens),
+        "text_bytes": text.text_bytes,
+        "num_pretokens": len(counts),
+        "num_bytes": len(counts.data),
+    }
+    parts = [counts.ends.astype("<i8", copy=False).data, counts.counts.astype("<i8", copy=False).data, counts.data.data]
+    with atomic_file(path) as file:
+        file.write(json.dumps(header | {"sha256": _digest(header, parts)}).encode() + b"\n")
+        for part in parts:
+            file.write(part)
+
+
+def load_counts(path: Path | str) -> CountedText:
+    """Read what `save_counts` wrote; a file that is missing, foreign, cut off or changed raises a `UserError`."""
+    with require_file(path, "counts file", "make one with save_counts").open("rb") as file:
+        try:
+            header = json.loads(file.readline(_LONGEST_HEADER))
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            raise UserError(f"{path} is no counts file: tokenizer training writes one with save_counts")
+        if header.get("version") != _VERSION:
+            raise UserError(f"counts file {path} has version {header.get('version')!r}: only {_VERSION} is known")
+        body = np.frombuffer(file.read(), np.uint8)
+    expected = header.pop("sha256", None)
+    if expected != _digest(header, [body.data]):
+        raise UserError(f"counts file {path} is cut off, or was changed after it was written")
+    try:
+        return _parse(header, body)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"counts file {path} is not what save_counts writes: {error}") from None
+
+
+def _parse(header: dict[str, Any], body: np.ndarray) -> CountedText:
+    # That a file is unchanged does not mean that it was right.
+    pattern, special_tokens, sizes = header["pattern"], header["special_tokens"], [header[name] for name in _SIZES]
+    if not isinstance(special_tokens, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"special_tokens are {special_tokens!r}, {', '.join(_SIZES)} are {sizes!r}")
+    _, num_pretokens, num_bytes = sizes
+    if 16 * num_pretokens + num_bytes != len(body):
+        raise ValueError(f"{num_pretokens} pretokens of {num_bytes} bytes are not {len(body)} bytes long")
+    words = 8 * num_pretokens
+    ends, numbers = (body[start : start + words].view("<i8").astype(np.int64, copy=False) for start in (0, words))
+    counts = PretokenCounts(body[2 * words :], ends, numbers)
+    if not counts.is_sound:
+        raise ValueError("its pretokens do not end one after another, or have counts below 1")
+    resolve_pattern(pattern)
+    return CountedText(counts, pattern, check_special_tokens(special_tokens), sizes[0])
+
+
+def _digest(header: dict[str, Any], parts: list[memoryview]) -> str:
+    digest = hashlib.sha256(json.dumps(header, separators=(",", ":")).encode())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,209 @@
+"""Learn the merges of a byte-level BPE from counted pretokens.
+
+The naive trainer counts all pairs, merges the most frequent one everywhere, and starts again. `merge_loop.py` comes to the
+same merges in time linear in the text, but for a heap of pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ...errors import UserError
+from ..counting.counter import PretokenCounts
+from .merge_loop import NO_PAIR, Corpus, Created, Heap, Pairs, State, Tokens, fill_cells, merge_steps, place_byte_pairs
+
+Ties = Literal["cs336", "huggingface"]
+
+_MOST = np.iinfo(np.int64).max
+# Merges between two reports of progress.
+_STRIDE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Merges:
+    """Merges in the order learned. Ids 0..255 are the bytes, id 256 + i is what merge i makes.
+
+    `pairs` holds the ids of the left and right token, int32 of shape (n, 2); `counts` how often the pair stood in the text
+    when it merged, int64 of shape (n,), 0 for a known merge that did not.
+    """
+
+    pairs: np.ndarray
+    counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def tokens(self) -> list[bytes]:
+        """Return the bytes of every id from 0 to 255 + n."""
+        tokens = [bytes([byte]) for byte in range(256)]
+        for left, right in self.pairs.tolist():
+            tokens.append(tokens[left] + tokens[right])
+        return tokens
+
+    def as_bytes(self) -> list[tuple[bytes, bytes]]:
+        """Return the left and right token of every merge."""
+        tokens = self.tokens()
+        return [(tokens[left], tokens[right]) for left, right in self.pairs.tolist()]
+
+
+def learn_merges(
+    counts: PretokenCounts,
+    num_merges: int,
+    *,
+    ties: Ties = "cs336",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    known: np.ndarray | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Merges:
+    """Return the first `num_merges` merges, fewer where no pair is left.
+
+    The most frequent pair merges first. Of equals: with `ties="cs336"` the one whose (left, right) bytes are greatest, with
+    `"huggingface"` the one whose (left, right) ids are least, bytes numbered in the order of GPT-2's alphabet: only ties are
+    theirs, who count `max_token_length` otherwise. A pair that occurs less than `min_frequency` times, or would make a token of
+    more than `max_token_length` bytes, never merges.
+
+    `known`, int of shape (k, 2) in the ids of `Merges`, are merges to begin with: they come first in the result whatever the
+    counts say, and count towards `num_merges`. `progress` is now and then called with the number of merges made.
+
+    Raises `UserError` for options out of range and for more text than 32-bit places can hold.
+    """
+    check_rules(ties, min_frequency, max_token_length)
+    if not counts.is_sound:
+        raise ValueError("the counts are not sound: ends must ascend to the end of the data, and counts be positive")
+    longest = _MOST if max_token_length is None else max_token_length
+    known = np.empty((0, 2), np.int32) if known is None else known[:num_merges]
+    _check_known(known, longest)
+
+    # Each merge but a known one makes the text shorter by a token.
+    num_merges = min(num_merges, len(known) + len(counts.data))
+    pairs = np.empty((num_merges, 2), np.int32)
+    pairs[: len(known)] = known
+    merge_counts = np.zeros(num_merges, np.int64)
+    arrays, state = _start(counts, num_merges, ties)
+    while state.merges < num_merges:
+        stop = min(num_merges, state.merges + _STRIDE)
+        numbers = len(known), stop, min_frequency, longest
+        state, lacking = merge_steps(*arrays, pairs, merge_counts, *numbers, state)
+        if progress:
+            progress(state.merges)
+        if lacking:
+            arrays = _with_room(arrays, state, int(lacking))
+        elif state.merges < stop:
+            break
+    return Merges(pairs[: state.merges], merge_counts[: state.merges])
+
+
+def check_rules(ties: Ties, min_frequency: int, max_token_length: int | None) -> None:
+    """Raise a `UserError` for an option of `learn_merges` that is out of range."""
+    if ties not in get_args(Ties):
+        raise UserError(f"ties is {ties!r}: one of {', '.join(get_args(Ties))} is needed")
+    check_number("min_frequency", min_frequency, 1)
+    if max_token_length is not None:
+        check_number("max_token_length", max_token_length, 2)
+
+
+def check_number(name: str, number: Any, least: int) -> None:
+    """Raise a `UserError` for what is no whole number of at least `least`, or has more than 64 bits."""
+    if not isinstance(number, int | np.integer) or not least <= number <= _MOST:
+        raise UserError(f"{name} is {number!r}: at least {least} is needed, a whole number of 64 bits")
+
+
+def _check_known(known: np.ndarray, longest: int) -> None:
+    lengths = [1] * 256
+    for index, (left, right) in enumerate(known.tolist()):
+        if not (0 <= left < 256 + index and 0 <= right < 256 + index):
+            raise ValueError(f"known merge {index} is of {left} and {right}: ids from 0 to {255 + index} are there")
+        lengths.append(lengths[left] + lengths[right])
+        if lengths[-1] > longest:
+            raise UserError(f"max_token_length is {longest}, but known merge {index} makes a token of {lengths[-1]} bytes")
+
+
+_Arrays = tuple[Corpus, Tokens, Pairs, Heap, Created]
+
+
+def _start(counts: PretokenCounts, num_merges: int, ties: Ties) -> tuple[_Arrays, State]:
+    num_cells = len(counts.data) + len(counts) + 1
+    if num_cells >= 1 << 31:
+        raise UserError(f"the distinct pretokens have {len(counts.data)} bytes: less than 2^31 can be trained on")
+    corpus = Corpus(_read_only(counts.data), np.empty((num_cells, 3), np.int32), _read_only(counts.counts))
+    pair_counts = np.zeros(1 << 16, np.int64)
+    sizes = np.zeros(1 << 16, np.int64)
+    fill_cells(corpus, _read_only(counts.ends), pair_counts, sizes)
+    found = np.flatnonzero(sizes)
+    index = np.full(1 << 16, NO_PAIR, np.int64)
+    index[found] = np.arange(len(found))
+    starts = np.cumsum(sizes[found]) - sizes[found]
+    pairs = Pairs(
+        lefts=(found >> 8).astype(np.int32),
+        rights=(found & 255).astype(np.int32),
+        counts=pair_counts[found],
+        slices=np.concatenate([[0], starts]),
+        places=np.empty(sizes.sum(), np.int32),
+    )
+    place_byte_pairs(corpus, pairs, index)
+    none = np.empty(0, np.int32)
+    arrays = corpus, _tokens(num_merges, ties), pairs, Heap(none, np.empty(0, np.int64)), Created(none, none)
+    arrays[1].pairs_before[256] = len(found)
+    state = State(merges=0, pairs=len(found), seen=0, heap=0, threshold=_MOST)
+    return _with_room(arrays, state, int(sizes.max(initial=0))), state
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    # The loop is compiled for arrays that may not be written to, as those of a mapped file are.
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def _tokens(num_merges: int, ties: Ties) -> Tokens:
+    size = 256 + num_merges
+    if ties == "cs336":
+        # The first eight bytes; those of merged tokens follow.
+        keys = np.zeros(size, np.uint64)
+        keys[:256] = np.arange(256, dtype=np.uint64) << np.uint64(56)
+    else:
+        # In GPT-2's alphabet the bytes that print in Latin-1 come before the others.
+        alphabet = sorted(range(256), key=lambda byte: (byte == ord(" ") or not chr(byte).isprintable(), byte))
+        keys = ~np.arange(size, dtype=np.uint64)
+        keys[alphabet] = keys[:256].copy()
+    return Tokens(
+        lengths=np.ones(size, np.int64),
+        keys=keys,
+        begins=np.zeros(size, np.int64),
+        pairs_before=np.zeros(size + 1, np.int64),
+        with_left=np.full(size, NO_PAIR, np.int32),
+        with_right=np.full(size, NO_PAIR, np.int32),
+    )
+
+
+def _with_room(arrays: _Arrays, state: State, lacking: int) -> _Arrays:
+    """Return the arrays with room for a step that merges a pair with `lacking` places."""
+    corpus, tokens, pairs, heap, created = arrays
+    num_pairs, num_places = state.pairs, int(pairs.slices[state.pairs])
+    pair_room, place_room, created_room = len(pairs.counts), len(pairs.places), len(created.places)
+    if (needed := num_pairs + min(2 * lacking, 2 * len(tokens.lengths)) + 1) > pair_room:
+        pair_room = max(needed, num_pairs * 3 // 2)
+    if (needed := num_places + 2 * lacking) > place_room:
+        place_room = max(needed, num_places * 3 // 2)
+    created_room = max(created_room, 2 * lacking)
+    pairs = Pairs(
+        lefts=_resized(pairs.lefts, pair_room, num_pairs),
+        rights=_resized(pairs.rights, pair_room, num_pairs),
+        counts=_resized(pairs.counts, pair_room, num_pairs),
+        slices=_resized(pairs.slices, pair_room + 1, num_pairs + 1),
+        places=_resized(pairs.places, place_room, num_places),
+    )
+    heap = Heap(_resized(heap.pairs, pair_room, state.heap), _resized(heap.counts, pair_room, state.heap))
+    created = Created(_resized(created.pairs, created_room, 0), _resized(created.places, created_room, 0))
+    return corpus, tokens, pairs, heap, created
+
+
+def _resized(array: np.ndarray, size: int, used: int) -> np.ndarray:
+    if len(array) == size:
+        return array
+    larger = np.empty(size, array.dtype)
+    larger[:used] = array[:used]
+    return larger

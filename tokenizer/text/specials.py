@@ -1,0 +1,82 @@
+"""Find special tokens in bytes: the leftmost first, the longest where several begin at one place."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..compiled.intrinsics import equal_mask, trailing_zeros
+from ..compiled.jit import BYTES, INT64S, NUMBERS, compiled
+
+NO_SPECIALS = np.empty(0, np.int64)
+
+
+class SpecialFinder:
+    """Finds the given special tokens in texts."""
+
+    def __init__(self, special_tokens: Sequence[str]):
+        longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
+        self._few = longest_first if len(longest_first) <= _FEW else None
+        self._tokens = np.frombuffer(b"".join(longest_first), np.uint8)
+        self._ends = np.cumsum([len(token) for token in longest_first], dtype=np.int64)
+        # A token of one byte may be followed by any other, which no byte equals to 256 says.
+        beginnings = {(token[0], token[1] if len(token) > 1 else _ANY) for token in longest_first}
+        self._beginnings = np.array(sorted(beginnings), np.int64).reshape(-1)
+
+    def find(self, data: np.ndarray) -> np.ndarray:
+        """Return [start, end, start, end, ...] of the special tokens in the uint8 text: int64. Other threads run meanwhile."""
+        if not len(self._ends):
+            return NO_SPECIALS
+        # Room for a document every 512 bytes, so that most texts are looked through once.
+        places = np.empty((len(data) >> 8) + 32, np.int64)
+        while (size := _find(data, self._tokens, self._ends, self._beginnings, places)) > len(places):
+            places = np.empty(size, np.int64)
+        return places[:size]
+
+    def lacks(self, text: bytes) -> bool:
+        """Whether the text is known to hold none, without the time that a call into compiled code takes; False says nothing."""
+        if self._few is None or len(text) > _SHORT:
+            return False
+        return not any(map(text.__contains__, self._few))
+
+
+_ANY = 256
+# More special tokens than this are looked for all at once, as are those in longer texts.
+_FEW, _SHORT = 4, 1 << 11
+
+
+@compiled(BYTES, BYTES, NUMBERS, NUMBERS, INT64S)
+def _find(data, tokens, token_ends, beginnings, places):
+    """Write starts and ends to `places` as far as it reaches; return how many numbers there are."""
+    size, i = 0, 0
+    while i < len(data):
+        # Most windows of 64 bytes hold no two bytes that a token begins with.
+        if i + 65 <= len(data):
+            candidates = np.uint64(0)
+            for k in range(0, len(beginnings), 2):
+                mask = equal_mask(data, i, beginnings[k])
+                if mask and beginnings[k + 1] != _ANY:
+                    mask &= equal_mask(data, i + 1, beginnings[k + 1])
+                candidates |= mask
+            if candidates == 0:
+                i += 64
+                continue
+            i += trailing_zeros(candidates)
+        found, start = 0, 0
+        for end in token_ends:
+            length = end - start
+            if i + length <= len(data):
+                k = 0
+                while k < length and data[i + k] == tokens[start + k]:
+                    k += 1
+                if k == length:
+                    found = length
+                    break
+            start = end
+        if found:
+            if size + 2 <= len(places):
+                places[size], places[size + 1] = i, i + found
+            size += 2
+            i += found
+        else:
+            i += 1
+    return size
