@@ -50,7 +50,8 @@ class Tokenizer:
 
     `vocab` maps ids to tokens, in any order and with gaps if need be; `merges` lists pairs of tokens in the order they apply;
     special tokens that the vocabulary lacks follow its greatest id. `pattern` says how text splits into pretokens: "gpt2",
-    "cl100k", "o200k" or a regular expression. What does not fit together raises a `UserError`.
+    "cl100k", ... (`PATTERNS` in text/patterns.py has them all) or a regular expression. With `ignore_merges` a pretoken that is
+    a token stays one, whatever merges make of it. What does not fit together raises a `UserError`.
 
     Special tokens. Those given here are recognised wherever text is encoded, the longest where several begin at one place:
     CS336 has it so, where tiktoken refuses them by default. For text from strangers, `allowed_special` names the ones that it
@@ -68,6 +69,8 @@ class Tokenizer:
         merges: Iterable[tuple[bytes, bytes]],
         special_tokens: Sequence[str] | None = None,
         pattern: str = "gpt2",
+        *,
+        ignore_merges: bool = False,
     ):
         names = check_special_tokens(special_tokens or ())
         self.vocab = {id: vocab[id] for id in sorted(vocab)}
@@ -82,7 +85,9 @@ class Tokenizer:
                 next_id += 1
         self.special_tokens = {name: ids[name.encode()] for name in names}
         self._tokens = token_table(self.vocab)
-        self._encoder = new_encoder(self.merges, ids, self._tokens, self.pattern)
+        self.ignore_merges = ignore_merges
+        special_ids = set(self.special_tokens.values())
+        self._encoder = new_encoder(self.merges, ids, self._tokens, self.pattern, ignore_merges, special_ids)
         self._dtype = token_dtype(self.vocab_size)
         self._finder = SpecialFinder(names)
 
@@ -98,7 +103,8 @@ class Tokenizer:
     @classmethod
     def of(cls, data: TokenizerData) -> "Tokenizer":
         """Return the tokenizer that the data define."""
-        return cls(data.vocab, data.merges, tuple(data.special_tokens), data.pattern)
+        specials = tuple(data.special_tokens)
+        return cls(data.vocab, data.merges, specials, data.pattern, ignore_merges=data.ignore_merges)
 
     @classmethod
     def from_files(
@@ -115,7 +121,9 @@ class Tokenizer:
     @property
     def data(self) -> TokenizerData:
         """What defines the tokenizer, as `formats` reads and writes it."""
-        return TokenizerData(self.vocab, self.merges, self.special_tokens, self.pattern)
+        return TokenizerData(
+            self.vocab, self.merges, self.special_tokens, self.pattern, ignore_merges=self.ignore_merges
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -243,7 +251,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes fill memories of their own.
-        return type(self), (self.vocab, self.merges, tuple(self.special_tokens), self.pattern)
+        return type(self).of, (self.data,)
 
     def _encode(self, data: np.ndarray, specials: np.ndarray) -> np.ndarray:
         return self._encoder.encode(data, specials, self._border_ids(data, specials), self._dtype)[0]

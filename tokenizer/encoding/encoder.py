@@ -1,6 +1,6 @@
 """Encode text, as bytes, to arrays of ids: by compiled loops, or slowly where the order of merges is none of training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Protocol
 
@@ -42,14 +42,36 @@ class Encoder(Protocol):
         ...
 
 
-def new_encoder(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int], tokens: TokenTable, pattern: str) -> Encoder:
-    """Return the encoder of these merges; one that does not fit the ids, or is there twice, raises a `UserError`."""
+def new_encoder(
+    merges: Sequence[tuple[bytes, bytes]],
+    ids: Mapping[bytes, int],
+    tokens: TokenTable,
+    pattern: str,
+    ignore_merges: bool = False,
+    special_ids: Collection[int] = (),
+) -> Encoder:
+    """Return the encoder of these merges; one that does not fit the ids, or is there twice, raises a `UserError`.
+
+    With `ignore_merges`, a pretoken that is a token, but not one of `special_ids`, stays one.
+    """
     byte_ids = np.array([ids[bytes([byte])] for byte in range(256)], np.int64)
     triples = _merge_ids(merges, ids)
     table = merge_table(triples, byte_ids, tokens)
     name = pattern_name(pattern)
     split = partial(_split_by_scanner, scanner_of(name)) if name else partial(_split_by_regex, pattern)
-    return PlainEncoder(triples, byte_ids, split) if table is None else CompiledEncoder(table, split)
+    whole = whole_tokens(table, ids, special_ids) if ignore_merges else {}
+    return PlainEncoder(triples, byte_ids, split, whole) if table is None or whole else CompiledEncoder(table, split)
+
+
+def whole_tokens(table: MergeTable | None, ids: Mapping[bytes, int], special_ids: Collection[int]) -> dict[bytes, int]:
+    """Return the tokens, with their ids, that merging their own bytes does not give: of no table, all but bytes.
+
+    The table says it without any merging: it has those merges alone that give their token when its bytes stand alone.
+    """
+    made = set(special_ids)
+    if table is not None:
+        made.update(table.ids[table.sizes > 1].tolist())
+    return {token: id for token, id in ids.items() if len(token) > 1 and id not in made}
 
 
 def _merge_ids(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> np.ndarray:
@@ -138,13 +160,17 @@ class _Desk:
 
 
 class PlainEncoder:
-    """The encoder of merges in any order whatever: `merging.py` says what that means."""
+    """The encoder of merges in any order whatever, `merging.py` says what that means, and of tokens that no merges make.
 
-    def __init__(self, merges: np.ndarray, byte_ids: np.ndarray, split: Splitter):
+    `whole` gives the ids of pretokens that are not merged.
+    """
+
+    def __init__(self, merges: np.ndarray, byte_ids: np.ndarray, split: Splitter, whole: Mapping[bytes, int] | None = None):
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges.tolist())}
         self._products = merges[:, 2].tolist()
         self._byte_ids = byte_ids.tolist()
         self._split = split
+        self._whole = whole or {}
         self._remembered = lru_cache(_REMEMBERED)(self._merge)
 
     def encode(
@@ -167,6 +193,8 @@ class PlainEncoder:
         return np.array(ids, dtype), np.array(cuts, np.int64)
 
     def _merge(self, pretoken: bytes) -> list[int]:
+        if (id := self._whole.get(pretoken)) is not None:
+            return [id]
         return merge_pretoken([self._byte_ids[byte] for byte in pretoken], self._ranks, self._products)
 
 

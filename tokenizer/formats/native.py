@@ -4,11 +4,12 @@ Version 2 is one JSON object in UTF-8:
 
     format          "tilewright-tokenizer"
     version         2
-    sha256          of the next four entries, as compact ASCII JSON in this order
+    sha256          of the entries from here to `ignore_merges`, as compact ASCII JSON in this order
     pattern         the pretoken pattern: gpt2, cl100k, o200k, or a regular expression
     special_tokens  {text: id}, by ascending id
     vocab           the token of each id, in order; null where no token has the id
     merges          "left right", in the order they apply
+    ignore_merges   true where a pretoken that is a token stays one, whatever merges make of it; absent elsewhere
     training        figures of the training, where there was one: they decide nothing and are not covered by the sha256
 
 Tokens are written in GPT-2's alphabet, which gives every byte one printable character: bytes that print in Latin-1 stand
@@ -43,6 +44,8 @@ def parse_native(document: dict[str, Any], path: Path | str) -> TokenizerData:
     if document.get("version") != _VERSION:
         raise UserError(f"tokenizer file {path} has version {document.get('version')!r}: only {_VERSION} is known")
     content = {name: document.get(name) for name in _CONTENT}
+    if "ignore_merges" in document:
+        content["ignore_merges"] = document["ignore_merges"]
     if document.get("sha256") != digest(content):
         raise UserError(f"tokenizer file {path} was changed after it was written: its sha256 is {digest(content)}")
     try:
@@ -57,7 +60,8 @@ def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
     for name, id in special_tokens.items():
         if vocab.get(id) != name.encode():
             raise UserError(f"tokenizer file {path} gives special token {name!r} the id {id!r}, which is not that of its bytes")
-    if not isinstance(pattern, str) or not isinstance(training, dict | None):
-        raise TypeError(f"pattern is {pattern!r}, training is {training!r}")
+    ignore_merges = document.get("ignore_merges", False)
+    if not isinstance(pattern, str) or not isinstance(training, dict | None) or not isinstance(ignore_merges, bool):
+        raise TypeError(f"pattern is {pattern!r}, training is {training!r}, ignore_merges is {ignore_merges!r}")
     merges = [parse_merge(merge, path) for merge in document["merges"]]
-    return TokenizerData(vocab, merges, special_tokens, pattern, training)
+    return TokenizerData(vocab, merges, special_tokens, pattern, training, ignore_merges)

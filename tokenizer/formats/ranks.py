@@ -1,9 +1,10 @@
 """tiktoken's `.tiktoken` files: a line for each token, its bytes in base64 and its rank, which is its id.
 
-There are no merges in them: two neighbours merge where the vocabulary has what they make, the lowest rank first. Merges
-say the same where every token, merged by the ranks below its own, ends as the two halves that its merge names. (Proof: a
-token's bytes, once their ends are borders, merge alike wherever they stand, so at the token's rank they are those halves
-everywhere, and no other halves of it ever meet.) Special tokens and the pattern are not stored.
+There are no merges in them. A pretoken that is a token stays one; in any other, two neighbours merge where the vocabulary has
+what they make, the lowest rank first and the leftmost of equals. Merges say the same if each is the last one that gives a
+token when its bytes stand alone. (Proof: once the ends of a token are borders, its bytes merge alike wherever they stand, so
+other halves of it never meet.) A token whose bytes give no single one is never merged: `ignore_merges` says that it is there
+for pretokens. Special tokens and the pattern are not stored.
 """
 
 import base64
@@ -14,7 +15,12 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files import atomic_file, require_file
+from ..encoding.merging import merge_pretoken
 from .tokenizer_data import TokenizerData, check_id
+
+# Up to so many bytes a list of pairs is faster than a heap.
+_SHORT = 48
+_NEVER = 1 << 62
 
 
 def save_tiktoken(path: Path | str, data: TokenizerData) -> None:
@@ -34,10 +40,13 @@ def load_tiktoken(
     """Read ranks and recover the merges from them.
 
     The file stores neither the `pattern` nor the special tokens; where these come without ids, they follow the last rank.
-    A file that is missing or malformed, and ranks that merges cannot stand for, raise a `UserError`.
+    A file that is missing or malformed raises a `UserError`.
     """
     ranks = _read_ranks(require_file(path, "ranks file"))
-    merges = list(recover_merges(ranks))
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise UserError(f"{path} lacks the byte {bytes([byte])!r}: all 256 are needed")
+    merges, whole = recover_merges(ranks)
     vocab = {rank: token for token, rank in ranks.items()}
     if not isinstance(special_tokens, Mapping):
         special_tokens = {name: max(vocab) + 1 + index for index, name in enumerate(special_tokens)}
@@ -45,27 +54,41 @@ def load_tiktoken(
         check_id(id, name, path)
         if vocab.setdefault(id, name.encode()) != name.encode():
             raise UserError(f"special token {name!r} has the id {id}, which is that of {vocab[id]!r} in {path}")
-    return TokenizerData(vocab, merges, dict(special_tokens), pattern)
+    return TokenizerData(vocab, merges, dict(special_tokens), pattern, ignore_merges=bool(whole))
 
 
-def recover_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the merge of each token of more than one byte, by ascending rank.
-
-    A token that lower ranks do not make of two others raises a `UserError`.
-    """
+def recover_merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+    """Return the merges, by the ranks of what they make, and the tokens of several bytes that no merge makes."""
+    merges: list[tuple[bytes, bytes]] = []
+    whole: list[bytes] = []
+    # Whether each token so far is made of two lower ones.
+    ordered, pairs = True, _Pairs(ranks)
     for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) > 1:
-            parts = _merge_below(token, ranks, ranks[token])
-            if len(parts) != 2:
-                raise UserError(f"token {token!r}, rank {ranks[token]}, is made of {len(parts)} others: a merge needs two")
-            yield parts[0], parts[1]
+        if len(token) == 1:
+            continue
+        rank = ranks[token]
+        if len(token) <= _SHORT:
+            parts = _merge_short(token, ranks)
+        elif not ordered or len(parts := _merge_at_once(token, ranks, rank)) > 2:
+            parts = pairs.merge(token)
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+        else:
+            whole.append(token)
+        ordered = ordered and len(parts) == 2 and all(len(part) == 1 or ranks[part] < rank for part in parts)
+    return merges, whole
 
 
 def check_ranks(data: TokenizerData) -> None:
     """Raise a `UserError` where the ids of the tokens, taken as ranks, give other ids than the merges do."""
     ranks = _ranks_of(data)
+    recovered, whole = recover_merges(ranks)
+    if whole and not data.ignore_merges:
+        raise UserError(
+            f"token {whole[0]!r}, rank {ranks[whole[0]]}, is not what merging its bytes gives: ranks would make it of a pretoken"
+        )
     merges = set(data.merges)
-    for left, right in recover_merges(ranks):
+    for left, right in recovered:
         if (left, right) not in merges:
             raise UserError(f"token {left + right!r} has no merge of {left!r} and {right!r}, which is what its id stands for")
     products = [left + right for left, right in data.merges]
@@ -82,7 +105,24 @@ def _ranks_of(data: TokenizerData) -> dict[bytes, int]:
     return {data.vocab[id]: id for id in sorted(data.vocab) if id not in specials}
 
 
-def _merge_below(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
+def _merge_short(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """Return what the bytes of a token merge to, if they do not merge to the token itself."""
+    parts = [token[place : place + 1] for place in range(len(token))]
+    found = [ranks.get(left + right, _NEVER) for left, right in pairwise(parts)]
+    while len(parts) > 2 and (rank := min(found)) != _NEVER:
+        place = found.index(rank)
+        merged = parts[place] + parts[place + 1]
+        parts[place : place + 2] = [merged]
+        del found[place]
+        if place:
+            found[place - 1] = ranks.get(parts[place - 1] + merged, _NEVER)
+        if place < len(found):
+            found[place] = ranks.get(merged + parts[place + 1], _NEVER)
+    return parts
+
+
+def _merge_at_once(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
+    """Merge by ranks below `limit`, where each token is made of two lower ones."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 1:
         found = [min(ranks.get(left + right, limit), limit) for left, right in pairwise(parts)]
@@ -97,6 +137,33 @@ def _merge_below(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[b
             place += size
         parts = merged
     return parts
+
+
+class _Pairs(dict[tuple[int, int], int]):
+    """What `merge_pretoken` asks for: the rank of what two tokens make. Ids are ranks."""
+
+    def __init__(self, ranks: Mapping[bytes, int]):
+        super().__init__()
+        self._ranks, self._left_out = ranks, b""
+        self._names: dict[int, bytes] = {}
+
+    def merge(self, token: bytes) -> list[bytes]:
+        """Do what `_merge_short` does, in no more than O(n log n) steps."""
+        self._names = self._names or {rank: name for name, rank in self._ranks.items()}
+        self._left_out = token
+        ids = merge_pretoken([self._ranks[token[k : k + 1]] for k in range(len(token))], self, range(max(self._names) + 1))
+        return [self._names[id] for id in ids]
+
+    def get(self, pair: tuple[int, int], default: int | None = None) -> int | None:  # pyright: ignore
+        left, right = map(self._names.get, pair)
+        made = left and right and left + right
+        return self._ranks.get(made, default) if made and made != self._left_out else default
+
+    def __contains__(self, pair: object) -> bool:
+        return self.get(pair) is not None  # pyright: ignore
+
+    def __getitem__(self, pair: tuple[int, int]) -> int:
+        return self.get(pair)  # pyright: ignore
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -18,7 +18,8 @@ class TokenizerData(NamedTuple):
 
     `vocab` gives the token of each id (ids may have gaps), `merges` apply in their order, `special_tokens` gives the ids of
     the special ones, `pattern` is the name of a pretoken pattern or a regular expression. `training` holds figures of the
-    training for people to read; it decides nothing.
+    training for people to read; it decides nothing. With `ignore_merges` a pretoken that is a token stays one, whether merges
+    make it or not.
     """
 
     vocab: dict[int, bytes]
@@ -26,17 +27,20 @@ class TokenizerData(NamedTuple):
     special_tokens: dict[str, int]
     pattern: str = "gpt2"
     training: Mapping[str, Any] | None = None
+    ignore_merges: bool = False
 
 
 def content_of(data: TokenizerData) -> dict[str, Any]:
     """Return everything that decides which ids a text gets, as JSON values; equal tokenizers give equal contents."""
     specials = data.special_tokens
-    return {
+    content = {
         "pattern": data.pattern,
         "special_tokens": {token: specials[token] for token in sorted(specials, key=specials.__getitem__)},
         "vocab": [to_printable(data.vocab[id]) if id in data.vocab else None for id in range(max(data.vocab) + 1)],
         "merges": [merge_text(merge) for merge in data.merges],
     }
+    # Only where it is true, so that the contents of all others are what they were before it was known.
+    return {**content, "ignore_merges": True} if data.ignore_merges else content
 
 
 def digest(content: dict[str, Any]) -> str:
