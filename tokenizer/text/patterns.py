@@ -1,6 +1,6 @@
 """How text falls apart: at special tokens first, then into pretokens as a pattern says.
 
-The three published patterns are known by name, and have compiled scanners; any other goes through `regex`. Here is the
+Published patterns are known by name, and have compiled scanners; any other goes through `regex`. Here is the
 specification of both.
 """
 
@@ -16,18 +16,36 @@ END_OF_TEXT = "<|endoftext|>"
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-# As tiktoken has them. The first is GPT-2's as OpenAI published it, which splits as tiktoken's own, quicker form of it does.
+_BY_CASE = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+CONTRACTIONS"""
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*CONTRACTIONS"""
+    r"""|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+_LETTERS = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+    r"""|\s+(?!\S)|\s+"""
+)
+
+# As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, is published
+# as three that apply one after another, each to all pieces of those before it: numbers, then Han and kana, then words as below.
+# Here is one that splits alike: to it, numbers end a text, and so does each change between Han and kana and everything else.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "cl100k": (
         r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
         r"""|\s+(?!\S)|\s"""
     ),
-    "o200k": (
-        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-        r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-        r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-    ),
+    "o200k": _BY_CASE.replace("CONTRACTIONS", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("NUMBERS", r"\p{N}{1,3}"),
+    "llama3": _LETTERS.replace("NUMBERS", r"\p{N}{1,3}"),
+    "qwen2": _LETTERS.replace("NUMBERS", r"\p{N}"),
+    "tekken": _BY_CASE.replace("CONTRACTIONS", "").replace("NUMBERS", r"\p{N}"),
+    "deepseek-v3": (
+        r"""\p{N}{1,3}|[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+        r"""|[^\r\n\p{L}\p{P}\p{S}\p{N}HAN_KANA]?(?:(?![HAN_KANA])[\p{L}\p{M}])+| ?(?:(?![HAN_KANA])[\p{P}\p{S}])+[\r\n]*"""
+        r"""|\s*[\r\n]+|\s+(?![^\s\p{N}HAN_KANA])|\s+"""
+        r"""|(?:(?=[HAN_KANA])[^\p{L}\p{P}\p{S}])?(?:(?=[HAN_KANA])[\p{L}\p{M}])+|(?:(?=[HAN_KANA])[\p{P}\p{S}])+"""
+        r"""|(?:(?=[HAN_KANA])[^\p{L}\p{M}\p{P}\p{S}](?!(?=[HAN_KANA])[\p{L}\p{M}]))+"""
+    ).replace("HAN_KANA", "一-龥\u3040-\u309f\u30a0-\u30ff"),
 }
 
 BLOCK_CHARS = 1 << 14

@@ -1,4 +1,4 @@
-"""Where pretokens end: compiled scanners for the three published patterns, over bytes of valid UTF-8.
+"""Where pretokens end: compiled scanners for the published patterns, over bytes of valid UTF-8.
 
 `regex` and the strings in `patterns.py` are the specification. A scanner begins at a border between pretokens and needs nothing
 from before it. Each pattern is a function that finds the end of one pretoken. For GPT-2's there is a second form beside it:
@@ -7,19 +7,29 @@ from before it. Each pattern is a function that finds the end of one pretoken. F
 The ends of documents can be given as special tokens without a byte.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..compiled.intrinsics import class_masks, load8, range_mask, trailing_zeros
+from ..compiled.intrinsics import class_masks, load8, trailing_zeros
 from ..compiled.jit import BYTES, INT64, INT64S, NUMBERS, compiled, helper, int64, uint64
+from .characters import (
+    BLANK,
+    class_at,
+    contraction_end,
+    run_of,
+    run_of_others,
+    segment_end,
+    space_end,
+    special_from,
+)
+from .deepseek import scan_deepseek
 from .specials import NO_SPECIALS
-from .unicode_classes import LETTER, LOWER, NUMBER, SPACE, UPPER, class_table
+from .unicode_classes import LETTER, NUMBER, SPACE, class_table
+from .word_patterns import scan_letter_words, scan_words_by_case
 
 _ONE = np.uint64(1)
 _ALL = ~np.uint64(0)
-_APOSTROPHE, _BLANK, _NEWLINE, _RETURN, _SLASH = b"' \n\r/"
-_LOWER_A, _LOWER_Z, _UPPER_A, _UPPER_Z = b"azAZ"
 
 
 class Scanner(Protocol):
@@ -36,210 +46,28 @@ class Scanner(Protocol):
 
 
 def scanner_of(name: str) -> Scanner:
-    """Return the compiled scanner of the pattern "gpt2", "cl100k" or "o200k"; a `KeyError` for another."""
-    scan = _SCANNERS[name]
+    """Return the compiled scanner of a pattern in `PATTERNS`; a `KeyError` for another."""
+    scan, *parameters = _SCANNERS[name]
     table = class_table()
 
     def scanner(data: np.ndarray, start: int, end: int, ends: np.ndarray, specials: np.ndarray = NO_SPECIALS) -> int:
-        return scan(data, start, end, ends, table, specials)
+        return scan(data, start, end, ends, table, specials, *parameters)
 
     return scanner
 
 
 @helper
-def _class_at(data, i, table):
-    """Return the class of the character at i, and where the next one begins."""
-    byte = load8(data, i)
-    if byte < 0x80:
-        return int64(table[byte]), i + 1
-    if byte < 0xE0:
-        code, size = (byte & 0x1F) << 6 | (load8(data, i + 1) & 63), 2
-    elif byte < 0xF0:
-        code, size = (byte & 0x0F) << 12 | (load8(data, i + 1) & 63) << 6 | (load8(data, i + 2) & 63), 3
-    else:
-        high = (byte & 0x07) << 18 | (load8(data, i + 1) & 63) << 12
-        code, size = high | (load8(data, i + 2) & 63) << 6 | (load8(data, i + 3) & 63), 4
-    return int64(table[code]), i + size
-
-
-@helper
-def _run_of(bits, data, i, end, table):
-    """Return where the characters of any of these classes end that begin at i."""
-    while i < end:
-        found, after = _class_at(data, i, table)
-        if found & bits == 0:
-            break
-        i = after
-    return i
-
-
-@helper
-def _run_of_letters(bits, data, i, end, table):
-    """Return what `_run_of` does for LETTER or LOWER; it takes ASCII letters 64 at a time."""
-    while i < end:
-        if i + 64 <= len(data):
-            letters = range_mask(data, i, _LOWER_A, _LOWER_Z)
-            if bits == LETTER:
-                letters |= range_mask(data, i, _UPPER_A, _UPPER_Z)
-            size = trailing_zeros(~letters)
-            i += size
-            if size == 64:
-                continue
-            if i >= end:
-                break
-        found, after = _class_at(data, i, table)
-        if found & bits == 0:
-            break
-        i = after
-    # What follows the text in the array may be letters too.
-    return min(i, end)
-
-
-@helper
-def _run_of_others(data, i, end, table):
-    """Return where the characters end that begin at i and are no letters, numbers or white space."""
-    while i < end:
-        found, after = _class_at(data, i, table)
-        if found & (LETTER | NUMBER | SPACE):
-            break
-        i = after
-    return i
-
-
-@helper
-def _space_end(data, i, end, table, lines, whole):
-    r"""Return the end of a pretoken of nothing but white space that begins at i.
-
-    `\s+(?!\S)|\s+`: the run but for its last character, unless the text ends there or it is the only one. Before that comes,
-    with `lines`, the run as far as its last line end, unless the text ends after it and `whole` says that it is taken whole.
-    """
-    last, line, p = i, i, i
-    while p < end:
-        byte = load8(data, p)
-        found, after = _class_at(data, p, table)
-        if not found & SPACE:
-            break
-        if byte in (_NEWLINE, _RETURN):
-            line = after
-        last, p = p, after
-    if lines and line > i and not (whole and p == end):
-        return line
-    return p if p == end or last == i else last
-
-
-@helper
-def _contraction_end(data, i, end, any_case):
-    """Return the end of 's, 'd, 'm, 't, 'll, 've or 're at i, or i where there is none."""
-    if i + 1 >= end or load8(data, i) != _APOSTROPHE:
-        return i
-    first = load8(data, i + 1)
-    second = load8(data, i + 2) if i + 2 < end else int64(0)
-    if any_case:
-        if first == 0xC5 and second == 0xBF:
-            return i + 3  # the long s, which is an s when case does not count
-        first |= 0x20
-        second |= 0x20
-    if first == ord("s") or first == ord("d") or first == ord("m") or first == ord("t"):
-        return i + 2
-    if (first == ord("l") and second == ord("l")) or ((first == ord("v") or first == ord("r")) and second == ord("e")):
-        return i + 3
-    return i
-
-
-@helper
 def _next_gpt2(data, i, end, table):
-    after = _contraction_end(data, i, end, False)
+    after = contraction_end(data, i, end, False)
     if after > i:
         return after
-    begin = i + 1 if load8(data, i) == _BLANK and i + 1 < end else i
-    found, after = _class_at(data, begin, table)
+    begin = i + 1 if load8(data, i) == BLANK and i + 1 < end else i
+    found, after = class_at(data, begin, table)
     if found & SPACE:
-        return _space_end(data, i, end, table, False, True)
+        return space_end(data, i, end, table, False, True)
     if found & (LETTER | NUMBER):
-        return _run_of(found & (LETTER | NUMBER), data, after, end, table)
-    return _run_of_others(data, after, end, table)
-
-
-@helper
-def _others_end(data, i, end, table, slash):
-    """Return the end of the characters at i that are no letters, numbers or white space, and of line ends and slashes after."""
-    i = _run_of_others(data, i, end, table)
-    while i < end:
-        byte = load8(data, i)
-        if byte not in (_NEWLINE, _RETURN) and not (slash and byte == _SLASH):
-            break
-        i += 1
-    return i
-
-
-@helper
-def _number_end(data, i, end, table):
-    """Return the end of the up to three number characters at i."""
-    for _ in range(3):
-        if i < end:
-            found, after = _class_at(data, i, table)
-            if found & NUMBER:
-                i = after
-    return i
-
-
-@helper
-def _next_cl100k(data, i, end, table):
-    after = _contraction_end(data, i, end, True)
-    if after > i:
-        return after
-    found, after = _class_at(data, i, table)
-    if found & LETTER:
-        return _run_of_letters(LETTER, data, after, end, table)
-    if found & NUMBER:
-        return _number_end(data, i, end, table)
-    byte = load8(data, i)
-    follows = int64(SPACE)
-    if after < end:
-        follows, after_next = _class_at(data, after, table)
-        if follows & LETTER and byte not in (_NEWLINE, _RETURN):
-            return _run_of_letters(LETTER, data, after_next, end, table)
-    if not found & SPACE or (byte == _BLANK and not follows & (NUMBER | SPACE)):
-        return _others_end(data, after, end, table, False)
-    return _space_end(data, i, end, table, True, True)
-
-
-@helper
-def _word_end(data, i, end, table):
-    """Return the end of `upper* lower+` at i, or i where there is none."""
-    lower_end = i
-    while i < end:
-        found, after = _class_at(data, i, table)
-        if not found & UPPER:
-            if found & LOWER:
-                return _run_of_letters(LOWER, data, after, end, table)
-            break
-        i = after
-        if found & LOWER:
-            lower_end = i
-    return lower_end
-
-
-@helper
-def _next_o200k(data, i, end, table):
-    found, after = _class_at(data, i, table)
-    if found & NUMBER:
-        return _number_end(data, i, end, table)
-    byte = load8(data, i)
-    # Any one character may stand before a word, but for a letter, a number and a line end.
-    begin = i if found & LETTER or byte in (_NEWLINE, _RETURN) else after
-    word_end = _word_end(data, begin, end, table)
-    # A mark before capitals is a word by itself: the pattern gives up the first character before it gives up lower case.
-    if word_end == begin and not found & LOWER:
-        word_end = _run_of(UPPER, data, begin, end, table)
-    if word_end > begin or found & LOWER:
-        return _contraction_end(data, word_end, end, True)
-    follows = int64(SPACE)
-    if after < end:
-        follows, _ = _class_at(data, after, table)
-    if not found & SPACE or (byte == _BLANK and not follows & (NUMBER | SPACE)):
-        return _others_end(data, after, end, table, True)
-    return _space_end(data, i, end, table, True, False)
+        return run_of(found & (LETTER | NUMBER), data, after, end, table)
+    return run_of_others(data, after, end, table)
 
 
 @helper
@@ -264,7 +92,7 @@ def _borders_gpt2(data, i, remaining, table):
         if q > 60:
             limit = min(limit, q - 1)
             break
-        found, after = _class_at(data, i + q, table)
+        found, after = class_at(data, i + q, table)
         if found & SPACE:
             limit = min(limit, q - 1)
             break
@@ -289,33 +117,18 @@ def _borders_gpt2(data, i, remaining, table):
     while contractions:
         q = trailing_zeros(contractions)
         contractions &= contractions - _ONE
-        after = _contraction_end(data, i + q, i + remaining, False) - i
+        after = contraction_end(data, i + q, i + remaining, False) - i
         if after > q:
             borders &= ~(uint64(2) << uint64(q))
             borders |= _ONE << uint64(after)
     return borders & known & ~_ONE
 
 
-@helper
-def _special_from(specials, i):
-    """Return the index, in the flat array of starts and ends, of the first special token at or after i."""
-    k = 0
-    while k < len(specials) and specials[k] < i:
-        k += 2
-    return k
-
-
-@helper
-def _segment_end(specials, k, end):
-    """Return where the text ends that reaches to special token k."""
-    return min(specials[k], end) if k < len(specials) else end
-
-
 @compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS)
 def _scan_gpt2(data, start, end, ends, table, specials):
-    i, n, k = start, 0, _special_from(specials, start)
+    i, n, k = start, 0, special_from(specials, start)
     while i < end and n < len(ends):
-        stop = _segment_end(specials, k, end)
+        stop = segment_end(specials, k, end)
         if i == stop:
             i = specials[k + 1]
             ends[n] = -i
@@ -339,36 +152,15 @@ def _scan_gpt2(data, start, end, ends, table, specials):
     return n
 
 
-@compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS)
-def _scan_cl100k(data, start, end, ends, table, specials):
-    i, n, k = start, 0, _special_from(specials, start)
-    while i < end and n < len(ends):
-        stop = _segment_end(specials, k, end)
-        if i == stop:
-            i = specials[k + 1]
-            ends[n] = -i
-            k += 2
-        else:
-            i = _next_cl100k(data, i, stop, table)
-            ends[n] = i
-        n += 1
-    return n
-
-
-@compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS)
-def _scan_o200k(data, start, end, ends, table, specials):
-    i, n, k = start, 0, _special_from(specials, start)
-    while i < end and n < len(ends):
-        stop = _segment_end(specials, k, end)
-        if i == stop:
-            i = specials[k + 1]
-            ends[n] = -i
-            k += 2
-        else:
-            i = _next_o200k(data, i, stop, table)
-            ends[n] = i
-        n += 1
-    return n
-
-
-_SCANNERS = {"gpt2": _scan_gpt2, "cl100k": _scan_cl100k, "o200k": _scan_o200k}
+# The function of each pattern, and its parameters: patterns that differ in no more share the machine code.
+_SCANNERS: dict[str, tuple[Any, ...]] = {
+    "gpt2": (_scan_gpt2,),
+    # Digits in a number; whether white space at the end of a text is one pretoken, line ends and all.
+    "cl100k": (scan_letter_words, 3, True),
+    "llama3": (scan_letter_words, 3, False),
+    "qwen2": (scan_letter_words, 1, False),
+    # Digits in a number; whether contractions end words.
+    "o200k": (scan_words_by_case, 3, True),
+    "tekken": (scan_words_by_case, 1, False),
+    "deepseek-v3": (scan_deepseek,),
+}

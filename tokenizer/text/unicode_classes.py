@@ -8,6 +8,8 @@ import regex
 LETTER, NUMBER, SPACE = 1, 2, 4
 # What o200k calls upper and lower case; letters without case and marks are both.
 UPPER, LOWER = 8, 16
+# Punctuation and symbols; Han and kana, as DeepSeek has them, in addition to the other bits.
+SYMBOL, HAN_KANA = 32, 64
 
 _BITS = {
     r"\p{Lu}": LETTER | UPPER,
@@ -18,7 +20,10 @@ _BITS = {
     r"\p{M}": UPPER | LOWER,
     r"\p{N}": NUMBER,
     r"\s": SPACE,
+    r"[\p{P}\p{S}]": SYMBOL,
 }
+# Letters for the most part, but the marks and symbols among kana as well.
+_HAN_KANA = ("一龥", "\u3040\u309f", "\u30a0\u30ff")
 
 
 @cache
@@ -32,5 +37,7 @@ def class_table() -> np.ndarray:
     for members, bits in _BITS.items():
         found = "".join(regex.findall(f"{members}+", characters))
         table[np.frombuffer(found.encode("utf-32-le"), "<u4")] = bits
+    for first, last in _HAN_KANA:
+        table[ord(first) : ord(last) + 1] |= HAN_KANA
     table.setflags(write=False)
     return table
