@@ -1,34 +1,21 @@
 """Hugging Face's `tokenizer.json`: everything in one file, of which byte-level BPE uses a small part.
 
-Read is what gives the same ids here; whatever would change them (normalizers, other pre-tokenizers, templates around the
+Read is what gives the same ids here; whatever would change them (normalizers, unknown pre-tokenizers, templates around the
 text, dropout, ...) is refused by name. Added tokens are special tokens here, whether they are marked so or not: both
 libraries find them in the text before anything else.
 """
 
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ...files import atomic_file
-from ..text.patterns import GPT2_PATTERN
+from .pre_tokenizers import pattern_of, pre_tokenizer_of
 from .ranks import check_ranks
 from .tokenizer_data import TokenizerData, check_id, merge_text, parse_merge, parse_vocab, printable_vocab
 
-# That library's engine is Oniguruma, to which `{1,3}+` is no possessive repeat, `$` the end of any line, `\w` a wider class.
-_CONSTRUCTS = re.compile(r"\\.|\{[\d,]+\}\+|\$|(?<!\[)\^|\[\[|&&|\(\?P", re.DOTALL)
-_FOREIGN_ESCAPES = [f"\\{letter}" for letter in "wWbBhHZXRGK"]
-_SPELLINGS = {
-    "cl100k": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-    r"""|\s+\z|\s*[\r\n]|\s+(?!\S)|\s""",
-    "o200k": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-}
-# As OpenAI published it; ByteLevel alone means the same.
-_GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-_NAMES = {_GPT2: "gpt2", GPT2_PATTERN: "gpt2"} | {spelling: name for name, spelling in _SPELLINGS.items()}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
@@ -45,7 +32,7 @@ def save_huggingface(path: Path | str, data: TokenizerData) -> None:
         "padding": None,
         "added_tokens": [{"id": id, "content": token, **flags} for token, id in specials],
         "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(data.pattern),
+        "pre_tokenizer": pre_tokenizer_of(data.pattern),
         "post_processor": None,
         "decoder": {**_BYTE_LEVEL, "use_regex": True},
         "model": {
@@ -56,7 +43,7 @@ def save_huggingface(path: Path | str, data: TokenizerData) -> None:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
+            "ignore_merges": data.ignore_merges,
             "vocab": printable_vocab(data),
             "merges": [merge_text(merge) for merge in data.merges],
         },
@@ -65,27 +52,36 @@ def save_huggingface(path: Path | str, data: TokenizerData) -> None:
         file.write(json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n")
 
 
-def parse_huggingface(document: dict[str, Any], path: Path | str) -> TokenizerData:
-    """Read a `tokenizer.json` from its JSON object; one that is malformed, or would give other ids, raises a `UserError`."""
+def parse_huggingface(document: dict[str, Any], path: Path | str, *, ignore_template: bool = False) -> TokenizerData:
+    """Read a `tokenizer.json` from its JSON object; one that is malformed, or would give other ids, raises a `UserError`.
+
+    With `ignore_template` the ids are those of `encode(text, add_special_tokens=False)`.
+    """
     try:
-        return _parse(document, path)
+        return _parse(document, path, ignore_template)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no tokenizer.json of Hugging Face's: {type(error).__name__} {error}") from None
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
 
 
-def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
+def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) -> TokenizerData:
     model = document["model"]
-    for name in ("normalizer", "truncation", "padding"):
+    for normalizer in _parts(document.get("normalizer"), "normalizers"):
+        raise UserError(
+            f"{path} has the normalizer {json.dumps(normalizer)[:100]}: it changes text before it is split, which is not done here"
+        )
+    for name in ("truncation", "padding"):
         _require(document.get(name) is None, path, name, document.get(name), "null")
-    post_processor = document.get("post_processor")
-    _require(_type(post_processor) in (None, "ByteLevel"), path, "post_processor", post_processor, "null and ByteLevel")
+    for processor in _parts(document.get("post_processor"), "processors"):
+        _check_post_processor(processor, path, ignore_template)
     _require(_type(document.get("decoder")) in (None, "ByteLevel"), path, "decoder", document.get("decoder"), "ByteLevel")
     # GPT-2's own file is from before models had a type.
     kind = model.get("type", "BPE" if "merges" in model else None)
     _require(kind == "BPE", path, "model.type", kind, "BPE")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         _require(not model.get(name), path, f"model.{name}", model.get(name), "none")
-    pattern = _pattern_of(document.get("pre_tokenizer"), path)
+    pattern = pattern_of(document.get("pre_tokenizer"))
 
     special_tokens: dict[str, int] = {}
     added = document.get("added_tokens") or []
@@ -93,54 +89,63 @@ def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
         for flag in ("single_word", "lstrip", "rstrip"):
             _require(not token.get(flag), path, f"added token {token['content']!r}: {flag}", token.get(flag), "false")
         special_tokens[token["content"]] = check_id(token["id"], token["content"], path)
-    same = len({bool(token.get("normalized")) for token in added}) < 2
-    _require(same, path, "added_tokens: normalized", "mixed", "one value for all")
+    _check_order([[token["content"] for token in added if bool(token.get("normalized")) == late] for late in (False, True)])
     vocab = parse_vocab(model["vocab"], set(special_tokens), path)
     for name, id in special_tokens.items():
         if vocab.setdefault(id, name.encode()) != name.encode():
             raise UserError(f"{path} gives the added token {name!r} the id {id}, which is that of {vocab[id]!r}")
     merges = [parse_merge(merge if isinstance(merge, str) else " ".join(merge), path) for merge in model["merges"]]
     data = TokenizerData(vocab, merges, special_tokens, pattern)
-    if model.get("ignore_merges"):
-        # It means that a pretoken that is a token stays one. In an ordered vocabulary merges come to the same.
+    return data._replace(ignore_merges=bool(model.get("ignore_merges")) and not _is_ordered(data))
+
+
+def _is_ordered(data: TokenizerData) -> bool:
+    """Whether merges come to the same as `ignore_merges`, so that there is no need to say it."""
+    try:
         check_ranks(data)
-    return data
+    except UserError:
+        return False
+    return True
 
 
-def _pre_tokenizer(pattern: str) -> dict[str, Any]:
-    if pattern == "gpt2":
-        return {**_BYTE_LEVEL, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": _own_spelling(pattern)}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**_BYTE_LEVEL, "use_regex": False}]}
+def _check_post_processor(processor: Any, path: Path | str, ignore_template: bool) -> None:
+    kind = _type(processor)
+    if kind == "ByteLevel" or ignore_template:
+        return
+    _require(kind == "TemplateProcessing", path, "post_processor", processor, "ByteLevel and TemplateProcessing")
+    added = [piece["SpecialToken"]["id"] for piece in processor["single"] if "SpecialToken" in piece]
+    if added:
+        raise UserError(
+            f"{path} has a post_processor that adds {', '.join(map(repr, added))} to every text, which is not done here:"
+            " ignore_template=True reads the tokenizer without it"
+        )
 
 
-def _pattern_of(pre_tokenizer: Any, path: Path | str) -> str:
-    allowed = "ByteLevel, or a Split by a regular expression and then ByteLevel without one"
-    steps = pre_tokenizer["pretokenizers"] if _type(pre_tokenizer) == "Sequence" else [pre_tokenizer]
-    kinds = [_type(step) for step in steps]
-    _require(kinds in (["ByteLevel"], ["Split", "ByteLevel"]), path, "pre_tokenizer", " + ".join(map(str, kinds)), allowed)
-    _require(not steps[-1].get("add_prefix_space"), path, "pre_tokenizer.add_prefix_space", True, "false")
-    uses_regex = steps[-1].get("use_regex", True)
-    if len(steps) == 1:
-        _require(uses_regex, path, "pre_tokenizer.use_regex", uses_regex, "true")
-        return "gpt2"
-    split = steps[0]
-    _require(not uses_regex, path, "pre_tokenizer.use_regex", uses_regex, "false after a Split")
-    _require("Regex" in split["pattern"], path, "pre_tokenizer.pattern", split["pattern"], "a regular expression")
-    _require(split["behavior"] == "Isolated", path, "pre_tokenizer.behavior", split["behavior"], "Isolated")
-    _require(not split.get("invert"), path, "pre_tokenizer.invert", split.get("invert"), "false")
-    pattern = split["pattern"]["Regex"]
-    return _NAMES.get(pattern) or _own_spelling(pattern)
+def _check_order(added: list[list[str]]) -> None:
+    """Raise a `UserError` where it matters that one group of added tokens is looked for before the other.
+
+    That library looks for tokens that are not `normalized` first, then for the others in what is left. Here the leftmost of all
+    is found: another one where a token of the second group begins before one of the first and overlaps it.
+    """
+    first, second = added
+    whole = set(first)
+    begins = {token[:size] for token in first for size in range(1, len(token) + 1)}
+    for token in second if first else ():
+        parts = {token[start:end] for start in range(len(token)) for end in range(start + 1, len(token) + 1)}
+        if whole & parts or any(token[start:] in begins for start in range(1, len(token))):
+            raise UserError(
+                f"added token {token!r} is normalized and may overlap one that is not, which is looked for first: that is not"
+                " done here"
+            )
 
 
-def _own_spelling(pattern: str) -> str:
-    if pattern in _SPELLINGS:
-        return _SPELLINGS[pattern]
-    for found in _CONSTRUCTS.finditer(pattern):
-        construct = found.group()
-        if not construct.startswith("\\") or construct in _FOREIGN_ESCAPES:
-            raise UserError(f"pattern {pattern!r} holds {construct!r}, which means something else in Hugging Face's engine")
-    return pattern
+def _parts(part: Any, name: str) -> Iterator[Any]:
+    """Yield the parts of a sequence, and of the sequences in it; nothing for null."""
+    if _type(part) == "Sequence":
+        for each in part[name]:
+            yield from _parts(each, name)
+    elif part is not None:
+        yield part
 
 
 def _type(part: Any) -> Any:

@@ -5,7 +5,7 @@ Version 2 is one JSON object in UTF-8:
     format          "tilewright-tokenizer"
     version         2
     sha256          of the entries from here to `ignore_merges`, as compact ASCII JSON in this order
-    pattern         the pretoken pattern: gpt2, cl100k, o200k, or a regular expression
+    pattern         the pretoken pattern: gpt2, cl100k, o200k, or the regular expression of any other
     special_tokens  {text: id}, by ascending id
     vocab           the token of each id, in order; null where no token has the id
     merges          "left right", in the order they apply
@@ -22,6 +22,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import atomic_file
+from ..text.patterns import pattern_name
 from .tokenizer_data import TokenizerData, content_of, digest, from_printable, parse_merge
 
 FORMAT = "tilewright-tokenizer"
@@ -64,4 +65,4 @@ def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
     if not isinstance(pattern, str) or not isinstance(training, dict | None) or not isinstance(ignore_merges, bool):
         raise TypeError(f"pattern is {pattern!r}, training is {training!r}, ignore_merges is {ignore_merges!r}")
     merges = [parse_merge(merge, path) for merge in document["merges"]]
-    return TokenizerData(vocab, merges, special_tokens, pattern, training, ignore_merges)
+    return TokenizerData(vocab, merges, special_tokens, pattern_name(pattern) or pattern, training, ignore_merges)

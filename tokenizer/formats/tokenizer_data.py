@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import UserError
+from ..text.patterns import PATTERNS
 
 # There are tables with an entry for each id up to the greatest: from a strange file they must not take all memory.
 MOST_IDS = 1 << 24
@@ -34,13 +35,21 @@ def content_of(data: TokenizerData) -> dict[str, Any]:
     """Return everything that decides which ids a text gets, as JSON values; equal tokenizers give equal contents."""
     specials = data.special_tokens
     content = {
-        "pattern": data.pattern,
+        "pattern": stored_pattern(data.pattern),
         "special_tokens": {token: specials[token] for token in sorted(specials, key=specials.__getitem__)},
         "vocab": [to_printable(data.vocab[id]) if id in data.vocab else None for id in range(max(data.vocab) + 1)],
         "merges": [merge_text(merge) for merge in data.merges],
     }
     # Only where it is true, so that the contents of all others are what they were before it was known.
     return {**content, "ignore_merges": True} if data.ignore_merges else content
+
+
+def stored_pattern(pattern: str) -> str:
+    """Return a pattern as files and fingerprints have it: by name only if it was known by name from the beginning.
+
+    Tokenizers made before a pattern had a name have its regular expression in their fingerprints, in runs and token files.
+    """
+    return pattern if pattern in ("gpt2", "cl100k", "o200k") else PATTERNS.get(pattern, pattern)
 
 
 def digest(content: dict[str, Any]) -> str:
