@@ -71,20 +71,35 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Let a place where nothing can be written be a `UserError` that names `path`, and not the temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _WRITE_ERRORS:
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends, and is removed when the block raises.
 
-    An existing file at `path` is replaced only then; missing parent folders are made.
+    An existing file at `path` is replaced only then; missing parent folders are made. A place that cannot be written to raises
+    a `UserError`.
     """
     path = Path(path)
-    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
-        with named_errors(path), temporary.open("w+b") as file:
+        with _refused(path):
+            make_folder(path.parent)
+            file = temporary.open("w+b")
+        with named_errors(path), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with _refused(path):
+            temporary.replace(path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

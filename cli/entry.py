@@ -3,6 +3,7 @@
 The table of commands is imported late, as it needs tyro: an installation without its packages still has its doctor.
 """
 
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         print(f"tilewright {__version__}")
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Tokens are of all languages, terminals and files are not: what these cannot show is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"tilewright: warning: {message}\n"
     try:
         if arguments[:1] == ["doctor"]:

@@ -32,7 +32,8 @@ def tokenizer_train(
         vocab_size: Tokens in all: 256 bytes, merges, special tokens. Of several, each is written, as tokenizer-SIZE.json.
         special_tokens: Tokens that merges never cross; they separate the documents of plain text.
         out: Where to write it; by default tokenizer.json beside the first text or the counts.
-        pattern: How text splits into pretokens: gpt2, cl100k, o200k, or a regular expression.
+        pattern: How text splits into pretokens: gpt2, cl100k, o200k, llama3, qwen2, tekken, deepseek-v3, or a regular
+            expression.
         ties: Which of several most frequent pairs merges first: the lexicographically greater, or as Hugging Face has it.
         min_frequency: A pair that occurs less often never merges.
         max_token_length: Longest token, in bytes.
@@ -68,6 +69,8 @@ def tokenizer_train(
     known = None
     if extend:
         known = Tokenizer.load(extend)
+        if known.ignore_merges:
+            raise UserError(f"{extend} has tokens that no merge makes: merges alone cannot be extended to give its ids")
         known_ids(known.merges)
         pattern, special_tokens = known.pattern, tuple(known.special_tokens)
     rules: dict[str, Any] = {"ties": ties, "min_frequency": min_frequency, "max_token_length": max_token_length}
@@ -108,15 +111,22 @@ def _parse_bytes(size: str | None) -> int | None:
 
 
 def tokenizer_encode(
-    text: Positional[Path], tokenizer: Path | None = None, out: Path | None = None, num_workers: int | None = None
+    text: Positional[Path],
+    tokenizer: Path | None = None,
+    out: Path | None = None,
+    num_workers: int | None = None,
+    pattern: str | None = None,
+    special_tokens: tuple[str, ...] = (),
 ) -> None:
     """Encode a text file to a token file, in parallel; an interrupted encoding goes on.
 
     Args:
         text: UTF-8 text.
-        tokenizer: The tokenizer's file; by default tokenizer.json beside the text.
+        tokenizer: The tokenizer, as for `tokenizer inspect`; by default tokenizer.json beside the text.
         out: Where to write the tokens; by default beside the text, with the ending .tokens.
         num_workers: Threads; by default one a core.
+        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
+        special_tokens: Of the same, in the order of their ids.
     """
     from ..files import require_absent, require_file
     from ..tokenizer import Tokenizer
@@ -125,20 +135,27 @@ def tokenizer_encode(
     require_file(text, "text file", "make a corpus with `tilewright corpus`")
     path = require_absent(out or text.with_suffix(".tokens"))
     file = tokenizer or text.with_name("tokenizer.json")
-    loaded = Tokenizer.load(require_file(file, "tokenizer", "make one with `tilewright tokenizer train`"))
+    file = _tokenizer_path(file, "make one with `tilewright tokenizer train`")
+    loaded = Tokenizer.load(file, pattern=pattern, special_tokens=special_tokens)
     header = encode_text(text, loaded, path, num_workers)
     ratio = header.text_bytes / max(1, header.num_tokens)
     print(f"wrote {path}: {header.num_tokens:,} tokens as {header.dtype}, {ratio:.3f} bytes/token")
 
 
-def tokenizer_decode(tokens: Positional[Path], tokenizer: Path | None = None) -> None:
+def tokenizer_decode(
+    tokens: Positional[Path],
+    tokenizer: Path | None = None,
+    pattern: str | None = None,
+    special_tokens: tuple[str, ...] = (),
+) -> None:
     """Print the text of a token file.
 
     Args:
         tokens: A token file.
-        tokenizer: The tokenizer's file; by default tokenizer.json beside the tokens.
+        tokenizer: The tokenizer, as for `tokenizer inspect`; by default tokenizer.json beside the tokens.
+        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
+        special_tokens: Of the same, in the order of their ids.
     """
-    from ..files import require_file
     from ..tokenizer import Tokenizer
     from ..train.data.datasets import open_dataset
     from ..train.data.encoding import decode_text
@@ -146,42 +163,54 @@ def tokenizer_decode(tokens: Positional[Path], tokenizer: Path | None = None) ->
 
     TokenDataset(tokens)
     file = tokenizer or tokens.with_name("tokenizer.json")
-    loaded = Tokenizer.load(require_file(file, "tokenizer", "name one with --tokenizer"))
+    file = _tokenizer_path(file, "name one with --tokenizer")
+    loaded = Tokenizer.load(file, pattern=pattern, special_tokens=special_tokens)
     for piece in decode_text(open_dataset(tokens, loaded), loaded):
         sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
 
 
 def tokenizer_export(
-    source: Positional[Path], to: Literal["huggingface", "tiktoken", "gpt2", "tilewright"], out: Path | None = None
+    source: Positional[Path],
+    to: Literal["huggingface", "tiktoken", "gpt2", "tilewright"],
+    out: Path | None = None,
+    pattern: str | None = None,
+    special_tokens: tuple[str, ...] = (),
 ) -> None:
     """Write a tokenizer in the format of another library; it gives the same ids there.
 
     Args:
-        source: A run's folder, or a tokenizer's file: Tilewright's own or a tokenizer.json of Hugging Face's.
+        source: A run's folder, or a tokenizer in any format that `tokenizer inspect` reads.
         to: huggingface: one tokenizer.json; tiktoken: its ranks; gpt2: a folder with vocab.json and merges.txt.
         out: Where to write it; by default beside the file, under the name of the format.
+        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
+        special_tokens: Of the same, in the order of their ids.
     """
     from ..files import require_absent
     from ..tokenizer import Tokenizer
     from ..tokenizer.formats import load_tokenizer, save_gpt2_files, save_huggingface, save_tiktoken, save_tokenizer
 
-    file = _tokenizer_file(source)
+    file = _tokenizer_path(source, "name a run's folder or a tokenizer's file")
     names = {"huggingface": "huggingface.json", "tiktoken": "ranks.tiktoken", "gpt2": "gpt2", "tilewright": "tilewright.json"}
     save = {"huggingface": save_huggingface, "tiktoken": save_tiktoken, "gpt2": save_gpt2_files, "tilewright": save_tokenizer}
-    path = require_absent(out or file.with_name(names[to]))
-    data = load_tokenizer(file)
+    path = require_absent(out or (file if file.is_dir() else file.parent) / names[to])
+    data = load_tokenizer(file, pattern, special_tokens)
     save[to](path, Tokenizer.of(data).data._replace(training=data.training))
     apart = f"; it does not hold the pattern, {data.pattern}, nor the special tokens, {data.special_tokens}"
     print(f"wrote {path}: {len(data.vocab):,} tokens{apart if to in ('tiktoken', 'gpt2') else ''}")
 
 
-def tokenizer_inspect(source: Positional[Path], text: Path | None = None) -> None:
+def tokenizer_inspect(
+    source: Positional[Path], text: Path | None = None, pattern: str | None = None, special_tokens: tuple[str, ...] = ()
+) -> None:
     """Show a tokenizer's longest tokens, and how it takes to a text: bytes per token, unused tokens, a split.
 
     Args:
-        source: A run's folder, or a tokenizer's file: Tilewright's own or a tokenizer.json of Hugging Face's.
+        source: A run's folder, or a tokenizer: Tilewright's own file, Hugging Face's tokenizer.json, tiktoken's ranks, or a
+            folder with GPT-2's vocab.json and merges.txt.
         text: UTF-8 text to look at through it.
+        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
+        special_tokens: Of the same, in the order of their ids.
     """
     from rich.console import Console
 
@@ -190,10 +219,10 @@ def tokenizer_inspect(source: Positional[Path], text: Path | None = None) -> Non
     from ..tokenizer.formats import load_tokenizer
     from ..tokenizer.inspect import beginning, coloured, report, split_of
 
-    file = _tokenizer_file(source)
+    file = _tokenizer_path(source, "name a run's folder or a tokenizer's file")
     if text is not None:
         require_file(text, "text file")
-    data = load_tokenizer(file)
+    data = load_tokenizer(file, pattern, special_tokens)
     tokenizer = Tokenizer.of(data)
     for name, line in report(data, tokenizer, text).items():
         print(f"{name:16} {line}")
@@ -204,8 +233,12 @@ def tokenizer_inspect(source: Positional[Path], text: Path | None = None) -> Non
         console.print(coloured(split)) if console.is_terminal else print("|".join(split))
 
 
-def _tokenizer_file(source: Path) -> Path:
+def _tokenizer_path(source: Path, remedy: str) -> Path:
+    """Return the tokenizer's file, or its folder where that holds GPT-2's two; neither raises a `UserError`."""
     from ..files import require_file
 
-    file = source / "tokenizer.json" if source.is_dir() else source
-    return require_file(file, "tokenizer", "name a run's folder or a tokenizer's file")
+    if source.is_dir():
+        if not (source / "tokenizer.json").exists() and (source / "vocab.json").exists():
+            return source
+        source = source / "tokenizer.json"
+    return require_file(source, "tokenizer", remedy)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, token_table
+from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, leave_out, token_table
 from .encoding.encoder import new_encoder
 from .encoding.pretoken_cache import NO_ID
 from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
@@ -58,7 +58,7 @@ class Tokenizer:
     may hold (`()` for none). Any other that it does hold is a `UserError`, unless `disallowed_special` names what is refused
     and leaves it out: then it is text like any other. What `disallowed_special` names is refused even where it is allowed.
 
-    Encoding takes linear time for the three patterns with a name; a regular expression may take any time on some texts.
+    Encoding takes linear time for the patterns with a name; a regular expression may take any time on some texts.
 
     Any number of threads may use one tokenizer. The first text ever encoded on a machine waits some seconds for the compiler.
     """
@@ -92,13 +92,20 @@ class Tokenizer:
         self._finder = SpecialFinder(names)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a file that `save` wrote, or Hugging Face's tokenizer.json.
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        pattern: str | None = None,
+        special_tokens: Mapping[str, int] | Sequence[str] = (),
+        ignore_template: bool = False,
+    ) -> "Tokenizer":
+        """Read a file that `save` wrote, Hugging Face's tokenizer.json, tiktoken's ranks, or a folder with GPT-2's two files.
 
-        One that is missing, foreign, truncated or changed raises a `UserError`.
+        For what each needs see `load_tokenizer`. One that is missing, foreign, truncated or changed raises a `UserError`.
         """
         with _named(path):
-            return cls.of(load_tokenizer(path))
+            return cls.of(load_tokenizer(path, pattern, special_tokens, ignore_template=ignore_template))
 
     @classmethod
     def of(cls, data: TokenizerData) -> "Tokenizer":
@@ -111,8 +118,9 @@ class Tokenizer:
         cls, vocab_path: Path | str, merges_path: Path | str, special_tokens: Sequence[str] | None = None
     ) -> "Tokenizer":
         """Read GPT-2's vocab.json and merges.txt; files that are missing or malformed raise a `UserError`."""
-        with _named(vocab_path):
-            return cls(*read_gpt2_files(vocab_path, merges_path, special_tokens or ()), special_tokens)
+        vocab, merges = read_gpt2_files(vocab_path, merges_path, special_tokens or ())
+        with _named(f"{vocab_path} and {merges_path}"):
+            return cls(vocab, merges, special_tokens)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to `path`, atomically; equal tokenizers give equal files."""
@@ -121,9 +129,7 @@ class Tokenizer:
     @property
     def data(self) -> TokenizerData:
         """What defines the tokenizer, as `formats` reads and writes it."""
-        return TokenizerData(
-            self.vocab, self.merges, self.special_tokens, self.pattern, ignore_merges=self.ignore_merges
-        )
+        return TokenizerData(self.vocab, self.merges, self.special_tokens, self.pattern, ignore_merges=self.ignore_merges)
 
     @property
     def vocab_size(self) -> int:
@@ -171,6 +177,8 @@ class Tokenizer:
         self, texts: Iterable[str], *, allowed_special: Specials = "all", disallowed_special: Specials = "all"
     ) -> TokenBatch:
         """Return the ids of several texts in one array, with the place of each: faster than one by one."""
+        if isinstance(texts, str):
+            raise TypeError(f"texts is the one string {texts[:60]!r}: a list or another iterable of strings is needed")
         parts = [encode_utf8(text) for text in texts]
         data = _as_array(b"".join(part + _SEPARATOR for part in parts))
         borders = self._specials_in(data, allowed_special, disallowed_special)
@@ -234,20 +242,25 @@ class Tokenizer:
         """Return the bytes of the tokens; an unknown id raises a `UserError`."""
         return decode_bytes(self._tokens, ids)
 
-    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Return the text of the tokens; an unknown id raises a `UserError`.
+    def decode(self, ids: Iterable[int], errors: str = "replace", *, skip_special_tokens: bool = False) -> str:
+        """Return the text of the tokens, all or those that are not special; an unknown id raises a `UserError`.
 
         `errors` says, as in `bytes.decode`, what becomes of bytes that are not UTF-8: U+FFFD by default.
         """
-        return decode_text(self._tokens, ids, errors)
+        return decode_text(self._tokens, leave_out(ids, self._skipped(skip_special_tokens)), errors)
 
-    def decode_batch(self, batch: Iterable[Iterable[int]], errors: str = "replace") -> list[str]:
+    def decode_batch(
+        self, batch: Iterable[Iterable[int]], errors: str = "replace", *, skip_special_tokens: bool = False
+    ) -> list[str]:
         """Return the text of each sequence of ids."""
-        return [self.decode(ids, errors) for ids in batch]
+        return [self.decode(ids, errors, skip_special_tokens=skip_special_tokens) for ids in batch]
 
-    def stream_decoder(self, errors: str = "replace") -> StreamDecoder:
+    def stream_decoder(self, errors: str = "replace", *, skip_special_tokens: bool = False) -> StreamDecoder:
         """Return a decoder for ids that come one by one."""
-        return StreamDecoder(self._tokens, errors)
+        return StreamDecoder(self._tokens, errors, self._skipped(skip_special_tokens))
+
+    def _skipped(self, skip_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self.special_tokens.values()) if skip_special_tokens else ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes fill memories of their own.
@@ -271,7 +284,9 @@ class Tokenizer:
 
     def _choice(self, allowed: Specials, disallowed: Specials) -> tuple[list[str], list[str]]:
         """Return the special tokens that are allowed, and those that are refused."""
-        for names in (allowed, disallowed):
+        for argument, names in (("allowed_special", allowed), ("disallowed_special", disallowed)):
+            if isinstance(names, str) and names != "all":
+                raise TypeError(f"{argument} is the one string {names!r}: 'all' or a collection of strings is needed")
             for name in () if names == "all" else names:
                 if name not in self.special_tokens:
                     known = ", ".join(map(repr, self.special_tokens)) or "none"

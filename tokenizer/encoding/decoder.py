@@ -2,7 +2,7 @@
 
 import codecs
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +97,14 @@ def decode_text(table: TokenTable, ids: Iterable[int], errors: str = "replace") 
     return "".join([*texts, held.decode(errors="replace")])
 
 
+def leave_out(ids: Iterable[int], skipped: Collection[int]) -> Iterable[int]:
+    """Return the ids without those that are skipped."""
+    if not skipped:
+        return ids
+    found = _as_array(ids)
+    return found[~np.isin(found, list(skipped))]
+
+
 def check_errors(errors: str) -> str:
     """Return `errors` if it is the name of a way to treat bytes that are not UTF-8; else raise a `UserError`."""
     try:
@@ -110,16 +118,18 @@ class StreamDecoder:
     """Text as the ids come in: a character whose bytes are not complete is held back.
 
     Joined, the pieces are the text of all ids decoded at once. With `errors="strict"` the ids of a call that raises are lost,
-    and the next call goes on behind them.
+    and the next call goes on behind them. Ids in `skipped` are passed over.
     """
 
-    def __init__(self, table: TokenTable, errors: str = "replace"):
+    def __init__(self, table: TokenTable, errors: str = "replace", skipped: Collection[int] = ()):
         self._table = table
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")(check_errors(errors))
 
     def decode(self, ids: int | np.integer | Iterable[int]) -> str:
         """Return the text that one id, or several, complete."""
-        return self._decoder.decode(decode_bytes(self._table, (int(ids),) if isinstance(ids, int | np.integer) else ids))
+        ids = (int(ids),) if isinstance(ids, int | np.integer) else ids
+        return self._decoder.decode(decode_bytes(self._table, leave_out(ids, self._skipped)))
 
     def finish(self) -> str:
         """Return what is still held back, treated as `errors` says, and be ready for another text."""
@@ -158,6 +168,9 @@ def _as_array(ids: Any) -> np.ndarray:
             ids = np.asarray(array("q", ids))
         except OverflowError:
             raise UserError(f"id {max(ids, key=abs)} is not in the vocabulary: no vocabulary goes that far") from None
+    if ids.shape == (0,):
+        # Of nothing, numpy makes floats.
+        return ids.astype(np.int64)
     if ids.dtype.kind not in "iu" or ids.ndim != 1:
         raise TypeError(f"ids are an array of {ids.dtype} of shape {ids.shape}: one dimension of integers is needed")
     return ids

@@ -5,23 +5,49 @@ others, nor is the pattern stored: whoever reads the files has to know both.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ...errors import UserError
 from ...files import atomic_file, require_file
-from .tokenizer_data import TokenizerData, merge_text, parse_merge, parse_vocab, printable_vocab, read_object, read_text
+from .tokenizer_data import (
+    TokenizerData,
+    check_id,
+    merge_text,
+    parse_merge,
+    parse_vocab,
+    printable_vocab,
+    read_object,
+    read_text,
+)
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 
 
 def save_gpt2_files(folder: Path | str, data: TokenizerData) -> None:
     """Write vocab.json and merges.txt into `folder`, each atomically."""
+    if data.ignore_merges:
+        raise UserError("ignore_merges is true, which vocab.json and merges.txt cannot say: they would give other ids")
     folder = Path(folder)
     vocab = json.dumps(printable_vocab(data), ensure_ascii=False)
     merges = "".join(f"{line}\n" for line in ("#version: 0.2", *map(merge_text, data.merges)))
     for name, text in ((VOCAB_FILE, vocab), (MERGES_FILE, merges)):
         with atomic_file(folder / name) as file:
             file.write(text.encode())
+
+
+def load_gpt2(folder: Path, pattern: str, special_tokens: Mapping[str, int] | Sequence[str]) -> TokenizerData:
+    """Read the two files in a folder; special tokens that come without ids, and are not there, follow the greatest one."""
+    vocab, merges = read_gpt2_files(folder / VOCAB_FILE, folder / MERGES_FILE, tuple(special_tokens))
+    ids = {token: id for id, token in vocab.items()}
+    found: dict[str, int] = {}
+    for name in special_tokens:
+        wanted = special_tokens[name] if isinstance(special_tokens, Mapping) else None
+        id = ids.get(name.encode(), max(vocab) + 1 if wanted is None else check_id(wanted, name, folder))
+        if wanted not in (None, id) or vocab.setdefault(id, name.encode()) != name.encode():
+            raise UserError(f"special token {name!r} has the id {wanted}, which {folder / VOCAB_FILE} gives otherwise")
+        found[name] = id
+    return TokenizerData(vocab, merges, found, pattern)
 
 
 def read_gpt2_files(

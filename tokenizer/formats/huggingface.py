@@ -68,9 +68,7 @@ def parse_huggingface(document: dict[str, Any], path: Path | str, *, ignore_temp
 def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) -> TokenizerData:
     model = document["model"]
     for normalizer in _parts(document.get("normalizer"), "normalizers"):
-        raise UserError(
-            f"{path} has the normalizer {json.dumps(normalizer)[:100]}: it changes text before it is split, which is not done here"
-        )
+        raise UserError(f"{path} has the normalizer {json.dumps(normalizer)[:100]}: it changes texts, which is not done here")
     for name in ("truncation", "padding"):
         _require(document.get(name) is None, path, name, document.get(name), "null")
     for processor in _parts(document.get("post_processor"), "processors"):

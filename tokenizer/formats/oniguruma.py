@@ -17,7 +17,8 @@ _REPEATED = r"(?:[*+?][+?]?|\{\d+\}|\{\d+,\d*\}\??)(?![*+?{])"
 # Where case does not count, an i is dotless or not, and two letters may be one: ss, ff, fi, fl, st.
 _ANY_CASE = r"\(\?i:(?!(?i:[^)]*(?:ss|ff|fi|fl|st)))(?:[A-HJ-Za-hj-z'|]|\[[A-HJ-Za-hj-z]+\])*\)"
 _PART = re.compile(
-    rf"{_SETS}|{_CHARACTERS}|\\A|{_ANY_CASE}|\((?:\?(?:[:=!>]|<[=!])|(?!\?))|[)|.]|[^\\^$|?*+()\[{{.]+?|(?<=.){_REPEATED}", re.DOTALL
+    rf"{_SETS}|{_CHARACTERS}|\\A|{_ANY_CASE}|\((?:\?(?:[:=!>]|<[=!])|(?!\?))|[)|.]|[^\\^$|?*+()\[{{.]+?|(?<=.){_REPEATED}",
+    re.DOTALL,
 )
 _ONE = rf"{_CHARACTERS}|[^\\\]\[&-]"
 _MEMBER = re.compile(rf"(?:{_SETS})(?!-[^\]])|(?:{_ONE})-(?:{_ONE})|(?:{_ONE})(?!-[^\]])|&(?!&)|(?<=[\[^])-|-(?=\])", re.DOTALL)

@@ -34,7 +34,7 @@ _SEQUENCES = {
 }
 
 _KNOWN = (
-    "ByteLevel; a Split by a regular expression, or DeepSeek V3's three, and then ByteLevel without one; Digits and then ByteLevel"
+    "ByteLevel; a Split by a regular expression (or DeepSeek V3's three), then ByteLevel without one; Digits, then ByteLevel"
 )
 
 

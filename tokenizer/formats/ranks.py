@@ -9,7 +9,7 @@ for pretokens. Special tokens and the pattern are not stored.
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def check_ranks(data: TokenizerData) -> None:
     recovered, whole = recover_merges(ranks)
     if whole and not data.ignore_merges:
         raise UserError(
-            f"token {whole[0]!r}, rank {ranks[whole[0]]}, is not what merging its bytes gives: ranks would make it of a pretoken"
+            f"token {whole[0]!r}, rank {ranks[whole[0]]}, is made by no merge of its bytes, but ranks would make it of a pretoken"
         )
     merges = set(data.merges)
     for left, right in recovered:

@@ -1,5 +1,6 @@
 """What every format stores, and how tokens are written as text."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Mapping
@@ -98,7 +99,14 @@ def parse_merge(merge: str, path: Path | str) -> tuple[bytes, bytes]:
     left, space, right = merge.partition(" ")
     if not (left and space and right):
         raise UserError(f"{path} has the merge {merge!r}: two tokens with a space between them are needed")
-    return from_printable(left), from_printable(right)
+    return _from_printable(left, path), _from_printable(right, path)
+
+
+def _from_printable(text: str, path: Path | str) -> bytes:
+    try:
+        return from_printable(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def printable_vocab(data: TokenizerData) -> dict[str, int]:
@@ -130,14 +138,17 @@ def parse_vocab(ids: Mapping[str, Any], special_tokens: "set[str]", path: Path |
     for text, id in ids.items():
         if check_id(id, text, path) in vocab:
             raise UserError(f"{path} gives token {text!r} the id {id!r}, which is that of another: each needs its own")
-        vocab[id] = text.encode() if text in special_tokens else from_printable(text)
+        vocab[id] = text.encode() if text in special_tokens else _from_printable(text, path)
     return vocab
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file; one that is not UTF-8 raises a `UserError`."""
+    """Return the text of a file; one that is not UTF-8, or begins with a byte order mark, raises a `UserError`."""
+    data = path.read_bytes()
+    if data.startswith(codecs.BOM_UTF8):
+        raise UserError(f"{path} begins with a byte order mark: UTF-8 without one is needed")
     try:
-        return path.read_bytes().decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

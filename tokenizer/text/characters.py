@@ -1,7 +1,5 @@
 """What the compiled scanners are made of: the classes of characters in UTF-8, runs of them, white space, contractions."""
 
-import numpy as np
-
 from ..compiled.intrinsics import load8, range_mask, trailing_zeros
 from ..compiled.jit import helper, int64
 from .unicode_classes import LETTER, NUMBER, SPACE

@@ -5,7 +5,7 @@ specification of both.
 """
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from functools import cache
 
 import regex
@@ -26,9 +26,9 @@ _LETTERS = (
     r"""|\s+(?!\S)|\s+"""
 )
 
-# As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, is published
-# as three that apply one after another, each to all pieces of those before it: numbers, then Han and kana, then words as below.
-# Here is one that splits alike: to it, numbers end a text, and so does each change between Han and kana and everything else.
+# As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, was published
+# as three, each of which splits what those before it leave: numbers; Han and kana; words. Here is one that does the same, to
+# which a number ends a text, and so does each change between Han or kana and other characters.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "cl100k": (
@@ -107,7 +107,11 @@ def check_special_tokens(special_tokens: Sequence[str]) -> tuple[str, ...]:
     """Return the special tokens as a tuple; raise a `UserError` for an empty, doubled or unencodable one."""
     if isinstance(special_tokens, str):
         raise TypeError(f"special_tokens is a sequence of strings, not the one string {special_tokens!r}")
+    if isinstance(special_tokens, Set):
+        raise TypeError(f"special_tokens is the set {special_tokens!r}, which has no order: a list or a tuple is needed")
     for index, token in enumerate(special_tokens):
+        if not isinstance(token, str):
+            raise TypeError(f"special_tokens has {token!r} at {index}: a str is needed")
         if not token:
             raise UserError(f"special token {index} is empty: it needs at least one character")
         if token in special_tokens[:index]:

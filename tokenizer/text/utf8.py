@@ -14,6 +14,8 @@ def encode_utf8(text: str) -> bytes:
     """Return a text in UTF-8. A surrogate, which in a str is no text even beside its other half, becomes U+FFFD."""
     try:
         return text.encode()
+    except AttributeError:
+        raise TypeError(f"text is a {type(text).__name__}: a str is needed") from None
     except UnicodeEncodeError:
         return _SURROGATE.sub("\ufffd", text).encode()
 
