@@ -31,8 +31,8 @@ __all__ = [
     "to_printable",
 ]
 
-# How a file of ranks begins: with base64 and a number, or as much of the base64 as is looked at.
-_RANK = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2}(?: +\d|\Z)")
+_BASE64 = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2} ?")
+_LOOKED_AT = 1 << 12
 
 
 def load_tokenizer(
@@ -53,7 +53,7 @@ def load_tokenizer(
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / VOCAB_FILE).exists():
         return load_gpt2(path, pattern or "gpt2", special_tokens)
     file = require_file(path / "tokenizer.json" if path.is_dir() else path, "tokenizer file")
-    if _RANK.match(_first_bytes(file)):
+    if _begins_with_rank(file):
         return load_tiktoken(file, pattern or "gpt2", special_tokens)
     document = read_object(file)
     if pattern is not None or special_tokens:
@@ -68,6 +68,9 @@ def load_tokenizer(
     )
 
 
-def _first_bytes(file: Path) -> bytes:
+def _begins_with_rank(file: Path) -> bool:
     with file.open("rb") as stream:
-        return stream.read(1 << 12)
+        begin = stream.read(_LOOKED_AT)
+    # A first token may be longer than what is looked at.
+    found = _BASE64.match(begin)
+    return found is not None and (begin[found.end() : found.end() + 1].isdigit() or found.end() == _LOOKED_AT)

@@ -33,9 +33,7 @@ _SEQUENCES = {
     **{pattern: (("Digits", individual), ("ByteLevel", True)) for individual, pattern in _DIGITS.items()},
 }
 
-_KNOWN = (
-    "ByteLevel; a Split by a regular expression (or DeepSeek V3's three), then ByteLevel without one; Digits, then ByteLevel"
-)
+_KNOWN = "ByteLevel; a Split by a regular expression, or DeepSeek V3's, and ByteLevel without one; Digits and ByteLevel"
 
 
 def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
@@ -67,14 +65,13 @@ def pattern_of(pre_tokenizer: Any) -> str:
     if steps == (("ByteLevel", True),):
         return "gpt2"
     if kinds == ["ByteLevel"]:
-        raise UserError("pre_tokenizer.use_regex is false: text that is not split at all cannot be read here")
+        raise UserError("pre_tokenizer has use_regex false: what is not split at all cannot be read here")
     if kinds == ["Split", "ByteLevel"]:
         if steps[1][1]:
-            raise UserError("pre_tokenizer.use_regex is true after a Split: text split by two patterns cannot be read here")
+            raise UserError("pre_tokenizer has use_regex true after a Split: what two patterns split cannot be read here")
         spelling = steps[0][1]
         return _NAMES.get(spelling) or pattern_name(spelling) or from_oniguruma(spelling)
-    shown = " + ".join(f"{kind} {value!r}" if kind in ("Split", "Digits") else str(kind) for kind, value in steps)
-    raise UserError(f"pre_tokenizer {shown[:200]} is not known to split as one pattern does: known are {_KNOWN}")
+    raise UserError(f'pre_tokenizer "{" + ".join(kinds)}" is not known to split as one pattern does: known are {_KNOWN}')
 
 
 def _steps(pre_tokenizer: Any) -> list[Any]:
@@ -87,7 +84,7 @@ def _read(step: Any) -> tuple[str, Any]:
     kind = step.get("type") if isinstance(step, dict) else None
     if kind == "ByteLevel":
         if step.get("add_prefix_space"):
-            raise UserError("pre_tokenizer.add_prefix_space is true: a blank before every text cannot be read here")
+            raise UserError("pre_tokenizer has add_prefix_space true: a blank before every text is not added here")
         return kind, step.get("use_regex", True)
     if kind == "Digits":
         return kind, step.get("individual_digits", False)

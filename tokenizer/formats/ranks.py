@@ -57,10 +57,10 @@ def load_tiktoken(
     return TokenizerData(vocab, merges, dict(special_tokens), pattern, ignore_merges=bool(whole))
 
 
-def recover_merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
-    """Return the merges, by the ranks of what they make, and the tokens of several bytes that no merge makes."""
+def recover_merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], dict[bytes, int]]:
+    """Return the merges, by the ranks of what they make, and of how many others those tokens are made that no merge makes."""
     merges: list[tuple[bytes, bytes]] = []
-    whole: list[bytes] = []
+    whole: dict[bytes, int] = {}
     # Whether each token so far is made of two lower ones.
     ordered, pairs = True, _Pairs(ranks)
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -74,7 +74,7 @@ def recover_merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
         else:
-            whole.append(token)
+            whole[token] = len(parts)
         ordered = ordered and len(parts) == 2 and all(len(part) == 1 or ranks[part] < rank for part in parts)
     return merges, whole
 
@@ -84,8 +84,9 @@ def check_ranks(data: TokenizerData) -> None:
     ranks = _ranks_of(data)
     recovered, whole = recover_merges(ranks)
     if whole and not data.ignore_merges:
+        token = next(iter(whole))
         raise UserError(
-            f"token {whole[0]!r}, rank {ranks[whole[0]]}, is made by no merge of its bytes, but ranks would make it of a pretoken"
+            f"token {token!r}, rank {ranks[token]}, is made of {whole[token]} others: a merge needs two, but ranks need none"
         )
     merges = set(data.merges)
     for left, right in recovered:

@@ -26,9 +26,9 @@ _LETTERS = (
     r"""|\s+(?!\S)|\s+"""
 )
 
-# As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, was published
-# as three, each of which splits what those before it leave: numbers; Han and kana; words. Here is one that does the same, to
-# which a number ends a text, and so does each change between Han or kana and other characters.
+# As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, was three,
+# each of which splits the pieces of those before it: numbers; Han and kana; words. Here is one that does the same, to which a
+# number ends a text, and so does each change between Han or kana and other characters.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "cl100k": (

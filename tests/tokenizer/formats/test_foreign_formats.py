@@ -25,7 +25,7 @@ from tilewright.tokenizer.formats import (
     save_tiktoken,
     save_tokenizer,
 )
-from tilewright.tokenizer.text.patterns import PATTERNS
+from tilewright.tokenizer.text.patterns import PATTERNS, split_text
 
 BYTES = {id: bytes([id]) for id in range(256)}
 SPECIALS = ["<|endoftext|>", "<|end|>", "終"]
@@ -113,10 +113,9 @@ def test_files_of_huggingface_are_read(text_file, real_text, tmp_path, first):
     assert load_tiktoken(tmp_path / "ranks.tiktoken", special_tokens=data.special_tokens) == data
 
 
-# Llama 3's, which is not cl100k: they differ in white space after a line's end. And one of our own.
+# StarCoder's, which is two steps there, and one of our own.
 OTHERS = (
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
-    r"""|\s+(?!\S)|\s+""",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     r"\$\p{N}+|\s*\p{Lu}?\p{L}++|(?:.|\s)",
 )
 
@@ -127,13 +126,13 @@ def test_every_pattern_splits_alike_in_huggingfaces_engine(tmp_path, pattern):
     data = TokenizerData(BYTES, [], {}, pattern)
     save_huggingface(path, data)
     assert load_tokenizer(path) == data
-    ours, theirs = regex.compile(PATTERNS.get(pattern, pattern)), tokenizers.Tokenizer.from_file(str(path)).pre_tokenizer
+    theirs = tokenizers.Tokenizer.from_file(str(path)).pre_tokenizer
 
     @settings(steady, max_examples=500)
-    @given(st.text(alphabet="ab AZ1234'sStTlLvVeErRmMdD\u017f \n\r\t.!?/é中\u3000\x85²ǅʰ\u0301ß\x1c", max_size=20))
+    @given(st.text(alphabet="ab AZ1234'sStTlLvVeErRmMdD\u017f \n\r\t.!?/é中ア・\u3040\u3099\u3000\x85²ǅʰ\u0301ß", max_size=20))
     def check(text):
         pieces = [text[start:end] for _, (start, end) in theirs.pre_tokenize_str(text)]
-        assert pieces == ours.findall(text)
+        assert pieces == split_text(text, PATTERNS.get(pattern, pattern))
 
     check()
 
@@ -203,7 +202,6 @@ def change(document, path, value):
         (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space true"),
         (["pre_tokenizer", "use_regex"], False, "use_regex false"),
         (["added_tokens", 0, "lstrip"], True, "lstrip true"),
-        (["added_tokens", 0, "normalized"], True, "normalized"),
         (["added_tokens", 0, "id"], 5, "'<|endoftext|>' the id 5, which is that of"),
     ],
 )
@@ -265,7 +263,7 @@ def test_splits_that_mean_something_else_are_refused(tmp_path, changes, message)
         (b"YQ== 0\nYg== 0\n", "line 2.*there already"),
         (b"Y! 0\n", "line 1"),
         (b"YQ== zero\n", "line 1"),
-        (b"YQ== 0\nYg== 1\nYWJi 2\n", "b'abb', rank 2, is made of 3 others"),
+        (b"YQ== 0\nYg== 1\nYWJi 2\n", r"lacks the byte b'\\x00': all 256 are needed"),
     ],
 )
 def test_malformed_ranks_are_named(tmp_path, content, message):

@@ -1,5 +1,6 @@
 """The compiled scanners against `regex` with the published patterns."""
 
+import itertools
 import random
 import re
 
@@ -10,7 +11,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.tokenizer.text.patterns import PATTERNS
+from tilewright.tokenizer.text.patterns import PATTERNS, split_text
 from tilewright.tokenizer.text.scanner import scanner_of
 from tilewright.tokenizer.text.specials import SpecialFinder
 from tilewright.tokenizer.text.unicode_classes import LETTER, NUMBER, SPACE, UPPER, class_table
@@ -41,14 +42,36 @@ PUBLISHED = {
             r"""\s+""",
         ]
     ),
+    "llama3": (
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+        r"""|\s+(?!\S)|\s+"""
+    ),
+    "qwen2": (
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+        r"""|\s+(?!\S)|\s+"""
+    ),
+    "tekken": (
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+        r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"""
+        r"""|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
 }  # fmt: skip
+
+# One after another, each splits the pieces of those before it.
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 
 # Every kind of character in every width, and what the patterns name.
 PARTS = [*"aBzSsTtdmlLvVrReEk  \n\r\t\v'''019!?./_", *"\x00\x1c\x1f\x7f\x85\xa0\u1680\u2003\u2028\u3000\ufeff"]
 PARTS += [*"éÉßſKǅʰª中アÅ̈\u0301\u20dd½²٣Ⅷ€\u200d🙂𝐀𝐚𝟘𐐀𐐨\U000e0100\ufffd\U0010ffff"]
+PARTS += [*"゠ー・゛\u3040\u3099龥龦〇"]
 PARTS += ["'s", "'S", "'ll", "'Re", "'ſ", "  ", " \n", "\n\n", "\r\n", " '", "//", "123", "the", " The", "...\n"]
 
-names = pytest.mark.parametrize("name", list(PUBLISHED))
+names = pytest.mark.parametrize("name", list(PATTERNS))
 
 
 def ends_of(name, data, start=0, end=None, room=4096, specials=None):
@@ -67,11 +90,19 @@ def ends_of(name, data, start=0, end=None, room=4096, specials=None):
 
 
 def expected(name, text, offset=0):
-    ends = np.cumsum([len(match.encode()) for match in regex.findall(PUBLISHED[name], text)])
-    return (ends + offset).tolist()
+    pieces = [text]
+    for pattern in DEEPSEEK if name == "deepseek-v3" else [PUBLISHED[name]]:
+        pieces = [part for piece in pieces for part in matches_and_gaps(pattern, piece)]
+    return (np.cumsum([len(piece.encode()) for piece in pieces], dtype=np.int64) + offset).tolist()
 
 
-@names
+def matches_and_gaps(pattern, text):
+    spans = [match.span() for match in regex.finditer(pattern, text)]
+    borders = sorted({0, len(text), *(border for span in spans for border in span)})
+    return [text[start:end] for start, end in itertools.pairwise(borders)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_patterns_are_the_published_ones(name):
     assert PATTERNS[name] == PUBLISHED[name]
 
@@ -154,7 +185,14 @@ def test_any_text(name, text, offset):
     assert ends_of(name, b"'" * offset + text.encode(), start=offset) == expected(name, text, offset)
 
 
-@names
+@settings(derandomize=True, deadline=None, max_examples=2000)
+@given(text=st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
+def test_deepseeks_pattern_is_one_for_three(text):
+    ends = np.cumsum([len(piece.encode()) for piece in split_text(text, PATTERNS["deepseek-v3"])], dtype=np.int64)
+    assert ends.tolist() == expected("deepseek-v3", text)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_tiktoken_agrees(name):
     # Ids are bytes, and every merge of two adjacent bytes is known: what does not merge is apart.
     draw = random.Random(0)

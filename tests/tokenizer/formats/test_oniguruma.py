@@ -1,0 +1,114 @@
+"""Patterns as `regex` and Oniguruma, the engine of tokenizers, read them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+
+from tilewright.errors import UserError
+from tilewright.tokenizer.formats.oniguruma import check_pattern, from_oniguruma
+from tilewright.tokenizer.text.patterns import split_text
+
+# Every construct that is let through, at least once.
+READ_ALIKE = [
+    r"\p{Lu}?\p{L}++|\P{L}",
+    r"[\p{Han}a-f]+|[^\s\p{N}]|\s+",
+    r"\d{2}|\d{3,}|\S{1,2}?|\s*",
+    r"(?i:'s|'t|[dm])|(?:a|b)*?c|(d)(?=e)|(?!f)[^\n]",
+    r"(?<=a)b+|(?<!a)c|(?>a+)b|\Ab",
+    r"[a-]+|[-b]+|[\-\]\[\^]|\x41\u4e00|\t|\$|#a",
+    r"a}|b]|[.|(){}*+?$]+|[&a]|é++",
+]
+LETTERS = "abcdefABCsStTdDmMkK'ſK 12²\t\n\r.-[]^$#|(){}*+?&中é\u0301}"
+
+steady = settings(derandomize=True, deadline=None, max_examples=300)
+
+
+def split_there(pattern, text):
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return [piece for piece, _ in split.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("pattern", READ_ALIKE)
+def test_what_is_let_through_splits_alike(pattern):
+    assert check_pattern(pattern) == from_oniguruma(pattern) == pattern
+
+    @steady
+    @given(text=st.text(alphabet=LETTERS, max_size=20))
+    def check(text):
+        assert split_there(pattern, text) == split_text(text, pattern)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        (r" ?[^\s[0-9]]+", r" ?[^\s0-9]+"),
+        (r" ?[^(\s|[.,!?…。，、।۔،])]+", r" ?[^(\s|.,!?…。，、।۔،)]+"),
+        (r"[[b-]a[[.]2]]+|.", r"[b\-a.2]+|."),
+    ],
+)
+def test_sets_within_sets_are_read_and_not_written(pattern, read):
+    assert from_oniguruma(pattern) == read
+    with pytest.raises(UserError, match=r"holds '\[' at"):
+        check_pattern(pattern)
+
+    @steady
+    @given(text=st.text(alphabet=LETTERS + ",!…。", max_size=20))
+    def check(text):
+        assert split_there(pattern, text) == split_text(text, read)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "construct"),
+    [
+        (r"(?m).+", "(?m)"),
+        (r"(?s).", "(?s)"),
+        (r"a|(?i:ß)", "(?i:ß)"),
+        (r"(?i:ss)", "(?i:ss)"),
+        (r"(?i:i)", "(?i:i)"),
+        (r"(?P<a>x)", "(?P<a>x)"),
+        (r"\p{Word}+", r"\p{Word}"),
+        (r"\p{^L}", r"\p{^L}"),
+        (r"\N", r"\N"),
+        (r"\N{DIGIT ONE}", r"\N{DIGIT ONE}"),
+        (r"\w|\W", r"\w"),
+        (r"\h+", r"\h"),
+        (r"(a)\1", r"\1"),
+        (r"a\Z", r"\Z"),
+        (r"a{,2}", "{,2}"),
+        (r"a{2}?", "{2}?"),
+        (r"a{1,3}+", "{1,3}+"),
+        (r"a**", "**"),
+        (r"^a", "^"),
+        (r"a$", "$"),
+        (r"[a&&b]", "&&"),
+        (r"[[:alpha:]]", "[:"),
+        (r"[a[^b]]", "["),
+        (r"[]a]", "]"),
+        (r"\xe9", r"\x"),
+    ],
+)
+def test_what_may_mean_something_else_is_named(pattern, construct):
+    for read in (check_pattern, from_oniguruma):
+        with pytest.raises(UserError) as refused:
+            read(pattern)
+        place = pattern.rindex(construct) if construct == "[" else pattern.index(construct)
+        assert f"holds {construct!r} at {place}, which may mean something else" in str(refused.value)
+
+
+def test_some_of_it_does_mean_something_else():
+    # So that the list above is known to refuse with reason.
+    for pattern, text in [
+        (r" ?[^\s[0-9]]+", "a1]"),
+        (r"(?m).+", "a\nb"),
+        (r"(?i:ss)", "ß."),
+        (r"(?i:i)", "aİ."),
+        (r"\w+", "a²"),
+        (r"a{2}+", "aaaa"),
+        (r"[a&&b]", "ab"),
+    ]:
+        assert split_there(pattern, text) != split_text(text, pattern), pattern
