@@ -90,10 +90,10 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = temporary_name(path)
+    with _refused(path):
+        make_folder(path.parent)
+        file = temporary.open("w+b")
     try:
-        with _refused(path):
-            make_folder(path.parent)
-            file = temporary.open("w+b")
         with named_errors(path), file:
             yield file
             file.flush()

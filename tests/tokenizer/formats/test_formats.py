@@ -15,7 +15,8 @@ from tilewright.tokenizer.formats import (
     save_tokenizer,
     to_printable,
 )
-from tilewright.tokenizer.formats.tokenizer_data import digest
+from tilewright.tokenizer.formats.tokenizer_data import content_of, digest
+from tilewright.tokenizer.text.patterns import PATTERNS
 
 BYTES = {id: bytes([id]) for id in range(256)}
 
@@ -68,7 +69,7 @@ def test_the_fingerprint_covers_everything(tokenizer):
     assert len(fingerprints) == 6
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", r"\w+|\W"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
 def test_the_pattern_and_the_figures_of_the_training_are_kept(tokenizer, tmp_path, pattern):
     path = tmp_path / "tokenizer.json"
     data = tokenizer.data._replace(pattern=pattern, training={"bytes": 1000, "ties": "cs336"})
@@ -230,3 +231,12 @@ def test_malformed_gpt2_files_are_named(tmp_path, vocab, merges, message):
     (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(UserError, match=message):
         Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+
+
+def test_a_pattern_has_its_name_in_a_fingerprint_only_if_it_always_had():
+    # Tokenizers were made with the expressions of others before these had names.
+    expected = [name if name in ("gpt2", "cl100k", "o200k") else PATTERNS[name] for name in PATTERNS]
+    assert [content_of(TokenizerData(BYTES, [], {}, name))["pattern"] for name in PATTERNS] == expected
+    # What was stored in runs and token files when there were three names.
+    data = TokenizerData(BYTES | {256: b"ab", 257: b"<|end|>"}, [(b"a", b"b")], {"<|end|>": 257})
+    assert fingerprint(data) == "cb93309ab8f37270444d5aeed7689e7da6deeffc38067a0cbb125d6b795f498a"

@@ -96,7 +96,9 @@ def test_what_is_written_is_read_again_and_by_the_others(tmp_path_factory, token
 @given(tokens=vocabularies(), text=st.text(alphabet="ab ", max_size=40))
 def test_ignore_merges_is_tokenizers(tmp_path_factory, tokens, text):
     # Some of the merges that could be, in an order of their own, and tokens that they do not make.
-    names = {"".join("Ġ" if byte == 32 else chr(byte) for byte in token): rank for rank, token in enumerate(tokens) if rank > 255}
+    names = {
+        "".join("Ġ" if byte == 32 else chr(byte) for byte in token): rank for rank, token in enumerate(tokens) if rank > 255
+    }
     alphabet = {text: rank for rank, text in enumerate(pre_tokenizers.ByteLevel.alphabet(), 1000)}
     vocab = {**alphabet, **names}
     merges = [(name[:cut], name[cut:]) for name in names for cut in range(1, len(name))]

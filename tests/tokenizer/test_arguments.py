@@ -1,0 +1,88 @@
+"""Arguments of a tokenizer that are of the wrong kind, and those of decoding."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilewright.tokenizer import Tokenizer, train_bpe
+from tilewright.tokenizer.text.patterns import PATTERNS
+
+BYTES = {id: bytes([id]) for id in range(256)}
+SPECIALS = ["<a>", "<b>"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Tokenizer(BYTES, [], SPECIALS)
+
+
+@pytest.mark.parametrize("wrong", [None, b"a", 5, ["a"]])
+@pytest.mark.parametrize("method", ["encode", "encode_array", "encode_with_offsets"])
+def test_a_text_is_a_string(small, method, wrong):
+    with pytest.raises(TypeError, match=f"text is a {type(wrong).__name__}: a str is needed"):
+        getattr(small, method)(wrong)
+
+
+def test_a_batch_is_no_string(small):
+    with pytest.raises(TypeError, match="texts is the one string 'the cat': a list or another iterable of strings is needed"):
+        small.encode_batch("the cat")
+    with pytest.raises(TypeError, match="text is a bytes: a str is needed"):
+        small.encode_batch(["a", b"b"])
+
+
+@pytest.mark.parametrize("argument", ["allowed_special", "disallowed_special"])
+@pytest.mark.parametrize("method", ["encode", "encode_array", "encode_batch", "encode_with_offsets", "encode_iterable"])
+def test_a_choice_of_special_tokens_is_no_string(small, method, argument):
+    with pytest.raises(TypeError, match=f"{argument} is the one string '<a>': 'all' or a collection of strings is needed"):
+        list(getattr(small, method)(["x"] if method in ("encode_batch", "encode_iterable") else "x", **{argument: "<a>"}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"<a>"}, "special_tokens is the set {'<a>'}, which has no order: a list or a tuple is needed"),
+        (frozenset({"<a>"}), "which has no order"),
+        ("<a>", "not the one string '<a>'"),
+        ([b"<a>"], "special_tokens has b'<a>' at 0: a str is needed"),
+        (["<a>", 5], "special_tokens has 5 at 1: a str is needed"),
+    ],
+)
+def test_special_tokens_are_strings_in_an_order(text_file, wrong, message):
+    with pytest.raises(TypeError, match=message):
+        Tokenizer(BYTES, [], wrong)
+    with pytest.raises(TypeError, match=message):
+        train_bpe(text_file("text"), 300, wrong)
+
+
+@pytest.mark.parametrize("nothing", [[], (), iter([]), np.array([]), np.array([], np.uint16)])
+def test_nothing_is_decoded_to_nothing(small, nothing):
+    assert small.decode(nothing) == ""
+    assert small.decode_bytes(np.array([])) == b""
+    assert small.decode_batch([np.array([])]) == [""]
+    assert small.decode_batch([]) == []
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, lambda ids: np.array(ids, np.uint16)])
+def test_special_tokens_are_skipped(small, kind):
+    ids = small.encode("<a>é<b><a>.")
+    assert small.decode(kind(ids), skip_special_tokens=True) == "é."
+    assert small.decode(kind(ids)) == "<a>é<b><a>."
+    assert small.decode_batch([kind(ids), kind([256])], skip_special_tokens=True) == ["é.", ""]
+    assert Tokenizer(BYTES, []).decode(kind(list(b"ab")), skip_special_tokens=True) == "ab"
+
+
+@settings(derandomize=True, deadline=None)
+@given(ids=st.lists(st.integers(0, 257), max_size=30))
+def test_a_stream_skips_what_a_whole_text_skips(small, ids):
+    stream = small.stream_decoder(skip_special_tokens=True)
+    expected = bytes(id for id in ids if id < 256).decode(errors="replace")
+    assert "".join(map(stream.decode, ids)) + stream.finish() == expected
+    assert small.decode(ids, skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_by_name_is_the_one_by_its_expression(name):
+    by_name, by_expression = Tokenizer(BYTES, [], pattern=name), Tokenizer(BYTES, [], pattern=PATTERNS[name])
+    assert by_name.pattern == by_expression.pattern == name
+    assert by_name.fingerprint == by_expression.fingerprint

@@ -1,0 +1,140 @@
+"""The commands on every format that the library reads, and what they print where not all characters can be."""
+
+import base64
+import io
+import sys
+
+import pytest
+
+from tilewright.cli import main
+from tilewright.tokenizer import Tokenizer, train_bpe
+from tilewright.tokenizer.formats import save_gpt2_files, save_huggingface, save_tiktoken
+
+SPECIAL = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, real_text):
+    return Tokenizer(*train_bpe(text_file(real_text), 400, [SPECIAL]), [SPECIAL], "cl100k")
+
+
+@pytest.fixture
+def sources(trained, tmp_path):
+    """Each format by name: its path, and the options that say what it does not store."""
+    save_tiktoken(tmp_path / "ranks.tiktoken", trained.data)
+    save_gpt2_files(tmp_path / "gpt2", trained.data)
+    save_huggingface(tmp_path / "huggingface.json", trained.data)
+    trained.save(tmp_path / "tokenizer.json")
+    unsaid = ["--pattern", "cl100k", "--special-tokens", SPECIAL]
+    return {
+        "tiktoken": (tmp_path / "ranks.tiktoken", unsaid),
+        "gpt2": (tmp_path / "gpt2", unsaid),
+        "huggingface": (tmp_path / "huggingface.json", []),
+        "tilewright": (tmp_path / "tokenizer.json", []),
+    }
+
+
+FORMATS = ("tiktoken", "gpt2", "huggingface", "tilewright")
+formats = pytest.mark.parametrize("format", FORMATS)
+
+
+@formats
+def test_every_format_is_loaded_by_one_function(trained, sources, format):
+    path, unsaid = sources[format]
+    options = {"pattern": "cl100k", "special_tokens": [SPECIAL]} if unsaid else {}
+    assert Tokenizer.load(path, **options).fingerprint == trained.fingerprint
+
+
+@formats
+def test_every_format_encodes_and_decodes(capsysbinary, trained, sources, tmp_path, format):
+    path, unsaid = sources[format]
+    text = "Every format: 1234 it'S.\n<|endoftext|>é"
+    (tmp_path / "text.txt").write_text(text)
+    assert main(["tokenizer", "encode", str(tmp_path / "text.txt"), "--tokenizer", str(path), *unsaid]) == 0
+    assert b"wrote " in capsysbinary.readouterr().out
+    assert main(["tokenizer", "decode", str(tmp_path / "text.tokens"), "--tokenizer", str(path), *unsaid]) == 0
+    assert capsysbinary.readouterr().out.decode() == text
+    # The tokenizer of another format is the same one.
+    assert main(["tokenizer", "decode", str(tmp_path / "text.tokens"), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+
+
+@formats
+def test_every_format_is_inspected(capsys, sources, format):
+    path, unsaid = sources[format]
+    assert main(["tokenizer", "inspect", str(path), *unsaid]) == 0
+    out = capsys.readouterr().out
+    assert "tokens           400: 256 bytes, 143 merges, 1 special\n" in out
+    assert "pattern          cl100k\n" in out
+
+
+@formats
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_format_is_exported_to_every_other(capsys, trained, sources, tmp_path, format, to):
+    path, unsaid = sources[format]
+    out = tmp_path / "out"
+    assert main(["tokenizer", "export", str(path), "--to", to, "--out", str(out), *unsaid]) == 0
+    options = {"pattern": "cl100k", "special_tokens": [SPECIAL]} if sources[to][1] else {}
+    assert Tokenizer.load(out, **options).fingerprint == trained.fingerprint
+
+
+def test_what_a_file_stores_is_not_given(capsys, sources):
+    path, _ = sources["huggingface"]
+    assert main(["tokenizer", "inspect", str(path), "--pattern", "gpt2"]) == 2
+    assert f"{path} stores its pattern and its special tokens: they cannot be given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_two_sizes_are_written_whatever_can_be_printed(monkeypatch, text_file, tmp_path, encoding):
+    text = text_file("中文中文中文 日本語日本語 " * 20)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    out = tmp_path / "tokenizer.json"
+    assert main(["tokenizer", "train", str(text), "--vocab-size", "270", "275", "--out", str(out)]) == 0
+    sys.stdout.flush()
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer-270.json", "tokenizer-275.json"}
+    lines = shown.getvalue().decode(encoding).splitlines()
+    assert len(lines) == 2
+    assert ("\\u65e5" in lines[1]) == (encoding != "utf-8")
+    assert main(["tokenizer", "inspect", str(tmp_path / "tokenizer-275.json"), "--text", str(text)]) == 0
+
+
+def test_a_place_that_cannot_be_written_to_is_named(capsys, sources, tmp_path):
+    path, _ = sources["tilewright"]
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out.json"
+    assert main(["tokenizer", "export", str(path), "--to", "huggingface", "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert f"{out} cannot be written: Not a directory" in err
+    assert err.count("\n") == 1
+    assert ".tmp" not in err
+
+
+def test_the_file_that_is_wrong_is_named(capsys, sources):
+    folder, unsaid = sources["gpt2"]
+    merges = folder / "merges.txt"
+    good = merges.read_text()
+    for wrong in ("ab\n", "a b c\n", "\ufeff" + good, "q \n"):
+        merges.write_text(wrong)
+        assert main(["tokenizer", "inspect", str(folder), *unsaid]) == 2
+        err = capsys.readouterr().err
+        assert str(merges) in err
+        assert "vocab.json" not in err
+        assert err.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_named(capsys, sources):
+    path, _ = sources["huggingface"]
+    path.write_text("\ufeff" + path.read_text())
+    assert main(["tokenizer", "inspect", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"tilewright: error: {path} begins with a byte order mark: UTF-8 without one is needed\n"
+    )
+
+
+def test_tokens_that_no_merge_makes_cannot_be_extended(capsys, text_file, tmp_path):
+    tokens = [*(bytes([byte]) for byte in range(256)), b"abc"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (tmp_path / "ranks.tiktoken").write_text("".join(lines))
+    arguments = ["tokenizer", "train", str(text_file("abc")), "--extend", str(tmp_path / "ranks.tiktoken")]
+    assert main([*arguments, "--out", str(tmp_path / "out.json")]) == 2
+    assert "has tokens that no merge makes" in capsys.readouterr().err
