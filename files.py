@@ -71,14 +71,15 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """Let a place where nothing can be written be a `UserError` that names `path`, and not the temporary file."""
+def refused_writes(path: Path) -> Iterator[None]:
+    """Let a place where nothing can be written be a `UserError` that names `path`, and not a temporary file."""
     try:
         yield
     except OSError as error:
         if error.errno in _WRITE_ERRORS:
             raise
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        reason = f"{error.filename} is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"{path} cannot be written: {reason}") from None
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = temporary_name(path)
-    with _refused(path):
+    with refused_writes(path):
         make_folder(path.parent)
         file = temporary.open("w+b")
     try:
@@ -98,7 +99,7 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with _refused(path):
+        with refused_writes(path):
             temporary.replace(path)
         sync(path.parent)
     finally:

@@ -46,7 +46,7 @@ def tokenizer_train(
     """
     import time
 
-    from ..files import require_absent
+    from ..files import make_folder, refused_writes, require_absent
     from ..tokenizer import Tokenizer
     from ..tokenizer.counting import counts_file
     from ..tokenizer.counting.count_text import count_text
@@ -82,7 +82,8 @@ def tokenizer_train(
     else:
         check_training(min(paths), special_tokens, **rules)
         check_training(max(paths), special_tokens, num_known=len(known.merges) if known else 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with refused_writes(path):
+            make_folder(path.parent)
         options: dict[str, Any] = {"memory": _parse_bytes(memory), "scratch": path.parent, "num_workers": num_workers}
         text = count_text([Files(each, column) for each in texts], special_tokens, pattern=pattern, **options)
     if save_counts:

@@ -102,11 +102,16 @@ def test_a_place_that_cannot_be_written_to_is_named(capsys, sources, tmp_path):
     path, _ = sources["tilewright"]
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out.json"
-    assert main(["tokenizer", "export", str(path), "--to", "huggingface", "--out", str(out)]) == 2
-    err = capsys.readouterr().err
-    assert f"{out} cannot be written: Not a directory" in err
-    assert err.count("\n") == 1
-    assert ".tmp" not in err
+    (tmp_path / "text.txt").write_text("text")
+    for arguments in (
+        ["export", str(path), "--to", "huggingface"],
+        ["export", str(path), "--to", "tiktoken"],
+        ["encode", str(tmp_path / "text.txt"), "--tokenizer", str(path)],
+        ["train", str(tmp_path / "text.txt"), "--vocab-size", "258"],
+    ):
+        assert main(["tokenizer", *arguments, "--out", str(out)]) == 2
+        err = capsys.readouterr().err
+        assert err == f"tilewright: error: {out} cannot be written: {tmp_path / 'file'} is not a folder\n"
 
 
 def test_the_file_that_is_wrong_is_named(capsys, sources):

@@ -1,9 +1,18 @@
-"""The classes of characters that the patterns tell apart, as a table over all code points."""
+"""The classes of characters that the patterns tell apart, as a table over all code points.
 
+The table is shipped: of the patterns with a name, ids are the same on all machines, whatever Unicode the `regex` there knows.
+(A pattern of one's own goes through that `regex`, and what it does not know yet may split otherwise.) With another table
+tokenizers would give other ids under the same fingerprint, so there is no next one without another name for its patterns.
+"""
+
+import base64
+import zlib
 from functools import cache
 
 import numpy as np
 import regex
+
+from .unicode_runs import RUNS
 
 LETTER, NUMBER, SPACE = 1, 2, 4
 # What o200k calls upper and lower case; letters without case and marks are both.
@@ -28,7 +37,14 @@ _HAN_KANA = ("一龥", "\u3040\u309f", "\u30a0\u30ff")
 
 @cache
 def class_table() -> np.ndarray:
-    """Return the bits of each code point: uint8 of shape (0x110000,), read-only. `regex` decides, with its Unicode version."""
+    """Return the bits of each code point: uint8 of shape (0x110000,), read-only; the same for every version of `regex`."""
+    table = unpacked(RUNS)
+    table.setflags(write=False)
+    return table
+
+
+def classes_by_regex() -> np.ndarray:
+    """Return the table as the installed `regex` has it."""
     table = np.zeros(0x110000, np.uint8)
     # No valid UTF-8 has surrogates. Of the rest, most is no character, and is sorted out by one search instead of eight.
     rest = np.concatenate((np.arange(0x100, 0xD800, dtype="<u4"), np.arange(0xE000, 0x110000, dtype="<u4")))
@@ -39,5 +55,17 @@ def class_table() -> np.ndarray:
         table[np.frombuffer(found.encode("utf-32-le"), "<u4")] = bits
     for first, last in _HAN_KANA:
         table[ord(first) : ord(last) + 1] |= HAN_KANA
-    table.setflags(write=False)
     return table
+
+
+def packed_runs(table: np.ndarray) -> str:
+    """Return what `unicode_runs.py` holds of a table: its runs of equal bits, 24 bits of length above them."""
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(table)) + 1))
+    lengths = np.diff(np.concatenate((starts, [len(table)])))
+    return base64.b85encode(zlib.compress((lengths << 8 | table[starts]).astype("<u4").tobytes(), 9)).decode()
+
+
+def unpacked(runs: str) -> np.ndarray:
+    """Return the table that `packed_runs` was given."""
+    words = np.frombuffer(zlib.decompress(base64.b85decode(runs)), "<u4")
+    return np.repeat((words & 0xFF).astype(np.uint8), words >> 8)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import UserError
-from ...files import require_absent, require_file
+from ...files import make_folder, refused_writes, require_absent, require_file
 from ...tokenizer import Tokenizer
 from ...tokenizer.encode_file import encode_blocks
 from ...tokenizer.text.sources import Block, iter_blocks, text_bytes
@@ -37,7 +37,8 @@ def encode_text(
     """
     require_file(text, "text file", "make a corpus with `tilewright corpus`")
     require_absent(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with refused_writes(out):
+        make_folder(out.parent)
     part = out.with_name(f"{out.name}.part")
     with _locked(part, text) as file:
         if out.exists():

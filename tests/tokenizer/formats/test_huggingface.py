@@ -148,5 +148,5 @@ def test_byte_fallback_is_refused_by_name(peer, tmp_path):
     document = json.loads(saved(peer, tmp_path / "tokenizer.json").read_text())
     document["model"]["byte_fallback"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="model.byte_fallback true"):
+    with pytest.raises(UserError, match=r"model\.byte_fallback true"):
         Tokenizer.load(tmp_path / "tokenizer.json")

@@ -130,7 +130,7 @@ def test_a_special_token_is_not_looked_up_as_a_pretoken(tmp_path):
 
 
 def test_gpt2s_files_cannot_say_it(irregular, tmp_path):
-    with pytest.raises(UserError, match="ignore_merges is true, which vocab.json and merges.txt cannot say"):
+    with pytest.raises(UserError, match=r"ignore_merges is true, which vocab\.json and merges\.txt cannot say"):
         save_gpt2_files(tmp_path / "gpt2", irregular)
     assert not (tmp_path / "gpt2").exists()
 
