@@ -5,8 +5,8 @@ and no pattern looks behind.
 
     where a special token begins                                 every pattern
     before a blank or newline that follows something visible     gpt2: white space only begins pretokens or fills them
-    before a blank that follows something visible                cl100k, o200k: the same, but newlines end pretokens
-    after a newline that something visible follows               cl100k, o200k, as they let newlines end a run of white space
+    before a blank that follows something visible                the others with a name: the same, but newlines end pretokens
+    after a newline that something visible follows               these, too, as they let newlines end a run of white space
 """
 
 from .patterns import pattern_name
@@ -79,5 +79,5 @@ def _separates(data: bytes | bytearray, place: int, name: str) -> bool:
     # Not every character that is white space to Python is so to the patterns, but the other way round.
     if behind == " " or (behind == "\n" and name == "gpt2"):
         return bool(before) and not before.isspace()
-    # o200k lets slashes follow the newlines of a pretoken.
+    # o200k and tekken let slashes follow the newlines of a pretoken.
     return before == "\n" and name != "gpt2" and not behind.isspace() and behind != "/"

@@ -133,7 +133,7 @@ def split_pretokens(
 
     The runs are those of the joined pieces, wherever these are cut. Where special tokens overlap, the first and then the
     longest one wins. Memory: `block_chars` characters or, where it is longer, a few times the longest pretoken (GPT-2), the
-    longest piece without a blank (cl100k, o200k), or the longest piece without a special token (any other pattern).
+    longest piece without a blank (the others with a name), or the longest piece without a special token (any other).
     """
     waiting: list[str] = []
     size, enough = 0, block_chars
