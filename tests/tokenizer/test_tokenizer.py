@@ -97,8 +97,7 @@ PIECES = [*"'sSlLtT .,!/\n\r\t\u3000\u00a0\x1c0129aA中é\u0301ſǅʰ½🙂", " 
 PIECES += ["<|endoftext|>"]
 
 
-# tiktoken leaves out what its pattern does not match: control codes, for DeepSeek's.
-@pytest.mark.parametrize("pattern", [*(name for name in PATTERNS if name != "deepseek-v3"), r"\w+|\W"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
 def test_ids_equal_tiktokens_for_every_pattern(tokenizer, real_text, pattern):
     ours = Tokenizer(tokenizer.vocab, tokenizer.merges, list(tokenizer.special_tokens), pattern)
     peer = tiktoken_of(tokenizer, PATTERNS.get(pattern, pattern))

@@ -28,7 +28,7 @@ _LETTERS = (
 
 # As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, was three,
 # each of which splits the pieces of those before it: numbers; Han and kana; words. Here is one that does the same, to which a
-# number ends a text, and so does each change between Han or kana and other characters.
+# number ends a text, and so does each change between Han or kana and other characters; last come those that were left over.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "cl100k": (
@@ -45,6 +45,7 @@ PATTERNS = {
         r"""|\s*[\r\n]+|\s+(?![^\s\p{N}HAN_KANA])|\s+"""
         r"""|(?:(?=[HAN_KANA])[^\p{L}\p{P}\p{S}])?(?:(?=[HAN_KANA])[\p{L}\p{M}])+|(?:(?=[HAN_KANA])[\p{P}\p{S}])+"""
         r"""|(?:(?=[HAN_KANA])[^\p{L}\p{M}\p{P}\p{S}](?!(?=[HAN_KANA])[\p{L}\p{M}]))+"""
+        r"""|(?:[^\s\p{L}\p{M}\p{N}\p{P}\p{S}HAN_KANA](?!(?![HAN_KANA])[\p{L}\p{M}]))+"""
     ).replace("HAN_KANA", "一-龥\u3040-\u309f\u30a0-\u30ff"),
 }
 
