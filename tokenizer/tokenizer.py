@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, token_table
-from .encoding.encoder import new_encoder
+from .encoding.lazy_encoder import LazyEncoder
 from .encoding.pretoken_cache import NO_ID
 from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
 from .text.block_borders import borders_of
@@ -59,7 +59,8 @@ class Tokenizer:
 
     Encoding takes linear time for the three patterns with a name; a regular expression may take any time on some texts.
 
-    Any number of threads may use one tokenizer. The first text ever encoded on a machine waits some seconds for the compiler.
+    Any number of threads may use one tokenizer. Plain Python encodes the first megabytes; for more, the loops are compiled, which
+    takes some seconds, once on a machine.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Tokenizer:
                 next_id += 1
         self.special_tokens = {name: ids[name.encode()] for name in names}
         self._tokens = token_table(self.vocab)
-        self._encoder = new_encoder(self.merges, ids, self._tokens, self.pattern)
+        self._encoder = LazyEncoder(self.merges, ids, self._tokens, self.pattern)
         self._dtype = token_dtype(self.vocab_size)
         self._finder = SpecialFinder(names)
 
@@ -221,6 +222,10 @@ class Tokenizer:
                 # Text held back is looked at again with what follows it; doubling keeps the sum of that work linear.
                 enough = max(_BLOCK_BYTES, 2 * len(held))
         yield from self.encode(held.decode(), allowed_special=allowed_special, disallowed_special=disallowed_special)
+
+    def expect(self, num_bytes: int) -> None:
+        """Get ready for texts that have so many bytes together: what is to be compiled for them is compiled now."""
+        self._encoder.chosen(num_bytes)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the tokens; an unknown id raises a `UserError`."""

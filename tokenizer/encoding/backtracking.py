@@ -4,7 +4,7 @@ Merges whose parts are made by earlier merges, as training gives them, leave tok
 joined, become just these two again: the first merge to cross a border would do so without the rest of the text. No other
 sequence of tokens has that, as merging has one result. So the search takes the longest token that can stand next to the one
 before, and goes back where none can; and as the tokens before a place are those of the text up to it, no place fails twice.
-`merging.py` says what the result has to be. The idea is that of the crate `bpe` (github.com/github/rust-gems).
+`reference.py` says what the result has to be. The idea is that of the crate `bpe` (github.com/github/rust-gems).
 """
 
 from typing import NamedTuple

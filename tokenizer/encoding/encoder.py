@@ -11,7 +11,7 @@ from ..text.patterns import pattern_name, split_text
 from ..text.scanner import Scanner, scanner_of
 from .backtracking import MergeTable, merge_table, new_scratch
 from .decoder import TokenTable
-from .merging import merge_pretoken
+from ..reference import merge_pretoken
 from .pretoken_cache import NO_ID, new_memory, next_memory, write_ids
 
 # Pretokens between two calls into compiled code, and the bytes that as many have where they are not long.
@@ -45,14 +45,22 @@ class Encoder(Protocol):
 def new_encoder(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int], tokens: TokenTable, pattern: str) -> Encoder:
     """Return the encoder of these merges; one that does not fit the ids, or is there twice, raises a `UserError`."""
     byte_ids = np.array([ids[bytes([byte])] for byte in range(256)], np.int64)
-    triples = _merge_ids(merges, ids)
-    table = merge_table(triples, byte_ids, tokens)
+    return encoder_of(merge_ids(merges, ids), byte_ids, tokens, pattern)
+
+
+def encoder_of(merges: np.ndarray, byte_ids: np.ndarray, tokens: TokenTable, pattern: str) -> Encoder:
+    """Return the encoder of merges as `merge_ids` returns them; `byte_ids`, int64, are the ids of the bytes."""
+    table = merge_table(merges, byte_ids, tokens)
     name = pattern_name(pattern)
-    split = partial(_split_by_scanner, scanner_of(name)) if name else partial(_split_by_regex, pattern)
-    return PlainEncoder(triples, byte_ids, split) if table is None else CompiledEncoder(table, split)
+    split = partial(_split_by_scanner, scanner_of(name)) if name else partial(split_by_regex, pattern)
+    return PlainEncoder(merges, byte_ids, split) if table is None else CompiledEncoder(table, split)
 
 
-def _merge_ids(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> np.ndarray:
+def merge_ids(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> np.ndarray:
+    """Return the ids of left, right and merged token of each merge: int64 of shape (n, 3).
+
+    A merge that does not fit the ids, or is there twice, raises a `UserError`.
+    """
     known: dict[tuple[bytes, bytes], int] = {}
     for rank, (left, right) in enumerate(merges):
         for token in (left, right, left + right):
@@ -138,7 +146,7 @@ class _Desk:
 
 
 class PlainEncoder:
-    """The encoder of merges in any order whatever: `merging.py` says what that means."""
+    """The encoder of merges in any order whatever: `reference.py` says what that means."""
 
     def __init__(self, merges: np.ndarray, byte_ids: np.ndarray, split: Splitter):
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges.tolist())}
@@ -154,10 +162,11 @@ class PlainEncoder:
         ids: list[int] = []
         cuts: list[int] = []
         start = 0
+        text = data.tobytes()
         for ends in self._split(data, borders, np.empty(_BLOCK, np.int64)):
             for end in ends.tolist():
                 if end > 0:
-                    pretoken = data[start:end].tobytes()
+                    pretoken = text[start:end]
                     ids += self._remembered(pretoken) if len(pretoken) <= _SHORT else self._merge(pretoken)
                 else:
                     id = int(border_ids[len(cuts)])
@@ -184,12 +193,14 @@ def _split_by_scanner(scan: Scanner, data: np.ndarray, borders: np.ndarray, ends
             passed += 2 * int(np.count_nonzero(found <= 0))
 
 
-def _split_by_regex(pattern: str, data: np.ndarray, borders: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
+def split_by_regex(pattern: str, data: np.ndarray, borders: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the ends of pretokens as `Splitter` says; `pattern` is a regular expression."""
     start = 0
     for border_start, border_end in [*borders.reshape(-1, 2).tolist(), (len(data), None)]:
         text = data[start:border_start].tobytes().decode()
-        sizes = [len(pretoken.encode()) for pretoken in split_text(text, pattern)]
-        found = start + np.cumsum(sizes, dtype=np.int64)
+        pretokens = split_text(text, pattern)
+        sizes = map(len, pretokens if text.isascii() else map(str.encode, pretokens))
+        found = start + np.cumsum(np.fromiter(sizes, np.int64, len(pretokens)))
         yield from (found[k : k + len(ends)] for k in range(0, len(found), len(ends)))
         if border_end is not None:
             yield np.array([-border_end])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..compiled.intrinsics import copy_bytes, prefetch
-from ..compiled.jit import BYTES, INT64, INT64S, UINT8S, UINT32S, UINT64S, compiled, helper, int64, tuple_of, types, uint64
+from ..compiled.jit import BYTES, INT64, INT64S, UINT8S, UINT32S, UINT64S, compiled, helper, int64, tuple_of, uint64
 from ..compiled.pretoken_keys import INLINE, equal_bytes, pretoken_hash, pretoken_key
 from .backtracking import MERGE_TABLE, SCRATCH, merge_bytes
 
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
 _MEMORY = tuple_of(Memory, UINT64S, UINT8S, UINT32S, INT64S, UINT64S)
 # Calls from Python take twice as long with named ones.
-_PLAIN_TUPLES = [types.BaseTuple.from_types(kind.types) for kind in (MERGE_TABLE, SCRATCH, _MEMORY)]
+_PLAIN_TUPLES = [kind.plain() for kind in (MERGE_TABLE, SCRATCH, _MEMORY)]
 
 
 def new_memory(entries: int = _SMALLEST) -> Memory:

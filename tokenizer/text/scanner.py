@@ -7,7 +7,7 @@ from before it. Each pattern is a function that finds the end of one pretoken. F
 The ends of documents can be given as special tokens without a byte.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,6 +44,11 @@ def scanner_of(name: str) -> Scanner:
         return scan(data, start, end, ends, table, specials)
 
     return scanner
+
+
+def compiled_scanner(name: str) -> Any:
+    """Return the compiled function behind `scanner_of`, for whoever decides whether it is to be compiled."""
+    return _SCANNERS[name]
 
 
 @helper

@@ -1,11 +1,14 @@
 """Find special tokens in bytes: the leftmost first, the longest where several begin at one place."""
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from ..compiled.intrinsics import equal_mask, trailing_zeros
 from ..compiled.jit import BYTES, INT64S, NUMBERS, compiled
+from ..compiled.work import Work
 
 NO_SPECIALS = np.empty(0, np.int64)
 
@@ -14,7 +17,7 @@ class SpecialFinder:
     """Finds the given special tokens in texts."""
 
     def __init__(self, special_tokens: Sequence[str]):
-        longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
+        longest_first = self._longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
         self._few = longest_first if len(longest_first) <= _FEW else None
         self._tokens = np.frombuffer(b"".join(longest_first), np.uint8)
         self._ends = np.cumsum([len(token) for token in longest_first], dtype=np.int64)
@@ -26,11 +29,19 @@ class SpecialFinder:
         """Return [start, end, start, end, ...] of the special tokens in the uint8 text: int64. Other threads run meanwhile."""
         if not len(self._ends):
             return NO_SPECIALS
+        if not _SEARCH.is_compiled(len(data)):
+            places = [place for match in self._expression.finditer(data) for place in match.span()]
+            return np.array(places, np.int64)
         # Room for a document every 512 bytes, so that most texts are looked through once.
         places = np.empty((len(data) >> 8) + 32, np.int64)
         while (size := _find(data, self._tokens, self._ends, self._beginnings, places)) > len(places):
             places = np.empty(size, np.int64)
         return places[:size]
+
+    @cached_property
+    def _expression(self) -> re.Pattern[bytes]:
+        # Of several that match, an alternation takes the first.
+        return re.compile(b"|".join(map(re.escape, self._longest_first)))
 
     def lacks(self, text: bytes) -> bool:
         """Whether the text is known to hold none, without the time that a call into compiled code takes; False says nothing."""
@@ -80,3 +91,6 @@ def _find(data, tokens, token_ends, beginnings, places):
         else:
             i += 1
     return size
+
+
+_SEARCH = Work("search for special tokens", [_find], units_per_second=1e8, compile_seconds=1)

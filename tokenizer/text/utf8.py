@@ -1,11 +1,13 @@
 """Make text valid: what is not UTF-8 becomes U+FFFD, exactly as `bytes.decode(errors="replace")` says."""
 
 import re
+from contextlib import suppress
 
 import numpy as np
 
 from ..compiled.intrinsics import ascii_only
 from ..compiled.jit import BYTES, check_array, compiled
+from ..compiled.work import Work
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -21,8 +23,13 @@ def encode_utf8(text: str) -> bytes:
 def repair_utf8(data: np.ndarray) -> np.ndarray:
     """Return the uint8 text itself if it is valid UTF-8, else a repaired copy. Other threads run while it is checked."""
     check_array(data, np.uint8, "a text")
-    if _is_utf8(data):
-        return data
+    if _CHECKING.is_compiled(len(data)):
+        if _is_utf8(data):
+            return data
+    else:
+        with suppress(UnicodeDecodeError):
+            data.tobytes().decode()
+            return data
     return np.frombuffer(data.tobytes().decode(errors="replace").encode(), np.uint8)
 
 
@@ -62,3 +69,6 @@ def _is_utf8(data):
                 return False
         i += size
     return True
+
+
+_CHECKING = Work("check of UTF-8", [_is_utf8], units_per_second=5e8, compile_seconds=1)
