@@ -59,8 +59,8 @@ class Tokenizer:
 
     Encoding takes linear time for the three patterns with a name; a regular expression may take any time on some texts.
 
-    Any number of threads may use one tokenizer. Plain Python encodes the first megabytes; for more, the loops are compiled, which
-    takes some seconds, once on a machine.
+    Any number of threads may use one tokenizer. Plain Python encodes the first megabytes; for more, loops are compiled,
+    which takes some seconds, once on a machine.
     """
 
     def __init__(

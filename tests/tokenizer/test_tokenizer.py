@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
-from tilewright.tokenizer import reference
+from tilewright.tokenizer import reference as plain_python
 from tilewright.tokenizer.encoding.encoder import CompiledEncoder, PlainEncoder
 from tilewright.tokenizer.formats import save_huggingface
 from tilewright.tokenizer.text.patterns import PATTERNS
@@ -53,7 +53,7 @@ def test_ids_equal_the_naive_encoders(specification, tokenizer, text):
 
 @pytest.mark.parametrize("short", [0, 1000], ids=["by heap", "by scan"])
 def test_any_order_of_merges_and_ids_means_the_same(specification, monkeypatch, short):
-    monkeypatch.setattr(reference, "_SHORT", short)
+    monkeypatch.setattr(plain_python, "_SHORT", short)
     kinds = set()
 
     @settings(steady, max_examples=500)

@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 
 from ...errors import UserError
+from ..reference import merge_pretoken
 from ..text.patterns import pattern_name, split_text
 from ..text.scanner import Scanner, scanner_of
 from .backtracking import MergeTable, merge_table, new_scratch
 from .decoder import TokenTable
-from ..reference import merge_pretoken
 from .pretoken_cache import NO_ID, new_memory, next_memory, write_ids
 
 # Pretokens between two calls into compiled code, and the bytes that as many have where they are not long.

@@ -30,7 +30,7 @@ class SpecialFinder:
         if not len(self._ends):
             return NO_SPECIALS
         if not _SEARCH.is_compiled(len(data)):
-            places = [place for match in self._expression.finditer(data) for place in match.span()]
+            places = [place for match in self._expression.finditer(data.tobytes()) for place in match.span()]
             return np.array(places, np.int64)
         # Room for a document every 512 bytes, so that most texts are looked through once.
         places = np.empty((len(data) >> 8) + 32, np.int64)
