@@ -47,7 +47,11 @@ def is_private(folder: Path) -> bool:
         return False
     if not hasattr(os, "getuid"):
         return True
-    return found.st_uid in (os.getuid(), 0, _PACKAGE.stat().st_uid) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in _owners() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _owners() -> set[int]:
+    return {os.getuid(), 0, _PACKAGE.stat().st_uid}
 
 
 def make_private(folder: Path) -> bool:

@@ -137,14 +137,18 @@ class Compiled:
     def __call__(self, *values: Any) -> Any:
         """Run it, without the GIL."""
         # Past Numba's dispatcher, which looks for the signature that fits, and takes as long for that as a short call.
-        return (self.entry or load([self]))(*values)
+        return (self.entry or self._loaded())(*values)
 
-    def make(self) -> None:
-        """Load it, or compile and keep it."""
+    def _loaded(self) -> Any:
+        load([self])
+        return self.entry
+
+    def make(self, announcement: "_Announcement") -> None:
+        """Load it, or compile and keep it, which is announced."""
         with _no_garbage():
             numba = _numba()
             dispatcher: Any = numba.njit(nogil=True, no_cfunc_wrapper=True)(_with_callees(self.__wrapped__))
-            dispatcher._cache = _Kept(self.name)
+            dispatcher._cache = _Kept(self.name, announcement)
             self.entry = dispatcher.compile(tuple(each.of_numba(numba.core.types) for each in self._arguments))
 
 
@@ -166,8 +170,8 @@ def compiled(*arguments: Type) -> Callable[[Function], Function]:
     return decorate
 
 
-def load(functions: Sequence[Compiled], what: str = "the tokenizer", seconds: float | None = None) -> Any:
-    """Load functions, or compile those that are not kept, which is said; return the machine code of the last one.
+def load(functions: Sequence[Compiled], what: str = "the tokenizer", seconds: float | None = None) -> int:
+    """Load functions, or compile those that are not kept, which is said; return how many were compiled.
 
     `what` is being compiled, in about as many `seconds`.
     """
@@ -175,10 +179,9 @@ def load(functions: Sequence[Compiled], what: str = "the tokenizer", seconds: fl
         announcement = _Announcement(what, seconds)
         for function in functions:
             if function.entry is None:
-                with _announcing(announcement):
-                    function.make()
+                function.make(announcement)
         announcement.end()
-    return functions[-1].entry
+    return announcement.num_compiled
 
 
 def check_array(array: np.ndarray, kind: type, name: str) -> None:
@@ -228,8 +231,9 @@ def _with_callees(function: Callable[..., Any]) -> Any:
 class _Kept:
     """What Numba takes for a cache: the machine code of one function in `store.py`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, announcement: "_Announcement"):
         self._name = name
+        self._announcement = announcement
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         from numba.core.compiler import CompileResult
@@ -244,7 +248,7 @@ class _Kept:
                 return CompileResult._rebuild(target_context, *pickle.loads(code))
             except Exception as error:
                 _LOGGER.warning("machine code of %s cannot be loaded, and is made anew: %r", self._name, error)
-        _announce()
+        self._announcement.begin()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -264,8 +268,10 @@ class _Announcement:
         self._what = what
         self._expected = f", about {seconds:.0f} s" if seconds else ""
         self._start: float | None = None
+        self.num_compiled = 0
 
     def begin(self) -> None:
+        self.num_compiled += 1
         if self._start is None:
             self._start = time.perf_counter()
             _say(f"compiling {self._what} for this machine (once{self._expected})")
@@ -275,22 +281,6 @@ class _Announcement:
             folder = store.place()
             where = f"kept in {folder}" if folder else "not kept, as no folder can be written to: set NUMBA_CACHE_DIR"
             _say(f"compiled in {time.perf_counter() - self._start:.1f} s, {where}")
-
-
-_announcements: list[_Announcement] = []
-
-
-@contextmanager
-def _announcing(announcement: _Announcement) -> Iterator[None]:
-    _announcements.append(announcement)
-    try:
-        yield
-    finally:
-        _announcements.pop()
-
-
-def _announce() -> None:
-    _announcements[-1].begin()
 
 
 def _say(message: str) -> None:
