@@ -10,6 +10,7 @@ import pytest
 import regex
 
 from tilewright.tokenizer import Tokenizer, train_bpe
+from tilewright.tokenizer.compiled.jit import Compiled
 from tilewright.tokenizer.compiled.work import Work
 
 PATTERN = regex.compile(r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
@@ -75,6 +76,7 @@ def compiled():
     """Let compiled code do all work, however little: the texts here are small, and would never pay for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Work, "is_compiled", lambda work, units: True)
+        patch.setattr(Compiled, "is_ready", True)
         yield
 
 
@@ -85,12 +87,6 @@ _decide = Work.is_compiled
 def real_decision(monkeypatch):
     """Decide as in real use."""
     monkeypatch.setattr(Work, "is_compiled", _decide)
-
-
-@pytest.fixture
-def in_python(monkeypatch):
-    """Let plain Python do all work that it can."""
-    monkeypatch.setattr(Work, "is_compiled", lambda work, units: False)
 
 
 @pytest.fixture(scope="session")

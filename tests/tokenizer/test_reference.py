@@ -12,6 +12,7 @@ from learning_cases import naive_merges, random_counts
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import END_OF_TEXT, Documents, Files, Tokenizer, count_text, iter_encoded, reference, train_bpe
+from tilewright.tokenizer.compiled.jit import Compiled
 from tilewright.tokenizer.compiled.work import Work
 from tilewright.tokenizer.counting.counter import PretokenCounts
 from tilewright.tokenizer.encoding import decoder
@@ -38,6 +39,7 @@ def both(function):
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             patch.setattr(Work, "is_compiled", lambda work, units, answer=answer: answer)
+            patch.setattr(Compiled, "is_ready", answer)
             try:
                 outcomes.append(function())
             except (UserError, TypeError, ValueError) as error:

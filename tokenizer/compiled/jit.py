@@ -134,6 +134,11 @@ class Compiled:
         """The name that its machine code is kept under."""
         return f"{self.module.rpartition('.')[2]}.{self.__name__}"
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs at once; where plain Python is nearly as fast, nobody compiles for it alone."""
+        return self.entry is not None
+
     def __call__(self, *values: Any) -> Any:
         """Run it, without the GIL."""
         # Past Numba's dispatcher, which looks for the signature that fits, and takes as long for that as a short call.
@@ -155,17 +160,16 @@ class Compiled:
 ALL: list[Compiled] = []
 
 
-def compiled(*arguments: Type) -> Callable[[Function], Function]:
+def compiled(*arguments: Type) -> Callable[[Callable[..., Any]], Compiled]:
     """Compile a function for these argument types when it is needed; the machine code runs without the GIL.
 
     It may call helpers of its own file and of others of this folder. Its callers see to it that arguments have the types that
     stand here: arrays of another layout would be misread.
     """
 
-    def decorate(function: Function) -> Function:
-        made: Any = Compiled(function, arguments)
-        ALL.append(made)
-        return made
+    def decorate(function: Callable[..., Any]) -> Compiled:
+        ALL.append(Compiled(function, arguments))
+        return ALL[-1]
 
     return decorate
 

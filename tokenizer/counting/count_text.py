@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ..compiled.work import Work
+from ..text import specials, utf8
 from ..text.block_borders import borders_of
 from ..text.patterns import check_special_tokens, pattern_name, resolve_pattern, split_pretokens
 from ..text.scanner import Scanner, compiled_scanner, scanner_of
@@ -96,8 +97,8 @@ def count_text(
 def _counting(expression: str) -> Work:
     """Return the work of counting pretokens of this pattern, in bytes."""
     name = pattern_name(expression)
-    functions = [*([compiled_scanner(name)] if name else []), counter]
-    return Work("counter", functions, units_per_second=2e6, compile_seconds=6)
+    functions = [*([compiled_scanner(name)] if name else []), utf8, specials, counter]
+    return Work("counter", functions, units_per_second=2e6, compile_seconds=7)
 
 
 def _count_little(

@@ -7,6 +7,7 @@ from threading import Lock
 import numpy as np
 
 from ..compiled.work import Work
+from ..text import specials, utf8
 from ..text.patterns import pattern_name, resolve_pattern
 from ..text.scanner import compiled_scanner
 from . import backtracking, pretoken_cache
@@ -14,14 +15,14 @@ from .decoder import TokenTable
 from .encoder import Encoder, PlainEncoder, encoder_of, merge_ids, split_by_regex
 
 _BYTES_PER_SECOND = 2e6
-_COMPILE_SECONDS = 6
+_COMPILE_SECONDS = 7
 
 
 @cache
 def encoding_work(pattern: str) -> Work:
     """Return the work of encoding text that splits by this pattern."""
     name = pattern_name(pattern)
-    functions = [*([compiled_scanner(name)] if name else []), backtracking, pretoken_cache]
+    functions = [*([compiled_scanner(name)] if name else []), utf8, specials, backtracking, pretoken_cache]
     return Work("encoder", functions, units_per_second=_BYTES_PER_SECOND, compile_seconds=_COMPILE_SECONDS)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from ..compiled.intrinsics import equal_mask, trailing_zeros
 from ..compiled.jit import BYTES, INT64S, NUMBERS, compiled
-from ..compiled.work import Work
 
 NO_SPECIALS = np.empty(0, np.int64)
 
@@ -29,7 +28,7 @@ class SpecialFinder:
         """Return [start, end, start, end, ...] of the special tokens in the uint8 text: int64. Other threads run meanwhile."""
         if not len(self._ends):
             return NO_SPECIALS
-        if not _SEARCH.is_compiled(len(data)):
+        if not _find.is_ready:
             places = [place for match in self._expression.finditer(data.tobytes()) for place in match.span()]
             return np.array(places, np.int64)
         # Room for a document every 512 bytes, so that most texts are looked through once.
@@ -91,6 +90,3 @@ def _find(data, tokens, token_ends, beginnings, places):
         else:
             i += 1
     return size
-
-
-_SEARCH = Work("search for special tokens", [_find], units_per_second=1e8, compile_seconds=1)

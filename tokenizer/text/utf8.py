@@ -7,7 +7,6 @@ import numpy as np
 
 from ..compiled.intrinsics import ascii_only
 from ..compiled.jit import BYTES, check_array, compiled
-from ..compiled.work import Work
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -23,7 +22,7 @@ def encode_utf8(text: str) -> bytes:
 def repair_utf8(data: np.ndarray) -> np.ndarray:
     """Return the uint8 text itself if it is valid UTF-8, else a repaired copy. Other threads run while it is checked."""
     check_array(data, np.uint8, "a text")
-    if _CHECKING.is_compiled(len(data)):
+    if _is_utf8.is_ready:
         if _is_utf8(data):
             return data
     else:
@@ -69,6 +68,3 @@ def _is_utf8(data):
                 return False
         i += size
     return True
-
-
-_CHECKING = Work("check of UTF-8", [_is_utf8], units_per_second=5e8, compile_seconds=1)
