@@ -28,12 +28,12 @@ from . import store
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Reentrant, as whoever logs what is said here may encode text.
-_LOCK = RLock()
+LOCK = RLock()
 _LOGGER = logging.getLogger(__name__)
 
 if hasattr(os, "register_at_fork"):
     # A fork waits for the compiler: the child would have the locks of a thread that it does not have.
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 # In a compiled function these are Numba's.
 int64, uint64 = np.int64, np.uint64
@@ -179,7 +179,7 @@ def load(functions: Sequence[Compiled], what: str = "the tokenizer", seconds: fl
 
     `what` is being compiled, in about as many `seconds`.
     """
-    with _LOCK:
+    with LOCK:
         announcement = _Announcement(what, seconds)
         for function in functions:
             if function.entry is None:

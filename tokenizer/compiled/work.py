@@ -4,6 +4,7 @@ Machine code has a price: a second to import Numba and load it, many to compile 
 on one kind of work for as long as that, or is about to, it goes on: a prompt or a small text never waits for a compiler.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,6 +16,12 @@ from . import jit, store
 
 # Seconds to import Numba, and to load machine code then, on a machine of 2026.
 _IMPORT, _LOAD = 0.5, 0.1
+
+# Of all works, held for no time; not the compiler's, for which a small text would wait.
+_LOCK = Lock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 class Work:
@@ -28,7 +35,6 @@ class Work:
         self._functions = functions
         self._units_per_second = units_per_second
         self._compile_seconds = compile_seconds
-        self._lock = Lock()
         self._done = 0.0
         self._pays = False
 
@@ -37,7 +43,7 @@ class Work:
         return self._pays or self._now_pays(units)
 
     def _now_pays(self, units: float) -> bool:
-        with self._lock:
+        with _LOCK:
             self._done += units / self._units_per_second
             pays = self._done > self._price
         if pays:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from threading import Lock
 
 import numpy as np
 
+from ..compiled.jit import LOCK
 from ..compiled.work import Work
 from ..text import specials, utf8
 from ..text.patterns import pattern_name, resolve_pattern
@@ -40,24 +40,25 @@ class LazyEncoder:
         self._byte_ids = np.array([ids[bytes([byte])] for byte in range(256)], np.int64)
         self._tokens, self._pattern = tokens, pattern
         self._work = encoding_work(pattern)
-        self._lock = Lock()
-        self._chosen: Encoder | None = None
-        self._is_final = False
+        self._plain: Encoder | None = None
+        self._final: Encoder | None = None
         self.encode = self._choose_and_encode
 
     def chosen(self, num_bytes: int) -> Encoder:
         """Return the encoder for a text of so many bytes, or for many texts that have as many together."""
-        is_compiled = self._work.is_compiled(num_bytes)
-        with self._lock:
-            if is_compiled and not self._is_final:
-                self._chosen = encoder_of(self._merges, self._byte_ids, self._tokens, self._pattern)
-                self._is_final = True
-                # From now on nothing stands between a text and its encoder.
-                self.encode = self._chosen.encode
-            elif self._chosen is None:
+        if self._final is None and not self._work.is_compiled(num_bytes):
+            # Threads that come at the same time may make one each, and the last one stays.
+            plain = self._plain
+            if plain is None:
                 split = partial(split_by_regex, resolve_pattern(self._pattern))
-                self._chosen = PlainEncoder(self._merges, self._byte_ids, split)
-            return self._chosen
+                plain = self._plain = PlainEncoder(self._merges, self._byte_ids, split)
+            return plain
+        with LOCK:
+            if self._final is None:
+                self._final, self._plain = encoder_of(self._merges, self._byte_ids, self._tokens, self._pattern), None
+                # From now on nothing stands between a text and its encoder.
+                self.encode = self._final.encode
+            return self._final
 
     def _choose_and_encode(
         self, data: np.ndarray, borders: np.ndarray, border_ids: np.ndarray, dtype: np.dtype

@@ -66,7 +66,7 @@ def test_a_fork_waits_for_the_compiler():
     compiling_now, done = threading.Event(), threading.Event()
 
     def compile():
-        with jit._LOCK:
+        with jit.LOCK:
             compiling_now.set()
             done.wait(0.2)
 
@@ -77,7 +77,7 @@ def test_a_fork_waits_for_the_compiler():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        os._exit(0 if jit._LOCK.acquire(timeout=5) else 1)
+        os._exit(0 if jit.LOCK.acquire(timeout=5) else 1)
     done.set()
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
