@@ -10,6 +10,7 @@ from .doctor import doctor
 from .options import parse
 from .runs import checkpoint_convert, demo, export, generate, sweep, train
 from .tokenizer import tokenizer_decode, tokenizer_encode, tokenizer_export, tokenizer_inspect, tokenizer_train
+from .tokenizer_warm import tokenizer_warm
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer decode": tokenizer_decode,
     "tokenizer export": tokenizer_export,
     "tokenizer inspect": tokenizer_inspect,
+    "tokenizer warm": tokenizer_warm,
     "train": train,
     "sweep": sweep,
     "export": export,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import __version__
+from ..caches import machine_code_folders
 
 ROOT = Path(__file__).parents[1]
 # What the suite and the bench have run with, the oldest and the newest.
@@ -228,14 +229,11 @@ def cache_folders() -> dict[str, list[Path]]:
     """Return where Triton, Inductor and Numba keep what they compile; the first that can be written to is used."""
     inductor = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", _user_name()))
     triton = Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache")
-    user = Path.home() / "Library" / "Caches" if sys.platform == "darwin" else Path.home() / ".cache"
-    user = user if sys.platform == "darwin" else Path(os.environ.get("XDG_CACHE_HOME") or user)
-    named = [Path(os.environ["NUMBA_CACHE_DIR"])] if os.environ.get("NUMBA_CACHE_DIR") else []
     return {
         "Triton": [Path(os.environ.get("TRITON_CACHE_DIR") or triton)],
         "Inductor": [Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor)],
-        # Beside the sources of the tokenizer, which is all that Numba compiles.
-        "Numba": [*named, ROOT / "tokenizer" / "__pycache__", user / "numba"],
+        # The tokenizer is all that Numba compiles.
+        "Numba": machine_code_folders(),
     }
 
 

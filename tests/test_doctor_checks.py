@@ -237,7 +237,7 @@ def test_a_cache_that_cannot_be_written_fails_where_there_is_a_gpu(folders, monk
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR"):
         (folders / name).touch()
     assert [each.status for each in checks.caches(True)] == ["FAIL", "FAIL", "ok"], "Numba takes the next"
-    assert str(ROOT / "tokenizer" / "__pycache__") in checks.caches(True)[2].text
+    assert str(ROOT / "tokenizer" / "compiled" / "__pycache__") in checks.caches(True)[2].text
     monkeypatch.setattr(checks, "_trouble", lambda folder: f"{folder}: Read-only file system")
     assert [each.status for each in checks.caches(True)] == ["FAIL", "FAIL", "warning"]
     assert [each.status for each in checks.caches(False)] == ["warning"] * 3
@@ -254,23 +254,20 @@ def test_a_full_disk_is_told_of(folders, monkeypatch):
 
 
 def test_the_caches_are_those_of_the_libraries(folders, monkeypatch):
-    from numba.core import caching, config
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    from tilewright.tokenizer.text import scanner
+    from tilewright.tokenizer.compiled import store
 
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "CACHE_DIR", "")  # read when Numba is imported
     found = checks.cache_folders()
     assert found["Inductor"] == [Path(default_cache_dir())]
-    function = next(value for value in vars(scanner).values() if hasattr(value, "__wrapped__")).__wrapped__
-    assert Path(caching.FunctionCache(function).cache_path) == found["Numba"][0]
-    # Numba 0.61 has it under a private name.
-    in_tree = getattr(caching, "InTreeCacheLocator", None) or caching._InTreeCacheLocator
-    monkeypatch.setattr(in_tree, "from_function", classmethod(lambda *_: None))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folders))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "user"))
-    assert Path(caching.FunctionCache(function).cache_path).parent == checks.cache_folders()["Numba"][1]
+    assert checks.cache_folders()["Numba"] == [folder.parent for folder in store._folders()]
+    place = store.place()
+    assert place is not None
+    assert place.parent == folders == checks.cache_folders()["Numba"][0]
     if doctor_gpu.HAS_TRITON:
         import triton.knobs
 

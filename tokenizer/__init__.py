@@ -7,10 +7,11 @@ are hard boundaries. The room knows no torch, so that its worker processes start
 from .counting.count_text import count_text
 from .counting.counts_file import load_counts, save_counts
 from .encode_file import iter_encoded
+from .encoding.encoder import token_dtype
 from .learning.trainer import learn_bpe, shorten_vocab, train_bpe
 from .text.patterns import END_OF_TEXT
 from .text.sources import Documents, Files
-from .tokenizer import Tokenizer, token_dtype
+from .tokenizer import Tokenizer
 
 __all__ = [
     "END_OF_TEXT",

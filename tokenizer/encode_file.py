@@ -34,6 +34,8 @@ def encode_blocks(
     blocks: Iterator[Block], size: int | None, tokenizer: Tokenizer, num_workers: int, done: int = 0
 ) -> Iterator[tuple[Block, np.ndarray]]:
     """Yield each block of a text with its ids, in order, under a progress bar of `size` bytes of which `done` are done."""
+    if size is not None:
+        tokenizer.expect(size - done)
     if tokenizer.pattern in PATTERNS:
         results = map_in_threads(partial(_encode_block, tokenizer), blocks, num_workers)
     else:

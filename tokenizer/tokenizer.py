@@ -10,22 +10,20 @@ import numpy as np
 
 from ..errors import UserError
 from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, leave_out, token_table
-from .encoding.encoder import new_encoder
-from .encoding.pretoken_cache import NO_ID
+from .encoding.encoder import NO_ID, NO_IDS, whole_tokens
+from .encoding.lazy_encoder import LazyEncoder
 from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
 from .text.block_borders import borders_of
 from .text.borders import last_border
 from .text.patterns import END_OF_TEXT, check_special_tokens, pattern_name, resolve_pattern
 from .text.sources import Block
-from .text.specials import NO_SPECIALS, SpecialFinder
+from .text.specials import SpecialFinder
 from .text.utf8 import encode_utf8, repair_utf8
 
 # Text that `encode_iterable` waits for before it encodes.
 _BLOCK_BYTES = 1 << 14
 # No UTF-8 has this byte, and so no special token: between documents, it keeps them apart.
 _SEPARATOR = b"\xff"
-_NO_IDS = np.empty(0, np.uint32)
-_FEW_IDS = 64
 
 Specials = Literal["all"] | Collection[str]
 
@@ -38,11 +36,6 @@ class TokenBatch(NamedTuple):
 
     ids: np.ndarray
     offsets: np.ndarray
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return uint16 where it holds every id of the vocabulary, else uint32."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class Tokenizer:
@@ -60,7 +53,8 @@ class Tokenizer:
 
     Encoding takes linear time for the patterns with a name; a regular expression may take any time on some texts.
 
-    Any number of threads may use one tokenizer. The first text ever encoded on a machine waits some seconds for the compiler.
+    Any number of threads may use one tokenizer. Plain Python encodes the first megabytes; for more, loops are compiled,
+    which takes some seconds, once on a machine.
     """
 
     def __init__(
@@ -86,10 +80,9 @@ class Tokenizer:
         self.special_tokens = {name: ids[name.encode()] for name in names}
         self._tokens = token_table(self.vocab)
         self.ignore_merges = ignore_merges
-        special_ids = set(self.special_tokens.values())
-        self._encoder = new_encoder(self.merges, ids, self._tokens, self.pattern, ignore_merges, special_ids)
-        self._dtype = token_dtype(self.vocab_size)
         self._finder = SpecialFinder(names)
+        whole = whole_tokens(ids, set(self.special_tokens.values())) if ignore_merges else {}
+        self._encoder = LazyEncoder(self.merges, ids, self._tokens, self.pattern, whole, self._finder.beginnings)
 
     @classmethod
     def load(
@@ -146,23 +139,19 @@ class Tokenizer:
         """The sha256, in hex, of everything that decides which ids a text gets."""
         return fingerprint(self.data)
 
-    @cached_property
-    def _numbers(self) -> np.ndarray:
-        return np.arange(self.vocab_size).astype(object)
-
     def encode(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> list[int]:
         """Return the ids of a text; for special tokens see `Tokenizer`."""
-        ids = self.encode_array(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
-        # Numbers that are there already are handed out faster than new ones are made.
-        return (ids if len(ids) < _FEW_IDS else self._numbers[ids]).tolist()
+        data = encode_utf8(text)
+        if allowed_special == "all" == disallowed_special and (ids := self._encoder.try_encode_to_list(data)) is not None:
+            return ids
+        return self._encoder.encode_to_list(data, *self._borders_of(data, allowed_special, disallowed_special))
 
     def encode_array(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> np.ndarray:
         """Return the ids of a text as an array of shape (n,) and of `token_dtype(vocab_size)`: several times faster."""
-        encoded = encode_utf8(text)
-        data = _as_array(encoded)
-        if allowed_special == "all" == disallowed_special and self._finder.lacks(encoded):
-            return self._encode(data, NO_SPECIALS)
-        return self._encode(data, self._specials_in(data, allowed_special, disallowed_special))
+        data = encode_utf8(text)
+        if allowed_special == "all" == disallowed_special and (ids := self._encoder.try_encode(data)) is not None:
+            return ids
+        return self._encoder.encode(data, *self._borders_of(data, allowed_special, disallowed_special))
 
     def encode_bytes(self, data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
         """Return the ids of a text in UTF-8, bytes or uint8 of shape (n,), as an array; what is not UTF-8 becomes U+FFFD."""
@@ -187,7 +176,7 @@ class Tokenizer:
         order = np.argsort(np.concatenate((borders[::2], ends - 1)), kind="stable")
         borders = np.concatenate((borders.reshape(-1, 2), np.stack((ends - 1, ends), axis=1)))[order].reshape(-1)
         ids = np.concatenate((ids, np.full(len(parts), NO_ID, np.uint32)))[order]
-        encoded, cuts = self._encoder.encode(data, borders, ids, self._dtype)
+        encoded, cuts = self._encoder.encode_with_cuts(data, borders, ids)
         return TokenBatch(encoded, np.concatenate((np.zeros(1, np.int64), cuts[ids == NO_ID])))
 
     def encode_with_offsets(
@@ -238,6 +227,10 @@ class Tokenizer:
                 enough = max(_BLOCK_BYTES, 2 * len(held))
         yield from self.encode(held.decode(), allowed_special=allowed_special, disallowed_special=disallowed_special)
 
+    def expect(self, num_bytes: int) -> None:
+        """Get ready for texts that have so many bytes together: what is to be compiled for them is compiled now."""
+        self._encoder.chosen(num_bytes)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the tokens; an unknown id raises a `UserError`."""
         return decode_bytes(self._tokens, ids)
@@ -266,12 +259,18 @@ class Tokenizer:
         # Worker processes fill memories of their own.
         return type(self).of, (self.data,)
 
+    def _borders_of(self, text: bytes, allowed: Specials, disallowed: Specials) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the special tokens of a text are, and their ids."""
+        data = _as_array(text)
+        borders = self._specials_in(data, allowed, disallowed)
+        return borders, self._border_ids(data, borders)
+
     def _encode(self, data: np.ndarray, specials: np.ndarray) -> np.ndarray:
-        return self._encoder.encode(data, specials, self._border_ids(data, specials), self._dtype)[0]
+        return self._encoder.encode(data, specials, self._border_ids(data, specials))
 
     def _border_ids(self, data: np.ndarray, borders: np.ndarray) -> np.ndarray:
         if not len(borders):
-            return _NO_IDS
+            return NO_IDS
         # Where a document ends there may be a border without a byte, and it has no id.
         found = borders[::2] < borders[1::2]
         ids = np.full(len(found), NO_ID, np.uint32)

@@ -10,6 +10,8 @@ import pytest
 import regex
 
 from tilewright.tokenizer import Tokenizer, train_bpe
+from tilewright.tokenizer.compiled.jit import Compiled
+from tilewright.tokenizer.compiled.work import Work
 
 PATTERN = regex.compile(r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 
@@ -67,6 +69,24 @@ def naive_encode(vocab, merges, special_tokens, text):
             word[place : place + 2] = [word[place] + word[place + 1]]
         encoded += [ids[token] for token in word]
     return encoded
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled():
+    """Let compiled code do all work, however little: the texts here are small, and would never pay for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "is_compiled", lambda work, units: True)
+        patch.setattr(Compiled, "is_ready", True)
+        yield
+
+
+_decide = Work.is_compiled
+
+
+@pytest.fixture
+def real_decision(monkeypatch):
+    """Decide as in real use."""
+    monkeypatch.setattr(Work, "is_compiled", _decide)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 import copy
 import pickle
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
-from tilewright.tokenizer.encoding import merging
-from tilewright.tokenizer.encoding.encoder import CompiledEncoder, PlainEncoder
+from tilewright.tokenizer import reference as plain_python
+from tilewright.tokenizer.encoding.compiled_encoder import CompiledEncoder
+from tilewright.tokenizer.encoding.encoder import PlainEncoder, merge_ids, split_by_regex
 from tilewright.tokenizer.formats import save_huggingface
 from tilewright.tokenizer.text.patterns import PATTERNS
 
@@ -24,6 +26,8 @@ GONE_AT_THE_END = (
     BYTES | {256: b"bb", 257: b"abb", 258: b"ab"},
     [(b"b", b"b"), (b"a", b"bb"), (b"a", b"b")],
 )
+
+NO_BORDERS = np.empty(0, np.int64), np.empty(0, np.uint32)
 
 steady = settings(derandomize=True, deadline=None, max_examples=200)
 texts = st.text(max_size=80) | st.text(alphabet="ab '\n.the<|endoftext|>", max_size=200)
@@ -53,8 +57,8 @@ def test_ids_equal_the_naive_encoders(specification, tokenizer, text):
 
 @pytest.mark.parametrize("short", [0, 1000], ids=["by heap", "by scan"])
 def test_any_order_of_merges_and_ids_means_the_same(specification, monkeypatch, short):
-    monkeypatch.setattr(merging, "_SHORT", short)
-    kinds = set()
+    monkeypatch.setattr(plain_python, "_SHORT", short)
+    by_rank = set()
 
     @settings(steady, max_examples=500)
     @given(parts=tokenizers(), text=st.text(alphabet="ab", max_size=30) | st.text(alphabet="ab ", max_size=120))
@@ -62,11 +66,18 @@ def test_any_order_of_merges_and_ids_means_the_same(specification, monkeypatch, 
     def check(parts, text):
         vocab, merges = parts
         tokenizer = Tokenizer(vocab, merges)
-        kinds.add(type(tokenizer._encoder))
-        assert tokenizer.encode(text) == specification.encode(vocab, merges, (), text)
+        compiled = tokenizer._encoder.chosen(0)
+        assert isinstance(compiled, CompiledEncoder)
+        by_rank.add(len(compiled._tables[1].pairs) > 0)
+        expected = specification.encode(vocab, merges, (), text)
+        assert tokenizer.encode(text) == expected
+        ids = {token: id for id, token in vocab.items()}
+        byte_ids = np.array([ids[bytes([byte])] for byte in range(256)])
+        plain = PlainEncoder(merge_ids(merges, ids), byte_ids, partial(split_by_regex, PATTERNS["gpt2"]), len(vocab))
+        assert plain.encode_to_list(text.encode(), *NO_BORDERS) == expected
 
     check()
-    assert kinds == {CompiledEncoder, PlainEncoder}
+    assert by_rank == {False, True}
 
 
 @steady

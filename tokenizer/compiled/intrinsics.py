@@ -1,176 +1,32 @@
 """What Numba lacks and every compiled loop here needs: unaligned loads, 64 bytes as bit masks, prefetching.
 
-Nothing here checks bounds. Masks have bit q for the byte at `index + q`; byte order is little-endian.
+`llvm.py` says what each of them does, and generates it when the first function is compiled.
 """
 
-from collections.abc import Callable
-from typing import Any
+from .jit import intrinsic
 
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
-_BYTE, _INT, _WORD = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_BYTE, 64)
-
-
-def _intrinsic(function: Callable[..., Any]) -> Any:
-    # To a type checker it is the function that it becomes, not the one that generates it.
-    return intrinsic(function)
-
-
-def _address(context: Any, builder: Any, array_type: Any, place: Any, element: Any) -> Any:
-    array, index = place
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), element.as_pointer())
-
-
-def _load(context: Any, builder: Any, signature: Any, arguments: Any, element: Any) -> Any:
-    value = builder.load(_address(context, builder, signature.args[0], arguments, element))
-    value.align = 1
-    return value
-
-
-@_intrinsic
-def load8(typing_context, data, index):
-    """Return byte `index` of the uint8 array as int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.zext(_load(context, builder, signature, arguments, _BYTE), _WORD)
-
-    return types.int64(data, types.int64), generate
-
-
-@_intrinsic
-def load64(typing_context, data, index):
-    """Return the 8 bytes at `index` of the uint8 array as uint64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _load(context, builder, signature, arguments, _WORD)
-
-    return types.uint64(data, types.int64), generate
-
-
-@_intrinsic
-def store64(typing_context, data, index, word):
-    """Write the 8 bytes of a uint64 at `index` of the uint8 array."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, place, value = arguments
-        builder.store(value, _address(context, builder, signature.args[0], (array, place), _WORD), align=1)
-        return context.get_dummy_value()
-
-    return types.void(data, types.int64, types.uint64), generate
-
-
-@_intrinsic
-def trailing_zeros(typing_context, word):
-    """Return how many zero bits stand below the lowest one; 64 for zero."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
-
-
-@_intrinsic
-def class_masks(typing_context, data, index):
-    """Return masks of the 64 bytes at `index`: ASCII letters, digits, white space, spaces, apostrophes; bytes beyond ASCII."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        text = _load(context, builder, signature, arguments, _VECTOR)
-
-        def all_bytes(value: int) -> Any:
-            return ir.Constant(_VECTOR, [value] * 64)
-
-        def among(vector: Any, first: str, last: str) -> Any:
-            offset = builder.sub(vector, all_bytes(ord(first)))
-            return builder.icmp_unsigned("<=", offset, all_bytes(ord(last) - ord(first)))
-
-        def equal(character: str) -> Any:
-            return builder.icmp_unsigned("==", text, all_bytes(ord(character)))
-
-        masks = (
-            among(builder.or_(text, all_bytes(0x20)), "a", "z"),
-            among(text, "0", "9"),
-            builder.or_(among(text, "\t", "\r"), equal(" ")),
-            equal(" "),
-            equal("'"),
-            builder.icmp_unsigned(">=", text, all_bytes(0x80)),
-        )
-        return context.make_tuple(builder, signature.return_type, [builder.bitcast(mask, _WORD) for mask in masks])
-
-    return types.UniTuple(types.uint64, 6)(data, types.int64), generate
-
-
-@_intrinsic
-def ascii_only(typing_context, data, index):
-    """Return whether none of the 64 bytes at `index` is beyond ASCII."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        text = _load(context, builder, signature, arguments, _VECTOR)
-        mask = builder.bitcast(builder.icmp_unsigned(">=", text, ir.Constant(_VECTOR, [0x80] * 64)), _WORD)
-        return builder.icmp_unsigned("==", mask, _WORD(0))
-
-    return types.boolean(data, types.int64), generate
-
-
-@_intrinsic
-def equal_mask(typing_context, data, index, byte):
-    """Return a mask of which of the 64 bytes at `index` equal `byte`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        text = _load(context, builder, signature, arguments[:2], _VECTOR)
-        return builder.bitcast(builder.icmp_unsigned("==", text, _everywhere(builder, arguments[2])), _WORD)
-
-    return types.uint64(data, types.int64, types.int64), generate
-
-
-@_intrinsic
-def range_mask(typing_context, data, index, first, last):
-    """Return a mask of which of the 64 bytes at `index` lie between `first` and `last`, these included."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        text = _load(context, builder, signature, arguments[:2], _VECTOR)
-        low, high = arguments[2:]
-        offset = builder.sub(text, _everywhere(builder, low))
-        inside = builder.icmp_unsigned("<=", offset, _everywhere(builder, builder.sub(high, low)))
-        return builder.bitcast(inside, _WORD)
-
-    return types.uint64(data, types.int64, types.int64, types.int64), generate
-
-
-def _everywhere(builder: Any, byte: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), builder.trunc(byte, _BYTE), _INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, 64), [0] * 64))
-
-
-@_intrinsic
-def prefetch(typing_context, array, index):
-    """Bring element `index` of the array towards the processor; the index may lie outside."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _address(context, builder, signature.args[0], arguments, _BYTE)
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
-        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), generate
-
-
-@_intrinsic
-def copy_bytes(typing_context, target, target_index, source, source_index, size):
-    """Copy `size` bytes from one uint8 array into another; the places must not overlap."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        to, to_index, origin, origin_index, count = arguments
-        pointers = (
-            _address(context, builder, signature.args[0], (to, to_index), _BYTE),
-            _address(context, builder, signature.args[2], (origin, origin_index), _BYTE),
-        )
-        cgutils.raw_memcpy(builder, *pointers, count, 1)
-        return context.get_dummy_value()
-
-    return types.void(target, types.int64, source, types.int64, types.int64), generate
+load8 = intrinsic("load8")
+load64 = intrinsic("load64")
+store64 = intrinsic("store64")
+trailing_zeros = intrinsic("trailing_zeros")
+class_masks = intrinsic("class_masks")
+ascii_only = intrinsic("ascii_only")
+equal_mask = intrinsic("equal_mask")
+range_mask = intrinsic("range_mask")
+prefetch = intrinsic("prefetch")
+copy_bytes = intrinsic("copy_bytes")
+count_ones = intrinsic("count_ones")
+uint8s_at = intrinsic("uint8s_at")
+uint16s_at = intrinsic("uint16s_at")
+uint32s_at = intrinsic("uint32s_at")
+uint64s_at = intrinsic("uint64s_at")
+int32s_at = intrinsic("int32s_at")
+int64s_at = intrinsic("int64s_at")
+bytes_at = intrinsic("bytes_at")
+words_at = intrinsic("words_at")
+load_acquire = intrinsic("load_acquire")
+store_release = intrinsic("store_release")
+try_lock = intrinsic("try_lock")
+release_gil = intrinsic("release_gil")
+take_gil = intrinsic("take_gil")
+fill_list = intrinsic("fill_list")

@@ -1,87 +1,108 @@
 """Numba: how the hot loops of this room become machine code, and what is said while that happens.
 
-A function is compiled at its first call, for the one signature that stands above it, and kept on disk where Numba finds a
-folder it can write to. Code made for another CPU, Numba or source is made anew.
+A function is compiled when it is needed, for the one signature that stands above it, and kept on disk: see `store.py`.
+Numba itself is imported only then, because that takes longer than to encode a prompt; until then its types are descriptions.
+`work.py` says when plain Python does the work instead.
 """
 
 import gc
 import hashlib
 import logging
 import os
+import pickle
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from importlib import import_module
 from threading import RLock
+from types import FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
 
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    # Numba's import makes some 10^5 objects that stay: to look through them for garbage takes a fifth of its time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-with _no_garbage():
-    from numba import config, int64, njit, types, uint64
-    from numba.core import event
-    from numba.core.caching import FunctionCache
-    from numba.core.runtime.nrt import rtsys
-
-__all__ = [
-    "BYTES",
-    "INT32S",
-    "INT64",
-    "INT64S",
-    "NUMBERS",
-    "UINT8S",
-    "UINT32S",
-    "UINT64S",
-    "check_array",
-    "compiled",
-    "helper",
-    "int64",
-    "tuple_of",
-    "types",
-    "uint64",
-]
-
-if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]
-    raise ImportError("NUMBA_DISABLE_JIT is set: the tokenizer needs compiled code, which handles memory as Python does not")
+from . import store
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Reentrant, as whoever logs what is said here may encode text.
-_LOCK = RLock()
+LOCK = RLock()
 _LOGGER = logging.getLogger(__name__)
 
 if hasattr(os, "register_at_fork"):
     # A fork waits for the compiler: the child would have the locks of a thread that it does not have.
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
-# Contiguous arrays; the first two are not written to, and so may be read-only.
-BYTES = types.Array(types.uint8, 1, "C", readonly=True)
-NUMBERS = types.Array(types.int64, 1, "C", readonly=True)
-UINT8S = types.Array(types.uint8, 1, "C")
-INT32S = types.Array(types.int32, 1, "C")
-INT64S = types.Array(types.int64, 1, "C")
-UINT32S = types.Array(types.uint32, 1, "C")
-UINT64S = types.Array(types.uint64, 1, "C")
-INT64 = types.int64
+# In a compiled function these are Numba's.
+int64, uint64 = np.int64, np.uint64
 
 
-def tuple_of(kind: type, *members: types.Type) -> Any:
-    """Return Numba's type of a named tuple with members of these types."""
-    return types.BaseTuple.from_types(members, kind)
+@dataclass(frozen=True)
+class ArrayType:
+    """A contiguous array; one that is read-only is not written to, and may be such."""
+
+    dtype: str
+    num_dims: int = 1
+    readonly: bool = False
+
+    def of_numba(self, types: Any) -> Any:
+        """Return Numba's type."""
+        return types.Array(getattr(types, self.dtype), self.num_dims, "C", readonly=self.readonly)
+
+
+@dataclass(frozen=True)
+class IntegerType:
+    """An integer of 64 bits."""
+
+    def of_numba(self, types: Any) -> Any:
+        """Return Numba's type."""
+        return types.int64
+
+
+@dataclass(frozen=True)
+class TupleType:
+    """A tuple of such values, a named one where a class is given."""
+
+    members: tuple["Type", ...]
+    kind: type = tuple
+
+    def of_numba(self, types: Any) -> Any:
+        """Return Numba's type."""
+        return types.BaseTuple.from_types([member.of_numba(types) for member in self.members], self._named)
+
+    def plain(self) -> "TupleType":
+        """Return the type of a tuple without names: calls from Python take half as long with it."""
+        return TupleType(self.members)
+
+    @property
+    def _named(self) -> type | None:
+        return None if self.kind is tuple else self.kind
+
+
+Type = ArrayType | IntegerType | TupleType
+
+BYTES = ArrayType("uint8", readonly=True)
+NUMBERS = ArrayType("int64", readonly=True)
+UINT8S = ArrayType("uint8")
+INT32S = ArrayType("int32")
+INT64S = ArrayType("int64")
+UINT32S = ArrayType("uint32")
+UINT64S = ArrayType("uint64")
+INT64 = IntegerType()
+
+
+def tuple_of(kind: type, *members: Type) -> TupleType:
+    """Return the type of a named tuple with members of these types."""
+    return TupleType(members, kind)
+
+
+class _Callee:
+    """What compiled functions call; it becomes Numba's when the first of them is compiled."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.of_numba = cache(make)
 
 
 def helper(function: Function) -> Function:
@@ -89,40 +110,82 @@ def helper(function: Function) -> Function:
 
     It cannot make arrays: in return, the arrays that it is given are not reference-counted, which takes longer than most calls.
     """
-    options: dict[str, Any] = {"nogil": True, "_nrt": False}
-    dispatcher: Any = njit(**options)(function)
-    return dispatcher
+    options = {"nogil": True, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    callee: Any = _Callee(lambda: _numba().njit(**options)(_with_callees(function)))
+    return callee
 
 
-def compiled(*arguments: Any) -> Callable[[Function], Function]:
-    """Compile a function for these argument types at its first call; the machine code runs without the GIL.
+def intrinsic(name: str) -> Any:
+    """Let compiled functions call an intrinsic of `llvm.py`."""
+    return _Callee(lambda: getattr(import_module(".llvm", __package__), name))
+
+
+class Compiled:
+    """A function of machine code, compiled or loaded at its first call."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Type, ...], releases_gil: bool):
+        self.__doc__, self.__name__, self.__wrapped__ = function.__doc__, function.__name__, function
+        self.module = function.__module__
+        self._arguments, self._releases_gil = arguments, releases_gil
+        self.entry: Any = None
+
+    @property
+    def name(self) -> str:
+        """The name that its machine code is kept under."""
+        return f"{self.module.rpartition('.')[2]}.{self.__name__}"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs at once; where plain Python is nearly as fast, nobody compiles for it alone."""
+        return self.entry is not None
+
+    def __call__(self, *values: Any) -> Any:
+        """Run it."""
+        # Past Numba's dispatcher, which looks for the signature that fits, and takes as long for that as a short call.
+        return (self.entry or self._loaded())(*values)
+
+    def _loaded(self) -> Any:
+        load([self])
+        return self.entry
+
+    def make(self, announcement: "_Announcement") -> None:
+        """Load it, or compile and keep it, which is announced."""
+        with _no_garbage():
+            numba = _numba()
+            dispatcher: Any = numba.njit(nogil=self._releases_gil, no_cfunc_wrapper=True)(_with_callees(self.__wrapped__))
+            dispatcher._cache = _Kept(self.name, announcement)
+            self.entry = dispatcher.compile(tuple(each.of_numba(numba.core.types) for each in self._arguments))
+
+
+ALL: list[Compiled] = []
+
+
+def compiled(*arguments: Type, releases_gil: bool = True) -> Callable[[Callable[..., Any]], Compiled]:
+    """Compile a function for these argument types when it is needed; by default the machine code runs without the GIL.
 
     It may call helpers of its own file and of others of this folder. Its callers see to it that arguments have the types that
     stand here: arrays of another layout would be misread.
     """
 
-    def decorate(function: Function) -> Function:
-        entry: Any = None
-
-        def call(*values: Any) -> Any:
-            # Past Numba's dispatcher, which looks for the signature that fits, and takes as long for that as a short call.
-            return (entry or load())(*values)
-
-        def load() -> Any:
-            nonlocal entry
-            with _LOCK, event.install_listener("numba:compile", _Announcer()):
-                if entry is None:
-                    # Not when it is defined: most processes need few of all functions.
-                    dispatcher: Any = njit(nogil=True)(function)
-                    with suppress(RuntimeError):  # no folder to keep it in
-                        dispatcher._cache = _RoomCache(function)
-                    entry = dispatcher.compile(arguments)
-            return entry
-
-        call.__doc__, call.__name__, call.__wrapped__ = function.__doc__, function.__name__, function  # pyright: ignore
-        return call  # pyright: ignore[reportReturnType]
+    def decorate(function: Callable[..., Any]) -> Compiled:
+        ALL.append(Compiled(function, arguments, releases_gil))
+        return ALL[-1]
 
     return decorate
+
+
+def load(functions: Sequence[Compiled], what: str = "the tokenizer", seconds: float | None = None) -> int:
+    """Load functions, or compile those that are not kept, which is said; return how many were compiled.
+
+    `what` is being compiled, in about as many `seconds`.
+    """
+    with LOCK:
+        announcement = _Announcement(what, seconds)
+        for function in functions:
+            if function.entry is None:
+                function.make(announcement)
+        announcement.end()
+    return announcement.num_compiled
 
 
 def check_array(array: np.ndarray, kind: type, name: str) -> None:
@@ -134,54 +197,97 @@ def check_array(array: np.ndarray, kind: type, name: str) -> None:
         raise TypeError(f"{name} is an array of {found}: contiguous {np.dtype(kind)} of shape (n,) is needed")
 
 
-class _RoomCache(FunctionCache):
-    """Numba's cache, which knows only the time of a function's own file, made to know all sources of the tokenizer as well.
-
-    Helpers and constants of other files are part of the machine code, too.
-    """
-
-    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        return (*super()._index_key(sig, codegen), _sources())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            # What Numba does here is to get ready to compile: three times as long as to load all that training needs.
-            rtsys.initialize(target_context)
-            return self._load_overload(sig, target_context)
-        except Exception:  # cut off, or foreign: whatever unpickling may raise
-            with suppress(OSError):
-                self.flush()
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(OSError):  # a full disk costs the next start its time, not this one its result
-            super().save_overload(sig, data)
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    # Numba makes some 10^5 objects that stay: to look through them for garbage takes a fifth of its time.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache
-def _sources() -> str:
-    return hashlib.sha256(
-        b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
-    ).hexdigest()
+def _numba() -> Any:
+    import numba
+    from numba.core import config
+
+    if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ImportError(
+            "NUMBA_DISABLE_JIT is set: the tokenizer needs compiled code, which handles memory as Python does not"
+        )
+    return numba
 
 
-class _Announcer(event.Listener):
-    def on_start(self, event: event.Event) -> None:
-        _say_once()
+def _with_callees(function: Callable[..., Any]) -> Any:
+    """Return a function that finds Numba's form of what it calls among its globals."""
+    assert isinstance(function, FunctionType)
+    names = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    found = {name: value.of_numba() for name, value in names.items() if isinstance(value, _Callee)}
+    scope = {**function.__globals__, **found}
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
+    return made
 
-    def on_end(self, event: event.Event) -> None:
-        pass
+
+class _Kept:
+    """What Numba takes for a cache: the machine code of one function in `store.py`."""
+
+    def __init__(self, name: str, announcement: "_Announcement"):
+        self._name = name
+        self._announcement = announcement
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        from numba.core.compiler import CompileResult
+        from numba.core.runtime.nrt import rtsys
+
+        cpu = _cpu(target_context.codegen())
+        code = store.load(self._name, cpu)
+        if code is not None:
+            try:
+                # Numba's own cache gets ready to compile here: three times as long as to load all that training needs.
+                rtsys.initialize(target_context)
+                return CompileResult._rebuild(target_context, *pickle.loads(code))
+            except Exception as error:
+                _LOGGER.warning("machine code of %s cannot be loaded, and is made anew: %r", self._name, error)
+        self._announcement.begin()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        from numba.core.serialize import dumps
+
+        store.save(self._name, _cpu(data.codegen), dumps(data._reduce()))
 
 
-_said = False
+def _cpu(codegen: Any) -> str:
+    return hashlib.sha256(repr(codegen.magic_tuple()).encode()).hexdigest()[:16]
 
 
-def _say_once() -> None:
-    global _said
-    if _said:
-        return
-    _said = True
-    message = "compiling the tokenizer for this machine (once, some seconds)"
+class _Announcement:
+    """What is said when something is compiled, on a terminal and in the log."""
+
+    def __init__(self, what: str, seconds: float | None):
+        self._what = what
+        self._expected = f", about {seconds:.0f} s" if seconds else ""
+        self._start: float | None = None
+        self.num_compiled = 0
+
+    def begin(self) -> None:
+        self.num_compiled += 1
+        if self._start is None:
+            self._start = time.perf_counter()
+            _say(f"compiling {self._what} for this machine (once{self._expected})")
+
+    def end(self) -> None:
+        if self._start is not None:
+            folder = store.place()
+            where = f"kept in {folder}" if folder else "not kept, as no folder can be written to: set NUMBA_CACHE_DIR"
+            _say(f"compiled in {time.perf_counter() - self._start:.1f} s, {where}")
+
+
+def _say(message: str) -> None:
     _LOGGER.info(message)
     if sys.stderr.isatty():
         print(f"tilewright: {message}", file=sys.stderr)

@@ -10,9 +10,10 @@ from .jit import helper, int64, uint64
 
 INLINE = 16
 _ALL = ~np.uint64(0)
+_MASK = (1 << 64) - 1
 _F0, _F1, _F2 = uint64(0x9E3779B97F4A7C15), uint64(0xC2B2AE3D27D4EB4F), uint64(0x165667B19E3779F9)
-_LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(INLINE + 1)], np.uint64)
-_HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE + 1)], np.uint64)
+LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(INLINE + 1)], np.uint64)
+HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE + 1)], np.uint64)
 
 
 @helper
@@ -21,7 +22,7 @@ def pretoken_key(data, start, size):
     if size <= INLINE:
         if start + INLINE <= len(data):
             n = uint64(size)
-            return load64(data, start) & _LOW_MASKS[n], load64(data, start + 8) & _HIGH_MASKS[n]
+            return load64(data, start) & LOW_MASKS[n], load64(data, start + 8) & HIGH_MASKS[n]
         low, high = uint64(0), uint64(0)
         for k in range(size):
             if k < 8:
@@ -63,3 +64,22 @@ def equal_bytes(data, start, other, other_start, size):
             return False
         k += 8
     return compare_bytes(data, start + k, other, other_start + k, size - k) == 0
+
+
+def order_of(pretoken: bytes) -> tuple[int, int, int, int, bytes]:
+    """Return what sorted counts are sorted by, in plain Python: hash, size, the two words, and then the bytes."""
+    size = len(pretoken)
+    low, high = _word(pretoken, 0), _word(pretoken, 8)
+    if size > INLINE:
+        high = _word(pretoken, size - 8)
+        for k in range(8, size - 8, 8):
+            low = (low ^ _word(pretoken, k)) * int(_F0) & _MASK
+            low ^= low >> 32
+            high = (high + low) * int(_F1) & _MASK
+        high ^= high >> 29
+    mixed = (low ^ high * int(_F1) ^ size * int(_F2)) * int(_F0) & _MASK
+    return mixed ^ mixed >> 32, size, low, high, pretoken
+
+
+def _word(pretoken: bytes, start: int) -> int:
+    return int.from_bytes(pretoken[start : start + 8], "little")

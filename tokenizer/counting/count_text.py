@@ -2,20 +2,24 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial, reduce
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ...errors import UserError
+from ..compiled.work import Work
+from ..text import specials, utf8
 from ..text.block_borders import borders_of
 from ..text.patterns import check_special_tokens, pattern_name, resolve_pattern, split_pretokens
-from ..text.scanner import Scanner, scanner_of
+from ..text.scanner import Scanner, compiled_scanner, scanner_of
 from ..text.sources import BLOCK_BYTES, Block, Inputs, iter_blocks, resolve, text_bytes
 from ..text.specials import SpecialFinder
 from ..workers import POOL_BYTES, choose_workers, map_in_threads, ordered_map
-from .counter import PretokenCounter, PretokenCounts, merge_counts
+from . import counter
+from .counter import PretokenCounter, PretokenCounts, merge_counts, sorted_by_hash
 from .counts_file import CountedText
 from .spill import Spill
 
@@ -73,16 +77,44 @@ def count_text(
     with Spill(scratch) as spill, tqdm(total=size, desc="counting pretokens", unit="B", unit_scale=True, disable=None) as bar:
         allowance = None if memory is None else memory // num_workers
         new_part = partial(_Part, spill, allowance)
-        if name:
+        blocks = watched()
+        # In Python's dictionary no bound of memory holds.
+        few, blocks = _count_little(blocks, size, expression, special_tokens) if memory is None else (None, blocks)
+        parts: list[_Part] = []
+        if blocks is not None and name:
             count = partial(_count_block, scanner_of(name), SpecialFinder(special_tokens))
-            parts = _count_in_threads(count, watched(), num_workers, new_part)
-        else:
+            parts = _count_in_threads(count, blocks, num_workers, new_part)
+        elif blocks is not None:
             parts = [new_part()]
-            for block, counts in ordered_map(_count_by_regex, (expression, special_tokens), watched(), num_workers):
+            for block, counts in ordered_map(_count_by_regex, (expression, special_tokens), blocks, num_workers):
                 parts[0].add(counts.data, 0, counts.ends, counts.counts * block.weight)
         if not read:
             raise UserError("the input holds no text: at least one byte is needed")
-        return CountedText(_sum(parts, spill), name or expression, special_tokens, read)
+        return CountedText(_sum(parts, few, spill), name or expression, special_tokens, read)
+
+
+@cache
+def _counting(expression: str) -> Work:
+    """Return the work of counting pretokens of this pattern, in bytes."""
+    name = pattern_name(expression)
+    functions = [*([compiled_scanner(name)] if name else []), utf8, specials, counter]
+    return Work("counter", functions, units_per_second=2e6, compile_seconds=7)
+
+
+def _count_little(
+    blocks: Iterator[Block], size: int | None, expression: str, special_tokens: tuple[str, ...]
+) -> tuple[PretokenCounts | None, Iterator[Block] | None]:
+    """Count in plain Python until compiled code pays; return the counts, if any, and the blocks left for it, None for none."""
+    work = _counting(expression)
+    if work.is_compiled(size or 0):
+        return None, blocks
+    totals: Counter[bytes] = Counter()
+    for block in blocks:
+        if size is None and work.is_compiled(len(block.data)):
+            return sorted_by_hash(totals) if totals else None, chain([block], blocks)
+        for pretoken, count in _count_by_regex((expression, special_tokens), block).items():
+            totals[pretoken] += count * block.weight
+    return sorted_by_hash(totals), None
 
 
 class _Part:
@@ -113,15 +145,15 @@ class _Part:
         return counts
 
 
-def _sum(parts: list[_Part], spill: Spill) -> PretokenCounts:
+def _sum(parts: list[_Part], few: PretokenCounts | None, spill: Spill) -> PretokenCounts:
     if len(spill):
         for part in parts:
             part.spill()
+        if few is not None:
+            spill.add(few)
         return spill.merged()
-    total = parts[0].counts()
-    for part in parts[1:]:
-        total = merge_counts(total, part.counts())
-    return total
+    counts = [*([few] if few is not None else []), *(part.counts() for part in parts)]
+    return reduce(merge_counts, counts)
 
 
 def _count_in_threads(

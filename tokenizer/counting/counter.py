@@ -16,7 +16,7 @@ import numpy as np
 
 from ..compiled.intrinsics import copy_bytes, prefetch
 from ..compiled.jit import BYTES, INT64, INT64S, NUMBERS, UINT8S, UINT64S, check_array, compiled, helper, int64, uint64
-from ..compiled.pretoken_keys import INLINE, compare_bytes, equal_bytes, pretoken_hash, pretoken_key
+from ..compiled.pretoken_keys import INLINE, compare_bytes, equal_bytes, order_of, pretoken_hash, pretoken_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,16 +123,12 @@ class PretokenCounter:
         data = np.empty(ends[-1] if self._used else 0, np.uint8)
         _copy(self._table, order, self._long, data)
         found = PretokenCounts(data, ends, counts)
-        return merge_counts(found, _sorted_by_hash(self._crowded)) if self._crowded else found
+        return merge_counts(found, sorted_by_hash(self._crowded)) if self._crowded else found
 
 
-def _sorted_by_hash(counts: Counter[bytes]) -> PretokenCounts:
-    pretokens = list(counts)
-    ends = np.cumsum(np.fromiter(map(len, pretokens), np.int64, len(pretokens)), dtype=np.int64)
-    keys = np.empty((len(pretokens), 3), np.uint64)
-    _hashes(np.frombuffer(b"".join(pretokens), np.uint8), ends, keys.reshape(-1))
-    entries = sorted((hashed, len(each), *words, each) for each, (hashed, *words) in zip(pretokens, keys.tolist(), strict=True))
-    return PretokenCounts.of({each: counts[each] for *_, each in entries})
+def sorted_by_hash(counts: Mapping[bytes, int]) -> PretokenCounts:
+    """Return the counts in the order of what this room counts."""
+    return PretokenCounts.of({each: counts[each] for each in sorted(counts, key=order_of)})
 
 
 def merge_counts(first: PretokenCounts, second: PretokenCounts) -> PretokenCounts:
@@ -241,16 +237,6 @@ def _count(data, start, ends, counts, done, table, used, long, long_used, keys):
             start = end
         done += int64(group)
     return done, used, long_used, False
-
-
-@compiled(BYTES, NUMBERS, UINT64S)
-def _hashes(data, ends, keys):
-    """Write the hash of each pretoken, and the words that stand for it, to `keys`."""
-    start = 0
-    for n in range(len(ends)):
-        low, high = pretoken_key(data, start, ends[n] - start)
-        keys[3 * n], keys[3 * n + 1], keys[3 * n + 2] = pretoken_hash(low, high, ends[n] - start), low, high
-        start = ends[n]
 
 
 @compiled(UINT64S)

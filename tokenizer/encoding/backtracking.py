@@ -4,7 +4,7 @@ Merges whose parts are made by earlier merges, as training gives them, leave tok
 joined, become just these two again: the first merge to cross a border would do so without the rest of the text. No other
 sequence of tokens has that, as merging has one result. So the search takes the longest token that can stand next to the one
 before, and goes back where none can; and as the tokens before a place are those of the text up to it, no place fails twice.
-`merging.py` says what the result has to be. The idea is that of the crate `bpe` (github.com/github/rust-gems).
+`reference.py` says what the result has to be. The idea is that of the crate `bpe` (github.com/github/rust-gems).
 """
 
 from typing import NamedTuple
@@ -89,6 +89,12 @@ def merge_table(merges: np.ndarray, byte_ids: np.ndarray, tokens: TokenTable) ->
     table = table._replace(branches=_hash_table(most_branches))
     _add_tokens(table, made, tokens.data, tokens.offsets)
     return table
+
+
+def no_merge_table() -> MergeTable:
+    """Return the table that stands for none."""
+    words, numbers = np.empty(0, np.uint64), np.empty(0, np.int32)
+    return MergeTable(words, words, numbers, numbers, np.empty(0, np.uint32), numbers, words)
 
 
 def new_scratch(num_bytes: int) -> Scratch:

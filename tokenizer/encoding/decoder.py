@@ -10,6 +10,7 @@ import numpy as np
 from ...errors import UserError
 from ..compiled.intrinsics import load64, store64
 from ..compiled.jit import BYTES, INT64, INT64S, UINT8S, UINT32S, compiled
+from ..compiled.work import Work
 
 # Whole words are copied, so up to seven bytes behind a token are read, and as many behind the text written.
 _SLACK = 8
@@ -46,12 +47,14 @@ def decode_array(table: TokenTable, ids: Iterable[int]) -> np.ndarray:
     out = np.empty(size + _SLACK, np.uint8)
     place = 0
     for part in parts:
-        place = _copy_tokens(part, table.data, table.offsets, out, place)
+        place = _copy(table, part, out, place)
     return out[:size]
 
 
 def _parts(table: TokenTable, ids: Iterable[int]) -> Iterator[np.ndarray]:
     ids = _as_array(ids)
+    # Here, where all ids are known: they decide together who decodes them.
+    _DECODING.is_compiled(len(ids))
     return (_as_unsigned(ids[start : start + _PART], len(table.sizes)) for start in range(0, len(ids), _PART))
 
 
@@ -64,10 +67,28 @@ def _as_unsigned(ids: np.ndarray, known: int) -> np.ndarray:
 
 
 def _size_of(table: TokenTable, ids: np.ndarray) -> int:
-    size = _measure(ids, table.sizes)
-    if size < 0:
-        raise _unknown(ids[-1 - size], len(table.sizes))
-    return size
+    if _DECODING.is_compiled(0):
+        size = _measure(ids, table.sizes)
+        if size < 0:
+            raise _unknown(ids[-1 - size], len(table.sizes))
+        return size
+    known = len(table.sizes)
+    sizes = table.sizes[np.minimum(ids, known - 1)]
+    unknown = (ids >= known) | (sizes == 0)
+    if unknown.any():
+        raise _unknown(ids[unknown][0], known)
+    return int(sizes.sum())
+
+
+def _copy(table: TokenTable, ids: np.ndarray, out: np.ndarray, place: int) -> int:
+    """Write the tokens to `out` from `place` on; return where they end."""
+    if _DECODING.is_compiled(0):
+        return _copy_tokens(ids, table.data, table.offsets, out, place)
+    data = table.data.data
+    spans = zip(table.offsets[ids].tolist(), table.offsets[ids + np.uint32(1)].tolist(), strict=True)
+    text = b"".join([data[start:end] for start, end in spans])
+    out[place : place + len(text)] = np.frombuffer(text, np.uint8)
+    return place + len(text)
 
 
 def decode_bytes(table: TokenTable, ids: Iterable[int]) -> bytes:
@@ -90,7 +111,7 @@ def decode_text(table: TokenTable, ids: Iterable[int], errors: str = "replace") 
     for part in _parts(table, ids):
         out = np.empty(len(held) + _size_of(table, part) + _SLACK, np.uint8)
         out[: len(held)] = np.frombuffer(held, np.uint8)
-        end = _copy_tokens(part, table.data, table.offsets, out, len(held))
+        end = _copy(table, part, out, len(held))
         text, used = codecs.utf_8_decode(out.data[:end], "replace", False)
         texts.append(text)
         held = out.data[used:end].tobytes()
@@ -158,6 +179,9 @@ def _copy_tokens(ids, data, offsets, out, place):
             store64(out, place + step, load64(data, start + step))
         place += end - start
     return place
+
+
+_DECODING = Work("decoder", [_measure, _copy_tokens], units_per_second=3e6, compile_seconds=1)
 
 
 def _as_array(ids: Any) -> np.ndarray:

@@ -1,100 +1,144 @@
-"""The compiled loop of the encoder: pretokens to ids, each distinct one merged once and from then on remembered."""
+"""The cache of the encoder: a hash table from pretokens to their ids that all threads share.
 
+An entry is four words: two that stand for the pretoken, and are its bytes where it has at most `INLINE`; its size, and where
+its bytes are in `texts` from bit 32 on where it has more; its ids, 0 for no entry. Up to three ids below 2^20 stand there
+themselves, above their number in the lowest two bits; else `ids` has them, behind their number, and the word is that place,
+shifted by two bits.
+
+Threads read without a lock: the word of the ids is written last and read first. One at a time adds an entry. A thread that
+finds another adding does without: its pretoken is merged again the next time.
+"""
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from ..compiled.intrinsics import copy_bytes, prefetch
-from ..compiled.jit import BYTES, INT64, INT64S, UINT8S, UINT32S, UINT64S, compiled, helper, int64, tuple_of, types, uint64
+from ..compiled.intrinsics import copy_bytes, load_acquire, store_release, try_lock
+from ..compiled.jit import BYTES, INT64S, UINT8S, UINT32S, UINT64S, compiled, helper, int64, uint64
 from ..compiled.pretoken_keys import INLINE, equal_bytes, pretoken_hash, pretoken_key
-from .backtracking import MERGE_TABLE, SCRATCH, merge_bytes
-
-# Stands in place of an id for a border that is no token.
-NO_ID = (1 << 32) - 1
 
 # Longer pretokens are rare, and merged each time.
-_LONGEST = 128
+LONGEST = 128
 # Only text made for it has so many pretokens that share a place; looking on would take quadratic time.
-_LOOKUPS = 256
-# Pretokens that are hashed and fetched ahead together, so that their cache misses overlap.
-_GROUP = 32
-_SMALLEST, _LARGEST = 1 << 12, 1 << 20
+LOOKUPS = 256
+_SMALLEST, _USUAL, _LARGEST = 1 << 12, 1 << 16, 1 << 21
+_LONG_TEXT = 1 << 20
 
 _WORDS = uint64(4)
 _ID_BITS, _ID = uint64(20), uint64((1 << 20) - 1)
 _LOW_WORD = uint64(0xFFFFFFFF)
+# Words of `used`.
+_ENTRIES, _TEXTS, _IDS, LOCK = map(np.uint64, range(4))
 
 
-class Memory(NamedTuple):
-    """A hash table from pretokens to their ids.
-
-    An entry is four words: two that stand for the pretoken, and are its bytes where it has at most `INLINE`; its size, 0 for no
-    entry, with the place of its bytes in `texts` from bit 32 on where it has more; its ids. Up to three ids below 2^20
-    stand there themselves, above their number in the lowest two bits; else `ids` has them, behind their number, and the word
-    is that place, shifted by two bits. `used` counts entries, bytes of `texts` and members of `ids`. `keys` is scratch.
-    """
+class PretokenCache(NamedTuple):
+    """The arrays of a cache. `used` counts entries, bytes of `texts` and members of `ids`; its last word is the lock."""
 
     entries: np.ndarray
     texts: np.ndarray
     ids: np.ndarray
     used: np.ndarray
-    keys: np.ndarray
 
 
-_MEMORY = tuple_of(Memory, UINT64S, UINT8S, UINT32S, INT64S, UINT64S)
-# Calls from Python take twice as long with named ones.
-_PLAIN_TUPLES = [types.BaseTuple.from_types(kind.types) for kind in (MERGE_TABLE, SCRATCH, _MEMORY)]
-
-
-def new_memory(entries: int = _SMALLEST) -> Memory:
-    """Return an empty memory of 64 bytes an entry, a power of two."""
-    return Memory(
+def new_cache(entries: int = _SMALLEST) -> PretokenCache:
+    """Return an empty cache of 64 bytes an entry, a power of two."""
+    used = np.zeros(4, np.uint64)
+    # The word of the ids is 0 for no entry, so that no ids stand at place 0.
+    used[_IDS] = 1
+    return PretokenCache(
         entries=np.zeros(4 * entries, np.uint64),
         texts=np.zeros(16 * entries, np.uint8),
         ids=np.zeros(4 * entries, np.uint32),
-        used=np.zeros(3, np.int64),
-        keys=np.zeros(3 * _GROUP, np.uint64),
+        used=used,
     )
 
 
-def next_memory(memory: Memory) -> Memory:
-    """Return what follows a memory that is full: one four times as large that knows the same, or, at 64 MB, an empty one."""
-    entries = len(memory.entries) // 4
+def next_cache(cache: PretokenCache, num_bytes: int) -> PretokenCache:
+    """Return what follows a cache that is full, where a text of `num_bytes` is encoded.
+
+    It is four times as large and knows the same; at 128 MB it is an empty one. A long text gets at once what most texts need,
+    and that is empty, too.
+    """
+    entries = len(cache.entries) // 4
     if entries >= _LARGEST:
-        return new_memory(entries)
-    larger = new_memory(4 * entries)
-    larger.texts[: len(memory.texts)] = memory.texts
-    larger.ids[: len(memory.ids)] = memory.ids
-    larger.used[:] = memory.used
-    _copy_entries(memory.entries, larger.entries)
+        return new_cache(entries)
+    if entries < _USUAL and num_bytes >= _LONG_TEXT:
+        # To load the code that copies takes longer than to merge so few pretokens again.
+        return new_cache(_USUAL)
+    larger = new_cache(min(4 * entries, _LARGEST))
+    _copy_cache(*cache, *larger)
     return larger
 
 
-@helper
-def _place(entries, low, high, size):
-    """Return the number of the entry to begin with."""
-    return pretoken_hash(low, high, size) & uint64(len(entries) // 4 - 1)
+class WholeTokens(NamedTuple):
+    """Tokens that stand in the cache from the beginning, as no merges make them: their bytes, where each ends, their ids."""
+
+    data: np.ndarray
+    ends: np.ndarray
+    ids: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: Mapping[bytes, int]) -> "WholeTokens | None":
+        """Return tokens, given with their ids, or None where there are too many or too long ones for a cache."""
+        if len(tokens) > _LARGEST // 8 or max(map(len, tokens), default=0) > LONGEST:
+            return None
+        data = np.frombuffer(b"".join(tokens) + bytes(INLINE), np.uint8)
+        ends = np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)), dtype=np.int64)
+        return cls(data, ends, np.fromiter(tokens.values(), np.uint32, len(tokens)))
+
+    def add_to(self, cache: PretokenCache) -> PretokenCache:
+        """Return the cache, or a larger one in place of one with too little room, with the tokens."""
+        if not len(self.ends):
+            return cache
+        while _add_tokens(*cache, *self) < len(self.ends):
+            cache = new_cache(len(cache.entries))
+        return cache
+
+
+@compiled(UINT64S, UINT8S, UINT32S, UINT64S, BYTES, INT64S, UINT32S)
+def _add_tokens(entries, texts, cached, used, data, ends, ids):
+    """Add tokens, and return how many of them there was room for."""
+    start = 0
+    for k in range(len(ends)):
+        size = ends[k] - start
+        low, high = pretoken_key(data, start, size)
+        entry = first_entry(entries, low, high, uint64(size))
+        entry, _ = find_entry(entries, texts, entry, low, high, data, start, size)
+        if entry == uint64(len(entries)) or not has_room(entries, texts, cached, used, size):
+            return k
+        add_entry(entries, texts, cached, used, entry, low, high, data, start, size, ids, uint64(k), 1)
+        start = ends[k]
+    return len(ends)
 
 
 @helper
-def _next_place(entries, place):
-    return (place + uint64(1)) & uint64(len(entries) // 4 - 1)
-
-
-@compiled(UINT64S, UINT64S)
-def _copy_entries(entries, larger):
-    for k in range(0, len(entries), 4):
-        size = entries[k + 2] & _LOW_WORD
-        if size:
-            place = _place(larger, entries[k], entries[k + 1], size)
-            while larger[_WORDS * place + uint64(2)]:
-                place = _next_place(larger, place)
-            for word in range(4):
-                larger[_WORDS * place + uint64(word)] = entries[k + word]
+def first_entry(entries, low, high, size):
+    """Return the number of the first word of the entry where a pretoken is looked for first."""
+    return _WORDS * (pretoken_hash(low, high, size) & uint64(len(entries) // 4 - 1))
 
 
 @helper
-def _write_packed(value, out, place):
+def find_entry(entries, texts, entry, low, high, data, start, size):
+    """Return the entry of the pretoken and its word of ids; that is 0 where there is none, and the entry then the place for it.
+
+    The entry is beyond all where neither is found after `LOOKUPS` looks.
+    """
+    for _ in range(LOOKUPS):
+        value = load_acquire(entries, entry + uint64(3))
+        if value == uint64(0):
+            return entry, value
+        told = entries[entry + uint64(2)]
+        # One branch for all that has to agree, as it nearly always does.
+        differs = (entries[entry] ^ low) | (entries[entry + uint64(1)] ^ high) | (told & _LOW_WORD ^ uint64(size))
+        if differs == uint64(0) and (size <= INLINE or equal_bytes(data, start, texts, int64(told >> uint64(32)), size)):
+            return entry, value
+        entry = (entry + _WORDS) & uint64(len(entries) - 1)
+    return uint64(len(entries)), uint64(0)
+
+
+@helper
+def write_packed(value, out, place):
     """Write the up to three ids of an entry's last word, and something behind them; return where they end."""
     out[place] = value >> uint64(2) & _ID
     out[place + uint64(1)] = value >> uint64(2) + _ID_BITS & _ID
@@ -102,105 +146,73 @@ def _write_packed(value, out, place):
     return place + (value & uint64(3))
 
 
-@compiled(*_PLAIN_TUPLES, BYTES, INT64, INT64S, INT64, INT64, UINT32S, INT64S, INT64, UINT32S, INT64)
-def write_ids(table, scratch, memory, data, start, ends, first, count, border_ids, cuts, border, out, size):
-    """Write the ids of pretokens `first` to `count`, the first beginning at `start`, to `out` from `size` on.
+@helper
+def write_cached(value, ids, out, place):
+    """Write the ids of an entry, given its last word; return where they end."""
+    if value & uint64(3):
+        return write_packed(value, out, place)
+    begin = value >> uint64(2)
+    number = uint64(ids[begin])
+    for index in range(number):
+        out[place + index] = ids[begin + uint64(1) + index]
+    return place + number
 
-    An end that is not positive is that of a border; `border` is the number of the next one. Its place among the ids is
-    written to `cuts`, its id to `out`. `out` needs room for two more than an id a byte.
-    Returns (first, start, border, size) where things stand, which is before the end if the memory is full.
-    """
-    entries, texts, ids, used, keys = memory
-    # Indices are unsigned where it matters: a signed one is looked at each time, as it might be negative.
-    total, place_out = uint64(count), uint64(size)
-    for group in range(uint64(first), total, uint64(_GROUP)):
-        stop = min(group + uint64(_GROUP), total)
-        begin = start
-        for k in range(group, stop):
-            end = ends[k]
-            length = end - begin
-            if 0 < length <= _LONGEST:
-                low, high = pretoken_key(data, begin, length)
-                entry = _WORDS * _place(entries, low, high, uint64(length))
-                prefetch(entries, int64(entry))
-                at = uint64(3) * (k - group)
-                keys[at], keys[at + uint64(1)], keys[at + uint64(2)] = low, high, entry
-            begin = abs(end)
-        for k in range(group, stop):
-            end = ends[k]
-            if end <= 0:
-                cuts[border] = int64(place_out)
-                if border_ids[border] != NO_ID:
-                    out[place_out] = border_ids[border]
-                    place_out += uint64(1)
-                border += 1
-                start = -end
-                continue
-            length = end - start
-            at = uint64(3) * (k - group)
-            low, high, entry = keys[at], keys[at + uint64(1)], keys[at + uint64(2)]
-            told = entries[entry + uint64(2)]
-            # First what nearly all are: a short pretoken of few ids that stands where it is looked for.
-            value = entries[entry + uint64(3)]
-            differs = (entries[entry] ^ low) | (entries[entry + uint64(1)] ^ high) | (told ^ uint64(length))
-            if differs == uint64(0) and length <= INLINE and value & uint64(3):
-                place_out = _write_packed(value, out, place_out)
-                start = end
-                continue
-            place = entry // _WORDS
-            lookups = 0 if length <= _LONGEST else _LOOKUPS
-            while lookups < _LOOKUPS:
-                entry = _WORDS * place
-                told = entries[entry + uint64(2)]
-                # One branch for all that has to agree, as it nearly always does.
-                differs = (entries[entry] ^ low) | (entries[entry + uint64(1)] ^ high) | (told & _LOW_WORD ^ uint64(length))
-                if told == uint64(0) or (
-                    differs == uint64(0)
-                    and (length <= INLINE or equal_bytes(data, start, texts, int64(told >> uint64(32)), length))
-                ):
-                    break
-                place = _next_place(entries, place)
-                lookups += 1
-            remembered = lookups < _LOOKUPS
-            if remembered and told:
-                value = entries[entry + uint64(3)]
-                if value & uint64(3):
-                    place_out = _write_packed(value, out, place_out)
-                else:
-                    value >>= uint64(2)
-                    number = uint64(ids[value])
-                    for index in range(number):
-                        out[place_out + index] = ids[value + uint64(1) + index]
-                    place_out += number
-                start = end
-                continue
-            if remembered and (
-                2 * used[0] >= len(entries) // 4 or used[1] + length > len(texts) or used[2] + length >= len(ids)
-            ):
-                return int64(k), start, border, int64(place_out)
-            size = int64(place_out)
-            # One call for all cases, as it is compiled into each place that it is called from.
-            after = merge_bytes(table, scratch, data, start, end, out, size)
-            if remembered:
-                number = after - size
-                value, largest = uint64(number), uint64(0)
-                for index in range(min(number, 3)):
-                    value |= uint64(out[size + index]) << uint64(2 + 20 * index)
-                    largest = max(largest, uint64(out[size + index]))
-                if number > 3 or largest > _ID:
-                    value = uint64(used[2]) << uint64(2)
-                    ids[used[2]] = number
-                    for index in range(number):
-                        ids[used[2] + 1 + index] = out[size + index]
-                    used[2] += 1 + number
-                told = uint64(length)
-                if length > INLINE:
-                    told |= uint64(used[1]) << uint64(32)
-                    copy_bytes(texts, used[1], data, start, length)
-                    used[1] += length
-                entries[entry], entries[entry + uint64(1)] = low, high
-                entries[entry + uint64(2)], entries[entry + uint64(3)] = told, value
-                used[0] += 1
-            place_out = uint64(after)
-            start = end
-    return count, start, border, int64(place_out)
+
+@helper
+def has_room(entries, texts, ids, used, size):
+    """Whether a pretoken of so many bytes can be added."""
+    return (
+        uint64(8) * used[_ENTRIES] < uint64(len(entries))
+        and used[_TEXTS] + uint64(size) <= uint64(len(texts))
+        and used[_IDS] + uint64(size) < uint64(len(ids))
+    )
+
+
+@helper
+def add_entry(entries, texts, ids, used, entry, low, high, data, start, size, out, place, number):
+    """Add a pretoken, whose ids are `number` members of `out`, at an entry that was empty, unless another thread is adding."""
+    if not try_lock(used, LOCK):
+        return
+    # Another thread may have taken the entry, or the last room, since it was looked for.
+    if entries[entry + uint64(3)] == uint64(0) and has_room(entries, texts, ids, used, size):
+        value, largest = uint64(number), uint64(0)
+        for index in range(min(number, 3)):
+            value |= uint64(out[place + index]) << uint64(2 + 20 * index)
+            largest = max(largest, uint64(out[place + index]))
+        if number > 3 or largest > _ID:
+            begin = used[_IDS]
+            value = begin << uint64(2)
+            ids[begin] = number
+            for index in range(uint64(number)):
+                ids[begin + uint64(1) + index] = out[uint64(place) + index]
+            used[_IDS] += uint64(1 + number)
+        told = uint64(size)
+        if size > INLINE:
+            told |= used[_TEXTS] << uint64(32)
+            copy_bytes(texts, int64(used[_TEXTS]), data, start, size)
+            used[_TEXTS] += uint64(size)
+        entries[entry], entries[entry + uint64(1)], entries[entry + uint64(2)] = low, high, told
+        store_release(entries, entry + uint64(3), value)
+        used[_ENTRIES] += uint64(1)
+    store_release(used, LOCK, uint64(0))
+
+
+@compiled(UINT64S, UINT8S, UINT32S, UINT64S, UINT64S, UINT8S, UINT32S, UINT64S)
+def _copy_cache(entries, texts, ids, used, larger, larger_texts, larger_ids, larger_used):
+    # While a thread adds to the cache, none else does, so that the copy is whole.
+    while not try_lock(used, LOCK):
+        pass
+    for k in range(int64(used[_TEXTS])):
+        larger_texts[k] = texts[k]
+    for k in range(int64(used[_IDS])):
+        larger_ids[k] = ids[k]
+    for k in range(3):
+        larger_used[k] = used[k]
+    for k in range(0, len(entries), 4):
+        if entries[k + 3]:
+            place = first_entry(larger, entries[k], entries[k + 1], entries[k + 2] & _LOW_WORD)
+            while larger[place + uint64(3)]:
+                place = (place + _WORDS) & uint64(len(larger) - 1)
+            for word in range(4):
+                larger[place + uint64(word)] = entries[k + word]
+    store_release(used, LOCK, uint64(0))

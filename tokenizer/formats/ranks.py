@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files import atomic_file, require_file
-from ..encoding.merging import merge_pretoken
+from ..reference import merge_pretoken
 from .tokenizer_data import TokenizerData, check_id
 
 # Up to so many bytes a list of pairs is faster than a heap.

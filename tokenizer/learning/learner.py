@@ -1,20 +1,28 @@
 """Learn the merges of a byte-level BPE from counted pretokens.
 
 The naive trainer counts all pairs, merges the most frequent one everywhere, and starts again. `merge_loop.py` comes to the
-same merges in time linear in the text, but for a heap of pairs.
+same merges in time linear in the text, but for a heap of pairs. `reference.py` does so in plain Python, and is enough for
+little text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from itertools import islice
+from typing import Any, get_args
 
 import numpy as np
 
 from ...errors import UserError
+from ..compiled.work import Work
 from ..counting.counter import PretokenCounts
+from ..reference import Ties, alphabet, learn
+from . import merge_loop
 from .merge_loop import NO_PAIR, Corpus, Created, Heap, Pairs, State, Tokens, fill_cells, merge_steps, place_byte_pairs
 
-Ties = Literal["cs336", "huggingface"]
+__all__ = ["Merges", "Ties", "check_number", "check_rules", "learn_merges"]
+
+# A unit is a byte of a distinct pretoken, times a merge.
+_LEARNING = Work("trainer", [merge_loop], units_per_second=3e7, compile_seconds=4)
 
 _MOST = np.iinfo(np.int64).max
 # Merges between two reports of progress.
@@ -79,6 +87,9 @@ def learn_merges(
 
     # Each merge but a known one makes the text shorter by a token.
     num_merges = min(num_merges, len(known) + len(counts.data))
+    if not _LEARNING.is_compiled(num_merges * len(counts.data)):
+        rules = {"ties": ties, "min_frequency": min_frequency, "max_token_length": max_token_length}
+        return _learn_in_python(learn(dict(counts.items()), num_merges, **rules, known=map(tuple, known.tolist())), progress)
     pairs = np.empty((num_merges, 2), np.int32)
     pairs[: len(known)] = known
     merge_counts = np.zeros(num_merges, np.int64)
@@ -94,6 +105,16 @@ def learn_merges(
         elif state.merges < stop:
             break
     return Merges(pairs[: state.merges], merge_counts[: state.merges])
+
+
+def _learn_in_python(steps: Iterator[tuple[int, int, int]], progress: Callable[[int], None] | None) -> Merges:
+    made: list[tuple[int, int, int]] = []
+    while found := list(islice(steps, _STRIDE)):
+        made += found
+        if progress:
+            progress(len(made))
+    rows = np.array(made, np.int64).reshape(-1, 3)
+    return Merges(rows[:, :2].astype(np.int32), rows[:, 2].copy())
 
 
 def check_rules(ties: Ties, min_frequency: int, max_token_length: int | None) -> None:
@@ -165,10 +186,8 @@ def _tokens(num_merges: int, ties: Ties) -> Tokens:
         keys = np.zeros(size, np.uint64)
         keys[:256] = np.arange(256, dtype=np.uint64) << np.uint64(56)
     else:
-        # In GPT-2's alphabet the bytes that print in Latin-1 come before the others.
-        alphabet = sorted(range(256), key=lambda byte: (byte == ord(" ") or not chr(byte).isprintable(), byte))
         keys = ~np.arange(size, dtype=np.uint64)
-        keys[alphabet] = keys[:256].copy()
+        keys[alphabet()] = keys[:256].copy()
     return Tokens(
         lengths=np.ones(size, np.int64),
         keys=keys,

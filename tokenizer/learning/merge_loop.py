@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..compiled.intrinsics import prefetch
-from ..compiled.jit import BYTES, INT32S, INT64, INT64S, NUMBERS, UINT64S, compiled, helper, tuple_of, types
+from ..compiled.jit import BYTES, INT32S, INT64, INT64S, NUMBERS, UINT64S, ArrayType, compiled, helper, tuple_of
 
 # Columns of the cells, one cell a byte: the token whose first or last byte it is, the pair that begins with that token (in
 # the cell of its first byte), and the pretoken. A blank cell stands before, between and after the pretokens.
@@ -82,7 +82,7 @@ class State(NamedTuple):
     threshold: int
 
 
-_CELLS = types.Array(types.int32, 2, "C")
+_CELLS = ArrayType("int32", 2)
 _CORPUS = tuple_of(Corpus, BYTES, _CELLS, NUMBERS)
 _TOKENS = tuple_of(Tokens, INT64S, UINT64S, INT64S, INT64S, INT32S, INT32S)
 _PAIRS = tuple_of(Pairs, INT32S, INT32S, INT64S, INT64S, INT32S)

@@ -56,8 +56,14 @@ def scanner_of(name: str) -> Scanner:
     return scanner
 
 
+def compiled_scanner(name: str) -> Any:
+    """Return the compiled function behind `scanner_of`, for whoever decides whether it is to be compiled."""
+    return _SCANNERS[name][0]
+
+
 @helper
-def _next_gpt2(data, i, end, table):
+def next_gpt2(data, i, end, table):
+    """Return the end of the pretoken of GPT-2's pattern that begins at i."""
     after = contraction_end(data, i, end, False)
     if after > i:
         return after
@@ -71,7 +77,7 @@ def _next_gpt2(data, i, end, table):
 
 
 @helper
-def _borders_gpt2(data, i, remaining, table):
+def borders_gpt2(data, i, remaining, table):
     """Return a mask of borders between pretokens in the 64 bytes from the border i on, or 0 if none can be told.
 
     The text goes on for `remaining` bytes; its end is a border too. There may be more borders above the highest bit set.
@@ -137,9 +143,9 @@ def _scan_gpt2(data, start, end, ends, table, specials):
             continue
         borders = uint64(0)
         if i + 64 <= len(data) and n + 64 <= len(ends):
-            borders = _borders_gpt2(data, i, stop - i, table)
+            borders = borders_gpt2(data, i, stop - i, table)
         if borders == 0:
-            i = _next_gpt2(data, i, stop, table)
+            i = next_gpt2(data, i, stop, table)
             ends[n] = i
             n += 1
         else:

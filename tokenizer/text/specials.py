@@ -1,11 +1,13 @@
 """Find special tokens in bytes: the leftmost first, the longest where several begin at one place."""
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
-from ..compiled.intrinsics import equal_mask, trailing_zeros
-from ..compiled.jit import BYTES, INT64S, NUMBERS, compiled
+from ..compiled.intrinsics import equal_mask, load8, trailing_zeros
+from ..compiled.jit import BYTES, INT64S, NUMBERS, compiled, helper
 
 NO_SPECIALS = np.empty(0, np.int64)
 
@@ -14,34 +16,64 @@ class SpecialFinder:
     """Finds the given special tokens in texts."""
 
     def __init__(self, special_tokens: Sequence[str]):
-        longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
-        self._few = longest_first if len(longest_first) <= _FEW else None
+        longest_first = self._longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
         self._tokens = np.frombuffer(b"".join(longest_first), np.uint8)
         self._ends = np.cumsum([len(token) for token in longest_first], dtype=np.int64)
         # A token of one byte may be followed by any other, which no byte equals to 256 says.
         beginnings = {(token[0], token[1] if len(token) > 1 else _ANY) for token in longest_first}
-        self._beginnings = np.array(sorted(beginnings), np.int64).reshape(-1)
+        self.beginnings = np.array(sorted(beginnings), np.int64).reshape(-1)
 
     def find(self, data: np.ndarray) -> np.ndarray:
         """Return [start, end, start, end, ...] of the special tokens in the uint8 text: int64. Other threads run meanwhile."""
         if not len(self._ends):
             return NO_SPECIALS
+        if not _find.is_ready:
+            places = [place for match in self._expression.finditer(data.tobytes()) for place in match.span()]
+            return np.array(places, np.int64)
         # Room for a document every 512 bytes, so that most texts are looked through once.
         places = np.empty((len(data) >> 8) + 32, np.int64)
-        while (size := _find(data, self._tokens, self._ends, self._beginnings, places)) > len(places):
+        while (size := _find(data, self._tokens, self._ends, self.beginnings, places)) > len(places):
             places = np.empty(size, np.int64)
         return places[:size]
 
-    def lacks(self, text: bytes) -> bool:
-        """Whether the text is known to hold none, without the time that a call into compiled code takes; False says nothing."""
-        if self._few is None or len(text) > _SHORT:
-            return False
-        return not any(map(text.__contains__, self._few))
+    @cached_property
+    def _expression(self) -> re.Pattern[bytes]:
+        # Of several that match, an alternation takes the first.
+        return re.compile(b"|".join(map(re.escape, self._longest_first)))
 
 
 _ANY = 256
-# More special tokens than this are looked for all at once, as are those in longer texts.
-_FEW, _SHORT = 4, 1 << 11
+
+
+@helper
+def _candidates(data, i, beginnings):
+    """Return a mask of the places among the 64 from i on where two bytes stand that a token begins with."""
+    found = np.uint64(0)
+    for k in range(0, len(beginnings), 2):
+        mask = equal_mask(data, i, beginnings[k])
+        if mask and beginnings[k + 1] != _ANY:
+            mask &= equal_mask(data, i + 1, beginnings[k + 1])
+        found |= mask
+    return found
+
+
+@helper
+def may_hold_special(data, beginnings):
+    """Whether two bytes stand in the text that a special token begins with; `beginnings` are those of a `SpecialFinder`."""
+    if len(beginnings) == 0:
+        return False
+    end = len(data) - 65
+    for i in range(0, end, 64):
+        if _candidates(data, i, beginnings):
+            return True
+    if end >= 0:
+        return _candidates(data, end, beginnings) != 0
+    for k in range(0, len(beginnings), 2):
+        second = beginnings[k + 1]
+        for i in range(len(data)):
+            if load8(data, i) == beginnings[k] and (second == _ANY or (i + 1 < len(data) and load8(data, i + 1) == second)):
+                return True
+    return False
 
 
 @compiled(BYTES, BYTES, NUMBERS, NUMBERS, INT64S)
@@ -51,12 +83,7 @@ def _find(data, tokens, token_ends, beginnings, places):
     while i < len(data):
         # Most windows of 64 bytes hold no two bytes that a token begins with.
         if i + 65 <= len(data):
-            candidates = np.uint64(0)
-            for k in range(0, len(beginnings), 2):
-                mask = equal_mask(data, i, beginnings[k])
-                if mask and beginnings[k + 1] != _ANY:
-                    mask &= equal_mask(data, i + 1, beginnings[k + 1])
-                candidates |= mask
+            candidates = _candidates(data, i, beginnings)
             if candidates == 0:
                 i += 64
                 continue

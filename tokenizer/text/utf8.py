@@ -1,6 +1,7 @@
 """Make text valid: what is not UTF-8 becomes U+FFFD, exactly as `bytes.decode(errors="replace")` says."""
 
 import re
+from contextlib import suppress
 
 import numpy as np
 
@@ -23,8 +24,13 @@ def encode_utf8(text: str) -> bytes:
 def repair_utf8(data: np.ndarray) -> np.ndarray:
     """Return the uint8 text itself if it is valid UTF-8, else a repaired copy. Other threads run while it is checked."""
     check_array(data, np.uint8, "a text")
-    if _is_utf8(data):
-        return data
+    if _is_utf8.is_ready:
+        if _is_utf8(data):
+            return data
+    else:
+        with suppress(UnicodeDecodeError):
+            data.tobytes().decode()
+            return data
     return np.frombuffer(data.tobytes().decode(errors="replace").encode(), np.uint8)
 
 

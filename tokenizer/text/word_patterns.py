@@ -1,7 +1,7 @@
 """The compiled scanners of the patterns that OpenAI's cl100k and o200k began: cl100k, Llama 3 and Qwen 2; o200k and Tekken."""
 
 from ..compiled.intrinsics import load8
-from ..compiled.jit import BYTES, INT64, INT64S, NUMBERS, compiled, helper, int64, types
+from ..compiled.jit import BYTES, INT64, INT64S, NUMBERS, compiled, helper, int64
 from .characters import (
     BLANK,
     NEWLINE,
@@ -40,7 +40,7 @@ def _next_letters(data, i, end, table, most_digits, all_space):
     return space_end(data, i, end, table, True, all_space)
 
 
-@compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS, INT64, types.boolean)
+@compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS, INT64, INT64)
 def scan_letter_words(data, start, end, ends, table, specials, most_digits, all_space):
     """Do what `Scanner` says, for words that are letters, with any one character before them."""
     i, n, k = start, 0, special_from(specials, start)
@@ -95,7 +95,7 @@ def _next_by_case(data, i, end, table, most_digits, contractions):
     return space_end(data, i, end, table, True, False)
 
 
-@compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS, INT64, types.boolean)
+@compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS, INT64, INT64)
 def scan_words_by_case(data, start, end, ends, table, specials, most_digits, contractions):
     """Do what `Scanner` says, for words that are capitals and then lower case, marks among them."""
     i, n, k = start, 0, special_from(specials, start)

@@ -1,6 +1,8 @@
 """Where compiled code is kept, and what is said when it is made: each time in a process of its own."""
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -31,35 +33,32 @@ def total(numbers):
 
 """
 
-SAID = "compiling the tokenizer for this machine (once, some seconds)"
+SAID = "compiling the tokenizer for this machine (once)"
 
 
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "example.py").write_text(EXAMPLE)
-    (tmp_path / "script.py").write_text(SCRIPT)
 
-    def run(**environment):
-        arguments = [sys.executable, "-B", tmp_path / "script.py"]
-        # Beside the sources, wherever whoever runs the tests keeps his own.
-        inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-        done = subprocess.run(arguments, capture_output=True, text=True, env=inherited | environment, check=False)
+    def run(beginning=""):
+        arguments = [sys.executable, "-B", "-c", beginning + SCRIPT]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
         assert done.stderr == ""
-        return done.stdout.splitlines()
+        return re.sub(r"compiled in [\d.]+ s", "compiled in TIME", done.stdout).splitlines()
 
     return run
 
 
-def test_it_is_said_once_and_not_again_when_code_is_kept(run):
-    assert run() == [SAID, "10"]
+def kept_in(folder):
+    return [*folder.glob("cache/*/example.total-*")]
+
+
+def test_it_is_said_once_and_not_again_when_code_is_kept(run, tmp_path):
+    said = run()
+    [path] = kept_in(tmp_path)
+    assert said == [SAID, f"compiled in TIME, kept in {path.parent}", "10"]
     assert run() == ["10"]
-
-
-def test_code_is_made_anew_when_any_file_of_the_room_has_changed(monkeypatch):
-    seen = []
-    monkeypatch.setattr(jit.Path, "read_bytes", lambda path: seen.append(path.name) or b"")
-    jit._sources.__wrapped__()
-    assert {"unicode_classes.py", "scanner.py", "decoder.py", "jit.py"} <= {*seen}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -67,7 +66,7 @@ def test_a_fork_waits_for_the_compiler():
     compiling_now, done = threading.Event(), threading.Event()
 
     def compile():
-        with jit._LOCK:
+        with jit.LOCK:
             compiling_now.set()
             done.wait(0.2)
 
@@ -78,7 +77,7 @@ def test_a_fork_waits_for_the_compiler():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        os._exit(0 if jit._LOCK.acquire(timeout=5) else 1)
+        os._exit(0 if jit.LOCK.acquire(timeout=5) else 1)
     done.set()
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
@@ -86,25 +85,42 @@ def test_a_fork_waits_for_the_compiler():
 
 def test_code_is_made_anew_when_the_kept_one_is_damaged(run, tmp_path):
     run()
-    kept = [path for path in (tmp_path / "__pycache__").iterdir() if path.suffix in (".nbi", ".nbc")]
-    assert kept
-    for path in kept:
-        path.write_bytes(path.read_bytes()[:50])
-    assert run() == [SAID, "10"]
+    [path] = kept_in(tmp_path)
+    path.write_bytes(path.read_bytes()[:50])
+    assert run()[0] == SAID
+    assert run() == ["10"]
+    # Whole, but not what this Numba reads.
+    path.write_bytes(hashlib.sha256(b"foreign").digest() + b"foreign")
+    warning, *said = run()
+    assert warning.startswith("machine code of example.total cannot be loaded, and is made anew: ")
+    assert said[0] == SAID
     assert run() == ["10"]
 
 
 def test_it_works_where_nothing_can_be_kept(run, tmp_path):
     # A file where the folder should be: nobody can write into that, not even the superuser.
-    (tmp_path / "__pycache__").write_text("")
-    (tmp_path / "home").write_text("")
-    nowhere = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
-    assert run(**nowhere) == [SAID, "10"]
-    assert run(**nowhere) == [SAID, "10"]
+    (tmp_path / "file").write_text("")
+    nowhere = f"""
+from pathlib import Path
+from tilewright.tokenizer.compiled import store
+store.machine_code_folders = lambda: [Path({str(tmp_path / "file")!r})]
+"""
+    expected = [SAID, "compiled in TIME, not kept, as no folder can be written to: set NUMBA_CACHE_DIR", "10"]
+    assert run(nowhere) == expected
+    assert run(nowhere) == expected
+
+
+def test_nothing_imports_numba_before_something_is_compiled():
+    script = "import sys, tilewright.tokenizer; print('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_every_function_has_a_name_of_its_own():
+    assert len({each.name for each in jit.ALL}) == len(jit.ALL) > 15
 
 
 def test_a_disabled_compiler_is_named():
-    arguments = [sys.executable, "-c", "import tilewright.tokenizer"]
+    arguments = [sys.executable, "-c", "from tilewright.tokenizer.compiled import jit\nimport tilewright\njit._numba()"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=False)
     assert "ImportError: NUMBA_DISABLE_JIT is set" in done.stderr
 

@@ -215,7 +215,10 @@ SCRIPT_THAT_KILLS = """
 import multiprocessing, os, signal, sys, threading, time
 
 from tilewright.errors import UserError
+from tilewright.tokenizer.compiled.work import Work
 from tilewright.tokenizer.counting.count_text import count_text
+
+Work.is_compiled = lambda work, units: True
 
 def kill():
     while not (workers := multiprocessing.active_children()):

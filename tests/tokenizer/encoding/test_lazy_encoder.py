@@ -1,0 +1,107 @@
+"""From plain Python to compiled code: when, once, and with any number of threads."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from tilewright.errors import UserError
+from tilewright.tokenizer.compiled.work import Work
+from tilewright.tokenizer.encoding.compiled_encoder import CompiledEncoder
+from tilewright.tokenizer.encoding.decoder import token_table
+from tilewright.tokenizer.encoding.lazy_encoder import LazyEncoder, encoding_work
+from tilewright.tokenizer.text.patterns import PATTERNS
+
+VOCAB = {id: bytes([id]) for id in range(256)} | {256: b"ab", 257: b"abc"}
+MERGES = [(b"a", b"b"), (b"ab", b"c")]
+NONE = np.empty(0, np.int64), np.empty(0, np.uint32)
+
+
+def lazy(merges=MERGES, pattern="gpt2"):
+    return LazyEncoder(merges, {token: id for id, token in VOCAB.items()}, token_table(VOCAB), pattern, {}, NONE[0])
+
+
+def encode(encoder, data):
+    return encoder.encode(data, *NONE).tolist()
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What is answered next to whether the work is to be compiled, and the sizes that were asked for."""
+    asked = []
+    left = []
+
+    def answer(work, units):
+        asked.append(units)
+        return left.pop(0)
+
+    monkeypatch.setattr(Work, "is_compiled", answer)
+    return left, asked
+
+
+def test_texts_are_encoded_in_python_until_compiled_code_pays(answers):
+    left, asked = answers
+    left += [False, False, True]
+    encoder = lazy()
+    for _ in range(5):
+        assert encode(encoder, b"abcab") == [257, 256]
+    # When it is compiled, nobody asks any more.
+    assert asked == [5, 5, 5]
+    assert isinstance(encoder.encode.__self__, CompiledEncoder)
+
+
+def test_what_is_expected_counts_before_it_comes(answers):
+    left, asked = answers
+    left += [True]
+    encoder = lazy()
+    assert isinstance(encoder.chosen(1 << 30), CompiledEncoder)
+    assert encode(encoder, b"abc") == [257]
+    assert asked == [1 << 30]
+
+
+def test_whole_tokens_are_such_in_both(answers):
+    left, _ = answers
+    left += [False, True]
+    vocab = VOCAB | {258: b"zz"}
+    ids = {token: id for id, token in vocab.items()}
+    encoder = LazyEncoder(MERGES, ids, token_table(vocab), "gpt2", {b"zz": 258, b"ab": 256}, NONE[0])
+    kinds = set()
+    for _ in range(3):
+        kinds.add(type(encoder.encode.__self__))
+        assert encode(encoder, b"zz abzz") == [258, 32, 256, 122, 122]
+    assert kinds == {LazyEncoder, CompiledEncoder}
+
+
+def test_merges_that_do_not_fit_are_an_error_at_once():
+    with pytest.raises(UserError, match="merge 0, b'x' b'y', needs b'xy', which is not in the vocabulary"):
+        lazy([(b"x", b"y")])
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"\S+|\s"])
+def test_a_pattern_has_one_count_of_what_was_encoded(pattern):
+    work = encoding_work(pattern)
+    assert encoding_work(pattern) is work
+    names = {each.name for each in work._entries}
+    assert "encode_loop.encode_pretokens" in names
+    # The loop of the encoder finds GPT-2's pretokens by itself, and `regex` those of an expression.
+    assert any("scan" in name for name in names) == (pattern in PATTERNS and pattern != "gpt2")
+
+
+def test_threads_go_over_together(monkeypatch):
+    asked = iter(range(10_000))
+    monkeypatch.setattr(Work, "is_compiled", lambda work, units: next(asked) > 100)
+    encoder = lazy()
+    wrong = []
+
+    def work():
+        for _ in range(100):
+            if encode(encoder, b"abcab" * 20) != [257, 256] * 20:
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert isinstance(encoder.encode.__self__, CompiledEncoder)

@@ -1,0 +1,78 @@
+"""The encoder that every tokenizer has: plain Python for the first texts, compiled loops once texts pay for them."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+
+import numpy as np
+
+from ..compiled.jit import LOCK
+from ..compiled.work import Work
+from ..text import specials, utf8
+from ..text.patterns import pattern_name, resolve_pattern
+from ..text.scanner import compiled_scanner
+from . import backtracking, encode_loop
+from .compiled_encoder import compiled_encoder
+from .decoder import TokenTable
+from .encoder import Encoder, PlainEncoder, Text, merge_ids, split_by_regex
+
+_BYTES_PER_SECOND = 2e6
+_COMPILE_SECONDS = 7
+
+
+@cache
+def encoding_work(pattern: str) -> Work:
+    """Return the work of encoding text that splits by this pattern."""
+    name = pattern_name(pattern)
+    # The loop of the encoder finds GPT-2's pretokens by itself.
+    scanners = [compiled_scanner(name)] if name not in (None, "gpt2") else []
+    functions = [*scanners, utf8, specials, backtracking, encode_loop]
+    return Work("encoder", functions, units_per_second=_BYTES_PER_SECOND, compile_seconds=_COMPILE_SECONDS)
+
+
+class LazyEncoder(Encoder):
+    """An `Encoder` that becomes compiled; merges that do not fit the ids, or are there twice, raise a `UserError` at once.
+
+    To make it takes no longer than to read the merges, and compiles nothing. `whole` are the tokens, with their ids, that
+    pretokens become without any merging; `beginnings` are those of special tokens: see `SpecialFinder`.
+    """
+
+    def __init__(
+        self,
+        merges: Sequence[tuple[bytes, bytes]],
+        ids: Mapping[bytes, int],
+        tokens: TokenTable,
+        pattern: str,
+        whole: Mapping[bytes, int],
+        beginnings: np.ndarray,
+    ):
+        self._merges = merge_ids(merges, ids)
+        self._byte_ids = np.array([ids[bytes([byte])] for byte in range(256)], np.int64)
+        self._tokens, self._pattern, self._whole, self._beginnings = tokens, pattern, whole, beginnings
+        self._work = encoding_work(pattern)
+        self._plain: Encoder | None = None
+        self._final: Encoder | None = None
+
+    def chosen(self, num_bytes: int) -> Encoder:
+        """Return the encoder for a text of so many bytes, or for many texts that have as many together."""
+        if self._final is None and not self._work.is_compiled(num_bytes):
+            # Threads that come at the same time may make one each, and the last one stays.
+            plain = self._plain
+            if plain is None:
+                split = partial(split_by_regex, resolve_pattern(self._pattern))
+                plain = PlainEncoder(self._merges, self._byte_ids, split, len(self._tokens.sizes), self._whole)
+                self._plain = plain
+            return plain
+        with LOCK:
+            if self._final is None:
+                self._final = compiled_encoder(
+                    self._merges, self._byte_ids, self._tokens, self._pattern, self._whole, self._beginnings
+                )
+                self._plain = None
+                # From now on nothing stands between a text and its encoder.
+                for name in ("encode_with_cuts", "encode", "encode_to_list", "try_encode", "try_encode_to_list"):
+                    setattr(self, name, getattr(self._final, name))
+            return self._final
+
+    def encode_with_cuts(self, data: Text, borders: np.ndarray, border_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Encoder`."""
+        return self.chosen(len(data)).encode_with_cuts(data, borders, border_ids)
