@@ -133,7 +133,8 @@ class Rustbpe(Library):
 
         def merges() -> Merges:
             recover_merges = import_module("tilewright.tokenizer.formats.ranks").recover_merges
-            return list(recover_merges({bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}))
+            found, _ = recover_merges({bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()})
+            return found
 
         return merges
 

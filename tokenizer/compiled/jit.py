@@ -123,7 +123,7 @@ def intrinsic(name: str) -> Any:
 class Compiled:
     """A function of machine code, compiled or loaded at its first call."""
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Type, ...], releases_gil: bool):
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Type, ...], releases_gil: bool = True):
         self.__doc__, self.__name__, self.__wrapped__ = function.__doc__, function.__name__, function
         self.module = function.__module__
         self._arguments, self._releases_gil = arguments, releases_gil

@@ -14,11 +14,11 @@ from ..text.patterns import pattern_name
 from ..text.scanner import Scanner, scanner_of
 from .backtracking import MergeTable, merge_table, no_merge_table
 from .decoder import TokenTable
-from .encode_loop import BEGIN, CACHE_IS_FULL, OUTPUT_IS_FULL, PLAIN, RESUME, encode_pretokens, write_list
+from .encode_loop import BEGIN, CACHE_IS_FULL, PLAIN, RESUME, encode_pretokens, write_list
 from .encoder import NO_IDS, Encoder, PlainEncoder, Splitter, Text, split_by_regex, token_dtype
 from .pretoken_cache import LOCK, WholeTokens, new_cache, next_cache
 from .rank_merging import RankTable, no_rank_table, rank_table, tokens_made
-from .workspace import GIVEN, NEEDED, ROOM, SIZE, SLACK, START, EncoderWorkspace
+from .workspace import ROOM, SIZE, SLACK, EncoderWorkspace
 
 # Room for a longer pretoken than this is given back after its text.
 _KEPT = 1 << 20
@@ -42,25 +42,21 @@ def compiled_encoder(
     """
     name = pattern_name(pattern)
     split = partial(split_by_scanner, scanner_of(name)) if name else partial(split_by_regex, pattern)
-    table, ranks, plain = merge_table(merges, byte_ids, tokens), no_rank_table(), None
+    table, ranks = merge_table(merges, byte_ids, tokens), no_rank_table()
     made = set() if table is None else set(table.ids[table.sizes > 1].tolist())
     if table is None:
         table, ranks = no_merge_table(), rank_table(merges, byte_ids)
-        plain = PlainEncoder(merges, byte_ids, split, len(tokens.sizes), whole)
         made = tokens_made(ranks, tokens)
     seeds = WholeTokens.of({token: id for token, id in whole.items() if id not in made})
     if seeds is None:
         return PlainEncoder(merges, byte_ids, split, len(tokens.sizes), whole)
     # GPT-2's pretokens are found by the loop of the encoder itself.
     split = None if name == "gpt2" else split
-    return CompiledEncoder((table, ranks), split, len(tokens.sizes), beginnings, seeds, plain)
+    return CompiledEncoder((table, ranks), split, len(tokens.sizes), beginnings, seeds)
 
 
 class CompiledEncoder(Encoder):
-    """The encoder that merges each distinct pretoken once.
-
-    It merges by the first of the tables, or by the second where that is not empty; `plain` then merges long pretokens.
-    """
+    """The encoder that merges each distinct pretoken once: by the first of the tables, or the second if it is not empty."""
 
     def __init__(
         self,
@@ -69,9 +65,8 @@ class CompiledEncoder(Encoder):
         num_ids: int,
         beginnings: np.ndarray,
         whole: WholeTokens,
-        plain: PlainEncoder | None,
     ):
-        self._tables, self._split, self._beginnings, self._whole, self._plain = tables, split, beginnings, whole, plain
+        self._tables, self._split, self._beginnings, self._whole = tables, split, beginnings, whole
         self._scans = split is None
         self._num_ids, self._dtype = num_ids, token_dtype(num_ids)
         self._cache = whole.add_to(new_cache())
@@ -163,14 +158,14 @@ class CompiledEncoder(Encoder):
             workspace.set_borders(borders, border_ids, cuts)
         address = id(data) + _BYTES_HEADER if isinstance(data, bytes) else data.ctypes.data
         if self._split is None:
-            size = self._encode_part(workspace, data, address, BEGIN, take)
+            size = self._encode_part(workspace, address, len(data), BEGIN, take)
         else:
             resume, size = BEGIN, 0
             padded = bytes(data) + bytes(SLACK)
             text = np.frombuffer(padded, np.uint8)[: len(data)]
             for ends in self._split(text, borders, workspace.given_ends):
                 workspace.give(ends)
-                size = self._encode_part(workspace, data, id(padded) + _BYTES_HEADER, resume, take)
+                size = self._encode_part(workspace, id(padded) + _BYTES_HEADER, len(data), resume, take)
                 resume = RESUME
         take(size)
         if len(border_ids):
@@ -181,32 +176,16 @@ class CompiledEncoder(Encoder):
         self._idle.append(workspace)
         return cuts
 
-    def _encode_part(
-        self, workspace: EncoderWorkspace, data: Text, address: int, mode: int, take: Callable[[int], None]
-    ) -> int:
+    def _encode_part(self, workspace: EncoderWorkspace, address: int, size: int, mode: int, take: Callable[[int], None]) -> int:
         """Encode the text, or the part of it whose pretokens are given; return how many ids `take` has not been given yet."""
-        while (found := self._encode(workspace.address, address, len(data), mode)) < 0:
+        while (found := self._encode(workspace.address, address, size, mode)) < 0:
             if found == CACHE_IS_FULL:
-                self._grow_cache(workspace, len(data))
-            elif found == OUTPUT_IS_FULL:
+                self._grow_cache(workspace, size)
+            else:
                 take(int(workspace.frame[SIZE]))
                 workspace.clear_output()
-            else:
-                self._merge_long(workspace, data, take)
             mode = RESUME
         return found
-
-    def _merge_long(self, workspace: EncoderWorkspace, data: Text, take: Callable[[int], None]) -> None:
-        assert self._plain is not None
-        frame = workspace.frame
-        take(int(frame[SIZE]))
-        workspace.clear_output()
-        start, size = int(frame[START]), int(frame[NEEDED])
-        ids = self._plain.merge(bytes(data[start : start + size]))
-        workspace.out[: len(ids)] = ids
-        frame[START] += size
-        frame[GIVEN] += 1
-        frame[SIZE] = len(ids)
 
     def _grow_cache(self, workspace: EncoderWorkspace, num_bytes: int) -> None:
         with self._lock:

@@ -34,7 +34,7 @@ from .rank_merging import merge_by_rank
 from .workspace import BORDER, COUNT, FRAME_SIZE, GIVEN, GROUP, NEEDED, PLACES, SCANS, SIZE, SLACK, START, TOTAL, WINDOW
 
 # What the loop returns in place of the number of ids where it has to be called again.
-CACHE_IS_FULL, OUTPUT_IS_FULL, MAY_HOLD_SPECIAL, IS_LONG = range(-4, 0)
+CACHE_IS_FULL, OUTPUT_IS_FULL, MAY_HOLD_SPECIAL = range(-3, 0)
 # Begin a text; begin one if it holds no special token; go on where the frame says.
 BEGIN, PLAIN, RESUME = range(3)
 
@@ -45,6 +45,7 @@ _ENTRIES, _TEXTS, _CACHED, _USED = (PLACES[name] for name in ("entries", "texts"
 _PAIRS, _SEEN, _PARTS, _SIZES = (PLACES[f"table_{name}"] for name in ("pairs", "seen", "parts", "sizes"))
 _TOKEN_IDS, _SHORTER, _BRANCHES = (PLACES[f"table_{name}"] for name in ("ids", "shorter", "branches"))
 _RANK_PAIRS, _BYTE_IDS, _RANKS = (PLACES[f"rank_{name}"] for name in ("pairs", "byte_ids", "ranks"))
+_BEFORE, _AFTER, _HEAP = (PLACES[f"rank_{name}"] for name in ("before", "after", "heap"))
 _FAILED, _NEIGHBOURS, _CLASSES, _BEGINNINGS = (PLACES[name] for name in ("failed", "neighbours", "classes", "beginnings"))
 _KEYS, _ENDS, _GIVEN_ENDS, _TAIL = (PLACES[name] for name in ("keys", "ends", "given_ends", "tail"))
 _BORDERS, _BORDER_IDS, _CUTS = (PLACES[name] for name in ("borders", "border_ids", "cuts"))
@@ -56,8 +57,7 @@ def encode_pretokens(frame_address, address, size, mode):
     """Write the ids of the `size` bytes at an address to the frame's `out`; return how many there are.
 
     See `EncoderWorkspace` for the frame. Where `CACHE_IS_FULL` or `OUTPUT_IS_FULL` is returned, the frame says how far it came
-    and what it wrote, and the next call, with `RESUME`, goes on there. After `IS_LONG` it goes on behind the `NEEDED` bytes
-    that come next, which are left to the caller.
+    and what it wrote, and the next call, with `RESUME`, goes on there.
     """
     frame = words_at(frame_address, FRAME_SIZE)
     entries, texts = uint64s_at(frame, _ENTRIES), uint8s_at(frame, _TEXTS)
@@ -74,7 +74,13 @@ def encode_pretokens(frame_address, address, size, mode):
         int32s_at(frame, _SHORTER),
         uint64s_at(frame, _BRANCHES),
     )
-    rank_pairs, byte_ids, ranks = uint64s_at(frame, _RANK_PAIRS), uint32s_at(frame, _BYTE_IDS), uint64s_at(frame, _RANKS)
+    rank_pairs, byte_ids = uint64s_at(frame, _RANK_PAIRS), uint32s_at(frame, _BYTE_IDS)
+    rank_scratch = (
+        uint64s_at(frame, _RANKS),
+        int32s_at(frame, _BEFORE),
+        int32s_at(frame, _AFTER),
+        uint64s_at(frame, _HEAP),
+    )
     scratch = uint64s_at(frame, _FAILED), uint64s_at(frame, _NEIGHBOURS)
     if mode == PLAIN and may_hold_special(bytes_at(address, size), int64s_at(frame, _BEGINNINGS)):
         return int64(MAY_HOLD_SPECIAL)
@@ -204,13 +210,9 @@ def encode_pretokens(frame_address, address, size, mode):
             elif can_be_cached and not has_room(entries, texts, cached, used, size_of_this):
                 status = int64(CACHE_IS_FULL)
                 break
-            elif len(rank_pairs) and not can_be_cached:
-                frame[NEEDED] = size_of_this
-                status = int64(IS_LONG)
-                break
             else:
                 if len(rank_pairs):
-                    count = merge_by_rank(rank_pairs, byte_ids, ranks, data, start, size_of_this, out, int64(place))
+                    count = merge_by_rank(rank_pairs, byte_ids, rank_scratch, data, start, size_of_this, out, int64(place))
                 else:
                     count = merge_bytes(table, scratch, data, start, end, out, int64(place)) - int64(place)
                 if can_be_cached:

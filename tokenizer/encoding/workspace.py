@@ -7,10 +7,10 @@ address and length, and only what differs from call to call is an argument.
 import numpy as np
 
 from ..text.unicode_classes import class_table
-from .backtracking import MergeTable, new_scratch
+from .backtracking import MergeTable, Scratch, new_scratch
 from .encoder import BLOCK
 from .pretoken_cache import LONGEST, PretokenCache
-from .rank_merging import RankTable
+from .rank_merging import RankScratch, RankTable, rank_scratch
 
 # Pretokens that are hashed and fetched ahead together at least, so that their cache misses overlap.
 GROUP = 32
@@ -27,7 +27,8 @@ START, BORDER, SIZE, TOTAL, GIVEN, COUNT, SCANS, NEEDED = range(8)
 _CACHE = ("entries", "texts", "cached_ids", "used")
 _TABLE = tuple(f"table_{name}" for name in MergeTable._fields)
 _RANKS = tuple(f"rank_{name}" for name in RankTable._fields)
-_ARRAYS = (*_CACHE, *_TABLE, *_RANKS, "failed", "neighbours", "classes", "keys", "ends", "given_ends", "tail")
+_RANK_SCRATCH = tuple(f"rank_{name}" for name in RankScratch._fields)
+_ARRAYS = (*_CACHE, *_TABLE, *_RANKS, *_RANK_SCRATCH, "failed", "neighbours", "classes", "keys", "ends", "given_ends", "tail")
 _ARRAYS += ("borders", "border_ids", "cuts", "out", "short_out", "numbers", "beginnings")
 PLACES = {name: np.int64(8 + 2 * index) for index, name in enumerate(_ARRAYS)}
 FRAME_SIZE = 8 + 2 * len(_ARRAYS)
@@ -53,8 +54,7 @@ class EncoderWorkspace:
         self._arrays: dict[str, np.ndarray] = {}
         for name, array in zip((*_TABLE, *_RANKS), (*tables[0], *tables[1]), strict=True):
             self.set(name, array)
-        # Scratch is nobody else's.
-        self.set("rank_ranks", np.empty_like(tables[1].ranks))
+        self._by_rank = len(tables[1].pairs) > 0
         self.set("classes", class_table())
         self.set("numbers", numbers)
         self._numbers = len(numbers)
@@ -95,7 +95,10 @@ class EncoderWorkspace:
         self.set("out", self.out)
         # What a short text is read from.
         self.results = self.short_out if self._numbers <= 1 << 16 else self.out
-        for name, array in new_scratch(num_bytes + LONGEST)._asdict().items():
+        # Of the two ways to merge, one is taken.
+        scratch = new_scratch(0 if self._by_rank else num_bytes + LONGEST)
+        rank = rank_scratch(num_bytes + LONGEST if self._by_rank else 0)
+        for name, array in zip((*Scratch._fields, *_RANK_SCRATCH), (*scratch, *rank), strict=True):
             self.set(name, array)
 
     def give(self, ends: np.ndarray) -> None:

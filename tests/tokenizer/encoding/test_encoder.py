@@ -97,7 +97,7 @@ def test_an_order_that_no_training_gives_is_merged_one_by_one():
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
-def test_long_pretokens_that_python_merges_leave_borders_in_place(pattern):
+def test_long_pretokens_merged_by_rank_leave_borders_in_place(pattern):
     merges = [(b"ab", b"c"), (b"a", b"b"), (b"b", b"c")]
     compiled, ids = encoder_of(merges, pattern=pattern)
     plain = plain_of(compiled, merges, ids)
