@@ -22,7 +22,7 @@ from .timing import quantiles
 from .tokenizer_texts import LINES, write_text
 
 # Each form of ids, and the method of a library that gives it.
-FORMS = {"list": "to_list", "array": "to_array", "file": "of_file"}
+FORMS = {"list": "to_list", "short": "to_list", "array": "to_array", "batch": "of_batch", "file": "of_file"}
 OURS = "tilewright"
 OURS_TIES = "tilewright, ties as tokenizers"
 
@@ -96,7 +96,9 @@ def _encode_and_decode(
     names = [name for name in present if name != OURS_TIES]
     titles = {
         "list": "encode to lists, one thread",
+        "short": "encode 60 characters a call to lists, one thread",
         "array": "encode to arrays, one thread",
+        "batch": "encode all documents in one call, all cores",
         "file": "encode the file, all cores",
     }
     for form, method in FORMS.items():

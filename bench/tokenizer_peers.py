@@ -50,6 +50,10 @@ class Library:
         """Return the ids of a document as an array."""
         raise NotImplementedError
 
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids of documents in one call, by all cores."""
+        raise NotImplementedError
+
     def of_file(self, path: Path) -> list[np.ndarray]:
         """Return the ids of all documents of a file, by all cores, with special tokens or without."""
         raise NotImplementedError
@@ -81,6 +85,9 @@ class Tilewright(Library):
 
     def to_array(self, text: str) -> np.ndarray:
         return self.tokenizer.encode_array(text)
+
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.tokenizer.encode_batch(texts).ids]
 
     def of_file(self, path: Path) -> list[np.ndarray]:
         return list(import_module("tilewright.tokenizer").iter_encoded(path, self.tokenizer))
@@ -114,6 +121,9 @@ class Gigatoken(Library):
 
     def to_array(self, text: str) -> np.ndarray:
         return self.tokenizer.encode(text)
+
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.asarray(import_module("awkward").flatten(self.tokenizer.encode_batch(texts)))]
 
     def of_file(self, path: Path) -> list[np.ndarray]:
         gigatoken = import_module("gigatoken")
@@ -166,8 +176,11 @@ class HuggingFace(Library):
     def to_list(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(encoding.ids, np.uint32) for encoding in self.tokenizer.encode_batch(texts)]
+
     def of_file(self, path: Path) -> list[np.ndarray]:
-        return [np.array(encoding.ids, np.uint32) for encoding in self.tokenizer.encode_batch(_documents(path))]
+        return self.of_batch(_documents(path))
 
     def decode(self, ids: Any) -> str | bytes:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -191,8 +204,11 @@ class Tiktoken(Library):
     def to_array(self, text: str) -> np.ndarray:
         return self.tokenizer.encode_to_numpy(text)
 
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.uint32) for ids in self.tokenizer.encode_ordinary_batch(texts)]
+
     def of_file(self, path: Path) -> list[np.ndarray]:
-        return [np.array(ids, np.uint32) for ids in self.tokenizer.encode_ordinary_batch(_documents(path))]
+        return self.of_batch(_documents(path))
 
     def decode(self, ids: Any) -> str | bytes:
         return self.tokenizer.decode(ids)
@@ -210,8 +226,11 @@ class Fastokens(Library):
     def to_array(self, text: str) -> np.ndarray:
         return np.frombuffer(self.tokenizer.encode_batch_flat([text])[0], np.uint32)
 
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(self.tokenizer.encode_batch_flat(texts)[0], np.uint32)]
+
     def of_file(self, path: Path) -> list[np.ndarray]:
-        return [np.frombuffer(self.tokenizer.encode_batch_flat(_documents(path))[0], np.uint32)]
+        return self.of_batch(_documents(path))
 
     def decode(self, ids: Any) -> str | bytes:
         return self.tokenizer.decode(ids)
@@ -230,8 +249,11 @@ class Splintr(Library):
     def to_array(self, text: str) -> np.ndarray:
         return np.frombuffer(self.tokenizer.encode_flat(text), np.uint32)
 
+    def of_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(self.tokenizer.encode_batch_flat(texts)[0], np.uint32)]
+
     def of_file(self, path: Path) -> list[np.ndarray]:
-        return [np.frombuffer(self.tokenizer.encode_batch_flat(_documents(path))[0], np.uint32)]
+        return self.of_batch(_documents(path))
 
     def decode(self, ids: Any) -> str | bytes:
         return self.tokenizer.decode_bytes(ids)
@@ -250,6 +272,8 @@ LIBRARIES: dict[str, tuple[type[Library], str, str]] = {
 }
 # What every library does once before it is timed, as some read tables or machine code from the disk then.
 _WARM_UP = "Warming up, warming up: once and for all."
+# Characters of a short text.
+_SHORT = 60
 
 
 def can(name: str, method: str) -> bool:
@@ -304,9 +328,15 @@ def _encode(library: Library, folder: str, text: str, form: str) -> dict[str, An
         small.write_text(_WARM_UP)
         library.of_file(small)
         run: Callable[[], Any] = lambda: library.of_file(Path(text))  # noqa: E731
+    elif form == "batch":
+        documents = _documents(Path(text))
+        library.of_batch([_WARM_UP])
+        run = lambda: library.of_batch(documents)  # noqa: E731
     else:
         documents = _documents(Path(text))
-        encode = library.to_list if form == "list" else library.to_array
+        if form == "short":
+            documents = [document[k : k + _SHORT] for document in documents for k in range(0, len(document), _SHORT)]
+        encode = library.to_array if form == "array" else library.to_list
         encode(_WARM_UP)
         run = lambda: [encode(document) for document in documents]  # noqa: E731
     first, parts = _timed(run)

@@ -59,7 +59,7 @@ def test_the_tokenizer_is_measured_against_its_peers(monkeypatch):
     assert [row["case"] for row in first] == [f"first calls, {case}" for case in scripts for _ in range(2)]
     assert all(row["cpu_s"] > 0 and row["p50_ms"] > 0 for row in first)
     assert {row["variant"] for row in measured} == set(names)
-    assert len({row["case"] for row in measured}) == 5
+    assert len({row["case"] for row in measured}) == 7
     assert all(row["same_result"] for row in measured)
     assert all(row["mb_per_s"] > 0 and row["peak_mb"] > 10 and row["process_s"] > 0 for row in measured)
     assert all(row["speedup"] == 1 for row in measured if row["variant"] == "tilewright")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
 from tilewright.tokenizer import reference as plain_python
+from tilewright.tokenizer import tokenizer as tokenizer_module
 from tilewright.tokenizer.encoding.compiled_encoder import CompiledEncoder
 from tilewright.tokenizer.encoding.encoder import PlainEncoder, merge_ids, split_by_regex
 from tilewright.tokenizer.formats import save_huggingface
@@ -204,6 +205,18 @@ def test_encode_batch_is_encode_of_each(tokenizer, texts):
     assert batch.offsets.tolist() == [0, *np.cumsum([len(tokenizer.encode(text)) for text in texts]).tolist()]
     parts = np.split(batch.ids, batch.offsets[1:-1]) if texts else []
     assert [part.tolist() for part in parts] == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_batch_of_many_groups_is_one_batch(tokenizer, real_text, monkeypatch, num_workers):
+    texts = [*real_text.split("\n"), "", "<|endoftext|>" * 3, real_text]
+    expected = tokenizer.encode_batch(texts)
+    monkeypatch.setattr(tokenizer_module, "_GROUP_BYTES", 500)
+    found = tokenizer.encode_batch(texts, num_workers)
+    assert found.ids.dtype == expected.ids.dtype
+    assert (found.ids.tolist(), found.offsets.tolist()) == (expected.ids.tolist(), expected.offsets.tolist())
+    with pytest.raises(UserError, match="num_workers is 0: at least 1 is needed"):
+        tokenizer.encode_batch(texts, 0)
 
 
 @steady
