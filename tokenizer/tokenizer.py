@@ -1,6 +1,6 @@
 """Encode text to ids and decode ids to text, with a given vocabulary and its merges."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,14 +10,14 @@ import numpy as np
 
 from ..errors import UserError
 from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, leave_out, token_table
-from .encoding.encoder import NO_ID, NO_IDS, token_dtype, whole_tokens
+from .encoding.encoder import NO_ID, token_dtype, whole_tokens
 from .encoding.lazy_encoder import LazyEncoder
+from .encoding.special_tokens import Specials, SpecialTokens
 from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
 from .text.block_borders import borders_of
 from .text.borders import last_border
 from .text.patterns import END_OF_TEXT, check_special_tokens, pattern_name, resolve_pattern
 from .text.sources import Block
-from .text.specials import SpecialFinder
 from .text.utf8 import encode_utf8, repair_utf8
 from .workers import choose_workers, map_in_threads
 
@@ -27,8 +27,6 @@ _BLOCK_BYTES = 1 << 14
 _GROUP_BYTES = 1 << 20
 # No UTF-8 has this byte, and so no special token: between documents, it keeps them apart.
 _SEPARATOR = b"\xff"
-
-Specials = Literal["all"] | Collection[str]
 
 
 class TokenBatch(NamedTuple):
@@ -83,9 +81,9 @@ class Tokenizer:
         self.special_tokens = {name: ids[name.encode()] for name in names}
         self._tokens = token_table(self.vocab)
         self.ignore_merges = ignore_merges
-        self._finder = SpecialFinder(names)
+        self._specials = SpecialTokens(self.special_tokens)
         whole = whole_tokens(ids, set(self.special_tokens.values())) if ignore_merges else {}
-        self._encoder = LazyEncoder(self.merges, ids, self._tokens, self.pattern, whole, self._finder.beginnings)
+        self._encoder = LazyEncoder(self.merges, ids, self._tokens, self.pattern, whole, self._specials.finder.beginnings)
 
     @classmethod
     def load(
@@ -147,23 +145,27 @@ class Tokenizer:
         data = encode_utf8(text)
         if allowed_special == "all" == disallowed_special and (ids := self._encoder.try_encode_to_list(data)) is not None:
             return ids
-        return self._encoder.encode_to_list(data, *self._borders_of(data, allowed_special, disallowed_special))
+        borders = self._specials.borders_in(_as_array(data), allowed_special, disallowed_special)
+        return self._encoder.encode_to_list(data, *borders)
 
     def encode_array(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> np.ndarray:
         """Return the ids of a text as an array of shape (n,) and of `token_dtype(vocab_size)`: several times faster."""
         data = encode_utf8(text)
         if allowed_special == "all" == disallowed_special and (ids := self._encoder.try_encode(data)) is not None:
             return ids
-        return self._encoder.encode(data, *self._borders_of(data, allowed_special, disallowed_special))
+        borders = self._specials.borders_in(_as_array(data), allowed_special, disallowed_special)
+        return self._encoder.encode(data, *borders)
 
     def encode_bytes(self, data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
         """Return the ids of a text in UTF-8, bytes or uint8 of shape (n,), as an array; what is not UTF-8 becomes U+FFFD."""
         data = repair_utf8(data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8))
-        return self._encode(data, self._finder.find(data))
+        borders = self._specials.finder.find(data)
+        return self._encoder.encode(data, borders, self._specials.ids_of(data, borders))
 
     def encode_block(self, block: Block) -> np.ndarray:
         """Return the ids of the documents of a block, one after another, in one array; what is not UTF-8 becomes U+FFFD."""
-        return self._encode(*borders_of(block, self._finder))
+        data, borders = borders_of(block, self._specials.finder)
+        return self._encoder.encode(data, borders, self._specials.ids_of(data, borders))
 
     def encode_batch(
         self,
@@ -179,7 +181,7 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             raise TypeError(f"texts is the one string {texts[:60]!r}: a list or another iterable of strings is needed")
-        self._choice(allowed_special, disallowed_special)
+        self._specials.choice(allowed_special, disallowed_special)
         groups: list[list[bytes]] = []
         size = room = 0
         for part in map(encode_utf8, texts):
@@ -200,8 +202,7 @@ class Tokenizer:
 
     def _encode_group(self, parts: list[bytes], allowed: Specials, disallowed: Specials) -> TokenBatch:
         data = _as_array(b"".join(part + _SEPARATOR for part in parts))
-        borders = self._specials_in(data, allowed, disallowed)
-        ids = self._border_ids(data, borders)
+        borders, ids = self._specials.borders_in(data, allowed, disallowed)
         ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
         order = np.argsort(np.concatenate((borders[::2], ends - 1)), kind="stable")
         borders = np.concatenate((borders.reshape(-1, 2), np.stack((ends - 1, ends), axis=1)))[order].reshape(-1)
@@ -241,7 +242,7 @@ class Tokenizer:
         Where the pieces cut the text makes no difference, not even within a pretoken or a special token. Memory: a few times
         the longest stretch without a blank or a line end; for a pattern of one's own, without a special token.
         """
-        allowed, refused = self._choice(allowed_special, disallowed_special)
+        allowed, refused = self._specials.choice(allowed_special, disallowed_special)
         specials = tuple(name.encode() for name in (*allowed, *refused))
         held, enough = bytearray(), _BLOCK_BYTES
         for piece in iterable:
@@ -288,56 +289,6 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes fill memories of their own.
         return type(self).of, (self.data,)
-
-    def _borders_of(self, text: bytes, allowed: Specials, disallowed: Specials) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the special tokens of a text are, and their ids."""
-        data = _as_array(text)
-        borders = self._specials_in(data, allowed, disallowed)
-        return borders, self._border_ids(data, borders)
-
-    def _encode(self, data: np.ndarray, specials: np.ndarray) -> np.ndarray:
-        return self._encoder.encode(data, specials, self._border_ids(data, specials))
-
-    def _border_ids(self, data: np.ndarray, borders: np.ndarray) -> np.ndarray:
-        if not len(borders):
-            return NO_IDS
-        # Where a document ends there may be a border without a byte, and it has no id.
-        found = borders[::2] < borders[1::2]
-        ids = np.full(len(found), NO_ID, np.uint32)
-        if len(self.special_tokens) == 1:
-            ids[found] = next(iter(self.special_tokens.values()))
-        else:
-            names = (data[start:end].tobytes().decode() for start, end in borders.reshape(-1, 2)[found].tolist())
-            ids[found] = [self.special_tokens[name] for name in names]
-        return ids
-
-    def _choice(self, allowed: Specials, disallowed: Specials) -> tuple[list[str], list[str]]:
-        """Return the special tokens that are allowed, and those that are refused."""
-        for argument, names in (("allowed_special", allowed), ("disallowed_special", disallowed)):
-            if isinstance(names, str) and names != "all":
-                raise TypeError(f"{argument} is the one string {names!r}: 'all' or a collection of strings is needed")
-            for name in () if names == "all" else names:
-                if name not in self.special_tokens:
-                    known = ", ".join(map(repr, self.special_tokens)) or "none"
-                    raise UserError(f"{name!r} is no special token: there are {known}")
-        rest = [] if allowed == "all" else [name for name in self.special_tokens if name not in allowed]
-        # "all" are all that are not allowed; what is refused by name is refused, allowed or not.
-        refused = rest if disallowed == "all" else [name for name in self.special_tokens if name in disallowed]
-        return [name for name in self.special_tokens if name not in rest and name not in refused], refused
-
-    def _specials_in(self, data: np.ndarray, allowed: Specials, disallowed: Specials) -> np.ndarray:
-        """Return where the text holds special tokens that are allowed; one that is refused raises a `UserError`."""
-        if allowed == "all" == disallowed:
-            return self._finder.find(data)
-        names, refused = self._choice(allowed, disallowed)
-        found = SpecialFinder(refused).find(data)
-        if len(found):
-            name = data[found[0] : found[1]].tobytes().decode()
-            raise UserError(
-                f"the text holds the special token {name!r} at byte {found[0]}: allow it with allowed_special, or leave it out"
-                " of disallowed_special to have it encoded as text"
-            )
-        return SpecialFinder(names).find(data)
 
 
 @contextmanager

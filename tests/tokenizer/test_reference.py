@@ -14,7 +14,7 @@ from tilewright.errors import UserError
 from tilewright.tokenizer import END_OF_TEXT, Documents, Files, Tokenizer, count_text, iter_encoded, reference, train_bpe
 from tilewright.tokenizer.compiled.jit import Compiled
 from tilewright.tokenizer.compiled.work import Work
-from tilewright.tokenizer.counting.counter import PretokenCounts
+from tilewright.tokenizer.counting.pretoken_counts import PretokenCounts
 from tilewright.tokenizer.encoding import decoder
 from tilewright.tokenizer.learning.learner import learn_merges
 from tilewright.tokenizer.text.patterns import split_text

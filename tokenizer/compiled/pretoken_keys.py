@@ -46,6 +46,18 @@ def pretoken_hash(low, high, size):
 
 
 @helper
+def keys_differ(low, high, size, other_low, other_high, other_size):
+    """Order two pretokens of the same hash by size, then by the words that stand for them; 0 where those are equal."""
+    if size != other_size:
+        return size - other_size
+    if low != other_low:
+        return int64(-1) if low < other_low else int64(1)
+    if high != other_high:
+        return int64(-1) if high < other_high else int64(1)
+    return int64(0)
+
+
+@helper
 def compare_bytes(data, start, other, other_start, size):
     """Return a number below, at or above 0, as the first `size` bytes stand before, equal or stand after the other ones."""
     for k in range(size):

@@ -18,9 +18,10 @@ from ..text.scanner import Scanner, compiled_scanner, scanner_of
 from ..text.sources import BLOCK_BYTES, Block, Inputs, iter_blocks, resolve, text_bytes
 from ..text.specials import SpecialFinder
 from ..workers import POOL_BYTES, choose_workers, map_in_threads, ordered_map
-from . import counter
-from .counter import PretokenCounter, PretokenCounts, merge_counts, sorted_by_hash
+from . import counter, pretoken_counts
+from .counter import PretokenCounter
 from .counts_file import CountedText
+from .pretoken_counts import PretokenCounts, merge_counts, sorted_by_hash
 from .spill import Spill
 
 # For each worker: with less, the disk would be busy with runs of no size.
@@ -97,7 +98,7 @@ def count_text(
 def _counting(expression: str) -> Work:
     """Return the work of counting pretokens of this pattern, in bytes."""
     name = pattern_name(expression)
-    functions = [*([compiled_scanner(name)] if name else []), utf8, specials, counter]
+    functions = [*([compiled_scanner(name)] if name else []), utf8, specials, counter, pretoken_counts]
     return Work("counter", functions, units_per_second=2e6, compile_seconds=7)
 
 

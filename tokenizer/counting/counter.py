@@ -2,67 +2,20 @@
 
 A slot is four words: the pretoken itself where it has at most 16 bytes, else 128 bits of hash; its length, and for a long one
 where its bytes are kept; its count. The highest bits of a hash say where its slot is, so that the table, read from
-beginning to end, is all but sorted by hash. That makes sorted counts cheap, and sorted counts are merged like sorted lists.
+beginning to end, is all but sorted by hash, as `pretoken_counts.py` wants it.
 
 Pretokens can be made up that all have one hash. What finds no place near its slot is counted in a Python dictionary: slower,
 but in linear time.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..compiled.intrinsics import copy_bytes, prefetch
 from ..compiled.jit import BYTES, INT64, INT64S, NUMBERS, UINT8S, UINT64S, check_array, compiled, helper, int64, uint64
-from ..compiled.pretoken_keys import INLINE, compare_bytes, equal_bytes, order_of, pretoken_hash, pretoken_key
-
-
-@dataclass(frozen=True, eq=False)
-class PretokenCounts:
-    """Distinct pretokens and how often each occurs.
-
-    Pretoken i is `data[ends[i - 1]:ends[i]]` (from 0 for the first) and occurs `counts[i]` times. `data` is uint8, `ends` and
-    `counts` are int64 of shape (n,). What this room counts is sorted by hash, so that equal counts have equal arrays.
-    """
-
-    data: np.ndarray
-    ends: np.ndarray
-    counts: np.ndarray
-
-    def __post_init__(self) -> None:
-        # Compiled code takes them for what they should be.
-        for name, kind in (("data", np.uint8), ("ends", np.int64), ("counts", np.int64)):
-            check_array(getattr(self, name), kind, name)
-        if len(self.ends) != len(self.counts):
-            raise ValueError(f"there are {len(self.ends)} ends and {len(self.counts)} counts: each pretoken has one of both")
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether the ends ascend from 0 to the end of `data`, and all counts are positive."""
-        ends = self.ends
-        last = int(ends[-1]) if len(ends) else 0
-        return last == len(self.data) and bool(
-            np.all(ends[:1] >= 0) and np.all(ends[1:] >= ends[:-1]) and np.all(self.counts > 0)
-        )
-
-    @classmethod
-    def of(cls, counts: Mapping[bytes, int]) -> "PretokenCounts":
-        """Return the counts of a mapping, in its order."""
-        data = np.frombuffer(b"".join(counts), np.uint8)
-        ends = np.cumsum(np.fromiter(map(len, counts), np.int64, len(counts)), dtype=np.int64)
-        return cls(data, ends, np.fromiter(counts.values(), np.int64, len(counts)))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def items(self) -> Iterator[tuple[bytes, int]]:
-        """Yield (pretoken, count)."""
-        data, start = self.data.tobytes(), 0
-        for end, count in zip(self.ends.tolist(), self.counts.tolist(), strict=True):
-            yield data[start:end], count
-            start = end
+from ..compiled.pretoken_keys import INLINE, compare_bytes, equal_bytes, keys_differ, pretoken_hash, pretoken_key
+from .pretoken_counts import PretokenCounts, merge_counts, sorted_by_hash
 
 
 class PretokenCounter:
@@ -124,34 +77,6 @@ class PretokenCounter:
         _copy(self._table, order, self._long, data)
         found = PretokenCounts(data, ends, counts)
         return merge_counts(found, sorted_by_hash(self._crowded)) if self._crowded else found
-
-
-def sorted_by_hash(counts: Mapping[bytes, int]) -> PretokenCounts:
-    """Return the counts in the order of what this room counts."""
-    return PretokenCounts.of({each: counts[each] for each in sorted(counts, key=order_of)})
-
-
-def merge_counts(first: PretokenCounts, second: PretokenCounts) -> PretokenCounts:
-    """Return the sum of two counts that are both sorted by hash, sorted by hash."""
-    merged = PretokenCounts(
-        np.empty(len(first.data) + len(second.data), np.uint8),
-        np.empty(len(first) + len(second), np.int64),
-        np.empty(len(first) + len(second), np.int64),
-    )
-    _, _, size, used = merge_step(first, second, 0, 0, merged)
-    return PretokenCounts(merged.data[:used], merged.ends[:size], merged.counts[:size])
-
-
-def merge_step(
-    first: PretokenCounts, second: PretokenCounts, i: int, j: int, merged: PretokenCounts
-) -> tuple[int, int, int, int]:
-    """Merge from index i of the first and j of the second on, until both end or `merged` is full.
-
-    Returns the new i and j, and how many pretokens and how many bytes `merged` has now; its `ends` count from 0.
-    """
-    arrays = (first.data, first.ends, first.counts, second.data, second.ends, second.counts)
-    i, j, size, used = _merge(*arrays, i, j, merged.data, merged.ends, merged.counts)
-    return i, j, size, int(used)
 
 
 _WORDS = 4
@@ -290,22 +215,10 @@ def _sorted_slots(table, long, ends, counts):
 def _entries_differ(table, long, k, m):
     """Return a number below or above 0, as entry k stands before or after entry m of the same hash."""
     size = int64(table[k + 2] & _LENGTH)
-    order = _keys_differ(table[k], table[k + 1], size, table[m], table[m + 1], int64(table[m + 2] & _LENGTH))
+    order = keys_differ(table[k], table[k + 1], size, table[m], table[m + 1], int64(table[m + 2] & _LENGTH))
     if order != 0:
         return order
     return compare_bytes(long, int64(table[k + 2] >> uint64(32)), long, int64(table[m + 2] >> uint64(32)), size)
-
-
-@helper
-def _keys_differ(low, high, size, other_low, other_high, other_size):
-    """Order two pretokens of the same hash by size, then by the words that stand for them; 0 where those are equal."""
-    if size != other_size:
-        return size - other_size
-    if low != other_low:
-        return int64(-1) if low < other_low else int64(1)
-    if high != other_high:
-        return int64(-1) if high < other_high else int64(1)
-    return int64(0)
 
 
 @compiled(UINT64S, INT64S, UINT8S, UINT8S)
@@ -321,49 +234,3 @@ def _copy(table, order, long, data):
                 word = table[k] if q < 8 else table[k + 1]
                 data[used + q] = np.uint8(word >> uint64(8 * (q & 7)))
         used += size
-
-
-@compiled(BYTES, NUMBERS, NUMBERS, BYTES, NUMBERS, NUMBERS, INT64, INT64, UINT8S, INT64S, INT64S)
-def _merge(data, ends, counts, other_data, other_ends, other_counts, i, j, merged_data, merged_ends, merged_counts):
-    n, used = 0, 0
-    while n < len(merged_ends) and (i < len(ends) or j < len(other_ends)):
-        order = int64(0)
-        start, size, other_start, other_size = int64(0), int64(0), int64(0), int64(0)
-        if i < len(ends):
-            start = ends[i - 1] if i else int64(0)
-            size = ends[i] - start
-        else:
-            order = int64(1)
-        if j < len(other_ends):
-            other_start = other_ends[j - 1] if j else int64(0)
-            other_size = other_ends[j] - other_start
-        else:
-            order = int64(-1)
-        if order == 0:
-            low, high = pretoken_key(data, start, size)
-            other_low, other_high = pretoken_key(other_data, other_start, other_size)
-            hashed, other_hashed = pretoken_hash(low, high, size), pretoken_hash(other_low, other_high, other_size)
-            if hashed != other_hashed:
-                order = int64(-1) if hashed < other_hashed else int64(1)
-            else:
-                order = _keys_differ(low, high, size, other_low, other_high, other_size)
-                if order == 0 and size > INLINE:
-                    order = compare_bytes(data, start, other_data, other_start, size)
-        if used + (size if order <= 0 else other_size) > len(merged_data):
-            break
-        if order <= 0:
-            copy_bytes(merged_data, used, data, start, size)
-            used += size
-        else:
-            copy_bytes(merged_data, used, other_data, other_start, other_size)
-            used += other_size
-        count = int64(0)
-        if order <= 0:
-            count += counts[i]
-            i += 1
-        if order >= 0:
-            count += other_counts[j]
-            j += 1
-        merged_ends[n], merged_counts[n] = used, count
-        n += 1
-    return i, j, n, used

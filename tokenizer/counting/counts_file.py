@@ -18,7 +18,7 @@ import numpy as np
 from ...errors import UserError
 from ...files import atomic_file, require_file
 from ..text.patterns import check_special_tokens, resolve_pattern
-from .counter import PretokenCounts
+from .pretoken_counts import PretokenCounts
 
 _FORMAT = "tilewright-counts"
 _VERSION = 1

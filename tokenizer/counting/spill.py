@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...errors import UserError
-from .counter import PretokenCounts, merge_step
+from .pretoken_counts import PretokenCounts, merge_step
 
 # What one step of a merge holds in memory: bytes of pretokens, and pretokens. A longer pretoken makes the first larger.
 _BUFFER_BYTES = 1 << 22

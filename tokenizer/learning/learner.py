@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..compiled.work import Work
-from ..counting.counter import PretokenCounts
+from ..counting.pretoken_counts import PretokenCounts
 from ..reference import Ties, alphabet, learn
 from . import merge_loop
 from .merge_loop import NO_PAIR, Corpus, Created, Heap, Pairs, State, Tokens, fill_cells, merge_steps, place_byte_pairs

@@ -15,8 +15,9 @@ from tilewright.errors import UserError
 from tilewright.tokenizer.counting import counter as counter_module
 from tilewright.tokenizer.counting import counts_file
 from tilewright.tokenizer.counting import spill as spill_module
-from tilewright.tokenizer.counting.counter import PretokenCounter, PretokenCounts, merge_counts
+from tilewright.tokenizer.counting.counter import PretokenCounter
 from tilewright.tokenizer.counting.counts_file import CountedText, load_counts, save_counts
+from tilewright.tokenizer.counting.pretoken_counts import PretokenCounts, merge_counts
 from tilewright.tokenizer.counting.spill import Spill
 from tilewright.tokenizer.learning.learner import learn_merges
 

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tilewright.tokenizer.counting.counter import PretokenCounts
+from tilewright.tokenizer.counting.pretoken_counts import PretokenCounts
 from tilewright.tokenizer.encoding import compiled_encoder as compiled_encoder_module
 from tilewright.tokenizer.encoding import pretoken_cache, workspace
 from tilewright.tokenizer.encoding.compiled_encoder import CompiledEncoder, compiled_encoder, split_by_scanner

@@ -7,7 +7,7 @@ from learning_cases import naive_merges, random_counts
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tilewright.errors import UserError
-from tilewright.tokenizer.counting.counter import PretokenCounts
+from tilewright.tokenizer.counting.pretoken_counts import PretokenCounts
 from tilewright.tokenizer.formats import from_printable, to_printable
 from tilewright.tokenizer.learning.learner import learn_merges
 

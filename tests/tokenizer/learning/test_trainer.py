@@ -9,7 +9,7 @@ from tilewright.errors import UserError
 from tilewright.tokenizer import train_bpe
 from tilewright.tokenizer.counting import count_text as pretokens
 from tilewright.tokenizer.counting.count_text import count_text
-from tilewright.tokenizer.counting.counter import PretokenCounts
+from tilewright.tokenizer.counting.pretoken_counts import PretokenCounts
 from tilewright.tokenizer.learning.learner import learn_merges
 from tilewright.tokenizer.learning.trainer import learn_bpe, shorten_vocab
 from tilewright.tokenizer.text.patterns import resolve_pattern, split_text
