@@ -15,7 +15,9 @@ def tokenizer_warm() -> None:
     start = time.perf_counter()
     num_compiled = jit.load(jit.ALL)
     seconds = time.perf_counter() - start
+    num_copied = store.gather(folder)
+    copied = f"; {num_copied} came from other folders" if num_copied else ""
     if num_compiled:
-        print(f"compiled {num_compiled} functions in {seconds:.1f} s, kept in {folder}")
+        print(f"compiled {num_compiled} functions in {seconds:.1f} s, kept in {folder}{copied}")
     else:
-        print(f"all {len(jit.ALL)} functions are there, and load in {seconds:.1f} s; what is new goes to {folder}")
+        print(f"all {len(jit.ALL)} functions are in {folder}, and load in {seconds:.1f} s{copied}")

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from .compiled.jit import check_array
 from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, leave_out, token_table
 from .encoding.encoder import NO_ID, token_dtype, whole_tokens
 from .encoding.lazy_encoder import LazyEncoder
-from .encoding.special_tokens import Specials, SpecialTokens
+from .encoding.special_tokens import Specials, SpecialTokens, chosen
 from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
 from .text.block_borders import borders_of
 from .text.borders import last_border
@@ -158,7 +159,10 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
         """Return the ids of a text in UTF-8, bytes or uint8 of shape (n,), as an array; what is not UTF-8 becomes U+FFFD."""
-        data = repair_utf8(data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8))
+        if isinstance(data, np.ndarray):
+            check_array(data, np.uint8, "a text")
+        # A copy, unless nobody can write to it: what is valid when it is checked has to stay so.
+        data = repair_utf8(_as_array(bytes(data)))
         borders = self._specials.finder.find(data)
         return self._encoder.encode(data, borders, self._specials.ids_of(data, borders))
 
@@ -179,8 +183,10 @@ class Tokenizer:
 
         `num_workers` threads encode them (None: one a core, and one for little text).
         """
-        if isinstance(texts, str):
-            raise TypeError(f"texts is the one string {texts[:60]!r}: a list or another iterable of strings is needed")
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise TypeError(f"texts is {texts!r:.60}: a list or another iterable of strings is needed")
+        allowed_special = chosen("allowed_special", allowed_special)
+        disallowed_special = chosen("disallowed_special", disallowed_special)
         self._specials.choice(allowed_special, disallowed_special)
         groups: list[list[bytes]] = []
         size = room = 0
@@ -242,6 +248,8 @@ class Tokenizer:
         Where the pieces cut the text makes no difference, not even within a pretoken or a special token. Memory: a few times
         the longest stretch without a blank or a line end; for a pattern of one's own, without a special token.
         """
+        allowed_special = chosen("allowed_special", allowed_special)
+        disallowed_special = chosen("disallowed_special", disallowed_special)
         allowed, refused = self._specials.choice(allowed_special, disallowed_special)
         specials = tuple(name.encode() for name in (*allowed, *refused))
         held, enough = bytearray(), _BLOCK_BYTES

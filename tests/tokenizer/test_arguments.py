@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer, train_bpe
 from tilewright.tokenizer.text.patterns import PATTERNS
 
@@ -20,21 +21,21 @@ def small():
 @pytest.mark.parametrize("wrong", [None, b"a", 5, ["a"]])
 @pytest.mark.parametrize("method", ["encode", "encode_array", "encode_with_offsets"])
 def test_a_text_is_a_string(small, method, wrong):
-    with pytest.raises(TypeError, match=f"text is a {type(wrong).__name__}: a str is needed"):
+    with pytest.raises(TypeError, match=f"text is of type {type(wrong).__name__}: a str is needed"):
         getattr(small, method)(wrong)
 
 
 def test_a_batch_is_no_string(small):
-    with pytest.raises(TypeError, match="texts is the one string 'the cat': a list or another iterable of strings is needed"):
+    with pytest.raises(TypeError, match="texts is 'the cat': a list or another iterable of strings is needed"):
         small.encode_batch("the cat")
-    with pytest.raises(TypeError, match="text is a bytes: a str is needed"):
+    with pytest.raises(TypeError, match="text is of type bytes: a str is needed"):
         small.encode_batch(["a", b"b"])
 
 
 @pytest.mark.parametrize("argument", ["allowed_special", "disallowed_special"])
 @pytest.mark.parametrize("method", ["encode", "encode_array", "encode_batch", "encode_with_offsets", "encode_iterable"])
 def test_a_choice_of_special_tokens_is_no_string(small, method, argument):
-    with pytest.raises(TypeError, match=f"{argument} is the one string '<a>': 'all' or a collection of strings is needed"):
+    with pytest.raises(TypeError, match=f"{argument} is '<a>': 'all' or a collection of strings is needed"):
         list(getattr(small, method)(["x"] if method in ("encode_batch", "encode_iterable") else "x", **{argument: "<a>"}))
 
 
@@ -86,3 +87,37 @@ def test_a_pattern_by_name_is_the_one_by_its_expression(name):
     by_name, by_expression = Tokenizer(BYTES, [], pattern=name), Tokenizer(BYTES, [], pattern=PATTERNS[name])
     assert by_name.pattern == by_expression.pattern == name
     assert by_name.fingerprint == by_expression.fingerprint
+
+
+class _OwnEncode(str):
+    def encode(self, *_):
+        return bytearray(b"other")
+
+
+def test_a_str_of_another_class_is_its_text(small):
+    small.expect(1 << 40)
+    assert small.encode("x") == small.encode(np.str_("x"))
+    assert small.encode(_OwnEncode("q")) == small.encode_array(_OwnEncode("q")).tolist() == small.encode("q")
+
+
+def test_special_tokens_may_be_chosen_by_an_iterator():
+    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], ["<a>", "<b>"])
+    assert tokenizer.encode("<a>", allowed_special=iter(["<a>"])) == [256]
+    for method in (tokenizer.encode, tokenizer.encode_array, lambda text, **names: tokenizer.encode_batch([text], **names)):
+        with pytest.raises(UserError, match="the text holds the special token '<a>' at byte 1"):
+            method("x<a>", disallowed_special=iter(["<a>"]))
+    pieces = ["x" * 40_000 + " ", "y" * 40_000 + " ", "<b>"]
+    with pytest.raises(UserError, match="the text holds the special token '<b>'"):
+        list(tokenizer.encode_iterable(pieces, disallowed_special=iter(["<b>"])))
+
+
+@pytest.mark.parametrize("ids", [["a"], "ab", None, 5, [1.5]])
+def test_ids_that_are_no_integers_are_named(small, ids):
+    with pytest.raises(TypeError, match=r"ids are .*integers"):
+        small.decode(ids)
+
+
+@pytest.mark.parametrize("texts", ["the cat", b"the cat", None, 5])
+def test_a_batch_is_of_texts(small, texts):
+    with pytest.raises(TypeError, match=r"texts is .*: a list or another iterable of strings is needed"):
+        small.encode_batch(texts)

@@ -32,8 +32,16 @@ def test_all_is_compiled_and_then_found(few, capsys, caplog, tmp_path):
     for each in few:
         each.entry = None
     assert main(["tokenizer", "warm"]) == 0
-    assert capsys.readouterr().out.startswith("all 2 functions are there, and load in ")
+    assert capsys.readouterr().out.startswith(f"all 2 functions are in {folder}, and load in ")
     assert len(caplog.records) == 2
+    # A folder that is named takes all of it, wherever it was found.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "machine_code_folders", lambda: [tmp_path / "named", tmp_path])
+        for each in few:
+            each.entry = None
+        assert main(["tokenizer", "warm"]) == 0
+        assert capsys.readouterr().out.endswith("; 2 came from other folders\n")
+        assert {path.read_bytes() for path in store.place().iterdir()} == {path.read_bytes() for path in folder.iterdir()}
 
 
 def test_nowhere_to_keep_it_is_an_error(few, capsys, tmp_path):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from threading import RLock
+from threading import Lock, RLock
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -31,9 +31,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LOCK = RLock()
 _LOGGER = logging.getLogger(__name__)
 
+# Of all that `work.py` counts, held for no time; not the compiler's, for which a small text would wait.
+WORK_LOCK = Lock()
+
 if hasattr(os, "register_at_fork"):
-    # A fork waits for the compiler: the child would have the locks of a thread that it does not have.
-    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+    # A fork waits for the compiler: the child would have the locks of a thread that it does not have. The order is that of a
+    # thread that compiles and encodes what it logs.
+    os.register_at_fork(
+        before=lambda: (LOCK.acquire(), WORK_LOCK.acquire()),
+        after_in_parent=lambda: (WORK_LOCK.release(), LOCK.release()),
+        after_in_child=lambda: (WORK_LOCK.release(), LOCK.release()),
+    )
 
 # In a compiled function these are Numba's.
 int64, uint64 = np.int64, np.uint64

@@ -51,6 +51,16 @@ def place() -> Path | None:
     return next(filter(make_private, _folders()), None)
 
 
+def gather(folder: Path) -> int:
+    """Copy what other folders keep to this one, so that it can be shipped; return how many functions it had not."""
+    kept = {path.name: path for other in filter(is_private, _folders()) for path in other.glob(f"*{_SUFFIX}")}
+    missing = [name for name in kept if not (folder / name).exists()]
+    for name in missing:
+        with atomic_file(folder / name) as file:
+            file.write(kept[name].read_bytes())
+    return len(missing)
+
+
 def _folders() -> list[Path]:
     return [folder / f"machine-code-{_version()}" for folder in machine_code_folders()]
 

@@ -4,11 +4,9 @@ Machine code has a price: a second to import Numba and load it, many to compile 
 on one kind of work for as long as that, or is about to, it goes on: a prompt or a small text never waits for a compiler.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +14,6 @@ from . import jit, store
 
 # Seconds to import Numba, and to load machine code then, on a machine of 2026.
 _IMPORT, _LOAD = 0.5, 0.1
-
-# Of all works, held for no time; not the compiler's, for which a small text would wait.
-_LOCK = Lock()
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 class Work:
@@ -43,7 +35,7 @@ class Work:
         return self._pays or self._now_pays(units)
 
     def _now_pays(self, units: float) -> bool:
-        with _LOCK:
+        with jit.WORK_LOCK:
             self._done += units / self._units_per_second
             pays = self._done > self._price
         if pays:

@@ -16,7 +16,7 @@ from .backtracking import MergeTable, merge_table, no_merge_table
 from .decoder import TokenTable
 from .encode_loop import BEGIN, CACHE_IS_FULL, PLAIN, RESUME, encode_pretokens, write_list
 from .encoder import NO_IDS, Encoder, PlainEncoder, Splitter, Text, split_by_regex, token_dtype
-from .pretoken_cache import LOCK, WholeTokens, new_cache, next_cache
+from .pretoken_cache import LOCK, PretokenCache, WholeTokens, new_cache, next_cache
 from .rank_merging import RankTable, no_rank_table, rank_table, tokens_made
 from .workspace import ROOM, SIZE, SLACK, EncoderWorkspace
 
@@ -48,11 +48,12 @@ def compiled_encoder(
         table, ranks = no_merge_table(), rank_table(merges, byte_ids)
         made = tokens_made(ranks, tokens)
     seeds = WholeTokens.of({token: id for token, id in whole.items() if id not in made})
-    if seeds is None:
+    cache = None if seeds is None else seeds.add_to(new_cache())
+    if seeds is None or cache is None:
         return PlainEncoder(merges, byte_ids, split, len(tokens.sizes), whole)
     # GPT-2's pretokens are found by the loop of the encoder itself.
     split = None if name == "gpt2" else split
-    return CompiledEncoder((table, ranks), split, len(tokens.sizes), beginnings, seeds)
+    return CompiledEncoder((table, ranks), split, len(tokens.sizes), beginnings, seeds, cache)
 
 
 class CompiledEncoder(Encoder):
@@ -65,11 +66,12 @@ class CompiledEncoder(Encoder):
         num_ids: int,
         beginnings: np.ndarray,
         whole: WholeTokens,
+        cache: PretokenCache,
     ):
         self._tables, self._split, self._beginnings, self._whole = tables, split, beginnings, whole
         self._scans = split is None
         self._num_ids, self._dtype = num_ids, token_dtype(num_ids)
-        self._cache = whole.add_to(new_cache())
+        self._cache = cache
         self._lock = Lock()
         self._idle: list[EncoderWorkspace] = []
         load([encode_pretokens, write_list])
@@ -192,7 +194,8 @@ class CompiledEncoder(Encoder):
             # Another thread may have been here before.
             if workspace.cache is self._cache:
                 cache = next_cache(self._cache, num_bytes)
-                self._cache = cache if cache.used[0] else self._whole.add_to(cache)
+                # There was room for the tokens in a smaller one.
+                self._cache = cache if cache.used[0] else self._whole.add_to(cache) or cache
             workspace.set_cache(self._cache)
 
 

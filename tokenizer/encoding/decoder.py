@@ -63,7 +63,8 @@ def _as_unsigned(ids: np.ndarray, known: int) -> np.ndarray:
         unknown = (ids < 0) | (ids >= known)
         if unknown.any():
             raise _unknown(ids[unknown][0], known)
-    return np.ascontiguousarray(ids, np.uint32)
+    # A copy, as other threads may write to the array between the measuring and the writing.
+    return np.array(ids, np.uint32)
 
 
 def _size_of(table: TokenTable, ids: np.ndarray) -> int:
@@ -187,9 +188,14 @@ _DECODING = Work("decoder", [_measure, _copy_tokens], units_per_second=3e6, comp
 def _as_array(ids: Any) -> np.ndarray:
     if not isinstance(ids, np.ndarray):
         # A tensor may lie on a GPU, and hands out its elements as tensors.
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids if isinstance(ids, list) else list(ids)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise TypeError(f"ids are {ids!r:.60}: an array, a tensor or an iterable of integers is needed")
+        ids = ids if isinstance(ids, list) else list(ids)
         try:
             ids = np.asarray(array("q", ids))
+        except TypeError:
+            raise TypeError(f"ids are {ids!r:.60}: integers are needed") from None
         except OverflowError:
             raise UserError(f"id {max(ids, key=abs)} is not in the vocabulary: no vocabulary goes that far") from None
     if ids.shape == (0,):

@@ -81,17 +81,24 @@ class WholeTokens(NamedTuple):
     @classmethod
     def of(cls, tokens: Mapping[bytes, int]) -> "WholeTokens | None":
         """Return tokens, given with their ids, or None where there are too many or too long ones for a cache."""
-        if len(tokens) > _LARGEST // 8 or max(map(len, tokens), default=0) > LONGEST:
+        if len(tokens) > _LARGEST // 16 or max(map(len, tokens), default=0) > LONGEST:
+            return None
+        if sum(map(len, tokens)) > 4 * _LARGEST:
             return None
         data = np.frombuffer(b"".join(tokens) + bytes(INLINE), np.uint8)
         ends = np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)), dtype=np.int64)
         return cls(data, ends, np.fromiter(tokens.values(), np.uint32, len(tokens)))
 
-    def add_to(self, cache: PretokenCache) -> PretokenCache:
-        """Return the cache, or a larger one in place of one with too little room, with the tokens."""
+    def add_to(self, cache: PretokenCache) -> PretokenCache | None:
+        """Return the cache, or a larger one in place of one with too little room, with the tokens.
+
+        None is for tokens made up so that they share a place: no cache has room for those.
+        """
         if not len(self.ends):
             return cache
         while _add_tokens(*cache, *self) < len(self.ends):
+            if len(cache.entries) // 4 > 64 * max(_SMALLEST, len(self.ends)):
+                return None
             cache = new_cache(len(cache.entries))
         return cache
 

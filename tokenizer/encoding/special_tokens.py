@@ -1,6 +1,6 @@
 """The special tokens of a tokenizer: which of them a text may hold, where it holds them, and their ids."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,15 @@ from ..text.specials import SpecialFinder
 from .encoder import NO_ID, NO_IDS
 
 Specials = Literal["all"] | Collection[str]
+
+
+def chosen(argument: str, names: Specials) -> Specials:
+    """Return a choice of special tokens that can be asked again and again; what is none raises a `TypeError`."""
+    if names == "all":
+        return "all"
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"{argument} is {names!r}: 'all' or a collection of strings is needed")
+    return frozenset(names)
 
 
 class SpecialTokens:
@@ -42,10 +51,9 @@ class SpecialTokens:
 
     def choice(self, allowed: Specials, disallowed: Specials) -> tuple[list[str], list[str]]:
         """Return the special tokens that are allowed, and those that are refused."""
-        for argument, names in (("allowed_special", allowed), ("disallowed_special", disallowed)):
-            if isinstance(names, str) and names != "all":
-                raise TypeError(f"{argument} is the one string {names!r}: 'all' or a collection of strings is needed")
-            for name in () if names == "all" else names:
+        allowed, disallowed = chosen("allowed_special", allowed), chosen("disallowed_special", disallowed)
+        for names in (allowed, disallowed):
+            for name in () if names == "all" else sorted(names, key=repr):
                 if name not in self._ids:
                     known = ", ".join(map(repr, self._ids)) or "none"
                     raise UserError(f"{name!r} is no special token: there are {known}")

@@ -96,8 +96,8 @@ class EncoderWorkspace:
         # What a short text is read from.
         self.results = self.short_out if self._numbers <= 1 << 16 else self.out
         # Of the two ways to merge, one is taken.
-        scratch = new_scratch(0 if self._by_rank else num_bytes + LONGEST)
-        rank = rank_scratch(num_bytes + LONGEST if self._by_rank else 0)
+        scratch = new_scratch(0 if self._by_rank else len(self.out))
+        rank = rank_scratch(len(self.out) if self._by_rank else 0)
         for name, array in zip((*Scratch._fields, *_RANK_SCRATCH), (*scratch, *rank), strict=True):
             self.set(name, array)
 

@@ -5,6 +5,7 @@ does not know yet, characters of the last years, may still be split otherwise.
 """
 
 import re
+from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
 
 from ...errors import UserError
 
@@ -41,18 +42,31 @@ def from_oniguruma(pattern: str) -> str:
 
 def _translated(pattern: str, nested: bool) -> str:
     parts: list[str] = []
+    # The same with a letter for each set, as Python's own engine knows it.
+    shape: list[str] = []
     place = 0
     while place < len(pattern):
         if pattern[place] == "[":
             members, place = _members(pattern, place, nested)
             parts.append(f"[{members}]")
+            shape.append("x")
             continue
         found = _PART.match(pattern, place)
         if found is None:
             raise _unknown(pattern, place)
         parts.append(found.group())
+        shape.append(re.sub(_SETS, "x", found.group()))
         place = found.end()
+    if _may_match_nothing("".join(shape)):
+        raise UserError(f"pattern {pattern!r} can match nothing, and then Hugging Face's engine goes on at another place")
     return "".join(parts)
+
+
+def _may_match_nothing(pattern: str) -> bool:
+    try:
+        return _parser.parse(pattern).getwidth()[0] == 0
+    except re.error:
+        return True
 
 
 def _members(pattern: str, start: int, nested: bool, depth: int = 0) -> tuple[str, int]:

@@ -110,13 +110,15 @@ def check_special_tokens(special_tokens: Sequence[str]) -> tuple[str, ...]:
         raise TypeError(f"special_tokens is a sequence of strings, not the one string {special_tokens!r}")
     if isinstance(special_tokens, Set):
         raise TypeError(f"special_tokens is the set {special_tokens!r}, which has no order: a list or a tuple is needed")
+    seen: set[str] = set()
     for index, token in enumerate(special_tokens):
         if not isinstance(token, str):
             raise TypeError(f"special_tokens has {token!r} at {index}: a str is needed")
         if not token:
             raise UserError(f"special token {index} is empty: it needs at least one character")
-        if token in special_tokens[:index]:
+        if token in seen:
             raise UserError(f"special token {token!r} is given twice")
+        seen.add(token)
         # U+FFFD is what undecodable bytes become: as a special token it would appear out of nothing.
         if re.search("[\ud800-\udfff\ufffd]", token):
             raise UserError(f"special token {token!r} holds a surrogate or U+FFFD: only text that UTF-8 can carry is allowed")

@@ -14,11 +14,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def encode_utf8(text: str) -> bytes:
     """Return a text in UTF-8. A surrogate, which in a str is no text even beside its other half, becomes U+FFFD."""
     try:
-        return text.encode()
-    except AttributeError:
-        raise TypeError(f"text is a {type(text).__name__}: a str is needed") from None
+        # Not the text's own method, which may be another in a class derived from str, and return what is no bytes.
+        return str.encode(text)
+    except TypeError:
+        raise TypeError(f"text is of type {type(text).__name__}: a str is needed") from None
     except UnicodeEncodeError:
-        return _SURROGATE.sub("\ufffd", text).encode()
+        return _SURROGATE.sub("\ufffd", str(text)).encode()
 
 
 def repair_utf8(data: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from tilewright.tokenizer.encoding import pretoken_cache, workspace
 from tilewright.tokenizer.encoding.compiled_encoder import CompiledEncoder, compiled_encoder, split_by_scanner
 from tilewright.tokenizer.encoding.decoder import token_table
 from tilewright.tokenizer.encoding.encoder import NO_ID, PlainEncoder, merge_ids
-from tilewright.tokenizer.encoding.pretoken_cache import new_cache, next_cache
+from tilewright.tokenizer.encoding.pretoken_cache import LONGEST, new_cache, next_cache
 from tilewright.tokenizer.learning.learner import learn_merges
 from tilewright.tokenizer.text.scanner import scanner_of
 from tilewright.tokenizer.text.specials import SpecialFinder
@@ -326,3 +326,34 @@ def test_a_text_that_may_hold_a_special_token_is_told(size):
         for token in (b"<|end|>", b"~"):
             assert compiled.try_encode(plain[:place] + token + plain[place:]) is None
             assert compiled.try_encode_to_list(plain[:place] + token + plain[place:]) is None
+
+
+@pytest.mark.parametrize("merges", [[(b"a", b"b")], [(b"ab", b"c"), (b"a", b"b")]], ids=["in order", "by rank"])
+def test_the_longest_pretokens_that_there_is_room_for_stay_in_their_scratch(merges, monkeypatch):
+    room = 1 << 10
+    monkeypatch.setattr(workspace, "ROOM", room)
+    compiled, ids = encoder_of(merges)
+    plain = plain_of(compiled, merges, ids)
+    encode(compiled, b"x")
+    (desk,) = compiled._idle
+    guarded = {}
+    for name in (*workspace.Scratch._fields, *(f"rank_{name}" for name in workspace.RankScratch._fields)):
+        size = len(desk._arrays[name])
+        whole = np.zeros(size + 512, desk._arrays[name].dtype)
+        guarded[name] = whole[size:]
+        desk.set(name, whole[:size])
+    for size in [*range(room + 60, room + 2 * LONGEST - 2, 7), room + 2 * LONGEST - 2]:
+        text = (b"abc" * size)[:size]
+        assert encode(compiled, text) == encode(plain, text)
+    assert compiled._idle == [desk]
+    assert not any(guard.any() for guard in guarded.values())
+
+
+def test_whole_tokens_made_to_share_a_place_are_looked_up_in_python():
+    # Of these keys all have one hash: see `pretoken_hash`.
+    mask = (1 << 64) - 1
+    keys = [((high * 0xC2B2AE3D27D4EB4F) & mask, high) for high in range(1, 300)]
+    tokens = [low.to_bytes(8, "little") + high.to_bytes(8, "little") for low, high in keys]
+    ids = {token: id for id, token in enumerate([*(bytes([byte]) for byte in range(256)), *tokens])}
+    whole = {token: ids[token] for token in tokens}
+    assert isinstance(new_encoder([], ids, "cl100k", whole), PlainEncoder)

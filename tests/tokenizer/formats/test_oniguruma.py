@@ -13,7 +13,7 @@ from tilewright.tokenizer.text.patterns import split_text
 READ_ALIKE = [
     r"\p{Lu}?\p{L}++|\P{L}",
     r"[\p{Han}a-f]+|[^\s\p{N}]|\s+",
-    r"\d{2}|\d{3,}|\S{1,2}?|\s*",
+    r"\d{2}|\d{3,}|\S{1,2}?|\s*a|\s+",
     r"(?i:'s|'t|[dm])|(?:a|b)*?c|(d)(?=e)|(?!f)[^\n]",
     r"(?<=a)b+|(?<!a)c|(?>a+)b|\Ab",
     r"[a-]+|[-b]+|[\-\]\[\^]|\x41\u4e00|\t|\$|#a",
@@ -112,3 +112,18 @@ def test_some_of_it_does_mean_something_else():
         (r"[a&&b]", "ab"),
     ]:
         assert split_there(pattern, text) != split_text(text, pattern), pattern
+
+
+EMPTY = [r"\p{L}*|\p{N}+", r"\A|\p{Zs}", r"\p{L}*?\p{Cc}*", r"[a&b]*?|\d+", r"\p{L}*?(?<!b)", r"(?=a)", r"a|"]
+
+
+@pytest.mark.parametrize("pattern", EMPTY)
+def test_a_pattern_that_can_match_nothing_is_refused(pattern):
+    for read in (check_pattern, from_oniguruma):
+        with pytest.raises(UserError, match="can match nothing"):
+            read(pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"\s+(?!\S)|\s+", r"(?<=a)\p{L}+", r"(?>\d{1,3})"])
+def test_a_pattern_that_looks_around_but_matches_something_is_none_of_those(pattern):
+    assert check_pattern(pattern) == from_oniguruma(pattern) == pattern
