@@ -34,6 +34,9 @@ class Library:
     takes_lists = True
     tokenizer: Any
 
+    def warm_up(self) -> None:
+        """Load what a short text does not."""
+
     def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
         """Learn a vocabulary of this size, one special token included, and return what reads the merges off it."""
         raise NotImplementedError
@@ -73,12 +76,19 @@ class Tilewright(Library):
     ties = "cs336"
     takes_lists = False
 
+    def warm_up(self) -> None:
+        # What is to be encoded or trained on is too little at first for machine code to be loaded.
+        import_module("tilewright.tokenizer")
+        jit = import_module("tilewright.tokenizer.compiled.jit")
+        jit.load(jit.ALL)
+
     def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
         _, merges = import_module("tilewright.tokenizer").train_bpe(path, vocab_size, [END_OF_TEXT], ties=self.ties)
         return lambda: merges
 
     def load(self, folder: Path) -> None:
         self.tokenizer = import_module("tilewright.tokenizer").Tokenizer.load(folder / "tokenizer.json")
+        self.tokenizer.expect(1 << 40)
 
     def to_list(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -314,6 +324,7 @@ def _train(library: Library, text: str, vocab_size: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.txt"
         small.write_text(_WARM_UP)
+        library.warm_up()
         library.train(small, 260)
     seconds, read = _timed(lambda: library.train(Path(text), int(vocab_size)))
     peak, merges = _peak_mb(), read()
@@ -322,6 +333,7 @@ def _train(library: Library, text: str, vocab_size: str) -> dict[str, Any]:
 
 
 def _encode(library: Library, folder: str, text: str, form: str) -> dict[str, Any]:
+    library.warm_up()
     library.load(Path(folder))
     if form == "file":
         small = Path(folder) / "small.txt"
@@ -349,6 +361,7 @@ def _encode(library: Library, folder: str, text: str, form: str) -> dict[str, An
 
 
 def _decode(library: Library, folder: str, ids: str) -> dict[str, Any]:
+    library.warm_up()
     library.load(Path(folder))
     array = np.load(ids)
     given = array.tolist() if library.takes_lists else array
