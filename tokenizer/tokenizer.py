@@ -188,16 +188,13 @@ class Tokenizer:
         allowed_special = chosen("allowed_special", allowed_special)
         disallowed_special = chosen("disallowed_special", disallowed_special)
         self._specials.choice(allowed_special, disallowed_special)
-        groups: list[list[bytes]] = []
-        size = room = 0
-        for part in map(encode_utf8, texts):
-            if room <= 0:
-                groups.append([])
-                room = _GROUP_BYTES
-            groups[-1].append(part)
-            room -= len(part)
-            size += len(part)
+        texts = texts if isinstance(texts, list | tuple) else list(texts)
+        # What is no text has no length either, and is refused when it is encoded.
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if size >= _GROUP_BYTES:
+            self.expect(size)
         encode = partial(self._encode_group, allowed=allowed_special, disallowed=disallowed_special)
+        groups = _grouped(map(encode_utf8, texts))
         batches = [batch for _, batch in map_in_threads(encode, groups, choose_workers(num_workers, size))]
         if len(batches) == 1:
             return batches[0]
@@ -207,9 +204,9 @@ class Tokenizer:
         return TokenBatch(np.concatenate(ids), np.concatenate([np.zeros(1, np.int64), *offsets]))
 
     def _encode_group(self, parts: list[bytes], allowed: Specials, disallowed: Specials) -> TokenBatch:
-        data = _as_array(b"".join(part + _SEPARATOR for part in parts))
+        data = _as_array(_SEPARATOR.join([*parts, b""]))
         borders, ids = self._specials.borders_in(data, allowed, disallowed)
-        ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
+        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)) + 1)
         order = np.argsort(np.concatenate((borders[::2], ends - 1)), kind="stable")
         borders = np.concatenate((borders.reshape(-1, 2), np.stack((ends - 1, ends), axis=1)))[order].reshape(-1)
         ids = np.concatenate((ids, np.full(len(parts), NO_ID, np.uint32)))[order]
@@ -306,6 +303,20 @@ def _named(path: Path | str) -> Iterator[None]:
         yield
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+
+
+def _grouped(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the texts, in order, in groups of about as many bytes as are worth a thread's turn."""
+    group: list[bytes] = []
+    size = 0
+    for part in parts:
+        group.append(part)
+        size += len(part)
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _as_array(data: bytes) -> np.ndarray:
