@@ -3,10 +3,12 @@
 The table of commands is imported late, as it needs tyro: an installation without its packages still has its doctor.
 """
 
+import codecs
 import io
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 
 from .. import __version__
@@ -29,9 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         print(f"tilewright {__version__}")
         return 0
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Tokens are of all languages, terminals and files are not: what these cannot show is escaped.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        # Tokens are of all languages, this terminal or file is not: what it cannot show is escaped. It asks where it stands,
+        # which some pipes do not know.
+        with suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"tilewright: warning: {message}\n"
     try:
         if arguments[:1] == ["doctor"]:
