@@ -14,6 +14,7 @@ from ..kernels.op import Arguments, Cost
 from .ceilings import Ceilings
 from .check import Judge, WrongError, check, copies
 from .jobs import Job, Row, Rows
+from .memory import peak_on_gpu
 from .ops import Case, Variant, cases
 from .peers import Unsupported
 from .timing import time_variants
@@ -52,13 +53,6 @@ class _Calls:
     def both(self) -> Callable[[], object]:
         gradients = _gradients(_tensors(self.variant(*self.args)))
         return lambda: torch.autograd.grad(_tensors(self.variant(*self.args)), self.wanted, gradients)
-
-
-def _peak_gb(call: Callable[[], object], device: torch.device) -> float:
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
 def _enqueue_ms(call: Callable[[], object]) -> float:
@@ -156,7 +150,7 @@ def timed_rows(
             if row["enqueue_ms"] > times.p50_ms / 2:
                 row.setdefault("suspicious", "the CPU's launches may be what was timed")
         if device.type == "cuda":
-            row["peak_gb"] = _peak_gb(calls[name], device)
+            row["peak_gb"] = peak_on_gpu(calls[name], device) / 1e9
         yield row
     for name, reason in failed.items():
         yield {"case": case, "variant": name, "not_measured": reason}

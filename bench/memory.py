@@ -1,6 +1,7 @@
-"""The peak memory of training steps, as the accounting predicts it and as the allocator saw it."""
+"""The peak memory of a call, and of training steps beside what the accounting predicts."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +23,18 @@ CONFIGURATIONS: tuple[tuple[str, int, Checkpointing], ...] = (
     ("gpt2-xl", 2, "block"),
 )
 STEPS = 3
+
+
+def peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
+    """Return how many bytes a call holds at most on a GPU, beside those that are held before it."""
+    gc.collect()
+    # A backward pass returns before autograd's thread has let its gradients go. That thread takes this one up after that.
+    torch.zeros((), device=device, requires_grad=True).backward()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def peak_row(case: str, predicted: int, measured: int, reserved: int) -> dict:

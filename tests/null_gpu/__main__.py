@@ -24,7 +24,7 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest", "-p", "null_gpu.plugin", "-p", "no:cacheprovider"]
     parts = {
         "own": [*pytest, str(TESTS / "null_gpu")],
-        "gpu": [*pytest, "-m", "gpu", str(TESTS)],
+        "gpu": [*pytest, "--numprocesses", "2", "--dist", "worksteal", "-m", "gpu", str(TESTS)],
         "rehearsal": [sys.executable, "-m", "null_gpu.rehearsal"],
     }
     names = sys.argv[1:] or [*parts]

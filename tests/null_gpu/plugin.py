@@ -167,7 +167,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many tests came to their comparison of values."""
     reports = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
-    compared = sum(("compared", True) in report.user_properties for report in reports)
+    compared = sum(dict(report.user_properties).get("compared", False) for report in reports)
     of_values = len(terminalreporter.stats.get("xfailed", []))
     terminalreporter.section("null GPU")
     terminalreporter.line(
