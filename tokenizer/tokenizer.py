@@ -14,12 +14,13 @@ from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, leave_ou
 from .encoding.encoder import NO_ID, token_dtype, whole_tokens
 from .encoding.lazy_encoder import LazyEncoder
 from .encoding.special_tokens import Specials, SpecialTokens, chosen
-from .formats import MOST_IDS, TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
+from .formats import TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
 from .text.block_borders import borders_of
 from .text.borders import last_border
 from .text.patterns import END_OF_TEXT, check_special_tokens, pattern_name, resolve_pattern
 from .text.sources import Block
 from .text.utf8 import encode_utf8, repair_utf8
+from .vocabulary import ids_of_tokens, list_of_merges, sorted_vocab
 from .workers import choose_workers, map_in_threads
 
 # Text that `encode_iterable` waits for before it encodes.
@@ -69,10 +70,10 @@ class Tokenizer:
         ignore_merges: bool = False,
     ):
         names = check_special_tokens(special_tokens or ())
-        self.vocab = {id: vocab[id] for id in sorted(vocab)}
-        self.merges = [(left, right) for left, right in merges]
+        self.vocab = sorted_vocab(vocab)
+        self.merges = list_of_merges(merges)
         self.pattern = pattern_name(pattern) or resolve_pattern(pattern)
-        ids = _ids_of_tokens(self.vocab)
+        ids = ids_of_tokens(self.vocab)
         next_id = max(self.vocab) + 1
         for name in names:
             if name.encode() not in ids:
@@ -321,16 +322,3 @@ def _grouped(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 def _as_array(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
-
-
-def _ids_of_tokens(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
-    ids: dict[bytes, int] = {}
-    for id, token in vocab.items():
-        if not 0 <= id < MOST_IDS:
-            raise UserError(f"token {token!r} has the id {id}: ids go from 0 to {MOST_IDS - 1}")
-        if (first := ids.setdefault(token, id)) != id:
-            raise UserError(f"token {token!r} has the ids {first} and {id}: every token needs one")
-    for byte in range(256):
-        if bytes([byte]) not in ids:
-            raise UserError(f"the vocabulary lacks the byte {bytes([byte])!r}: all 256 are needed")
-    return ids

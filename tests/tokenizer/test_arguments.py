@@ -56,6 +56,32 @@ def test_special_tokens_are_strings_in_an_order(text_file, wrong, message):
         train_bpe(text_file("text"), 300, wrong)
 
 
+@pytest.mark.parametrize(
+    ("vocab", "merges", "message"),
+    [
+        (None, [], "vocab is None: a mapping"),
+        ([b"a"], [], "vocab is .*: a mapping"),
+        (BYTES | {256: "ab"}, [], "256 the token 'ab': an integer and bytes"),
+        ({token: id for id, token in BYTES.items()}, [], "the token 0: an integer and bytes"),
+        (BYTES | {256.0: b"ab"}, [], "vocab gives 256.0"),
+        (BYTES, None, "merges is None: a list"),
+        (BYTES, "ab", "merges is 'ab': a list"),
+        (BYTES, ["ab"], "merges has 'ab' at 0: a pair of tokens"),
+        (BYTES, iter([(97, 98)]), r"merges has \(97, 98\) at 0: a pair of tokens"),
+        (BYTES | {256: b"ab"}, [(b"a", b"b"), (b"ab", b"a", b"b")], "at 1: a pair of tokens"),
+    ],
+)
+def test_ids_are_integers_and_tokens_bytes(vocab, merges, message):
+    with pytest.raises(TypeError, match=message):
+        Tokenizer(vocab, merges)
+
+
+def test_ids_of_numpy_and_pairs_as_lists_are_taken():
+    tokenizer = Tokenizer(BYTES | {np.int64(256): b"ab"}, [[b"a", b"b"]])
+    assert tokenizer.encode("ab") == [256]
+    assert tokenizer.merges == [(b"a", b"b")]
+
+
 @pytest.mark.parametrize("nothing", [[], (), iter([]), np.array([]), np.array([], np.uint16)])
 def test_nothing_is_decoded_to_nothing(small, nothing):
     assert small.decode(nothing) == ""

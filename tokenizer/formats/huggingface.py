@@ -82,17 +82,18 @@ def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) ->
     pattern = pattern_of(document.get("pre_tokenizer"))
 
     special_tokens: dict[str, int] = {}
-    added = document.get("added_tokens") or []
-    for token in added:
+    added = _entry(document, "added_tokens", list, path) if document.get("added_tokens") else []
+    for index, token in enumerate(added):
+        name = _entry(token, "content", str, path, f"added_tokens[{index}].")
         for flag in ("single_word", "lstrip", "rstrip"):
-            _require(not token.get(flag), path, f"added token {token['content']!r}: {flag}", token.get(flag), "false")
-        special_tokens[token["content"]] = check_id(token["id"], token["content"], path)
+            _require(not token.get(flag), path, f"added token {name!r}: {flag}", token.get(flag), "false")
+        special_tokens[name] = check_id(token.get("id"), name, path)
     _check_order([[token["content"] for token in added if bool(token.get("normalized")) == late] for late in (False, True)])
-    vocab = parse_vocab(model["vocab"], set(special_tokens), path)
+    vocab = parse_vocab(_entry(model, "vocab", dict, path, "model."), set(special_tokens), path)
     for name, id in special_tokens.items():
         if vocab.setdefault(id, name.encode()) != name.encode():
             raise UserError(f"{path} gives the added token {name!r} the id {id}, which is that of {vocab[id]!r}")
-    merges = [parse_merge(merge if isinstance(merge, str) else " ".join(merge), path) for merge in model["merges"]]
+    merges = [parse_merge(merge, path) for merge in _entry(model, "merges", list, path, "model.")]
     data = TokenizerData(vocab, merges, special_tokens, pattern)
     return data._replace(ignore_merges=bool(model.get("ignore_merges")) and not _is_ordered(data))
 
@@ -145,6 +146,15 @@ def _parts(part: Any, name: str) -> Iterator[Any]:
             yield from _parts(each, name)
     elif part is not None:
         yield part
+
+
+def _entry(part: Any, name: str, kind: type, path: Path | str, above: str = "") -> Any:
+    """Return an entry of a JSON object; one that is missing or of another kind raises a `UserError`."""
+    value = part.get(name) if isinstance(part, dict) else None
+    if not isinstance(value, kind):
+        needed = {dict: "an object", list: "a list", str: "a string"}[kind]
+        raise UserError(f"{path} has {above}{name} {json.dumps(value, ensure_ascii=False)[:100]}: {needed} is needed")
+    return value
 
 
 def _type(part: Any) -> Any:

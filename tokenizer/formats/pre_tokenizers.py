@@ -1,5 +1,6 @@
 """The `pre_tokenizer` of Hugging Face's `tokenizer.json`, and the pattern that splits text as it does."""
 
+import json
 from typing import Any
 
 from ...errors import UserError
@@ -97,4 +98,4 @@ def _read(step: Any) -> tuple[str, Any]:
             if value != needed:
                 raise UserError(f"pre_tokenizer.{name} of a Split is {value!r}: only {needed!r} can be read here")
         return kind, step["pattern"]["Regex"]
-    return str(kind), None
+    return next((name for name in (kind, step) if isinstance(name, str)), json.dumps(step)[:60]), None

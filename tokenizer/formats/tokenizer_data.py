@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import UserError
-from ..text.patterns import PATTERNS
+from ..text.patterns import PATTERNS, pattern_name
+from ..text.unicode_classes import unicode_of_regex
 
 # There are tables with an entry for each id up to the greatest: from a strange file they must not take all memory.
 MOST_IDS = 1 << 24
@@ -60,7 +61,10 @@ def digest(content: dict[str, Any]) -> str:
 
 def fingerprint(data: TokenizerData) -> str:
     """Return the sha256, in hex, of everything that decides which ids a text gets."""
-    return digest(content_of(data))
+    content = content_of(data)
+    if pattern_name(data.pattern) is None and (unicode := unicode_of_regex()) is not None:
+        content["unicode"] = unicode
+    return digest(content)
 
 
 @cache
@@ -94,12 +98,12 @@ def merge_text(merge: tuple[bytes, bytes]) -> str:
     return f"{to_printable(left)} {to_printable(right)}"
 
 
-def parse_merge(merge: str, path: Path | str) -> tuple[bytes, bytes]:
-    """Read a merge that `merge_text` wrote; anything else raises a `UserError` that names the file at `path`."""
-    left, space, right = merge.partition(" ")
-    if not (left and space and right):
-        raise UserError(f"{path} has the merge {merge!r}: two tokens with a space between them are needed")
-    return _from_printable(left, path), _from_printable(right, path)
+def parse_merge(merge: Any, path: Path | str) -> tuple[bytes, bytes]:
+    """Read a merge that `merge_text` wrote, or a list of its tokens; else raise a `UserError` that names the file at `path`."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+        raise UserError(f"{path} has the merge {merge!r:.60}: two tokens with a space between them are needed")
+    return _from_printable(parts[0], path), _from_printable(parts[1], path)
 
 
 def _from_printable(text: str, path: Path | str) -> bytes:

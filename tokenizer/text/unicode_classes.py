@@ -1,11 +1,12 @@
 """The classes of characters that the patterns tell apart, as a table over all code points.
 
 The table is shipped: of the patterns with a name, ids are the same on all machines, whatever Unicode the `regex` there knows.
-(A pattern of one's own goes through that `regex`, and what it does not know yet may split otherwise.) With another table
+A pattern of one's own goes through that `regex`; where its classes are others, fingerprints are too. With another table
 tokenizers would give other ids under the same fingerprint, so there is no next one without another name for its patterns.
 """
 
 import base64
+import hashlib
 import zlib
 from functools import cache
 
@@ -56,6 +57,12 @@ def classes_by_regex() -> np.ndarray:
     for first, last in _HAN_KANA:
         table[ord(first) : ord(last) + 1] |= HAN_KANA
     return table
+
+
+def unicode_of_regex() -> str | None:
+    """Return the sha256, in hex, of the classes of the installed `regex`, or None where they are those of the table."""
+    classes = classes_by_regex()
+    return None if np.array_equal(classes, class_table()) else hashlib.sha256(classes.tobytes()).hexdigest()
 
 
 def packed_runs(table: np.ndarray) -> str:

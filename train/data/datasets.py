@@ -35,7 +35,10 @@ def open_dataset(path: Path, tokenizer: Tokenizer) -> TokenDataset:
         encode_text(path, tokenizer, tokens)
     dataset = TokenDataset(tokens)
     if dataset.header.tokenizer != tokenizer.fingerprint:
-        raise UserError(f"{tokens} was made by another tokenizer: remove it to have it made again, or name its tokenizer")
+        raise UserError(
+            f"{tokens} was made by another tokenizer, or, for a pattern of its own, another version of regex: remove it to have"
+            " it made again, or name its tokenizer"
+        )
     if path != tokens:
         _check_text(path, dataset)
     return dataset

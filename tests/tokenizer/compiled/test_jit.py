@@ -63,12 +63,16 @@ def test_it_is_said_once_and_not_again_when_code_is_kept(run, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_fork_waits_for_the_compiler():
-    compiling_now, done = threading.Event(), threading.Event()
+    compiling_now, done, encoded = threading.Event(), threading.Event(), []
 
     def compile():
         with jit.LOCK:
             compiling_now.set()
             done.wait(0.2)
+            # Whoever logs what is said here may encode text: the fork that waits must not hold that lock by then.
+            encoded.append(jit.WORK_LOCK.acquire(timeout=5))
+            if encoded[0]:
+                jit.WORK_LOCK.release()
 
     thread = threading.Thread(target=compile)
     thread.start()
@@ -77,9 +81,10 @@ def test_a_fork_waits_for_the_compiler():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        os._exit(0 if jit.LOCK.acquire(timeout=5) else 1)
+        os._exit(0 if jit.LOCK.acquire(timeout=5) and jit.WORK_LOCK.acquire(timeout=5) else 1)
     done.set()
     thread.join()
+    assert encoded == [True]
     assert os.waitpid(child, 0)[1] == 0
 
 

@@ -16,7 +16,9 @@ from tilewright.tokenizer.formats import (
     to_printable,
 )
 from tilewright.tokenizer.formats.tokenizer_data import content_of, digest
+from tilewright.tokenizer.text import unicode_classes
 from tilewright.tokenizer.text.patterns import PATTERNS
+from tilewright.tokenizer.text.unicode_classes import UPPER, classes_by_regex
 
 BYTES = {id: bytes([id]) for id in range(256)}
 
@@ -67,6 +69,16 @@ def test_the_fingerprint_covers_everything(tokenizer):
         Tokenizer(vocab | {0: vocab[1], 1: vocab[0]}, merges, ["<|endoftext|>"]).fingerprint,
     }
     assert len(fingerprints) == 6
+
+
+@pytest.mark.parametrize(("pattern", "covered"), [("gpt2", False), ("deepseek-v3", False), (r"\w+|\W", True)])
+def test_the_fingerprint_of_a_pattern_that_regex_splits_covers_its_unicode(monkeypatch, tmp_path, tokenizer, pattern, covered):
+    data = tokenizer.data._replace(pattern=pattern)
+    save_tokenizer(tmp_path / "tokenizer.json", data)
+    before, classes = fingerprint(data), classes_by_regex()
+    classes[0xA7D2] ^= UPPER
+    monkeypatch.setattr(unicode_classes, "classes_by_regex", lambda: classes)
+    assert (fingerprint(load_tokenizer(tmp_path / "tokenizer.json")) != before) is covered
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
@@ -222,7 +234,8 @@ def test_special_tokens_stand_as_plain_text_in_gpt2_files(tmp_path):
         ('{"a": "1"}', "a b", "'a' the id '1'"),
         ('{"a b": 1}', "a b", "' ', which is not in GPT-2's byte alphabet"),
         ('{"a": 0}', "#version: 0.2\nab\n", "merge 'ab'"),
-        ('{"a": 0}', "a b c", "not in GPT-2's byte alphabet"),
+        ('{"a": 0}', "a b c", "merge 'a b c'"),
+        ('{"a": 0}', "a \x01", "not in GPT-2's byte alphabet"),
         ('{"a": 0}', "a b", "lacks the byte"),
     ],
 )
