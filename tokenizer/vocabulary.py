@@ -1,6 +1,6 @@
 """The vocabulary and the merges that a tokenizer is given, checked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,16 @@ def sorted_vocab(vocab: Mapping[int, bytes]) -> dict[int, bytes]:
     for id, token in vocab.items():
         if not isinstance(id, int | np.integer) or not isinstance(token, bytes):
             raise TypeError(f"vocab gives {id!r:.60} the token {token!r:.60}: an integer and bytes are needed")
-    return {id: vocab[id] for id in sorted(vocab)}
+    # NumPy's integers wrap around, and JSON has none.
+    return {int(id): vocab[id] for id in sorted(vocab)}
 
 
 def list_of_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the merges as a list; what is no pair of tokens raises a `TypeError`."""
     if isinstance(merges, str | bytes) or not isinstance(merges, Iterable):
         raise TypeError(f"merges is {merges!r:.60}: a list or another iterable of pairs of tokens is needed")
+    if isinstance(merges, Set):
+        raise TypeError(f"merges is a set of {len(merges)}, which has no order: a list is needed")
     return [_pair(merge, index) for index, merge in enumerate(merges)]
 
 

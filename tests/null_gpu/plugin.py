@@ -1,13 +1,14 @@
 """A plugin for pytest, `-p null_gpu.plugin`: runs the tests for a GPU on the null GPU, as far as their comparison of values.
 
 The null GPU computes nothing, so only shapes, dtypes, devices and memory layouts are compared. Where a test asks for values by
-itself, there it ends (`OF_VALUES`). A test fails in whose call the null GPU tells this process of a fault.
+itself, there it ends (`OF_VALUES`). A test fails where the null GPU tells this process of a fault meanwhile, fixtures included.
 """
 
 import ctypes
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -129,17 +130,38 @@ def _asks_for_values(item: pytest.Item, error: BaseException) -> bool:
     return _name(item) in OF_VALUES and OF_VALUES[_name(item)] in lines[-1]
 
 
-def _num_faults() -> int:
-    return ctypes.CDLL("libcuda.so.1").null_gpu_faults()
+@contextmanager
+def _no_faults() -> Iterator[None]:
+    count = ctypes.CDLL("libcuda.so.1").null_gpu_faults
+    before = count()
+    try:
+        yield
+    finally:
+        if (faults := count() - before) > 0:
+            pytest.fail(f"{faults} faults on the null GPU, told on stderr", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Fail a test in whose fixtures there was a fault."""
+    with _no_faults():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Fail a test after which there was a fault."""
+    with _no_faults():
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test during which there was a fault, let one end at its values, and leave the default stream to the next."""
     _running.append(item)
-    before = _num_faults()
     try:
-        yield
+        with _no_faults():
+            yield
     # A row that lacks a figure for want of values gives a KeyError.
     except (AssertionError, KeyError) as error:
         if not _asks_for_values(item, error):
@@ -149,8 +171,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         _running.clear()
         if torch.cuda.is_initialized() and torch.cuda.current_stream() != torch.cuda.default_stream():
             torch.cuda.set_stream(torch.cuda.default_stream())
-        if (faults := _num_faults() - before) > 0:
-            pytest.fail(f"{faults} faults on the null GPU, told on stderr", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

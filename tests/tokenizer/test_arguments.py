@@ -67,6 +67,7 @@ def test_special_tokens_are_strings_in_an_order(text_file, wrong, message):
         (BYTES, None, "merges is None: a list"),
         (BYTES, "ab", "merges is 'ab': a list"),
         (BYTES, ["ab"], "merges has 'ab' at 0: a pair of tokens"),
+        (BYTES, {(b"a", b"b")}, "merges is a set of 1, which has no order"),
         (BYTES, iter([(97, 98)]), r"merges has \(97, 98\) at 0: a pair of tokens"),
         (BYTES | {256: b"ab"}, [(b"a", b"b"), (b"ab", b"a", b"b")], "at 1: a pair of tokens"),
     ],
@@ -77,8 +78,11 @@ def test_ids_are_integers_and_tokens_bytes(vocab, merges, message):
 
 
 def test_ids_of_numpy_and_pairs_as_lists_are_taken():
+    given = Tokenizer({np.uint8(id): token for id, token in BYTES.items()}, [], SPECIALS)
+    assert given.fingerprint == Tokenizer(BYTES, [], SPECIALS).fingerprint
     tokenizer = Tokenizer(BYTES | {np.int64(256): b"ab"}, [[b"a", b"b"]])
     assert tokenizer.encode("ab") == [256]
+    assert {type(id) for id in tokenizer.vocab} == {int}
     assert tokenizer.merges == [(b"a", b"b")]
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import atomic_file
+from ..text.patterns import check_special_tokens
 from .pre_tokenizers import pattern_of, pre_tokenizer_of
 from .ranks import check_ranks
-from .tokenizer_data import TokenizerData, check_id, merge_text, parse_merge, parse_vocab, printable_vocab
+from .tokenizer_data import TokenizerData, check_id, entry, merge_text, parse_merge, parse_vocab, printable_vocab
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
@@ -82,18 +83,19 @@ def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) ->
     pattern = pattern_of(document.get("pre_tokenizer"))
 
     special_tokens: dict[str, int] = {}
-    added = _entry(document, "added_tokens", list, path) if document.get("added_tokens") else []
+    added = entry(document, "added_tokens", list) if document.get("added_tokens") else []
     for index, token in enumerate(added):
-        name = _entry(token, "content", str, path, f"added_tokens[{index}].")
+        name = entry(token, "content", str, f"added_tokens[{index}].")
         for flag in ("single_word", "lstrip", "rstrip"):
             _require(not token.get(flag), path, f"added token {name!r}: {flag}", token.get(flag), "false")
         special_tokens[name] = check_id(token.get("id"), name, path)
+    check_special_tokens(tuple(special_tokens))
     _check_order([[token["content"] for token in added if bool(token.get("normalized")) == late] for late in (False, True)])
-    vocab = parse_vocab(_entry(model, "vocab", dict, path, "model."), set(special_tokens), path)
+    vocab = parse_vocab(entry(model, "vocab", dict, "model."), set(special_tokens), path)
     for name, id in special_tokens.items():
         if vocab.setdefault(id, name.encode()) != name.encode():
             raise UserError(f"{path} gives the added token {name!r} the id {id}, which is that of {vocab[id]!r}")
-    merges = [parse_merge(merge, path) for merge in _entry(model, "merges", list, path, "model.")]
+    merges = [parse_merge(merge, path) for merge in entry(model, "merges", list, "model.")]
     data = TokenizerData(vocab, merges, special_tokens, pattern)
     return data._replace(ignore_merges=bool(model.get("ignore_merges")) and not _is_ordered(data))
 
@@ -113,7 +115,8 @@ def _check_post_processor(processor: Any, path: Path | str, ignore_template: boo
         return
     known = kind == "TemplateProcessing" and isinstance(processor.get("single"), list)
     _require(known, path, "post_processor", processor, "ByteLevel and TemplateProcessing that adds nothing")
-    added = [piece["SpecialToken"]["id"] for piece in processor["single"] if "SpecialToken" in piece]
+    pieces = [piece for piece in processor["single"] if not isinstance(piece, dict) or "Sequence" not in piece]
+    added = [entry(entry(piece, "SpecialToken", dict, "single."), "id", str, "single.SpecialToken.") for piece in pieces]
     if added:
         raise UserError(
             f"{path} has a post_processor that adds {', '.join(map(repr, added))} to every text, which is not done here:"
@@ -142,19 +145,10 @@ def _check_order(added: list[list[str]]) -> None:
 def _parts(part: Any, name: str) -> Iterator[Any]:
     """Yield the parts of a sequence, and of the sequences in it; nothing for null."""
     if _type(part) == "Sequence":
-        for each in part[name]:
+        for each in entry(part, name, list):
             yield from _parts(each, name)
     elif part is not None:
         yield part
-
-
-def _entry(part: Any, name: str, kind: type, path: Path | str, above: str = "") -> Any:
-    """Return an entry of a JSON object; one that is missing or of another kind raises a `UserError`."""
-    value = part.get(name) if isinstance(part, dict) else None
-    if not isinstance(value, kind):
-        needed = {dict: "an object", list: "a list", str: "a string"}[kind]
-        raise UserError(f"{path} has {above}{name} {json.dumps(value, ensure_ascii=False)[:100]}: {needed} is needed")
-    return value
 
 
 def _type(part: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from ...errors import UserError
 from ..text.patterns import GPT2_PATTERN, PATTERNS, pattern_name
 from .oniguruma import check_pattern, from_oniguruma
+from .tokenizer_data import entry
 
 # As Oniguruma has to be told, to which `{1,3}+` is no possessive repeat, and `$` the end of any line.
 _SPELLINGS = {
@@ -77,7 +78,7 @@ def pattern_of(pre_tokenizer: Any) -> str:
 
 def _steps(pre_tokenizer: Any) -> list[Any]:
     if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
-        return [step for part in pre_tokenizer["pretokenizers"] for step in _steps(part)]
+        return [step for part in entry(pre_tokenizer, "pretokenizers", list) for step in _steps(part)]
     return [pre_tokenizer]
 
 
@@ -91,11 +92,11 @@ def _read(step: Any) -> tuple[str, Any]:
         return kind, step.get("individual_digits", False)
     if kind == "Split":
         for name, value, needed in (
-            ("pattern", list(step["pattern"]), ["Regex"]),
-            ("behavior", step["behavior"], "Isolated"),
+            ("pattern", list(entry(step, "pattern", dict, "pre_tokenizer.")), ["Regex"]),
+            ("behavior", step.get("behavior"), "Isolated"),
             ("invert", bool(step.get("invert")), False),
         ):
             if value != needed:
                 raise UserError(f"pre_tokenizer.{name} of a Split is {value!r}: only {needed!r} can be read here")
-        return kind, step["pattern"]["Regex"]
+        return kind, entry(step["pattern"], "Regex", str, "pre_tokenizer.pattern.")
     return next((name for name in (kind, step) if isinstance(name, str)), json.dumps(step)[:60]), None

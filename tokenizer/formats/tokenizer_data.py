@@ -146,6 +146,15 @@ def parse_vocab(ids: Mapping[str, Any], special_tokens: "set[str]", path: Path |
     return vocab
 
 
+def entry(part: Any, name: str, kind: type, above: str = "") -> Any:
+    """Return an entry of a JSON object; one that is missing or of another kind raises a `UserError`."""
+    value = part.get(name) if isinstance(part, dict) else None
+    if not isinstance(value, kind):
+        needed = {dict: "an object", list: "a list", str: "a string"}[kind]
+        raise UserError(f"{above}{name} is {json.dumps(value, ensure_ascii=False)[:100]}: {needed} is needed")
+    return value
+
+
 def read_text(path: Path) -> str:
     """Return the text of a file; one that is not UTF-8, or begins with a byte order mark, raises a `UserError`."""
     data = path.read_bytes()
