@@ -28,7 +28,7 @@ STEPS = 3
 def peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
     """Return how many bytes a call holds at most on a GPU, beside those that are held before it."""
     gc.collect()
-    # A backward pass returns before autograd's thread has let its gradients go. That thread takes this one up after that.
+    # A backward pass may return before autograd's thread has freed its gradients. That thread runs this one after that.
     torch.zeros((), device=device, requires_grad=True).backward()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

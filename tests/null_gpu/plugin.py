@@ -1,7 +1,7 @@
 """A plugin for pytest, `-p null_gpu.plugin`: runs the tests for a GPU on the null GPU, as far as their comparison of values.
 
 The null GPU computes nothing, so only shapes, dtypes, devices and memory layouts are compared. Where a test asks for values by
-itself, there it ends (`OF_VALUES`). A test fails where the null GPU tells this process of a fault meanwhile, fixtures included.
+itself, there it ends (`OF_VALUES`). A test fails if the null GPU tells of a fault while it or its fixtures run.
 """
 
 import ctypes
@@ -143,14 +143,14 @@ def _no_faults() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Iterator[None]:
-    """Fail a test in whose fixtures there was a fault."""
+    """Fail a test whose fixtures begin with a fault."""
     with _no_faults():
         yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """Fail a test after which there was a fault."""
+    """Fail a test whose fixtures end with a fault."""
     with _no_faults():
         yield
 

@@ -1,8 +1,8 @@
 """The classes of characters that the patterns tell apart, as a table over all code points.
 
 The table is shipped: of the patterns with a name, ids are the same on all machines, whatever Unicode the `regex` there knows.
-A pattern of one's own goes through that `regex`; where its classes are others, fingerprints are too. With another table
-tokenizers would give other ids under the same fingerprint, so there is no next one without another name for its patterns.
+A pattern of one's own goes through that `regex`: if it classifies characters otherwise, the fingerprint differs. With another
+table tokenizers would give other ids under the same fingerprint, so there is no next one without another name for its patterns.
 """
 
 import base64

@@ -36,8 +36,8 @@ def open_dataset(path: Path, tokenizer: Tokenizer) -> TokenDataset:
     dataset = TokenDataset(tokens)
     if dataset.header.tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"{tokens} was made by another tokenizer, or, for a pattern of its own, another version of regex: remove it to have"
-            " it made again, or name its tokenizer"
+            f"{tokens} was made by another tokenizer, or, if the pattern is a regular expression, with another version of"
+            " regex: remove it to have it made again, or name its tokenizer"
         )
     if path != tokens:
         _check_text(path, dataset)

@@ -69,7 +69,7 @@ def test_a_fork_waits_for_the_compiler():
         with jit.LOCK:
             compiling_now.set()
             done.wait(0.2)
-            # Whoever logs what is said here may encode text: the fork that waits must not hold that lock by then.
+            # A log handler may encode text, which takes this lock: the fork that waits must not hold it yet.
             encoded.append(jit.WORK_LOCK.acquire(timeout=5))
             if encoded[0]:
                 jit.WORK_LOCK.release()
