@@ -15,6 +15,7 @@ from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .flash_reference import tiled_attention
 from .geglu import geglu
+from .grouped_linear import grouped_linear
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
@@ -33,6 +34,7 @@ __all__ = [
     "geglu",
     "get_attention_kernel",
     "get_backend",
+    "grouped_linear",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

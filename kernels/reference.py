@@ -4,6 +4,7 @@ Half precision is computed in float32 and rounded once, at the end. Shapes: `B` 
 `H` / `Hkv` query / key-value heads, `K` head dim, `F` d_ff, `V` vocabulary.
 """
 
+import itertools
 from typing import Any, Literal
 
 import torch
@@ -473,3 +474,18 @@ def linear_cross_entropy(
     losses, *more = (None if part[0] is None else torch.cat(part).view(targets.shape) for part in zip(*parts, strict=True))
     assert losses is not None
     return options.output(losses, targets, reduction, *more)
+
+
+def _groups(ends: Tensor) -> list[slice]:
+    bounds = [0, *ends.tolist()]
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each group of rows by its own matrix: x (N, K), weight (E, F, K), ends (E) -> (N, F)."""
+    return torch.cat([x[rows] @ matrix.mT for rows, matrix in zip(_groups(ends), weight, strict=True)])
+
+
+def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Sum y x^T over the rows of each group: y (N, F), x (N, K), ends (E) -> (E, F, K)."""
+    return torch.stack([y[rows].mT @ x[rows] for rows in _groups(ends)])

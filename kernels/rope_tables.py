@@ -41,9 +41,13 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
     """Context in training. llama3 and yarn need it."""
     low_freq_factor: float = 1.0
+    """llama3: turns in the original context below which a frequency is divided in full."""
     high_freq_factor: float = 4.0
+    """llama3: turns from which it stays as it is."""
     beta_fast: float = 32.0
+    """yarn: turns in the original context from which a frequency stays as it is."""
     beta_slow: float = 1.0
+    """yarn: turns below which it is divided in full."""
     mscale: float | None = None
     """With `mscale_all_dim` too, the attention factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)."""
     mscale_all_dim: float | None = None

@@ -3,50 +3,57 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Documents, add_rms_norm, attention, geglu, layer_norm, rms_norm, rope_qk, rope_qkv, swiglu
+from .cache import LayerCache
 from .config import FeedForward, NormType
 
 
-def _draw(weight: Tensor, in_features: int, out_features: int) -> None:
+def draw_weight(weight: Tensor, in_features: int, out_features: int) -> None:
+    """Draw the weight of a linear map as `Linear` does."""
     std = math.sqrt(2 / (in_features + out_features))
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 class Linear(nn.Linear):
-    """y = x W^T without bias, in the dtype of x; W from a normal of variance 2 / (d_in + d_out), cut at 3 sigma.
+    """y = x W^T, by default without a bias b, in the dtype of x; W from a normal of variance 2 / (d_in + d_out) cut at 3 sigma.
 
-    The variance is that of Glorot & Bengio 2010.
+    The variance is that of Glorot & Bengio 2010. A bias begins at 0.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
-        _draw(self.weight, self.in_features, self.out_features)
+        self._draw()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _draw(self) -> None:
+        draw_weight(self.weight, self.in_features, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., d_in) -> (..., d_out)."""
-        return F.linear(input, self.weight.to(input.dtype))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class JoinedLinear(Linear):
     """Several `Linear` layers of one input as one product; each part of the weight is drawn as its own layer's would be."""
 
-    def __init__(self, in_features: int, parts: Sequence[int]) -> None:
+    def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         self.parts = tuple(parts)
-        super().__init__(in_features, sum(parts))
+        super().__init__(in_features, sum(parts), bias)
 
-    def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+    def _draw(self) -> None:
         for part in self.weight.split(self.parts):
-            _draw(part, self.in_features, part.shape[0])
+            draw_weight(part, self.in_features, part.shape[0])
 
 
 class Head(Linear):
@@ -58,7 +65,7 @@ class Head(Linear):
 
     def reset_parameters(self) -> None:
         """Draw the rows of the vocabulary anew."""
-        _draw(self.weight[: self.vocab_size], self.in_features, self.vocab_size)
+        draw_weight(self.weight[: self.vocab_size], self.in_features, self.vocab_size)
         nn.init.zeros_(self.weight[self.vocab_size :])
 
 
@@ -76,20 +83,21 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a trained weight: (..., D) -> (..., D)."""
+    """`rms_norm` with a trained weight: (..., D) -> (..., D). With `unit_offset` it scales by 1 + weight (Gemma)."""
 
-    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+    def __init__(self, d_model: int, eps: float = 1e-5, unit_offset: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.weight = nn.Parameter(torch.zeros(d_model) if unit_offset else torch.ones(d_model))
         self.eps = eps
+        self.offset = float(unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
     def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add a branch to the residual stream; return the normalised sum and the sum, from one kernel."""
-        return add_rms_norm(branch, residual, self.weight, self.eps)
+        return add_rms_norm(branch, residual, self.weight, self.eps, offset=self.offset)
 
 
 class LayerNorm(nn.Module):
@@ -110,12 +118,23 @@ class LayerNorm(nn.Module):
         return self(total).to(branch.dtype), total
 
 
-def make_norm(norm_type: NormType, d_model: int, eps: float) -> RMSNorm | LayerNorm:
-    """Return the norm of this name."""
-    norms = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
+def make_norm(norm_type: NormType, d_model: int, eps: float, unit_offset: bool = False) -> RMSNorm | LayerNorm:
+    """Return the norm of this name; `unit_offset` is RMSNorm's."""
+    norms: dict[str, Callable[[], RMSNorm | LayerNorm]] = {
+        "rms_norm": lambda: RMSNorm(d_model, eps, unit_offset),
+        "layer_norm": lambda: LayerNorm(d_model, eps),
+    }
     if norm_type not in norms:
         raise ValueError(f"norm_type is {norm_type!r}: choose {' or '.join(norms)}")
-    return norms[norm_type](d_model, eps)
+    return norms[norm_type]()
+
+
+GATED_ACTIVATIONS: dict[FeedForward, Callable[[Tensor], Tensor]] = {
+    "swiglu": swiglu,
+    "geglu_tanh": partial(geglu, approximate="tanh"),
+    "geglu_erf": partial(geglu, approximate="none"),
+}
+"""What each gated feed-forward layer does between its products: (..., 2F) -> (..., F), the gate first."""
 
 
 class GatedLinearUnit(nn.Module):
@@ -175,51 +194,12 @@ def make_feed_forward(name: FeedForward, d_model: int, d_ff: int) -> nn.Module:
     return layers[name](d_model, d_ff)
 
 
-class Places(NamedTuple):
-    """Where new tokens stand, in sequences of unequal length."""
-
-    positions: Tensor
-    """(B, T) int64."""
-    lengths: Tensor
-    """(B) int32: tokens of each sequence, the new ones among them."""
-
-
-class LayerCache:
-    """Keys and values of the tokens that one layer has seen, in buffers of fixed `shape` (B, Hkv, tokens, K)."""
-
-    places: Places | None = None
-    """Where the next tokens stand; None: in every sequence after `length` others."""
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        *sizes, head_dim = shape
-        # Each token on 16 bytes, as the kernels load them: else every step of decoding would copy the whole cache.
-        padded = (*sizes, -(-head_dim // 8) * 8)
-        self.k, self.v = (torch.empty(padded, dtype=dtype, device=device)[..., :head_dim] for _ in range(2))
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, Hkv, T, K) of new tokens; return those of all tokens so far.
-
-        In sequences of unequal length those of a shorter one are followed by others, which are not its own.
-        """
-        start, self.length = self.length, self.length + k.shape[2]
-        if self.places is None:
-            self.k[:, :, start : self.length] = k
-            self.v[:, :, start : self.length] = v
-        else:
-            # A full sequence is written over, so that there may be fewer tokens than were given.
-            self.length = min(self.length, self.k.shape[2])
-            index = self.places.positions[:, None, :, None].expand_as(k)
-            self.k.scatter_(2, index, k.to(self.k.dtype))
-            self.v.scatter_(2, index, v.to(self.v.dtype))
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with grouped key-value heads: (B, T, D) -> (B, T, D).
 
     With `qk_norm` each head of the queries and of the keys is normalised before it is rotated (Dehghani et al. 2023,
-    section 2), which bounds the scores. Without `rope` nothing is rotated.
+    section 2), which bounds the scores. Without `rope` nothing is rotated. `window`, `scale` and `softcap` are those of
+    `kernels.attention`.
     """
 
     def __init__(
@@ -230,16 +210,23 @@ class CausalSelfAttention(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         rope: bool = True,
+        *,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        unit_offset_norms: bool = False,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = d_model // num_heads
-        self.rope = rope
-        kv_width = self.head_dim * self.num_kv_heads
-        self.qkv_proj = JoinedLinear(d_model, (d_model, kv_width, kv_width))
-        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
-        self.output_proj = Linear(d_model, d_model)
+        self.head_dim = head_dim or d_model // num_heads
+        self.rope, self.window, self.scale, self.softcap = rope, window, scale, softcap
+        q_width, kv_width = self.head_dim * self.num_heads, self.head_dim * self.num_kv_heads
+        self.qkv_proj = JoinedLinear(d_model, (q_width, kv_width, kv_width), qkv_bias)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps, unit_offset_norms) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps, unit_offset_norms) if qk_norm else None
+        self.output_proj = Linear(q_width, d_model)
 
     def forward(
         self,
@@ -249,7 +236,7 @@ class CausalSelfAttention(nn.Module):
         cache: LayerCache | None = None,
         packed: Documents | None = None,
     ) -> Tensor:
-        """Attend to this and earlier positions; cos, sin (T, K / 2) are the angles of the positions of `x`.
+        """Attend to this and earlier positions; cos, sin (T, R / 2) are the angles of the positions of `x`, R <= K.
 
         With the `places` of a cache they are those of all positions from 0 on. `packed` confine attention to documents, see
         `kernels.documents`.
@@ -258,7 +245,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self._heads(self.qkv_proj(x), cos, sin, positions)
         if cache is not None:
             k, v = cache.append(k, v)
-        o = attention(q, k, v, document_ids=packed, cache_lengths=lengths)
+        # A window as long as the keys leaves nothing out, and needs no mask.
+        window = None if self.window is None or self.window >= k.shape[2] else self.window
+        options = {"scale": self.scale, "window": window, "softcap": self.softcap}
+        o = attention(q, k, v, **options, document_ids=packed, cache_lengths=lengths)
         return self.output_proj(o.transpose(1, 2).flatten(-2))
 
     def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

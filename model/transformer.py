@@ -1,6 +1,6 @@
 """The Transformer language model, top to bottom."""
 
-from collections.abc import Sequence
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,33 +9,81 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
 from ..kernels import Documents, documents, linear_cross_entropy
+from .cache import KVCache, LayerCache
 from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
-from .layers import CausalSelfAttention, Embedding, Head, LayerCache, Places, make_feed_forward, make_norm
+from .experts import MixtureOfExperts
+from .layers import (
+    GATED_ACTIVATIONS,
+    CausalSelfAttention,
+    Embedding,
+    Head,
+    LayerNorm,
+    RMSNorm,
+    make_feed_forward,
+    make_norm,
+)
+
+IGNORED_TARGET = -100
+"""Target of a position that has no part in the loss."""
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angle of every position and channel pair, (context_length, K / 2)."""
-    return kernels.rope_tables(config.head_dim, config.context_length, config.rope_theta)
+def rope_tables(config: ModelConfig, local: bool = False) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the angle of every position and pair, (context_length, R / 2), in global or local layers."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    return kernels.rope_tables(config.head_width, config.context_length, theta, scaling, rotary_dim=config.rotary_dim)
+
+
+def _feed_forward(config: ModelConfig) -> nn.Module:
+    if config.num_experts is None:
+        return make_feed_forward(config.ffn, config.d_model, config.d_ff)
+    return MixtureOfExperts(
+        config.d_model,
+        config.d_ff,
+        config.num_experts,
+        config.experts_per_token,
+        GATED_ACTIVATIONS[config.ffn],
+        config.normalise_expert_weights,
+    )
+
+
+def _norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    return make_norm(config.norm_type, config.d_model, config.norm_eps, config.unit_offset_norms)
 
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each a branch that is added to the residual stream (B, T, D).
 
     With pre-norm a branch is added by the norm that comes after it, in the same kernel: a block takes the branch of the
-    block before and hands its own to the next. With post-norm, and without norms, it hands on no branch.
+    block before and hands its own to the next. With sandwich norms the branch is normalised before. With post-norm, and
+    without norms, a block hands on no branch.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        normed = config.norm != "none"
-        self.pre_norm = config.norm == "pre"
-        self.ln1 = make_norm(config.norm_type, config.d_model, config.norm_eps) if normed else None
+        normed, sandwich = config.norm != "none", config.norm == "sandwich"
+        self.pre_norm = sandwich or config.norm == "pre"
+        self.ln1 = _norm(config) if normed else None
         self.attn = CausalSelfAttention(
-            config.d_model, config.num_heads, config.kv_heads, config.qk_norm, config.norm_eps, config.rope
+            config.d_model,
+            config.num_heads,
+            config.kv_heads,
+            config.qk_norm,
+            config.norm_eps,
+            config.rope,
+            head_dim=config.head_dim,
+            qkv_bias=config.qkv_bias,
+            unit_offset_norms=config.unit_offset_norms,
+            window=config.window_of(layer),
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
         )
-        self.ln2 = make_norm(config.norm_type, config.d_model, config.norm_eps) if normed else None
-        self.ffn = make_feed_forward(config.ffn, config.d_model, config.d_ff)
+        self.ln1_post = _norm(config) if sandwich else None
+        self.ln2 = _norm(config) if normed else None
+        self.ffn = _feed_forward(config)
+        self.ln2_post = _norm(config) if sandwich else None
 
     def forward(
         self,
@@ -46,10 +94,11 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None = None,
         packed: Documents | None = None,
         checkpointed: bool = False,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return (branch, residual) after the block; `branch` None begins. cos, sin (T, K / 2) are the positions' angles.
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return (branch, residual, balance) after the block, the last the `balance_loss` of its experts where it has them.
 
-        `checkpointed`: keep only the inputs, and run again in the backward pass.
+        `branch` None begins. cos, sin (T, R / 2) are the positions' angles. `checkpointed`: keep only the inputs, and run again
+        in the backward pass.
         """
         inputs = (branch, residual, cos, sin, cache, packed)
         if checkpointed:
@@ -65,59 +114,23 @@ class TransformerBlock(nn.Module):
         sin: Tensor,
         cache: LayerCache | None,
         packed: Documents | None,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         if self.ln1 is None or self.ln2 is None:
             x = residual + self.attn(residual, cos, sin, cache, packed)
-            return None, x + self.ffn(x)
+            branch, balance = self._feed_forward(x)
+            return None, x + branch, balance
         if not self.pre_norm:
             x, _ = self.ln1.add(self.attn(residual, cos, sin, cache, packed), residual)
-            return None, self.ln2.add(self.ffn(x), x)[0]
+            branch, balance = self._feed_forward(x)
+            return None, self.ln2.add(branch, x)[0], balance
         x, residual = (self.ln1(residual), residual) if branch is None else self.ln1.add(branch, residual)
-        x, residual = self.ln2.add(self.attn(x, cos, sin, cache, packed), residual)
-        return self.ffn(x), residual
+        attended = self.attn(x, cos, sin, cache, packed)
+        x, residual = self.ln2.add(attended if self.ln1_post is None else self.ln1_post(attended), residual)
+        fed, balance = self._feed_forward(x)
+        return fed if self.ln2_post is None else self.ln2_post(fed), residual, balance
 
-
-class KVCache:
-    """The keys and values of every layer for up to `max_length` tokens of `batch_size` sequences, of unequal length too."""
-
-    lengths: Tensor | None = None
-    """(B) int64: tokens of each sequence, where they may differ."""
-
-    def __init__(self, model: "TransformerLM", batch_size: int, max_length: int) -> None:
-        config, weight = model.config, model.token_embeddings.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.compute_dtype or weight.dtype
-        self.max_length = max_length
-        shape = (batch_size, config.kv_heads, max_length, config.head_dim)
-        self.layers = [LayerCache(shape, dtype, weight.device) for _ in range(config.num_layers)]
-
-    @property
-    def length(self) -> int:
-        """Tokens seen so far, by the longest sequence."""
-        return self.layers[0].length
-
-    def keep(self, lengths: Sequence[int]) -> None:
-        """Keep the first lengths[b] tokens of sequence b, of which the others were padding; new ones come after these.
-
-        From then on a sequence that is full overwrites its last token instead of raising an error, so that others can go on.
-        """
-        if max(lengths) > self.length or min(lengths) < 0:
-            raise ValueError(f"lengths are {list(lengths)}: allowed is 0 to {self.length}, the tokens seen so far")
-        self.lengths = torch.tensor(lengths, device=self.layers[0].k.device)
-        for layer in self.layers:
-            layer.length = max(lengths)
-
-    def place(self, num_tokens: int) -> bool:
-        """Say to each layer where the next tokens stand; return whether that differs between sequences."""
-        if self.lengths is None:
-            return False
-        positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
-        positions = positions.clamp(max=self.max_length - 1)
-        self.lengths = positions[:, -1] + 1
-        places = Places(positions, self.lengths.to(torch.int32))
-        for layer in self.layers:
-            layer.places = places
-        return True
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.ffn(x) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(x), None)
 
 
 class TransformerLM(nn.Module):
@@ -134,19 +147,33 @@ class TransformerLM(nn.Module):
 
     rope_cos: Tensor
     rope_sin: Tensor
+    # None: local layers have the tables of the global ones.
+    local_rope_cos: Tensor | None
+    local_rope_sin: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         rows = config.padded_vocab_size
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, rows)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        pre = config.norm == "pre"
-        self.ln_final = make_norm(config.norm_type, config.d_model, config.norm_eps) if pre else None
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
+        self.ln_final = _norm(config) if config.norm in ("pre", "sandwich") else None
         self.lm_head = None if config.tie_embeddings else Head(config.d_model, config.vocab_size, rows)
-        cos, sin = rope_tables(config)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        for name in ("rope_cos", "rope_sin", "local_rope_cos", "local_rope_sin"):
+            self.register_buffer(name, None, persistent=False)
+        self.make_tables()
+
+    def make_tables(self, device: torch.device | None = None) -> None:
+        """Compute the tables of RoPE, which no state dict holds, on the CPU, and put them on the device."""
+        config = self.config
+        self.rope_cos, self.rope_sin = (table.to(device=device) for table in rope_tables(config))
+        if config.window is not None and config.local_rope_theta is not None:
+            self.local_rope_cos, self.local_rope_sin = (table.to(device=device) for table in rope_tables(config, local=True))
+
+    def share_tables(self, other: "TransformerLM") -> None:
+        """Use the tables of another model of this shape."""
+        self.rope_cos, self.rope_sin = other.rope_cos, other.rope_sin
+        self.local_rope_cos, self.local_rope_sin = other.local_rope_cos, other.local_rope_sin
 
     @property
     def _padded_head_weight(self) -> Tensor:
@@ -163,6 +190,12 @@ class TransformerLM(nn.Module):
         With a cache, `tokens` follow those that it holds, and are added to it. `document_ids` (B, T) integers confine
         attention to documents, runs of equal ids; not with a cache.
         """
+        return self._hidden_states(tokens, cache, document_ids)[0]
+
+    def _hidden_states(
+        self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        # Beside them the sum of the layers' balance losses, where there are experts.
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if cache is not None and cache.lengths is not None:
@@ -175,19 +208,31 @@ class TransformerLM(nn.Module):
             start = 0
         # Once for all layers, and for those that run again in the backward pass.
         packed = None if document_ids is None else documents(document_ids)
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
-        branch, residual = None, self.token_embeddings(tokens)
-        if self.compute_dtype is not None:
-            residual = residual.to(self.compute_dtype)
+        tables = local = self.rope_cos[start:end], self.rope_sin[start:end]
+        if self.local_rope_cos is not None and self.local_rope_sin is not None:
+            local = self.local_rope_cos[start:end], self.local_rope_sin[start:end]
+        branch, residual, balances = None, self._embed(tokens), []
         kept_whole = not (self.training and torch.is_grad_enabled())
         checkpointed = 0 if kept_whole else num_checkpointed_blocks(self.activation_checkpointing, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            branch, residual = layer(branch, residual, cos, sin, layer_cache, packed, i < checkpointed)
+            cos, sin = local if self.config.is_local(i) else tables
+            branch, residual, balance = layer(branch, residual, cos, sin, layer_cache, packed, i < checkpointed)
+            balances.append(balance)
+        total = None if self.config.num_experts is None else torch.stack(balances).sum()
         if self.ln_final is None:
-            return residual
+            return residual, total
         assert branch is not None  # there is at least one layer
-        return self.ln_final.add(branch, residual)[0]
+        return self.ln_final.add(branch, residual)[0], total
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded = self.token_embeddings(tokens)
+        if self.compute_dtype is not None:
+            embedded = embedded.to(self.compute_dtype)
+        if not self.config.scale_embeddings:
+            return embedded
+        # Rounded to the dtype of the stream first, as those who trained with it have it.
+        return embedded * torch.full((), math.sqrt(self.config.d_model), dtype=embedded.dtype, device=embedded.device)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each position."""
@@ -195,14 +240,35 @@ class TransformerLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of the token after each position, of its hidden states (..., D)."""
-        return F.linear(hidden, self._padded_head_weight.to(hidden.dtype))[..., : self.config.vocab_size]
+        logits = F.linear(hidden, self._padded_head_weight.to(hidden.dtype))[..., : self.config.vocab_size]
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """Return the summed cross-entropy in nats of targets (B, T), all logits never held; see `linear_cross_entropy`."""
-        hidden = self.hidden_states(tokens, document_ids=document_ids)
-        return linear_cross_entropy(
-            hidden, self._padded_head_weight, targets, z_loss=z_loss, reduction="sum", num_classes=self.config.vocab_size
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None = None,
+        z_loss: float = 0.0,
+        router_loss: float = 0.0,
+    ) -> Tensor:
+        """Return the summed cross-entropy in nats of targets (B, T), all logits never held; see `linear_cross_entropy`.
+
+        For each target that is not ignored, `router_loss` times the sum of the layers' `balance_loss` is added.
+        """
+        hidden, balance = self._hidden_states(tokens, document_ids=document_ids)
+        loss = linear_cross_entropy(
+            hidden,
+            self._padded_head_weight,
+            targets,
+            z_loss=z_loss,
+            softcap=self.config.logit_softcap,
+            reduction="sum",
+            num_classes=self.config.vocab_size,
         )
+        if balance is None or not router_loss:
+            return loss
+        return loss + router_loss * balance * (targets != IGNORED_TARGET).sum()
 
     def cast(self, dtype: torch.dtype) -> "TransformerLM":
         """Return a model for inference with the matrices in `dtype`: it computes what `compute_dtype` does, without casts.
@@ -215,5 +281,5 @@ class TransformerLM(nn.Module):
             cast = TransformerLM(self.config)
         weights = {name: t.to(dtype) if t.dim() > 1 else t for name, t in self.state_dict().items()}
         cast.load_state_dict(weights, assign=True)
-        cast.rope_cos, cast.rope_sin = self.rope_cos, self.rope_sin
+        cast.share_tables(self)
         return cast.requires_grad_(False).train(self.training)

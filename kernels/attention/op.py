@@ -1,6 +1,7 @@
 """The registered op and the public function."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -265,7 +266,9 @@ def attention(
             )  # fmt: skip
         options = (causal, scale, window, softcap, document_ids, cu_seqlens, sinks)
         lengths = {"cu_seqlens_k": cu_seqlens_k, "cache_lengths": cache_lengths}
-        return reference.attention(q, k, v, *options, **lengths, return_lse=return_lse)
+        # Under autocast its products would be rounded, and its backward pass, which runs without, be given two dtypes.
+        with nullcontext() if dtype is None else torch.autocast(q.device.type, enabled=False):
+            return reference.attention(q, k, v, *options, **lengths, return_lse=return_lse)
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         raise ValueError(f"the head dim is {q.shape[3]}, that of v {v.shape[3]}: allowed is 1 to {MAX_HEAD_DIM}")
     sides = reference.window_sides(window, causal)

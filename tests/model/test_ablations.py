@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from handout import HandoutLM, handout_weights
+from model_shapes import GEMMA
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
@@ -31,6 +32,9 @@ ABLATIONS = {
     "tied": {"tie_embeddings": True},
     "qk-norm": {"qk_norm": True},
     "qk-norm without rope": {"qk_norm": True, "rope": False, "num_kv_heads": 2},
+    "experts": {"num_experts": 4, "num_kv_heads": 2, "norm": "sandwich"},
+    "head dim and biases": {"head_dim": 6, "qkv_bias": True, "rotary_dim": 4},
+    "gemma": GEMMA | {"window": 3},
     "all at once": {"norm": "post", "rope": False, "ffn": "silu", "tie_embeddings": True, "num_kv_heads": 2},
 }
 ablations = pytest.mark.parametrize("change", ABLATIONS.values(), ids=list(ABLATIONS))
@@ -40,8 +44,8 @@ def ablated(change):
     torch.manual_seed(0)
     model = TransformerLM(dataclasses.replace(TINY, **change))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "ln" in name:  # ones would hide a norm that is left out
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # ones and zeros would hide a norm, or a bias, that is left out
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 

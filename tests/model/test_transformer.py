@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tilewright.kernels import linear_cross_entropy, reference, use_backend
+from tilewright.kernels import RopeScaling, linear_cross_entropy, reference, use_backend
 from tilewright.kernels.attention import packing
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import CausalSelfAttention, KVCache, ModelConfig, RMSNorm, SwiGLU, TransformerLM
@@ -16,11 +16,38 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be impor
 
 TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, num_heads=4, d_ff=24)
 
+# Everything of today's families at once, with a window and a head dim that are none of the other sizes.
+MODERN = dataclasses.replace(
+    TINY,
+    num_layers=3,
+    num_kv_heads=2,
+    head_dim=6,
+    rotary_dim=4,
+    qk_norm=True,
+    qkv_bias=True,
+    norm="sandwich",
+    unit_offset_norms=True,
+    scale_embeddings=True,
+    ffn="geglu_tanh",
+    window=3,
+    window_pattern="LG",
+    local_rope_theta=100.0,
+    rope_scaling=RopeScaling("llama3", 4.0, 8),
+    attention_scale=0.3,
+    attention_softcap=2.0,
+    logit_softcap=3.0,
+)
+
 
 @pytest.fixture
 def model(request):
     torch.manual_seed(0)
-    return TransformerLM(getattr(request, "param", TINY))
+    model = TransformerLM(getattr(request, "param", TINY))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # ones and zeros would hide a norm, or a bias, that is left out
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
 
 
 def test_state_names_are_the_courses(model):
@@ -93,7 +120,7 @@ def test_swiglu_is_the_textbooks():
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True)], indirect=True)
+@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True), MODERN], indirect=True)
 @torch.no_grad()
 def test_a_cache_changes_nothing(model, backend, device):
     model, tokens = model.to(device), torch.randint(0, 17, (3, 8), device=device)
@@ -134,6 +161,52 @@ def test_documents_do_not_see_each_other(model):
         torch.testing.assert_close(logits[row, start:end], model(tokens[row : row + 1, start:end])[0])
     with pytest.raises(ValueError, match="document_ids are given beside a cache"):
         model(tokens, KVCache(model, 2, 8), documents)
+
+
+@pytest.mark.parametrize("model", [MODERN], indirect=True)
+def test_each_layer_sees_its_window(model):
+    # What a token changes, in a model of one layer: the tokens that see it.
+    tokens = torch.randint(0, 17, (1, 8))
+    changed = tokens.clone()
+    changed[0, 2] = (tokens[0, 2] + 1) % 17
+    for layer, last in ((0, 4), (1, 7)):
+        one = TransformerLM(dataclasses.replace(MODERN, num_layers=1, window_pattern="LG"[layer]))
+        differs = (one(tokens) != one(changed)).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert differs == list(range(2, last + 1))
+
+
+@pytest.mark.parametrize("model", [MODERN], indirect=True)
+def test_every_weight_of_a_model_of_today_is_trained_and_copied(model):
+    tokens, targets = tokens_and_targets()
+    loss, gradients = loss_and_gradients(model, model.loss(tokens, targets))
+    assert all(gradient is not None and gradient.any() for gradient in gradients.values())
+    whole = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, whole)
+    assert model(tokens).abs().max() < 3
+    model.activation_checkpointing = "block"
+    again = loss_and_gradients(model.train(), model.loss(tokens, targets))
+    assert torch.equal(loss, again[0])
+    assert all(torch.equal(gradients[name], again[1][name]) for name in gradients)
+    model.compute_dtype = torch.bfloat16
+    torch.testing.assert_close(model.cast(torch.bfloat16)(tokens), model(tokens), rtol=0, atol=0)
+    with torch.device("meta"):
+        twin = TransformerLM(MODERN)
+    twin.to_empty(device="cpu").make_tables()
+    twin.load_state_dict(model.state_dict())
+    twin.compute_dtype = torch.bfloat16
+    assert torch.equal(twin(tokens), model(tokens))
+
+
+def test_stretched_and_local_angles():
+    config = dataclasses.replace(MODERN, context_length=32)
+    cos, _ = rope_tables(config)
+    local, _ = rope_tables(config, local=True)
+    assert cos.shape == local.shape == (32, 2)
+    positions = torch.arange(32, dtype=torch.float64)
+    torch.testing.assert_close(local[:, 1].double(), torch.cos(positions / 10), rtol=0, atol=1e-6)
+    # theta^(-1/2) = 0.01 turns once in 628 positions, less than once in the original 8: divided by the factor in full.
+    torch.testing.assert_close(cos[:, 1].double(), torch.cos(positions * 0.01 / 4), rtol=0, atol=1e-6)
+    assert rope_tables(dataclasses.replace(config, local_rope_theta=None), local=True)[0].equal(cos)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -196,7 +269,7 @@ def test_too_many_tokens_are_refused(model):
 
 
 @needs_triton
-@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True)], indirect=True)
+@pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True), MODERN], indirect=True)
 def test_kernels_and_reference_agree(model, device):
     model, tokens = model.to(device), torch.randint(0, 17, (2, 8), device=device)
     results = []
