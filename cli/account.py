@@ -24,7 +24,7 @@ def account(arguments: Sequence[str]) -> None:
         """Count a model's parameters, FLOPs, memory, time and money.
 
         Args:
-            preset: A model by name, such as gpt2-xl.
+            preset: A model by name, such as gpt2-xl, or a folder of Hugging Face's.
             config: What to account for.
         """
         report = make_report(preset, config)

@@ -4,6 +4,7 @@
 GiB 2^30.
 """
 
+from .block import attended_pairs
 from .conventions import Convention, conventions
 from .flops import (
     forward_flops,
@@ -11,6 +12,7 @@ from .flops import (
     hardware_flops,
     model_flops,
     model_flops_utilisation,
+    num_active_parameters,
     num_parameter_tensors,
     num_parameters,
     parameters_by_group,
@@ -18,7 +20,8 @@ from .flops import (
 )
 from .generation import Generation, generation, kv_cache_bytes
 from .memory import Memory, Moment, handout_memory, largest_batch, parse_memory, training_memory
-from .operations import Operation, attended_pairs, operations, pad_vocabulary
+from .operation import Operation
+from .operations import operations, pad_vocabulary
 from .policy import HANDOUT, Policy
 from .roofline import Plan, Roofline, adamw_bytes, adamw_flops, roofline, training_plan
 
@@ -45,6 +48,7 @@ __all__ = [
     "largest_batch",
     "model_flops",
     "model_flops_utilisation",
+    "num_active_parameters",
     "num_parameter_tensors",
     "num_parameters",
     "operations",

@@ -1,9 +1,10 @@
 """What others would call the MFU of the same run: their FLOPs per token, over their peak."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import ModelConfig
-from .flops import hardware_flops, model_flops, num_parameters, parameters_by_group
+from .block import reach
+from .flops import hardware_flops, model_flops, num_active_parameters, parameters_by_group
 from .operations import operations
 from .policy import Policy
 
@@ -32,19 +33,20 @@ def conventions(
 ) -> list[Convention]:
     """Return this project's count and those of others, for a run at `tokens_per_second` on a GPU of `peak_flops` (FLOP/s).
 
-    L layers, H heads of Q channels, context T, N parameters; others' N and T as their code takes them.
+    L layers, H heads of Q channels, context T, N parameters that a token meets; others' N and T as their code takes them.
     """
     policy = policy or Policy()
     context = config.context_length if context_length is None else context_length
-    n, layers, width = num_parameters(config), config.num_layers, config.d_model  # H Q is d_model
+    n, layers, width = num_active_parameters(config), config.num_layers, config.q_width  # H Q
     embedding = parameters_by_group(config)["embedding"]
-    reach = context if policy.window is None else min(policy.window, context)
+    seen = sum(reach(config, layer, context, policy.window) for layer in range(layers))
     full = operations(config, 1, context, policy)
     causal = operations(config, 1, context, policy, exact_causal=True)
     attention = 3 * sum(op.forward_flops for op in full if op.group == "attention")
     products = model_flops(full) - attention
-    counter = model_flops(full) + sum(op.recomputed_flops for op in full if op.group == "attention")
-    counter += 3 * sum(op.padding_flops for op in full)
+    square = operations(config, 1, context, replace(policy, window=context))
+    counter = model_flops(square) + sum(op.recomputed_flops for op in square if op.group == "attention")
+    counter += 3 * sum(op.padding_flops for op in square)
     ours = peak_flops
     rows: list[tuple[str, float, float | None, str]] = [
         ("tilewright", model_flops(full) / context, ours, "matrix products, full attention, backward 2x forward"),
@@ -52,7 +54,7 @@ def conventions(
         ("HFU", hardware_flops(full) / context, ours, "the first with what the policy computes again"),
         ("PaLM", 6 * n + 12 * layers * width * context, ours, "6N + 12LHQT, appendix B; an untied embedding is in N"),
         ("nanoGPT", 6 * n + 12 * layers * width * context, A100_BF16, "PaLM's, always over an A100's 312 TFLOP/s"),
-        ("nanochat", 6 * (n - embedding) + 12 * layers * width * reach, ours, "PaLM's without the embedding, windows counted"),
+        ("nanochat", 6 * (n - embedding) + 12 * width * seen, ours, "PaLM's without the embedding, windows counted"),
         ("llm.c", 6 * n + 6 * layers * width * context, ours, "6N + 6LCT: causal attention as half"),
         ("Megatron / MaxText", (products + attention / 2) / context, ours, "exact products, causal attention as half"),
         ("6N", 6 * n, ours, "Kaplan et al. 2020: no attention"),

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 
 from ..config import ModelConfig
-from .operations import Operation, operations
+from .experts import inactive_parameters
+from .operation import Operation
+from .operations import operations
 from .policy import Policy
 
 FLOP_GROUPS: tuple[str, ...] = ("projections", "attention", "feed-forward", "head")
@@ -24,6 +26,11 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(parameters_by_group(config).values())
 
 
+def num_active_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that a token meets: all but those of the experts that it does not pass through."""
+    return num_parameters(config) - inactive_parameters(config)
+
+
 def num_weights(config: ModelConfig, policy: Policy) -> int:
     """Return the number of weights that are held and updated: the parameters, and what pads the vocabulary."""
     return sum(op.weights for op in operations(config, 1, 1, policy))
@@ -37,7 +44,10 @@ def num_parameter_tensors(config: ModelConfig, policy: Policy | None = None) -> 
 def forward_flops_by_group(
     config: ModelConfig, context_length: int | None = None, window: int | None = None, exact_causal: bool = False
 ) -> dict[str, int]:
-    """Return the FLOPs of one sequence's forward pass by group, attention counted in full (as if not causal) or exactly."""
+    """Return the FLOPs of one sequence's forward pass by group, attention counted in full (as if not causal) or exactly.
+
+    A `window` stands in place of the layers' own.
+    """
     groups: dict[str, int] = dict.fromkeys(FLOP_GROUPS, 0)
     for op in operations(config, 1, context_length, Policy(window=window), exact_causal):
         if op.forward_flops:

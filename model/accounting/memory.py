@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ..checkpointing import num_checkpointed_blocks
 from ..config import ModelConfig
+from .ends import logit_chunk
 from .flops import num_parameter_tensors, num_parameters, num_weights
-from .operations import Operation, logit_chunk, operations
+from .operation import Operation
+from .operations import operations
 from .policy import ITEMSIZE, Policy, stream_itemsize
 
 GB, GIB = 10**9, 2**30
@@ -80,7 +82,7 @@ def saved_bytes(ops: tuple[Operation, ...]) -> int:
 def _block_inputs(config: ModelConfig, rows: int, policy: Policy, layer: int) -> tuple[int, int]:
     """Return the bytes of a block's inputs, and how many of them its first operation keeps as they are."""
     stream = rows * config.d_model * stream_itemsize(policy)
-    if config.norm != "pre":
+    if config.norm not in ("pre", "sandwich"):
         # The sum, which the projection keeps itself unless it has to cast it first.
         return stream, stream if stream_itemsize(policy) == ITEMSIZE[policy.compute] else 0
     if policy.ops == "eager":
@@ -143,7 +145,7 @@ def training_memory(
         timeline.append(Moment("forward", op.name, op.layer, state, gradients, saved, transient + op.forward_temporary))
     saved_in_all = saved
 
-    table = weight_size * next(op.weights for op in ops if op.group == "embedding")
+    table = weight_size * next(op.weights for op in ops if op.name == "embedding")
     layer = None
     for op in reversed(ops):
         if op.layer in inputs and op.layer != layer:
@@ -153,7 +155,7 @@ def training_memory(
         temporary, new_gradients = op.backward_temporary, weight_size * op.weights
         if config.tie_embeddings and op.group == "head" and op.forward_flops:
             new_gradients = table
-        elif config.tie_embeddings and op.group == "embedding":
+        elif config.tie_embeddings and op.name == "embedding":
             # A second gradient of the table, and the sum with the head's, which is a new tensor.
             temporary, new_gradients = temporary + 2 * table, 0
         if op.cast_bytes:

@@ -6,7 +6,7 @@ from ...files import atomic_file
 from ..config import MODELS, ModelConfig
 from .flops import FLOP_GROUPS, forward_flops_by_group
 from .memory import GB, training_memory
-from .operations import Policy
+from .policy import Policy
 
 COLORS = dict(zip(FLOP_GROUPS, ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
 SIZES = ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl")

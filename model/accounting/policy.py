@@ -40,7 +40,7 @@ class Policy:
     moments: Dtype = "float32"
     """Dtype of AdamW's two moments."""
     window: int | None = None
-    """Keys that a query sees, its own and those before it; None sees all."""
+    """Keys that a query sees in every layer, its own and those before it; None: as many as the model's layers let it see."""
     logit_chunk_bytes: int = 512 * 2**20
     """Bytes of logits that a chunked loss holds at once."""
 

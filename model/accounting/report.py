@@ -8,8 +8,16 @@ from typing import Any, Literal
 from ...errors import UserError
 from ...kernels.datasheet import GPU, GPUS, find_gpu
 from ..config import MODELS, ModelConfig
+from ..huggingface import read_config
 from .conventions import conventions
-from .flops import forward_flops_by_group, hardware_flops, model_flops, num_parameters, parameters_by_group
+from .flops import (
+    forward_flops_by_group,
+    hardware_flops,
+    model_flops,
+    num_active_parameters,
+    num_parameters,
+    parameters_by_group,
+)
 from .generation import generation
 from .memory import GB, GIB, handout_memory, largest_batch, parse_memory, training_memory
 from .operations import operations, pad_vocabulary
@@ -39,7 +47,7 @@ class AccountConfig:
     tokens_per_second: float | None = None
     """Measured speed of all GPUs together; its MFU by every convention is printed."""
     tokens: int | None = None
-    """Tokens of the whole run; by default 20 a parameter (Hoffmann et al. 2022)."""
+    """Tokens of the whole run; by default 20 a parameter that a token meets (Hoffmann et al. 2022)."""
     price_per_gpu_hour: float | None = None
     """Price of an hour of one GPU, in any currency."""
     vocab_multiple: int = 1
@@ -95,8 +103,10 @@ def _memory(model: ModelConfig, batch: int, context: int, policy: Policy, memory
         "peak_temporary_bytes": moment.temporary,
         "handout_fixed_bytes": handout[0],
         "handout_bytes_per_sequence": handout[1] - handout[0],
-        "written_out_float32_peak_bytes": training_memory(model, batch, context, HANDOUT).peak,
     }
+    # The course's model has no experts.
+    if model.num_experts is None:
+        report["written_out_float32_peak_bytes"] = training_memory(model, batch, context, HANDOUT).peak
     if memory_bytes is not None:
         report["memory_bytes"] = memory_bytes
         report["largest_batch"] = largest_batch(model, memory_bytes, context, policy)
@@ -130,10 +140,15 @@ def _speed(
 
 
 def model_of(name: str, settings: AccountConfig) -> ModelConfig:
-    """Return the shape of the preset `name`, its vocabulary padded; an unknown name is a `UserError` that lists the others."""
-    if name not in MODELS:
-        raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(MODELS)}")
-    return pad_vocabulary(MODELS[name], settings.vocab_multiple)
+    """Return the shape of the preset, or of the folder of Hugging Face's, `name`, its vocabulary padded.
+
+    An unknown name is a `UserError` that lists the presets.
+    """
+    if name in MODELS:
+        return pad_vocabulary(MODELS[name], settings.vocab_multiple)
+    if not Path(name).is_dir():
+        raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(MODELS)}, or a folder with a config.json")
+    return pad_vocabulary(read_config(Path(name)), settings.vocab_multiple)
 
 
 def account(name: str, settings: AccountConfig) -> dict[str, Any]:
@@ -161,8 +176,8 @@ def account(name: str, settings: AccountConfig) -> dict[str, Any]:
         batch = settings.batch_size
     gpu = None if settings.gpu is None else find_gpu(settings.gpu)
     speed = None if gpu is None else _speed(model, batch, context, policy, gpu, settings)
-    count = num_parameters(model)
-    tokens = TOKENS_PER_PARAMETER * count if settings.tokens is None else settings.tokens
+    active = num_active_parameters(model)
+    tokens = TOKENS_PER_PARAMETER * active if settings.tokens is None else settings.tokens
     plan = None
     if speed is not None:
         mfu = settings.mfu
@@ -194,6 +209,7 @@ def account(name: str, settings: AccountConfig) -> dict[str, Any]:
     return {
         "model": name,
         "shape": dataclasses.asdict(model),
+        "num_local_layers": sum(map(model.is_local, range(model.num_layers))),
         "batch_size": batch,
         "context_length": context,
         "policy": dataclasses.asdict(policy),
@@ -201,7 +217,8 @@ def account(name: str, settings: AccountConfig) -> dict[str, Any]:
         "gpu_asked_for": settings.gpu,
         "gpus_known": [known.name for known in GPUS.values()],
         "parameters": parameters_by_group(model),
-        "num_parameters": count,
+        "num_parameters": num_parameters(model),
+        "num_active_parameters": active,
         "flops": _flops(model, batch, context, policy),
         "memory": _memory(model, batch, context, policy, memory_bytes),
         "speed": speed,

@@ -7,7 +7,8 @@ from ...errors import UserError
 from ...kernels.datasheet import GPU
 from ..config import ModelConfig
 from .flops import model_flops, num_parameters, num_weights
-from .operations import Operation, operations
+from .operation import Operation
+from .operations import operations
 from .policy import ITEMSIZE, Dtype, Policy
 
 PEAK_OF: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

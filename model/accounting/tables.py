@@ -26,13 +26,17 @@ def _parameters(report: dict[str, Any]) -> Table:
         table.add_row(group, f"{count:,}", f"{100 * count / total:.2f}%")
     table.add_section()
     table.add_row("all", f"{total:,}", both_units(4 * total) + " in float32")
+    active = report["num_active_parameters"]
+    if active != total:
+        table.add_row("met by a token", f"{active:,}", f"{100 * active / total:.2f}%")
     table.add_row("AdamW's step", f"{flops['adamw_flops']:,} FLOPs", f"{flops['adamw_bytes']:,} bytes at the least")
     return table
 
 
 def _flops(report: dict[str, Any]) -> Table:
     flops, batch = report["flops"], report["batch_size"]
-    table = _table("FLOPs of matrix products, attention in full", "forward, one sequence", "FLOPs", "share")
+    windows = " within windows" if report["policy"]["window"] or report["num_local_layers"] else ""
+    table = _table(f"FLOPs of matrix products, attention in full{windows}", "forward, one sequence", "FLOPs", "share")
     for group, row in flops["forward_one_sequence"].items():
         table.add_row(group, f"{row['flops']:,}", f"{row['percent']:.2f}%")
     table.add_row("all", f"{flops['forward_one_sequence_flops']:,}", "100.00%")
@@ -67,7 +71,9 @@ def _memory(report: dict[str, Any]) -> Table:
     where = at["operation"] if at["layer"] is None else f"{at['operation']} of layer {at['layer']}"
     table.add_row("peak", f"{memory['peak_bytes']:,}", f"{at['phase']}, {where}")
     table.add_section()
-    table.add_row("written out in float32, peak", f"{memory['written_out_float32_peak_bytes']:,}", "CS336's model as it runs")
+    if "written_out_float32_peak_bytes" in memory:
+        written_out = memory["written_out_float32_peak_bytes"]
+        table.add_row("written out in float32, peak", f"{written_out:,}", "CS336's model as it runs")
     fixed, each = memory["handout_fixed_bytes"], memory["handout_bytes_per_sequence"]
     table.add_row("CS336 handout's sum", f"{fixed + each * batch:,}", f"{each:,} x batch + {fixed:,}")
     if "largest_batch" in memory:
@@ -125,6 +131,21 @@ def _generation(report: dict[str, Any]) -> Table:
     return table
 
 
+def _attention_of(report: dict[str, Any]) -> str:
+    """Return the heads of a shape and what its queries see, as far as it is not the plain form."""
+    shape, window = report["shape"], report["policy"]["window"]
+    text = f"{shape['num_heads']} heads"
+    if shape["head_dim"] is not None:
+        text += f" of {shape['head_dim']}"
+    if shape["num_kv_heads"] not in (None, shape["num_heads"]):
+        text += f", {shape['num_kv_heads']} of keys and values"
+    if window is not None:
+        text += f", windows of {window:,}"
+    elif shape["window"] is not None:
+        text += f", windows of {shape['window']:,} in {report['num_local_layers']} layers"
+    return text
+
+
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the tables of a report."""
     # Where the output is no terminal, rich would wrap at 80 columns and break the figures.
@@ -135,7 +156,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     if isinstance(checkpointing, int):
         checkpointing = f"{checkpointing} of {shape['num_layers']} blocks"
     console.print(
-        f"[bold]{report['model']}[/bold]: {shape['num_layers']} layers of {shape['d_model']}, {shape['num_heads']} heads, "
+        f"[bold]{report['model']}[/bold]: {shape['num_layers']} layers of {shape['d_model']}, {_attention_of(report)}, "
         f"d_ff {shape['d_ff']}, vocabulary {shape['vocab_size']:,}; batch {report['batch_size']:,} x "
         f"{report['context_length']:,} tokens; {report['policy']['compute']}, {report['policy']['attention']} attention, "
         f"{report['policy']['ops']} ops, {report['policy']['loss']} loss, checkpointing {checkpointing}",

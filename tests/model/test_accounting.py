@@ -1,7 +1,7 @@
 import copy
 import dataclasses
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from handout import HandoutLM
+from model_shapes import GEMMA, any_shape
 from tilewright.errors import UserError
 from tilewright.kernels import cross_entropy, use_backend
 from tilewright.model import MODELS, ModelConfig, TransformerLM
@@ -18,6 +19,7 @@ from tilewright.model.accounting import (
     HANDOUT,
     Policy,
     attended_pairs,
+    conventions,
     forward_flops,
     forward_flops_by_group,
     hardware_flops,
@@ -31,7 +33,7 @@ from tilewright.model.accounting import (
     training_flops_per_token,
 )
 from tilewright.model.accounting.flops import num_weights
-from tilewright.model.config import FeedForward
+from tilewright.model.config import Norm
 
 # CS336 assignment 1, transformer_accounting: untied embeddings, three feed-forward matrices of 4 d_model, context 1,024.
 FORWARD_FLOPS = {
@@ -61,23 +63,6 @@ def test_parameters_of_gpt2_xl():
     assert num_parameters(dataclasses.replace(MODELS["gpt2-xl"], d_ff=4288)) == 1_640_452_800
 
 
-SMALL = st.builds(
-    lambda heads, groups, half_dim, **rest: ModelConfig(
-        d_model=heads * groups * 2 * half_dim, num_heads=heads * groups, num_kv_heads=heads, **rest
-    ),
-    heads=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    half_dim=st.integers(1, 4),
-    vocab_size=st.integers(2, 40),
-    context_length=st.integers(2, 12),
-    num_layers=st.integers(1, 3),
-    d_ff=st.integers(1, 30),
-    tie_embeddings=st.booleans(),
-    qk_norm=st.booleans(),
-    norm=st.sampled_from(["pre", "post", "none"]),
-    rope=st.booleans(),
-    ffn=st.sampled_from(get_args(FeedForward)),
-)
 PADDED = Policy(vocabulary="padded")
 
 
@@ -93,26 +78,35 @@ def check_against_pytorch(config, batch_size):
     with torch.device("meta"):
         model = TransformerLM(config)
         tokens = torch.zeros(batch_size, config.context_length, dtype=torch.long)
+    # PyTorch counts all pairs of query and key, whatever the mask.
+    everything = dataclasses.replace(PADDED, window=config.context_length)
     shapes = [p.shape for p in model.parameters()]
     padding = config.padded_vocab_size - config.vocab_size
     embeddings = 1 if config.tie_embeddings else 2
     assert num_parameters(config) == sum(map(math.prod, shapes)) - embeddings * padding * config.d_model
-    assert num_weights(config, PADDED) == sum(map(math.prod, shapes))
+    assert num_weights(config, everything) == sum(map(math.prod, shapes))
     assert num_parameter_tensors(config) == len(shapes)
     forward, total = counted(model, tokens, lambda model, tokens: model(tokens).sum())
-    ops = operations(config, batch_size, policy=PADDED)
+    ops = operations(config, batch_size, policy=everything)
     wasted = 2 * tokens.numel() * config.d_model * padding
     assert sum(op.padding_flops for op in ops) == wasted
-    assert forward - wasted == sum(op.forward_flops for op in ops) == batch_size * forward_flops(config)
-    assert total - 3 * wasted == model_flops(ops) == batch_size * training_flops_per_token(config) * config.context_length
-    assert model_flops(ops) == model_flops(operations(config, batch_size))
+    assert forward - wasted == sum(op.forward_flops for op in ops)
+    assert total - 3 * wasted == model_flops(ops)
     scores = sum(op.recomputed_flops for op in ops if op.group == "attention")
     assert hardware_flops(ops) == total + scores
-    assert model_flops_utilisation(config, 10.0, 1e9) == model_flops(ops) / tokens.numel() / 1e8
+    assert conventions(config, policy=PADDED)[-1].flops_per_token == hardware_flops(ops) / tokens.numel()
+    # What is the model's own is what its windows leave.
+    masked = operations(config, batch_size)
+    hidden = sum(forward_flops_by_group(config, window=window)["attention"] * sign
+                 for window, sign in ((config.context_length, 1), (None, -1)))  # fmt: skip
+    assert model_flops(masked) == model_flops(ops) - 3 * batch_size * hidden
+    assert model_flops(masked) == 3 * batch_size * forward_flops(config)
+    assert training_flops_per_token(config) == model_flops(masked) / tokens.numel()
+    assert model_flops_utilisation(config, 10.0, 1e9) == model_flops(masked) / tokens.numel() / 1e8
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
-@given(config=SMALL, batch_size=st.integers(1, 3))
+@given(config=any_shape(), batch_size=st.integers(1, 3))
 def test_equal_to_pytorchs_own_counts(config, batch_size):
     check_against_pytorch(config, batch_size)
 
@@ -144,8 +138,57 @@ def test_known_shapes_equal_pytorchs_own_counts(name):
     check_against_pytorch(special[name] if name in special else MODELS[name], 2)
 
 
-def test_parameters_of_llama3_8b_and_forward_flops_of_the_2026_handout():
-    assert num_parameters(LLAMA3_8B) == 8_030_261_248
+# Vocabulary, context, d_model, layers, heads, d_ff as the models' config.json have them, and the parameters of their weights.
+GEMMA_NORMS: dict[str, Any] = {"norm": "sandwich", "unit_offset_norms": True, "scale_embeddings": True}
+PUBLISHED = {
+    "Llama 3.1 8B": (8_030_261_248, LLAMA3_8B),
+    "Mistral 7B v0.1": (7_241_732_096, ModelConfig(32_000, 32_768, 4096, 32, 32, 14_336, num_kv_heads=8, window=4096)),
+    "Qwen2.5 0.5B": (
+        494_032_768,
+        ModelConfig(151_936, 32_768, 896, 24, 14, 4864, num_kv_heads=2, qkv_bias=True, tie_embeddings=True),
+    ),
+    "Qwen3 0.6B": (
+        596_049_920,
+        ModelConfig(151_936, 40_960, 1024, 28, 16, 3072, num_kv_heads=8, head_dim=128, qk_norm=True, tie_embeddings=True),
+    ),
+    "Gemma 2 2B": (
+        2_614_341_888,
+        ModelConfig(
+            256_000, 8192, 2304, 26, 8, 9216, num_kv_heads=4, head_dim=256, window=4096, window_pattern="LG",
+            tie_embeddings=True, ffn="geglu_tanh", attention_softcap=50.0, logit_softcap=30.0, **GEMMA_NORMS,
+        ),
+    ),
+    "Gemma 3 1B": (
+        999_885_952,
+        ModelConfig(
+            262_144, 32_768, 1152, 26, 4, 6912, num_kv_heads=1, head_dim=256, window=512, window_pattern="LLLLLG",
+            local_rope_theta=1e4, rope_theta=1e6, tie_embeddings=True, ffn="geglu_tanh", qk_norm=True, **GEMMA_NORMS,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "config"), PUBLISHED.values(), ids=list(PUBLISHED))
+def test_parameters_of_published_models(count, config):
+    assert num_parameters(config) == count
+
+
+def test_forward_flops_of_gemma3_1b_by_hand():
+    _, config = PUBLISHED["Gemma 3 1B"]
+    # Layers 6, 12, 18 and 24 of 26 are global; q and output have a width of 1024, k and v of 256, beside a stream of 1152.
+    groups = forward_flops_by_group(config)
+    tokens = 32_768
+    assert groups["projections"] == tokens * 26 * 2 * 1152 * (2 * 1024 + 2 * 256)
+    assert groups["attention"] == tokens * 4 * 1024 * (22 * 512 + 4 * tokens)
+    assert groups["feed-forward"] == tokens * 26 * 6 * 1152 * 6912
+    assert groups["head"] == tokens * 2 * 1152 * 262_144
+    local, whole = 512 * 513 // 2 + (tokens - 512) * 512, tokens * (tokens + 1) // 2
+    assert forward_flops_by_group(config, exact_causal=True)["attention"] == 4 * 1024 * (22 * local + 4 * whole)
+    # An option of the accounting stands in place of the layers' own windows.
+    assert forward_flops_by_group(config, window=64)["attention"] == tokens * 4 * 1024 * 26 * 64
+
+
+def test_forward_flops_of_the_2026_handout():
     assert round(forward_flops(dataclasses.replace(MODELS["gpt2-xl"], d_ff=4288)) / 1e12, 3) == 3.517
 
 
@@ -163,7 +206,7 @@ def test_the_products_of_a_layer_of_gpt2_xl():
     ("loss", "checkpointing"),
     [("whole", "none"), ("chunked", "none"), ("whole", "block"), ("chunked", "block"), ("chunked", 1)],
 )
-@pytest.mark.parametrize("form", [{}, {"norm": "post"}, {"norm": "none", "rope": False, "ffn": "silu"}])
+@pytest.mark.parametrize("form", [{}, {"norm": "post"}, {"norm": "none", "rope": False, "ffn": "silu"}, GEMMA])
 def test_a_step_with_our_own_ops_is_counted_whole(loss, form, checkpointing):
     config = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=44, **form)
 
@@ -179,7 +222,7 @@ def test_a_step_with_our_own_ops_is_counted_whole(loss, form, checkpointing):
         tokens = torch.zeros(2, 24, dtype=torch.long)
         _, total = counted(model, tokens, loss_of)
     # Our attention is counted as PyTorch counts its own: in the backward pass the scores once more.
-    policy = dataclasses.replace(PADDED, checkpointing=checkpointing)
+    policy = dataclasses.replace(PADDED, checkpointing=checkpointing, window=24)
     assert total == hardware_flops(operations(config, 2, policy=policy))
 
 
@@ -192,7 +235,7 @@ def test_every_op_of_ours_has_a_formula():
 
 def test_pytorchs_count_of_flash_attention_is_ours():
     config, batch = LLAMA3_8B, 2
-    q = (batch, config.num_heads, config.context_length, config.head_dim)
+    q = (batch, config.num_heads, config.context_length, config.head_width)
     forward, backward = sdpa_flop_count(q, q, q), sdpa_backward_flop_count(q, q, q, q)
     attention = next(op for op in operations(config, batch) if op.group == "attention")
     assert forward == attention.forward_flops
@@ -216,7 +259,7 @@ def test_shares_at_16k():
 
 
 @pytest.mark.parametrize("checkpointed", [1, 2, 3])
-@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_recomputation_counts_for_the_hardware_only(norm, checkpointed):
     config = dataclasses.replace(MODELS["gpt2-small"], norm=norm, num_layers=3)
     whole = operations(config, 1, policy=HANDOUT)
@@ -228,7 +271,9 @@ def test_recomputation_counts_for_the_hardware_only(norm, checkpointed):
         tokens = torch.zeros(1, config.context_length, dtype=torch.long)
     # Nothing needs the result of a block's last product again, unless a norm follows it.
     _, total = counted(model, tokens, lambda model, tokens: model.loss(tokens, tokens))
-    blocks = checkpointed * sum(op.forward_flops for op in ops if op.layer == 0 and (norm == "post" or op.name != "w2"))
+    blocks = checkpointed * sum(
+        op.forward_flops for op in ops if op.layer == 0 and (norm in ("post", "sandwich") or op.name != "w2")
+    )
     assert hardware_flops(ops) == model_flops(ops) + blocks == total
     flash = operations(config, 1)
     scores = forward_flops_by_group(config)["attention"] // 2

@@ -1,8 +1,12 @@
+import dataclasses
+import io
+
 import pytest
+from rich.console import Console
 
 from tilewright.errors import UserError
 from tilewright.kernels.datasheet import GPU, GPUS, find_gpu
-from tilewright.model import MODELS
+from tilewright.model import MODELS, ModelConfig
 from tilewright.model.accounting import (
     HANDOUT,
     Policy,
@@ -16,6 +20,8 @@ from tilewright.model.accounting import (
     roofline,
     training_plan,
 )
+from tilewright.model.accounting.report import AccountConfig, account
+from tilewright.model.accounting.tables import print_report
 
 XL = MODELS["gpt2-xl"]
 H200 = GPUS["NVIDIA H200"]
@@ -129,6 +135,56 @@ def test_conventions_of_gpt2_xl_by_hand(context):
         assert row.mfu == pytest.approx(BY_HAND[context][row.name] * 10_000 / peak)
 
 
+# As Gemma 3 has it, at a width that is not that of its heads: five layers see 256 keys, one sees all.
+LOCAL = ModelConfig(
+    5120, 2048, 512, 6, 4, 1024, head_dim=256, num_kv_heads=1, window=256, window_pattern="LLLLLG", tie_embeddings=True
+)
+
+
+def test_conventions_of_windows_by_hand():
+    n, q, tokens = num_parameters(LOCAL), 4 * 256, 2048
+    assert n == 5120 * 512 + 6 * (512 * (2 * q + 2 * 256) + 3 * 512 * 1024 + 2 * 512) + 512
+    seen = 5 * 256 + tokens
+    products = 6 * (n - 13 * 512)  # all but the norms' weights; the embedding's are the head's
+    exact = 5 * (256 * 257 // 2 + (tokens - 256) * 256) + tokens * (tokens + 1) // 2
+    assert {row.name: row.flops_per_token for row in conventions(LOCAL)} == {
+        "tilewright": products + 12 * q * seen,
+        "exact causal": products + 12 * q * exact / tokens,
+        "HFU": products + 14 * q * seen,
+        "PaLM": 6 * n + 12 * 6 * q * tokens,
+        "nanoGPT": 6 * n + 12 * 6 * q * tokens,
+        "nanochat": 6 * (n - 5120 * 512) + 12 * q * seen,
+        "llm.c": 6 * n + 6 * 6 * q * tokens,
+        "Megatron / MaxText": products + 6 * q * seen,
+        "6N": 6 * n,
+        "FlopCounterMode": products + 14 * 6 * q * tokens,
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Policy(), "6 layers of 512, 4 heads of 256, 1 of keys and values, windows of 256 in 5 layers, d_ff 1024"),
+        (Policy(window=64), "6 layers of 512, 4 heads of 256, 1 of keys and values, windows of 64, d_ff 1024"),
+    ],
+)
+def test_the_report_names_heads_and_windows(monkeypatch, policy, expected):
+    monkeypatch.setitem(MODELS, "local", LOCAL)
+    printed = io.StringIO()
+    print_report(account("local", AccountConfig(policy=policy)), Console(file=printed))
+    text = printed.getvalue()
+    assert expected in " ".join(text.split())
+    assert "attention in full within windows" in text
+
+
+def test_generation_with_windows_by_hand():
+    step = generation(LOCAL, 2048, batch_size=3)
+    assert step.flops_per_token == 2 * (num_parameters(LOCAL) - 13 * 512) + 4 * 1024 * (5 * 256 + 2048)
+    # Two bytes of a key and of a value, 256 wide; each layer holds every token, but reads those in its window.
+    assert step.kv_cache_bytes == 3 * 6 * 2 * 256 * 2048 * 2
+    assert generation(LOCAL, 256, batch_size=3).bytes_per_step == step.bytes_per_step - 3 * 2 * 256 * 2 * (2048 - 256)
+
+
 def test_without_a_peak_only_nanogpt_names_an_mfu():
     rows = conventions(XL, tokens_per_second=10_000)
     assert [row.name for row in rows if row.mfu is not None] == ["nanoGPT"]
@@ -152,7 +208,11 @@ def test_a_large_batch_shares_the_weights_and_a_window_the_cache():
     assert one.tokens_per_second is not None
     assert many.tokens_per_second is not None
     assert many.tokens_per_second > 50 * one.tokens_per_second
-    assert generation(XL, 1024, window=64).kv_cache_bytes == generation(XL, 64).kv_cache_bytes
+    for config, window in ((XL, 64), (dataclasses.replace(XL, window=64), None)):
+        step, short = generation(config, 1024, window=window), generation(XL, 64)
+        assert (step.flops_per_token, step.bytes_per_step) == (short.flops_per_token, short.bytes_per_step)
+        # What no query sees any more is still held.
+        assert step.kv_cache_bytes == generation(XL, 1024).kv_cache_bytes
     assert generation(XL, 1024).tokens_per_second is None
     with pytest.raises(UserError, match="tokens is 0"):
         generation(XL, 0)
