@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
-from .encode_file import iter_encoded
+from .encode_file import encode_blocks
 from .formats import TokenizerData
-from .text.sources import iter_blocks
+from .reading import AnyTokenizer
+from .text.sources import iter_blocks, text_bytes
 from .tokenizer import Tokenizer
+from .workers import POOL_BYTES, choose_workers
 
 # Neighbours always differ; all are readable with black on them.
 _COLOURS = ("#a8d8ff", "#b9f3b0", "#ffe08a", "#ffb8b8", "#d9c2ff")
@@ -32,23 +34,26 @@ class TextFigures:
         return self.num_bytes / max(1, self.num_tokens)
 
 
-def longest_tokens(tokenizer: Tokenizer, count: int = 10) -> list[bytes]:
+def longest_tokens(tokenizer: AnyTokenizer, count: int = 10) -> list[bytes]:
     """Return the `count` longest tokens that are not special, the longest first, equals by id."""
     specials = set(tokenizer.special_tokens.values())
     tokens = [token for id, token in sorted(tokenizer.vocab.items()) if id not in specials]
     return sorted(tokens, key=len, reverse=True)[:count]
 
 
-def measure_text(tokenizer: Tokenizer, path: Path | str, num_workers: int | None = None) -> TextFigures:
+def measure_text(tokenizer: AnyTokenizer, path: Path | str, num_workers: int | None = None) -> TextFigures:
     """Encode a text file and count its tokens; a missing or empty file raises a `UserError`."""
-    counts = np.zeros(max(tokenizer.vocab) + 1, np.int64)
-    for ids in iter_encoded(path, tokenizer, num_workers):
+    size, num_bytes, counts = text_bytes(path), 0, np.zeros(tokenizer.vocab_size, np.int64)
+    blocks = iter_blocks(path, tuple(tokenizer.special_tokens), pattern=tokenizer.pattern)
+    num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
+    for block, ids in encode_blocks(blocks, size, tokenizer, num_workers):
+        # Not those of the tokens, which may begin with a blank that is none of the text.
+        num_bytes += len(block.data)
         counts += np.bincount(ids, minlength=len(counts))
-    num_bytes = sum(len(token) * int(counts[id]) for id, token in tokenizer.vocab.items())
     return TextFigures(num_bytes, int(counts.sum()), counts)
 
 
-def unused_tokens(tokenizer: Tokenizer, figures: TextFigures) -> list[int]:
+def unused_tokens(tokenizer: AnyTokenizer, figures: TextFigures) -> list[int]:
     """Return the ids, ascending, of the merged tokens that the text never uses."""
     kept = set(tokenizer.special_tokens.values())
     kept.update(id for id, token in tokenizer.vocab.items() if len(token) == 1)
@@ -61,7 +66,7 @@ def printable(token: bytes) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def split_of(tokenizer: Tokenizer, text: str) -> list[str]:
+def split_of(tokenizer: AnyTokenizer, text: str) -> list[str]:
     """Return the tokens of a text as `printable` shows them; line ends stay, behind their escapes."""
     return [printable(tokenizer.vocab[id]).replace("\\n", "\\n\n") for id in tokenizer.encode(text)]
 
@@ -74,17 +79,24 @@ def coloured(tokens: Sequence[str]) -> Text:
     return text
 
 
-def report(data: TokenizerData, tokenizer: Tokenizer, path: Path | str | None = None) -> dict[str, str]:
-    """Return what there is to say of a tokenizer and of how it takes to a text file, if one is named: {what: figures}."""
-    num_special = len(data.special_tokens)
-    lines = {
-        "tokens": f"{len(tokenizer.vocab):,}: 256 bytes, {len(tokenizer.merges):,} merges, {num_special:,} special",
-        "pattern": data.pattern,
-        "special tokens": ", ".join(f"{name!r} {id}" for name, id in data.special_tokens.items()) or "none",
+def report(data: TokenizerData | None, tokenizer: AnyTokenizer, path: Path | str | None = None) -> dict[str, str]:
+    """Return what there is to say of a tokenizer and of how it takes to a text file, if one is named: {what: figures}.
+
+    `data` is that of the file of a `Tokenizer`, with figures of its training; None for one of another library.
+    """
+    num_special = len(tokenizer.special_tokens)
+    if isinstance(tokenizer, Tokenizer):
+        kinds = f"256 bytes, {len(tokenizer.merges):,} merges, {num_special:,} special"
+        lines = {"tokens": f"{len(tokenizer.vocab):,}: {kinds}", "pattern": tokenizer.pattern}
+    else:
+        lines = {"tokens": f"{len(tokenizer.vocab):,}: {num_special:,} special", "run by": "tokenizers, of Hugging Face"}
+    lines |= {
+        "special tokens": ", ".join(f"{name!r} {id}" for name, id in tokenizer.special_tokens.items()) or "none",
         "mean length": f"{np.mean([len(token) for token in tokenizer.vocab.values()]):.2f} bytes",
         "longest": _listed(longest_tokens(tokenizer)),
     }
-    lines |= {f"training: {name}": str(value) for name, value in (data.training or {}).items()}
+    training = data.training if data is not None else None
+    lines |= {f"training: {name}": str(value) for name, value in (training or {}).items()}
     if path is not None:
         figures = measure_text(tokenizer, path)
         unused = unused_tokens(tokenizer, figures)

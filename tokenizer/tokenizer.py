@@ -1,6 +1,6 @@
 """Encode text to ids and decode ids to text, with a given vocabulary and its merges."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class Tokenizer:
     CS336 has it so, where tiktoken refuses them by default. For text from strangers, `allowed_special` names the ones that it
     may hold (`()` for none). Any other that it does hold is a `UserError`, unless `disallowed_special` names what is refused
     and leaves it out: then it is text like any other. What `disallowed_special` names is refused even where it is allowed.
+    Decoding may leave special tokens out, all but `plain_tokens`, such as Qwen3's `<think>`.
 
     Encoding takes linear time for the patterns with a name; a regular expression may take any time on some texts.
 
@@ -68,6 +69,7 @@ class Tokenizer:
         pattern: str = "gpt2",
         *,
         ignore_merges: bool = False,
+        plain_tokens: Collection[str] = (),
     ):
         names = check_special_tokens(special_tokens or ())
         self.vocab = sorted_vocab(vocab)
@@ -81,6 +83,7 @@ class Tokenizer:
                 self.vocab[next_id] = name.encode()
                 next_id += 1
         self.special_tokens = {name: ids[name.encode()] for name in names}
+        self.plain_tokens = frozenset(plain_tokens)
         self._tokens = token_table(self.vocab)
         self.ignore_merges = ignore_merges
         self._specials = SpecialTokens(self.special_tokens)
@@ -107,7 +110,8 @@ class Tokenizer:
     def of(cls, data: TokenizerData) -> "Tokenizer":
         """Return the tokenizer that the data define."""
         specials = tuple(data.special_tokens)
-        return cls(data.vocab, data.merges, specials, data.pattern, ignore_merges=data.ignore_merges)
+        options: dict[str, Any] = {"ignore_merges": data.ignore_merges, "plain_tokens": data.plain_tokens}
+        return cls(data.vocab, data.merges, specials, data.pattern, **options)
 
     @classmethod
     def from_files(
@@ -125,7 +129,8 @@ class Tokenizer:
     @property
     def data(self) -> TokenizerData:
         """What defines the tokenizer, as `formats` reads and writes it."""
-        return TokenizerData(self.vocab, self.merges, self.special_tokens, self.pattern, ignore_merges=self.ignore_merges)
+        options: dict[str, Any] = {"ignore_merges": self.ignore_merges, "plain_tokens": self.plain_tokens}
+        return TokenizerData(self.vocab, self.merges, self.special_tokens, self.pattern, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -290,7 +295,9 @@ class Tokenizer:
         return StreamDecoder(self._tokens, errors, self._skipped(skip_special_tokens))
 
     def _skipped(self, skip_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self.special_tokens.values()) if skip_special_tokens else ()
+        if not skip_special_tokens:
+            return ()
+        return tuple(id for name, id in self.special_tokens.items() if name not in self.plain_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes fill memories of their own.

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from huggingface_tokenizers import make
 from tilewright.cli import main
 from tilewright.tokenizer import Tokenizer, train_bpe
 from tilewright.tokenizer.formats import save_gpt2_files, save_huggingface, save_tiktoken
@@ -43,6 +44,24 @@ def test_every_format_is_loaded_by_one_function(trained, sources, format):
     path, unsaid = sources[format]
     options = {"pattern": "cl100k", "special_tokens": [SPECIAL]} if unsaid else {}
     assert Tokenizer.load(path, **options).fingerprint == trained.fingerprint
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+def test_tokenizers_of_another_library_encode_decode_and_are_looked_at(capsysbinary, tmp_path, style):
+    pytest.importorskip("tokenizers")
+    path = make(style, tmp_path / "tokenizer.json")
+    text = "The cat sat.\n\nThe\tbird: 中文 🙂\n"
+    (tmp_path / "text.txt").write_text(text)
+    assert main(["tokenizer", "encode", str(tmp_path / "text.txt")]) == 0
+    assert b"wrote " in capsysbinary.readouterr().out
+    assert main(["tokenizer", "decode", str(tmp_path / "text.tokens")]) == 0
+    assert capsysbinary.readouterr().out.decode() == text
+    assert main(["tokenizer", "inspect", str(path), "--text", str(tmp_path / "text.txt")]) == 0
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert "run by           tokenizers, of Hugging Face" in lines
+    assert any(line.startswith(f"text             {len(text.encode())} bytes") for line in lines)
+    assert main(["tokenizer", "export", str(path), "--to", "tiktoken"]) == 2
+    assert main(["tokenizer", "encode", str(tmp_path / "text.txt"), "--out", "o.tokens", "--pattern", "gpt2"]) == 2
 
 
 @formats

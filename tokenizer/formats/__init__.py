@@ -14,6 +14,7 @@ from .gpt2 import VOCAB_FILE, load_gpt2, read_gpt2_files, save_gpt2_files
 from .huggingface import parse_huggingface, save_huggingface
 from .native import FORMAT, parse_native, save_tokenizer
 from .ranks import load_tiktoken, save_tiktoken
+from .template import template_prefix
 from .tokenizer_data import MOST_IDS, TokenizerData, fingerprint, from_printable, read_object, to_printable
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "save_huggingface",
     "save_tiktoken",
     "save_tokenizer",
+    "template_prefix",
     "to_printable",
 ]
 

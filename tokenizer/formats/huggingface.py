@@ -2,7 +2,7 @@
 
 Read is what gives the same ids here; whatever would change them (normalizers, unknown pre-tokenizers, templates around the
 text, dropout, ...) is refused by name. Added tokens are special tokens here, whether they are marked so or not: both
-libraries find them in the text before anything else.
+libraries find them in the text before anything else. Those that are not are `plain_tokens`, which decoding never leaves out.
 """
 
 import json
@@ -26,12 +26,14 @@ def save_huggingface(path: Path | str, data: TokenizerData) -> None:
     A special token that reads like another token, and a pattern that its engine takes otherwise, raise a `UserError`.
     """
     specials = sorted(data.special_tokens.items(), key=lambda item: item[1])
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id, "content": token, **flags} for token, id in specials],
+        "added_tokens": [
+            {"id": id, "content": token, **flags, "special": token not in data.plain_tokens} for token, id in specials
+        ],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer_of(data.pattern),
         "post_processor": None,
@@ -96,7 +98,8 @@ def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) ->
         if vocab.setdefault(id, name.encode()) != name.encode():
             raise UserError(f"{path} gives the added token {name!r} the id {id}, which is that of {vocab[id]!r}")
     merges = [parse_merge(merge, path) for merge in entry(model, "merges", list, "model.")]
-    data = TokenizerData(vocab, merges, special_tokens, pattern)
+    plain_tokens = frozenset(token["content"] for token in added if token.get("special") is False)
+    data = TokenizerData(vocab, merges, special_tokens, pattern, plain_tokens=plain_tokens)
     return data._replace(ignore_merges=bool(model.get("ignore_merges")) and not _is_ordered(data))
 
 

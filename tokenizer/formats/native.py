@@ -10,6 +10,7 @@ Version 2 is one JSON object in UTF-8:
     vocab           the token of each id, in order; null where no token has the id
     merges          "left right", in the order they apply
     ignore_merges   true where a pretoken that is a token stays one, whatever merges make of it; absent elsewhere
+    plain_tokens    the special tokens that decoding never leaves out, sorted, where there are any: not covered either
     training        figures of the training, where there was one: they decide nothing and are not covered by the sha256
 
 Tokens are written in GPT-2's alphabet, which gives every byte one printable character: bytes that print in Latin-1 stand
@@ -34,6 +35,8 @@ def save_tokenizer(path: Path | str, data: TokenizerData) -> None:
     """Write the native format to `path`, atomically."""
     content = content_of(data)
     document = {"format": FORMAT, "version": _VERSION, "sha256": digest(content), **content}
+    if data.plain_tokens:
+        document["plain_tokens"] = sorted(data.plain_tokens)
     if data.training is not None:
         document["training"] = dict(data.training)
     with atomic_file(path) as file:
@@ -64,5 +67,8 @@ def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
     ignore_merges = document.get("ignore_merges", False)
     if not isinstance(pattern, str) or not isinstance(training, dict | None) or not isinstance(ignore_merges, bool):
         raise TypeError(f"pattern is {pattern!r}, training is {training!r}, ignore_merges is {ignore_merges!r}")
+    plain_tokens = frozenset(document.get("plain_tokens", ()))
+    if unknown := plain_tokens - set(special_tokens):
+        raise UserError(f"tokenizer file {path} has plain_tokens {sorted(unknown)}, which are not among its special tokens")
     merges = [parse_merge(merge, path) for merge in document["merges"]]
-    return TokenizerData(vocab, merges, special_tokens, pattern_name(pattern) or pattern, training, ignore_merges)
+    return TokenizerData(vocab, merges, special_tokens, pattern_name(pattern) or pattern, training, ignore_merges, plain_tokens)

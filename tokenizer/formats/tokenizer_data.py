@@ -22,7 +22,8 @@ class TokenizerData(NamedTuple):
     `vocab` gives the token of each id (ids may have gaps), `merges` apply in their order, `special_tokens` gives the ids of
     the special ones, `pattern` is the name of a pretoken pattern or a regular expression. `training` holds figures of the
     training for people to read; it decides nothing. With `ignore_merges` a pretoken that is a token stays one, whether merges
-    make it or not.
+    make it or not. `plain_tokens` are those of the special tokens that belong to the text for whoever reads it, such as Qwen3's
+    `<think>`: they are decoded where special tokens are left out.
     """
 
     vocab: dict[int, bytes]
@@ -31,6 +32,7 @@ class TokenizerData(NamedTuple):
     pattern: str = "gpt2"
     training: Mapping[str, Any] | None = None
     ignore_merges: bool = False
+    plain_tokens: frozenset[str] = frozenset()
 
 
 def content_of(data: TokenizerData) -> dict[str, Any]:

@@ -6,10 +6,14 @@ and no pattern looks behind.
     where a special token begins                                 every pattern
     before a blank or newline that follows something visible     gpt2: white space only begins pretokens or fills them
     before a blank that follows something visible                the others with a name: the same, but newlines end pretokens
-    after a newline that something visible follows               these, too, as they let newlines end a run of white space
+    after a newline that something visible follows               these, too, as they let newlines end a run of white space;
+                                                                 and LINES
 """
 
 from .patterns import pattern_name
+
+# Lines with the newlines that end them, for tokenizers without pretokens of whose tokens none goes on behind a newline.
+LINES = r"[^\n]*\n+|[^\n]+"
 
 _BLANKS = b" \t\n\v\f\r"
 # Enough to hold any character, and so to tell what stands before and behind a place.
@@ -26,7 +30,7 @@ def last_border(
     """
     # Behind this a character or a special token may go on in what is not here yet.
     known = max(0, (len(data) if end is None else end) - max(map(len, special_tokens), default=0) - _CHARACTER)
-    name = pattern_name(pattern)
+    name = LINES if pattern == LINES else pattern_name(pattern)
     border = _last_blank(data, known, name, special_tokens) if name else 0
     if border > len(data) // 2:
         # There may be a thousand special tokens, and most of them nowhere.
@@ -76,6 +80,8 @@ def _begin_of_blanks(data: bytes | bytearray, end: int) -> int:
 def _separates(data: bytes | bytearray, place: int, name: str) -> bool:
     before = data[max(0, place - _CHARACTER) : place].decode(errors="replace")[-1:]
     behind = data[place : place + _CHARACTER].decode(errors="replace")[:1]
+    if name == LINES:
+        return before == "\n" and not behind.isspace()
     # Not every character that is white space to Python is so to the patterns, but the other way round.
     if behind == " " or (behind == "\n" and name == "gpt2"):
         return bool(before) and not before.isspace()

@@ -44,12 +44,14 @@ class Block(NamedTuple):
     """A piece of text that may be tokenized apart from all others.
 
     `data` is uint8, and 64 more bytes can be read behind it. It holds documents that end at `ends` (int64), the last of them
-    at the end of `data`; no pretoken and no special token crosses these places. All of it counts `weight` times.
+    at the end of `data`; no pretoken and no special token crosses these places. All of it counts `weight` times. `continues`
+    says that the first document began in the block before.
     """
 
     data: np.ndarray
     ends: np.ndarray
     weight: int = 1
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def iter_blocks(
     """Return an iterator over the text of the inputs, in order, in blocks of about `block_bytes` bytes.
 
     `inputs` are one source or several; a path stands for `Files(path)`. A block is longer where a document, or text without
-    a place to cut, is: for a pattern that is no known one, only special tokens are such places.
+    a place to cut, is: for a pattern that is none of `PATTERNS` and not `LINES`, only special tokens are such places.
 
     Raises a `UserError` at once for a file that is missing or unreadable, for inputs without any text, and for a weight below
     1; on the way for one that is damaged, cut off, or shrinks while it is read.
@@ -210,7 +212,7 @@ def _block_of(texts: list[bytes], weight: int) -> Block:
 
 
 def _cut(path: Path, weight: int, specials: tuple[bytes, ...], pattern: str, block_bytes: int) -> Iterator[Block]:
-    held, wanted = bytearray(), block_bytes
+    held, wanted, continues = bytearray(), block_bytes, False
     with open_stream(path) as stream:
         while True:
             full = len(held) + wanted
@@ -219,7 +221,8 @@ def _cut(path: Path, weight: int, specials: tuple[bytes, ...], pattern: str, blo
             end = len(held) + _fill(stream, memoryview(buffer)[len(held) : full])
             border = end if end < full else last_border(buffer, specials, pattern, end)
             if border:
-                yield Block(np.frombuffer(buffer, np.uint8)[:border], np.array([border], np.int64), weight)
+                yield Block(np.frombuffer(buffer, np.uint8)[:border], np.array([border], np.int64), weight, continues)
+                continues = True
             if end < full:
                 return
             held = buffer[border:end]

@@ -1,0 +1,231 @@
+"""Chat templates: the Jinja program that a folder in Hugging Face's manner has to turn messages into one text.
+
+Templates come from outside: they run in Jinja's sandbox, which lets them neither reach Python nor change what they are given.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..files import require_file
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+Message = Mapping[str, Any]
+"""`role` (system, user, assistant, ...) and `content`, and whatever else a template reads."""
+Span = tuple[int, int]
+"""Where a part of a text begins and ends, in characters."""
+
+TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+ASSISTANT = "assistant"
+# Around the parts that {% generation %} marks while spans are looked for: noncharacters (Unicode 16, section 23.7), which
+# no text has that is meant for others.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+
+
+class ChatTemplate:
+    """A template and what it reads besides the messages, such as `bos_token`."""
+
+    def __init__(self, source: str, variables: Mapping[str, Any] | None = None, name: str = "the chat template") -> None:
+        """Compile `source`; a mistake in it is a `UserError` that calls it by its `name`."""
+        self.source, self.name = source, name
+        self.variables = dict(variables or {})
+        with self._named_errors():
+            self._plain = _compile(source, lambda body: body)
+            # Whether the template says itself which parts the model writes.
+            self._marked = _compile(source, _mark) if "generation" in source else None
+
+    @classmethod
+    def load(cls, folder: Path | str, file: Path | None = None) -> "ChatTemplate | None":
+        """Return the template of a folder, from `chat_template.jinja` or `tokenizer_config.json`; None where it has none.
+
+        Of several with names the one called "default" is taken. A `file` of the template alone goes before all of these. One
+        that cannot be read is a `UserError`.
+        """
+        folder = Path(folder)
+        config = _read_config(folder / CONFIG_FILE)
+        path = folder / TEMPLATE_FILE if file is None else require_file(file, "chat template")
+        if path.is_file():
+            source = _read_text(path)
+        else:
+            path = folder / CONFIG_FILE
+            source = _default(config.get("chat_template"), path)
+        if source is None:
+            return None
+        return cls(source, _special_tokens(config), f"the chat template of {path}")
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256, in hex, of everything that decides which text a conversation gets."""
+        return hashlib.sha256(json.dumps([self.source, self.variables], sort_keys=True).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes compile it for themselves.
+        return type(self), (self.source, self.variables, self.name)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation, with the beginning of the assistant's next turn where that is asked for.
+
+        What the template refuses, by `raise_exception` or by failing, is a `UserError`.
+        """
+        return self._render(self._plain, messages, add_generation_prompt)
+
+    def render_with_spans(self, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
+        """Return the texts that teach what the assistant wrote, each with the places where it stands, ends of turns included.
+
+        Mostly that is one text, of the whole conversation. Where the template has {% generation %} blocks, they are the spans.
+        Otherwise a turn reaches from the end of the text that asks for it, `render(messages[:i], add_generation_prompt=True)`,
+        to that of `render(messages[:i + 1])`. A turn that the whole conversation has in another form, such as Qwen 3's without
+        its thoughts, comes in a text of its own, which ends with it: that is how the model is to write it. Where a turn does
+        not go on from the text that asks for it, that is a `UserError`.
+        """
+        if self._marked is not None:
+            text, spans = self._marked_spans(messages)
+            if spans:
+                return [(text, spans)]
+        whole, spans, others = self.render(messages), [], []
+        for i, message in enumerate(messages):
+            if message.get("role") != ASSISTANT:
+                continue
+            asked, answered = self.render(messages[:i], add_generation_prompt=True), self.render(messages[: i + 1])
+            if not answered.startswith(asked):
+                raise UserError(
+                    f"{self.name} does not write message {i + 1} behind the text that asks for it, so that it cannot be told "
+                    "what the assistant writes: put {% generation %} and {% endgeneration %} around that"
+                )
+            span = len(asked), len(answered)
+            if whole.startswith(answered):
+                spans.append(span)
+            else:
+                others.append((answered, [span]))
+        return [*others, (whole, spans)]
+
+    def _marked_spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        if (found := json.dumps(list(messages), ensure_ascii=False, default=str)) and (_BEGIN in found or _END in found):
+            raise UserError("a message has the character U+FDD0 or U+FDD1, which mark the assistant's parts: remove it")
+        assert self._marked is not None
+        pieces, spans, length, start = [], [], 0, 0
+        for part in self._render(self._marked, messages, False).split(_BEGIN):
+            inside, end, outside = part.partition(_END)
+            pieces += [inside, outside]
+            if end:
+                spans.append((start, start + len(inside)))
+            length += len(inside) + len(outside)
+            start = length
+        return "".join(pieces), spans
+
+    def _render(self, template: "Template", messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        with self._named_errors():
+            return template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        try:
+            yield
+        except TemplateSyntaxError as error:
+            raise UserError(f"{self.name} has a mistake in line {error.lineno}: {error.message}") from error
+        except TemplateError as error:
+            raise UserError(f"{self.name} refuses this conversation: {error}") from error
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+            # A template is a program: it meets whatever a program meets.
+            raise UserError(f"{self.name} fails on this conversation: {error}") from error
+
+
+def _mark(body: str) -> str:
+    return f"{_BEGIN}{body}{_END}"
+
+
+def _compile(source: str, generation: Callable[[str], str]) -> "Template":
+    """Compile a template whose {% generation %} blocks become what `generation` makes of their text."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The block {% generation %} ... {% endgeneration %}."""
+
+        tags = {"generation"}  # noqa: RUF012 (as the base class has it)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+        def _written(self, caller: Callable[[], str]) -> str:
+            return generation(caller())
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    # As in transformers, whose templates these are: blocks leave no blank lines, and JSON is not escaped for HTML.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds a {type(document).__name__}: it must be a JSON object")
+    return document
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _default(value: Any, path: Path) -> str | None:
+    """Return the template of a `chat_template` entry: a string, or a list of {"name", "template"}."""
+    if value is None or isinstance(value, str):
+        return value
+    named = {}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        named = {item.get("name"): item.get("template") for item in value}
+    source = named.get("default")
+    if not isinstance(source, str):
+        names = ", ".join(map(str, named)) or "none"
+        raise UserError(f"{path} has chat templates named {names}: a string, or one named default, is needed")
+    return source
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return `bos_token` and its like; each is a string, or an object with its `content`."""
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
