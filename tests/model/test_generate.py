@@ -11,12 +11,13 @@ from tilewright.kernels import use_backend
 from tilewright.kernels.attention.operands import aligned
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import KVCache, ModelConfig, TransformerLM, generate
-from tilewright.model.generate import sample
-from tilewright.model.layers import LayerCache
+from tilewright.model.cache import LayerCache
+from tilewright.model.sampling import Sampler, Sampling
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
 CONFIG = ModelConfig(vocab_size=11, context_length=24, d_model=16, num_layers=2, num_heads=2, d_ff=16)
+WINDOWS = {"window": 3, "window_pattern": "LG", "local_rope_theta": 50.0, "head_dim": 6, "attention_softcap": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def model():
     stop=st.none() | st.integers(0, 10),
 )
 def test_cached_generation_equals_uncached(model, prompts, new, temperature, stop):
-    options = {"temperature": temperature, "top_k": 6, "top_p": 0.9, "stop_token": stop, "seed": 3}
+    options = {"temperature": temperature, "top_k": 6, "top_p": 0.9, "stop_tokens": [] if stop is None else [stop], "seed": 3}
     assert generate(model, prompts, new, **options) == generate(model, prompts, new, use_cache=False, **options)
 
 
@@ -43,8 +44,8 @@ def test_cached_generation_equals_uncached(model, prompts, new, temperature, sto
     stop=st.none() | st.integers(0, 10),
 )
 def test_a_batch_of_unequal_prompts_equals_each_alone(model, prompts, stop):
-    together = generate(model, prompts, 10, temperature=0, stop_token=stop)
-    assert together == [generate(model, [p], 10, temperature=0, stop_token=stop)[0] for p in prompts]
+    together = generate(model, prompts, 10, temperature=0, stop_tokens=[] if stop is None else [stop])
+    assert together == [generate(model, [p], 10, temperature=0, stop_tokens=[] if stop is None else [stop])[0] for p in prompts]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -68,14 +69,14 @@ def test_greedy_takes_the_most_likely_token(model):
 def test_generation_ends_at_the_stop_token_which_is_not_returned(model):
     free = generate(model, [[1]], 12, temperature=1.0, seed=0)
     stop = free[0][4]
-    stopped = generate(model, [[1]], 12, temperature=1.0, seed=0, stop_token=stop)[0]
+    stopped = generate(model, [[1]], 12, temperature=1.0, seed=0, stop_tokens=[] if stop is None else [stop])[0]
     assert stop not in stopped
     assert stopped == free[0][: free[0].index(stop)]
 
 
 def test_no_row_outgrows_its_limit_while_longer_ones_go_on(model):
     for seed in range(40):
-        rows = generate(model, [[1], [1] * 18], 5, stop_token=seed % 11, seed=seed)
+        rows = generate(model, [[1], [1] * 18], 5, stop_tokens=[seed % 11], seed=seed)
         assert all(len(row) <= 5 and seed % 11 not in row for row in rows)
 
 
@@ -88,7 +89,7 @@ def test_a_temperature_near_zero_is_greedy(model):
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "num_kv_heads": 1}, {"rope": False}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "num_kv_heads": 1}, {"rope": False}, WINDOWS], ids=str)
 @torch.no_grad()
 def test_sequences_of_unequal_length_share_a_cache(change, backend, device):
     torch.manual_seed(0)
@@ -191,25 +192,99 @@ def test_without_a_limit_generation_fills_the_context(model):
     assert [len(row) for row in new] == [21, 23]
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"top_p": 1e-300}, {"top_k": 1}, {"min_p": 1.0}], ids=str)
+def test_the_most_extreme_settings_are_greedy(model, options):
+    assert generate(model, [[1, 2]], 6, seed=0, **options) == generate(model, [[1, 2]], 6, temperature=0)
+    widest = {"temperature": 1e300, "top_k": 10**30, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 100.0}
+    assert len(generate(model, [[1, 2]], 6, seed=0, **widest)[0]) == 6
+
+
 def test_a_seed_fixes_the_result(model):
     first, again, other = (generate(model, [[1]] * 3, 8, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
     assert generate(model, [], 5) == []
 
 
-def test_frequencies_follow_the_probabilities():
+def _frequencies(generator=None, **options):
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, -1)
+    sampler = Sampler([Sampling(**options)] * len(logits), logits.device)
+    drawn = sampler.draw(logits, generator or torch.Generator().manual_seed(0))
+    return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
 
-    def frequencies(**options):
-        drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
-        return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
 
-    assert frequencies() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.01)
-    assert frequencies(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
-    assert frequencies(top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
-    assert frequencies(top_p=0.1) == [1, 0, 0, 0]
+def test_frequencies_follow_the_probabilities():
     squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert frequencies(temperature=0.5) == pytest.approx((squares / squares.sum()).tolist(), abs=0.01)
+    for options, expected in [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.1}, [1, 0, 0, 0]),
+        ({"min_p": 0.5}, [0.625, 0.375, 0, 0]),
+        ({"min_p": 0.0}, [0.5, 0.3, 0.15, 0.05]),
+        ({"temperature": 0.5}, (squares / squares.sum()).tolist()),
+    ]:
+        assert _frequencies(**options) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_row_draws_by_its_own_settings_and_generator():
+    settings = [
+        Sampling(0.0),
+        Sampling(),
+        Sampling(top_k=3),
+        Sampling(2.0, top_p=0.7),
+        Sampling(min_p=0.3),
+        Sampling(0.9, 4, 0.8),
+    ]
+    logits = torch.randn(len(settings), 30, generator=torch.Generator().manual_seed(5))
+
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(len(settings))]
+
+    together, alone = generators(), generators()
+    sampler = Sampler(settings, logits.device)
+    for _ in range(20):
+        drawn = [int(Sampler([s], logits.device).draw(row[None], g)) for s, row, g in zip(settings, logits, alone, strict=True)]
+        assert sampler.draw(logits, together).tolist() == drawn
+
+
+def test_the_repetition_penalty_is_that_of_transformers(model):
+    transformers = pytest.importorskip("transformers")
+    logits, ids = torch.randn(2, 11), torch.tensor([[1, 5, 5], [0, 10, 3]])
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone()).argmax(-1)
+    seen = torch.zeros(2, 11, dtype=torch.bool).scatter_(1, ids, True)
+    assert torch.equal(Sampler([Sampling(0, repetition_penalty=1.7)] * 2, logits.device).draw(logits, seen=seen), expected)
+    # Written out: greedy generation, the prompt's tokens among those that are penalized.
+    sequence = [1, 2, 3]
+    for _ in range(8):
+        row = model(torch.tensor([sequence]))[0, -1]
+        taken = torch.tensor(sorted(set(sequence)))
+        row[taken] = torch.where(row[taken] > 0, row[taken] / 1.7, row[taken] * 1.7)
+        sequence.append(int(row.argmax()))
+    rows = generate(model, [[4], [1, 2, 3]], 8, temperature=0, repetition_penalty=1.7)
+    assert rows[1] == sequence[3:]
+
+
+def test_with_a_seed_each_no_row_depends_on_another(model):
+    prompts, seeds = [[1], [2, 3, 4], [5, 6]], [7, 8, 9]
+    together = generate(model, prompts, 9, seed=seeds, top_p=0.9)
+    assert together == [generate(model, [p], 9, seed=s, top_p=0.9)[0] for p, s in zip(prompts, seeds, strict=True)]
+    with pytest.raises(UserError, match="2 seeds are given for 3 prompts"):
+        generate(model, prompts, seed=[1, 2])
+
+
+def test_a_prompt_that_is_too_long_is_cropped_only_when_asked(model):
+    prompt = [token % 11 for token in range(30)]
+    assert generate(model, [prompt], 6, temperature=0, crop=True) == generate(model, [prompt[-18:]], 6, temperature=0)
+    with pytest.raises(UserError, match="24 new ones exceed the context of 24 tokens: ask for fewer tokens"):
+        generate(model, [prompt], 24, crop=True)
+
+
+def test_each_of_several_tokens_stops(model):
+    free = generate(model, [[1]], 12, seed=0)[0]
+    assert (
+        generate(model, [[1]], 12, seed=0, stop_tokens={free[6], free[3]})[0]
+        == free[: min(free.index(free[i]) for i in (3, 6))]
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,6 +301,8 @@ def test_frequencies_follow_the_probabilities():
         ([1], {"top_k": 0}, "top_k is 0"),
         ([1], {"top_p": 0.0}, "top_p is 0.0"),
         ([1], {"top_p": 1.5}, "top_p is 1.5"),
+        ([1], {"min_p": 1.5}, "min_p is 1.5: it must be from 0 to 1"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be from 0.01 to 100"),
     ],
 )
 def test_bad_input_is_refused(model, prompt, options, message):
