@@ -1,0 +1,46 @@
+import math
+
+import pytest
+import torch
+
+from tilewright.tokenizer import Tokenizer
+from tilewright.train import train
+from tilewright.train.bits_per_byte import bits_per_byte, bytes_per_token, token_sizes
+from tilewright.train.data.datasets import open_dataset, validation_batches
+from tilewright.train.metrics import read_metrics
+
+
+def test_tokens_have_the_size_of_their_text():
+    vocab = {byte: bytes([byte]) for byte in range(256)} | {256: b"ab", 258: b"abab"}
+    sizes = token_sizes(Tokenizer(vocab, [(b"a", b"b"), (b"ab", b"ab")], ["<|endoftext|>"]))
+    # 257 is no token, and 259 ends a text.
+    assert sizes.tolist() == [1] * 256 + [2, 0, 4, 0]
+
+
+def test_only_what_is_scored_counts():
+    sizes = torch.tensor([1, 4, 0])
+    inputs = torch.zeros(2, 3, dtype=torch.long)
+    batches = [(inputs, torch.tensor([[0, 1, 2], [-100, 1, -100]])), (inputs[:1], torch.tensor([[0, 0, 0]]))]
+    assert bytes_per_token(batches, sizes) == 12 / 7
+    assert bytes_per_token([], sizes) == 0.0
+
+
+def test_a_bit_is_the_logarithm_of_two():
+    assert bits_per_byte(6 * math.log(2), 2) == 3.0
+    assert math.isnan(bits_per_byte(1.0, 0))
+
+
+def test_a_run_reports_the_bits_per_byte_of_what_it_validates(changed):
+    config = changed(steps=4)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    result = train(config)
+    num_bytes = num_tokens = 0
+    valid = open_dataset(config.data.valid, tokenizer)
+    for _, targets in validation_batches(valid, config.eval_sequences, 4, config.model.context_length):
+        text = tokenizer.decode(targets.flatten().tolist(), skip_special_tokens=True)
+        num_bytes, num_tokens = num_bytes + len(text), num_tokens + targets.numel()
+    expected = result.valid_loss * num_tokens / num_bytes / math.log(2)
+    assert result.valid_bits_per_byte == pytest.approx(expected, rel=1e-12)
+    assert read_metrics(config.out)[-1]["valid_bits_per_byte"] == result.valid_bits_per_byte
+    resumed = train(config, resume="auto")
+    assert resumed.valid_bits_per_byte == result.valid_bits_per_byte
