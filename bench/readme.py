@@ -11,13 +11,14 @@ from rich.console import Console
 from ..errors import UserError
 from ..files import require_file, write_text
 from ..train.demo import DemoConfig, DemoSummary, run_demo
+from ..train.evaluation import EvalConfig, evaluate
 from .machine import describe
 
 BEGIN, END = "<!-- demo: written by `make readme` -->", "<!-- demo: end -->"
 
 
-def demo_block(summary: DemoSummary, machine: dict) -> str:
-    """Return what README.md says of the demo's last run."""
+def demo_block(summary: DemoSummary, figures: dict, machine: dict) -> str:
+    """Return what README.md says of the demo's last run; `figures` are those of `tilewright eval` on its validation text."""
     result = summary.result
     date = datetime.datetime.fromisoformat(machine["date"]).date()
     software = f"torch {machine['torch']}, commit {machine['commit']}, {date}"
@@ -25,10 +26,12 @@ def demo_block(summary: DemoSummary, machine: dict) -> str:
     return "\n".join(
         [
             BEGIN,
-            f"Validation loss **{result.valid_loss:.3f}** nats/token after {result.steps:,} steps "
-            f"({result.num_parameters:,} parameters, {summary.bytes_per_token:.2f} bytes/token), "
+            f"Validation loss **{result.valid_loss:.3f}** nats/token, **{result.valid_bits_per_byte:.3f}** bits/byte, after "
+            f"{result.steps:,} steps ({result.num_parameters:,} parameters, {summary.bytes_per_token:.2f} bytes/token), "
             f"{summary.seconds:.0f} s in all at {result.tokens_per_second:,.0f} tokens/s on "
-            f"{machine['cpu_threads']} threads of {machine['device']} ({software}). The sample of that run:",
+            f"{machine['cpu_threads']} threads of {machine['device']} ({software}). `tilewright eval runs/demo --text "
+            f"runs/demo/data/valid.txt` gives the whole validation text {figures['bits_per_byte']:.3f} bits/byte, a perplexity "
+            f"of {figures['perplexity']:.1f} a token of {figures['bytes_per_token']:.2f} bytes. The sample of that run:",
             "",
             story,
             END,
@@ -48,9 +51,12 @@ def main(readme: Path = Path("README.md")) -> None:
     text = require_file(readme, "the README", "run this in a checkout").read_text()
     replace_block(text, "")  # before the minutes of work, not after
     with tempfile.TemporaryDirectory() as folder:
-        summary = run_demo(DemoConfig(out=Path(folder) / "demo"), Console(stderr=True))
+        out = Path(folder) / "demo"
+        summary = run_demo(DemoConfig(out=out), Console(stderr=True))
+        valid = out / "data" / "valid.txt"
+        figures = evaluate(out, EvalConfig(text=(valid,)))["text"][str(valid)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_text(readme, replace_block(text, demo_block(summary, describe(device))))
+    write_text(readme, replace_block(text, demo_block(summary, figures, describe(device))))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from .account import account
 from .bench import bench, bench_compare, bench_report, bench_tune
 from .corpus import corpus_fetch, corpus_split, corpus_stories
 from .doctor import doctor
+from .eval import evaluate
+from .generate import chat, generate, serve
 from .options import parse
-from .runs import checkpoint_convert, demo, export, generate, sweep, train
+from .runs import checkpoint_convert, demo, export, sweep, train
 from .tokenizer import tokenizer_decode, tokenizer_encode, tokenizer_export, tokenizer_inspect, tokenizer_train
 from .tokenizer_warm import tokenizer_warm
 
@@ -28,6 +30,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "checkpoint convert": checkpoint_convert,
     "generate": generate,
+    "eval": evaluate,
+    "chat": chat,
+    "serve": serve,
     "account": account,
     "bench": bench,
     "bench tune": bench_tune,
@@ -37,7 +42,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 # Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves; so does the
 # doctor, without tyro.
-_PARSE_THEMSELVES = (demo, train, sweep, generate, account, bench, bench_tune, bench_report, bench_compare, doctor)
+_PARSE_THEMSELVES = (
+    demo,
+    train,
+    sweep,
+    generate,
+    chat,
+    serve,
+    evaluate,
+    account,
+    bench,
+    bench_tune,
+    bench_report,
+    bench_compare,
+    doctor,
+)
 
 
 def usage(group: str = "") -> str:

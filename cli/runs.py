@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from ..errors import UserError
 from .options import Positional, parse
@@ -18,7 +16,7 @@ def demo(arguments: Sequence[str]) -> None:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train a model by a preset, any setting of which can be given anew; see `tilewright train PRESET --help`."""
+    """Train a model by a preset, or fine-tune one with --init FOLDER; any setting can be given anew."""
     from ..train.command import run_train_command
 
     run_train_command(arguments, "tilewright train")
@@ -31,39 +29,17 @@ def sweep(arguments: Sequence[str]) -> None:
     run_sweep_command(arguments, "tilewright sweep")
 
 
-def generate(arguments: Sequence[str]) -> None:
-    """Let a trained model go on with a text."""
-    from ..train import SampleConfig, write_texts
-    from ..train.export import load_model
-
-    def command(
-        run: Positional[Path],
-        config: Annotated[SampleConfig, tyro.conf.arg(name="")] = SampleConfig(),  # noqa: B008
-        device: str = "auto",
-    ) -> None:
-        """Let a trained model go on with a text.
-
-        Args:
-            run: Folder of a run, or of a model in Llama's format.
-            config: How.
-            device: cuda, cpu, or auto.
-        """
-        print("\n\n---\n\n".join(write_texts(*load_model(run, device), config)))
-
-    parse(command, "generate", arguments)
-
-
 def export(
     run: Positional[Path],
     to: Literal["hf"] = "hf",
     out: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Write a run's model and tokenizer as a folder in Llama's format, which transformers loads.
+    """Write a run's model and tokenizer as a folder that transformers loads.
 
     Args:
         run: Folder of the run.
-        to: The format; hf is Llama's in Hugging Face's manner.
+        to: The format; hf is the family of Hugging Face's that holds the model: Llama, Mistral, Qwen or Gemma.
         out: The new folder; by default hf in the run's.
         dtype: Of the weights.
     """

@@ -130,14 +130,14 @@ def tokenizer_encode(
         special_tokens: Of the same, in the order of their ids.
     """
     from ..files import require_absent, require_file
-    from ..tokenizer import Tokenizer
+    from ..tokenizer import read_tokenizer
     from ..train.data.encoding import encode_text
 
     require_file(text, "text file", "make a corpus with `tilewright corpus`")
     path = require_absent(out or text.with_suffix(".tokens"))
     file = tokenizer or text.with_name("tokenizer.json")
     file = _tokenizer_path(file, "make one with `tilewright tokenizer train`")
-    loaded = Tokenizer.load(file, pattern=pattern, special_tokens=special_tokens)
+    loaded = read_tokenizer(file, pattern=pattern, special_tokens=special_tokens)
     header = encode_text(text, loaded, path, num_workers)
     ratio = header.text_bytes / max(1, header.num_tokens)
     print(f"wrote {path}: {header.num_tokens:,} tokens as {header.dtype}, {ratio:.3f} bytes/token")
@@ -157,7 +157,7 @@ def tokenizer_decode(
         pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
         special_tokens: Of the same, in the order of their ids.
     """
-    from ..tokenizer import Tokenizer
+    from ..tokenizer import read_tokenizer
     from ..train.data.datasets import open_dataset
     from ..train.data.encoding import decode_text
     from ..train.data.token_file import TokenDataset
@@ -165,7 +165,7 @@ def tokenizer_decode(
     TokenDataset(tokens)
     file = tokenizer or tokens.with_name("tokenizer.json")
     file = _tokenizer_path(file, "name one with --tokenizer")
-    loaded = Tokenizer.load(file, pattern=pattern, special_tokens=special_tokens)
+    loaded = read_tokenizer(file, pattern=pattern, special_tokens=special_tokens)
     for piece in decode_text(open_dataset(tokens, loaded), loaded):
         sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
@@ -208,7 +208,7 @@ def tokenizer_inspect(
 
     Args:
         source: A run's folder, or a tokenizer: Tilewright's own file, Hugging Face's tokenizer.json, tiktoken's ranks, or a
-            folder with GPT-2's vocab.json and merges.txt.
+            folder with GPT-2's vocab.json and merges.txt. What a tokenizer.json puts around every text is left out.
         text: UTF-8 text to look at through it.
         pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
         special_tokens: Of the same, in the order of their ids.
@@ -216,15 +216,16 @@ def tokenizer_inspect(
     from rich.console import Console
 
     from ..files import require_file
-    from ..tokenizer import Tokenizer
+    from ..tokenizer import Tokenizer, read_tokenizer
     from ..tokenizer.formats import load_tokenizer
     from ..tokenizer.inspect import beginning, coloured, report, split_of
 
     file = _tokenizer_path(source, "name a run's folder or a tokenizer's file")
     if text is not None:
         require_file(text, "text file")
-    data = load_tokenizer(file, pattern, special_tokens)
-    tokenizer = Tokenizer.of(data)
+    tokenizer = read_tokenizer(file, pattern=pattern, special_tokens=special_tokens)
+    ours = isinstance(tokenizer, Tokenizer)
+    data = load_tokenizer(file, pattern, special_tokens, ignore_template=True) if ours else None
     for name, line in report(data, tokenizer, text).items():
         print(f"{name:16} {line}")
     if text is not None:

@@ -3,17 +3,21 @@
 from .config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from .loop import TrainResult, train
 from .presets import PRESETS, preset
-from .run import SampleConfig, load_run, write_texts
+from .run import load_run
+from .samples import SampleConfig, write_texts
+from .text_model import TextModel, load_text_model
 
 __all__ = [
     "PRESETS",
     "DataConfig",
     "OptimizerConfig",
     "SampleConfig",
+    "TextModel",
     "TrainConfig",
     "TrainResult",
     "load_config",
     "load_run",
+    "load_text_model",
     "preset",
     "train",
     "write_texts",

@@ -1,24 +1,27 @@
-"""The command that trains: a preset, any setting of which can be given anew, alone or under torchrun."""
+"""The command that trains: by a preset or from a folder's weights, any setting given anew, alone or under torchrun."""
 
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
+from ..errors import UserError
 from .config import TrainConfig, load_config
 from .distributed import is_first_process
 from .folder import CONFIG_FILE, Resume, holds_run
 from .loop import train
-from .presets import PRESETS, preset
+from .presets import PRESETS, finetuning, preset
 from .sweep.grid import SweepConfig, sweep
 from .sweep.result import sweep_table
 
 
 def _usage(program: str, purpose: str) -> str:
-    lines = [f"usage: {program} PRESET [OPTIONS]", "", purpose, "", "presets:"]
+    lines = [f"usage: {program} PRESET [OPTIONS]", f"       {program} --init FOLDER [OPTIONS]", "", purpose]
+    lines += ["FOLDER is a run, or a model of Hugging Face's: what is trained is fine-tuned from it.", "", "presets:"]
     for name, config in PRESETS.items():
         shape = config.model
         size = f"{shape.num_layers} layers of {shape.d_model}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"
@@ -26,17 +29,30 @@ def _usage(program: str, purpose: str) -> str:
     return "\n".join([*lines, "", f"{program} PRESET --help shows the options; every setting of a preset can be given anew."])
 
 
+def _begin(arguments: Sequence[str], program: str) -> tuple[str, TrainConfig, Sequence[str]]:
+    """Return what the help calls the command, the settings that it begins with, and the options that change them."""
+    if not arguments[0].startswith("-"):
+        return f"{program} {arguments[0]}", preset(arguments[0]), arguments[1:]
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, rest = option.partition("=")
+        if name == "--init" and (folder := rest if equals else value):
+            return f"{program} --init {folder}", finetuning(Path(folder)), arguments
+    raise UserError(f"the arguments begin with {arguments[0]}: name a preset first, {', '.join(PRESETS)}, or --init FOLDER")
+
+
 def _wants_usage(arguments: Sequence[str]) -> bool:
     return not arguments or arguments[0] in ("-h", "--help")
 
 
 def run_train_command(arguments: Sequence[str], program: str) -> None:
-    """Parse `PRESET [OPTIONS]`, train, and say what came of it; `program` is what the user typed before."""
+    """Parse `PRESET [OPTIONS]` or `--init FOLDER [OPTIONS]`, train, and say what came of it.
+
+    `program` is what the user typed before.
+    """
     if _wants_usage(arguments):
         print(_usage(program, "Train a model."))
         return
-    name, *options = arguments
-    base = preset(name)
+    name, base, options = _begin(arguments, program)
 
     def parse(default: TrainConfig) -> tuple[TrainConfig, Resume | None, bool]:
         def command(
@@ -54,7 +70,7 @@ def run_train_command(arguments: Sequence[str], program: str) -> None:
             """
             return config, resume, profile
 
-        return tyro.cli(command, prog=f"{program} {name}", args=list(options), console_outputs=is_first_process())
+        return tyro.cli(command, prog=name, args=list(options), console_outputs=is_first_process())
 
     config, resume, profile = parse(base)
     if resume and holds_run(config.out):
@@ -71,18 +87,21 @@ def run_train_command(arguments: Sequence[str], program: str) -> None:
         print(f"{result.run}: stopped by {result.stopped_by} after step {result.steps:,}; it goes on with --resume auto")
         return
     print(
-        f"{result.run}: validation loss {result.valid_loss:.4f} after {result.steps:,} steps at "
+        f"{result.run}: validation loss {result.valid_loss:.4f} ({result.valid_bits_per_byte:.4f} bits/byte) after "
+        f"{result.steps:,} steps at "
         f"{result.tokens_per_second:,.0f} tokens/s; next: tilewright generate {result.run}"
     )
 
 
 def run_sweep_command(arguments: Sequence[str], program: str) -> None:
-    """Parse `PRESET --grid ... [OPTIONS]`, train at every point of the grid, and show the best."""
+    """Parse `PRESET --grid ... [OPTIONS]`, train at every point of the grid, and show the best.
+
+    `--init FOLDER` may stand in place of the preset.
+    """
     if _wants_usage(arguments):
         print(_usage(program, "Train a preset at every point of a grid of options."))
         return
-    name, *options = arguments
-    base = preset(name)
+    name, base, options = _begin(arguments, program)
     base = dataclasses.replace(base, out=base.out.with_name(f"{base.out.name}-sweep"))
 
     def command(
@@ -96,7 +115,7 @@ def run_sweep_command(arguments: Sequence[str], program: str) -> None:
         """
         return config, grid
 
-    config, grid = tyro.cli(command, prog=f"{program} {name}", args=list(options))
+    config, grid = tyro.cli(command, prog=name, args=list(options))
     result = sweep(config, grid)
     Console().print(sweep_table(result))
     rest = "" if result.complete else "; the same command goes on with the rest"

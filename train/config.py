@@ -24,15 +24,18 @@ class DataConfig:
     """Where the text comes from. A text file is encoded once, to a token file (.tokens) beside it."""
 
     train: tuple[Path, ...]
-    """Training texts, or token files (.tokens)."""
+    """Training texts, chats (JSON lines with messages), or token files (.tokens)."""
     valid: Path
-    """Validation text, or a token file (.tokens)."""
+    """Validation text or chats, or a token file (.tokens)."""
     tokenizer: Path
     """The tokenizer's file."""
     weights: tuple[float, ...] | None = None
     """Share of the sequences that come from each training file, in their order; by default in proportion to its length."""
     documents: bool = False
-    """Whether attention stays inside each document, as end-of-text tokens bound them."""
+    """Whether attention stays inside each document, as end-of-text tokens bound them; in chats it always stays inside each
+    conversation."""
+    chat_template: Path | None = None
+    """File of the chat template; by default that of the tokenizer's folder."""
 
     def __post_init__(self) -> None:
         _require("data.train", self.train, len(self.train) >= 1, "at least one file")
@@ -102,6 +105,8 @@ class TrainConfig:
     first on; auto: as few as the GPU's memory demands by the accounting."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser of the logits in the loss (Chowdhery et al. 2022, section 5)."""
+    router_loss: float = 0.01
+    """Weight of the loss that spreads tokens over the experts of each layer (Fedus et al. 2021, eq. 4), where there are any."""
     ema_decay: float | None = None
     """Keep a mean of the weights that forgets at this rate a step; validation and generation then use it."""
     spike_deviations: float | None = 6.0
@@ -114,7 +119,7 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights and the order of the data."""
     init: Path | None = None
-    """Begin with the weights of another run, or of a folder in Llama's format, in place of random ones."""
+    """Begin with the weights of another run, or of a folder of Hugging Face's, in place of random ones."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU if there is one."""
     dtype: ComputeDtype = "auto"
@@ -152,7 +157,9 @@ class TrainConfig:
             value = getattr(self, name)
             _require(name, value, value == "auto" or value >= 1, "at least 1")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
-        _require("z_loss", self.z_loss, 0 <= self.z_loss < math.inf, "0 or a finite number above it")
+        for name in ("z_loss", "router_loss"):
+            value = getattr(self, name)
+            _require(name, value, 0 <= value < math.inf, "0 or a finite number above it")
         _require("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         deviations = self.spike_deviations
         _require("spike_deviations", deviations, deviations is None or deviations > 0, "above 0")
@@ -194,7 +201,8 @@ def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
 # What may differ when a run goes on: these change what is printed, kept and how fast, not what is learnt.
 _FREE_ON_RESUME = {
     "out", "device", "compile", "micro_batch_size", "log_every", "eval_every", "eval_sequences", "checkpoint_every",
-    "keep_checkpoints", "tracker", "data.train", "data.valid", "data.tokenizer", "activation_checkpointing",
+    "keep_checkpoints", "tracker", "data.train", "data.valid", "data.tokenizer", "data.chat_template",
+    "activation_checkpointing",
     "max_skipped_steps", "parallel", "cuda_graphs", "init",
 }  # fmt: skip
 

@@ -20,7 +20,8 @@ from .folder import require_no_run
 from .loop import TrainResult, train
 from .plot import FILE_NAME as PLOT_FILE
 from .presets import corpus_files, preset
-from .run import SampleConfig, load_run, write_texts
+from .samples import SampleConfig, write_texts
+from .text_model import load_text_model
 
 SUMMARY_FILE = "summary.json"
 MIN_VOCAB_SIZE = 257
@@ -120,10 +121,10 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
         )
         raise KeyboardInterrupt
 
-    sampling = SampleConfig(demo.prompt, seed=demo.seed)
+    sampling = SampleConfig((demo.prompt,), seed=demo.seed)
     console.print(f"[bold]4/4[/] sample: temperature {sampling.temperature}, top-p {sampling.top_p}\n")
-    model, tokenizer = load_run(out, config.device)
-    sample = write_texts(model, tokenizer, sampling)[0]
+    text = write_texts(load_text_model(out, config.device), sampling)[0]
+    sample = text.prompt + text.text
     console.print(sample, markup=False, highlight=False, style="italic")
 
     summary = DemoSummary(
@@ -152,7 +153,7 @@ def _table(summary: DemoSummary, config: TrainConfig) -> Table:
         "tokens seen": f"{result.steps * config.tokens_per_step:,}",
         "speed": f"{result.tokens_per_second:,.0f} tokens/s",
         "training loss": f"{result.train_loss:.3f} nats/token",
-        "validation loss": f"{result.valid_loss:.3f} nats/token",
+        "validation loss": f"{result.valid_loss:.3f} nats/token, {result.valid_bits_per_byte:.3f} bits/byte",
         "MFU": mfu,
         "loss curve": str(result.run / PLOT_FILE),
         "checkpoints": str(result.run / "checkpoints"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..errors import UserError
+from ..model.transformer import IGNORED_TARGET
 from .config import TrainConfig
 from .device import resolve_device
 from .signals import StopRequest
@@ -26,8 +27,6 @@ T = TypeVar("T")
 # How long a process waits for the others: in a step, and while the first one does what may take hours, such as to encode texts.
 STEP_TIMEOUT = timedelta(minutes=10)
 HOST_TIMEOUT = timedelta(days=1)
-
-IGNORED_TARGET = -100
 
 
 class World:
@@ -133,14 +132,15 @@ class World:
         share = len(samples) // self.size
         return samples[self.rank * share : (self.rank + 1) * share]
 
-    def own_rows(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this process's rows of a batch (B, T); where B does not divide, rows whose targets are ignored fill up."""
+    def own_rows(self, inputs: Tensor, targets: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Return this process's rows of a batch, (B, T) each; where B does not divide, rows with ignored targets fill up."""
         missing = -len(inputs) % self.size
+        batch = inputs, targets, *others
         if missing:
-            inputs = torch.cat([inputs, inputs[:1].expand(missing, -1)])
-            targets = F.pad(targets, (0, 0, 0, missing), value=IGNORED_TARGET)
+            inputs, _, *rest = (torch.cat([tensor, tensor[:1].expand(missing, -1)]) for tensor in batch)
+            batch = inputs, F.pad(targets, (0, 0, 0, missing), value=IGNORED_TARGET), *rest
         own = self.rows(range(len(inputs)))
-        return inputs[own.start : own.stop], targets[own.start : own.stop]
+        return tuple(tensor[own.start : own.stop] for tensor in batch)
 
     def agreed(self, stop: StopRequest) -> "StopRequest | AgreedStop":
         """Return what is true in all processes at the same time once `stop` is in any."""

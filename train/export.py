@@ -2,25 +2,33 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..errors import UserError
 from ..files import atomic_folder, require_absent
-from ..model import TransformerLM
-from ..model.interop import CONFIG_FILE as LLAMA_CONFIG_FILE
-from ..model.interop import check_exportable, load_llama, load_llama_config, write_llama
-from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..model import ModelConfig, TransformerLM
+from ..model.huggingface import (
+    GENERATION_FILE,
+    canonical,
+    choose_family,
+    family_of_folder,
+    load_weights,
+    read_config,
+    write_model,
+)
+from ..tokenizer import END_OF_TEXT, AnyTokenizer, Tokenizer, read_tokenizer
 from ..tokenizer.formats import save_huggingface
-from .config import load_config
-from .device import resolve_device
+from .config import TrainConfig, load_config
 from .folder import CONFIG_FILE, TOKENIZER_FILE
 from .run import load_run
+from .text_model import is_huggingface_folder, load_text_model
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def export_run(
@@ -28,25 +36,58 @@ def export_run(
 ) -> Path:
     """Write the run's newest model and its tokenizer in a format of others; return the new folder, by default RUN/hf.
 
-    hf: Llama's format with `tokenizer.json`, for `AutoModelForCausalLM` and `AutoTokenizer` of transformers. Of a vocabulary
-    larger than the tokenizer's, only the tokenizer's ids are written. A model or a pattern that the format cannot hold is a
-    `UserError`.
+    hf: the family of Hugging Face's that holds the model, for `AutoModelForCausalLM` and `AutoTokenizer` of transformers; that
+    of the folder which the run began with, where it is still there. What such a folder has beside its weights goes on with it:
+    the tokenizer, the chat template, the settings of generation. Of a vocabulary larger than our tokenizer's, only the
+    tokenizer's ids are written. A model or a pattern that cannot be held is a `UserError`.
     """
     if to != "hf":
         raise UserError(f"format {to!r} is unknown: choose hf")
-    check_exportable(load_config(run / CONFIG_FILE).model)
+    config = load_config(run / CONFIG_FILE)
+    family = choose_family(config.model, _family_of_init(config)).model_type
     folder = require_absent(out or run / to)
-    model, tokenizer = load_run(run, "cpu")
+    text = load_text_model(run, "cpu")
+    model, end = text.model, text.tokenizer.end_of_text_id
+    theirs = _is_huggingface_tokenizer(run / TOKENIZER_FILE)
     with atomic_folder(folder) as temporary:
-        size = min(tokenizer.vocab_size, model.config.vocab_size)
-        write_llama(model, temporary, dtype=dtype, vocab_size=size, end_of_text_id=tokenizer.end_of_text_id)
-        _write_tokenizer(tokenizer, temporary, model.config.context_length)
+        write_model(
+            model,
+            temporary,
+            dtype=dtype,
+            family=family,
+            vocab_size=None if theirs else min(text.tokenizer.vocab_size, model.config.vocab_size),
+            begin_token=text.begin_tokens[0] if text.begin_tokens else end,
+            end_tokens=text.end_tokens,
+        )
+        if theirs:
+            shutil.copyfile(run / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+        else:
+            save_huggingface(temporary / TOKENIZER_FILE, Tokenizer.load(run / TOKENIZER_FILE).data)
+        _write_tokenizer_config(temporary, None if end is None else END_OF_TEXT, model.config.context_length)
+        for name in (_TOKENIZER_CONFIG, _CHAT_TEMPLATE, GENERATION_FILE):
+            if (run / name).exists():
+                shutil.copyfile(run / name, temporary / name)
     return folder
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    save_huggingface(folder / TOKENIZER_FILE, tokenizer.data)
-    end = END_OF_TEXT if tokenizer.end_of_text_id is not None else None
+def _family_of_init(config: TrainConfig) -> str | None:
+    # Two families can hold the same model, such as Mistral without windows, which is also a Llama.
+    # A run may have begun with another run; a folder that took the place of one may name one that came of it.
+    seen: set[Path] = set()
+    init = config.init
+    while init is not None and init not in seen and (init / CONFIG_FILE).is_file():
+        if is_huggingface_folder(init):
+            return family_of_folder(init)
+        seen.add(init)
+        init = load_config(init / CONFIG_FILE).init
+    return None
+
+
+def _is_huggingface_tokenizer(path: Path) -> bool:
+    return isinstance(json.loads(path.read_text()).get("model"), dict)
+
+
+def _write_tokenizer_config(folder: Path, end: str | None, context_length: int) -> None:
     document = {
         # Named, because for Llama's models that library would otherwise take Llama's own tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -59,47 +100,44 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) ->
     (folder / _TOKENIZER_CONFIG).write_text(json.dumps(document, indent=2) + "\n")
 
 
-def is_llama_folder(folder: Path) -> bool:
-    """Return whether the folder's `config.json` is that of a model in Hugging Face's manner, not that of a run."""
-    try:
-        return "model_type" in json.loads((folder / LLAMA_CONFIG_FILE).read_text())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def load_model(folder: Path, device: str = "auto") -> tuple[TransformerLM, Tokenizer]:
-    """Return the model and the tokenizer of a run, or of a folder in Llama's format; see `load_run` and `load_llama`."""
-    if not is_llama_folder(folder):
-        return load_run(folder, device)
-    # Before the weights, because what cannot be read is then known at once.
-    load_llama_config(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
-    return load_llama(folder).to(resolve_device(device)), tokenizer
-
-
 @torch.no_grad()
-def initialise(model: TransformerLM, folder: Path, tokenizer: Tokenizer) -> None:
-    """Copy the weights of a run, or of a folder in Llama's format, into `model`, whose context may be of another length.
+def initialise(model: TransformerLM, folder: Path, tokenizer: AnyTokenizer) -> None:
+    """Copy the weights of a run, or of a folder of Hugging Face's, into `model`, whose context may be of another length.
 
     `tokenizer` is the one of the texts to come. Another shape of the model, and another tokenizer, are a `UserError`; a
     tokenizer of the folder that cannot be read, or is not there, is a warning.
     """
-    llama = is_llama_folder(folder)
-    shape = load_llama_config(folder) if llama else load_config(folder / CONFIG_FILE).model
-    theirs, ours = (dataclasses.asdict(dataclasses.replace(c, num_kv_heads=c.kv_heads)) for c in (shape, model.config))
-    for name, value in theirs.items():
-        if name != "context_length" and value != ours[name]:
-            raise UserError(
-                f"the model in {folder} has {name} {value}, not {ours[name]}: set --model.{name.replace('_', '-')} {value}"
-            )
+    huggingface = is_huggingface_folder(folder)
+    shape = read_config(folder) if huggingface else load_config(folder / CONFIG_FILE).model
+    _require_same_shape(folder, shape, model.config)
     try:
-        known = Tokenizer.load(folder / TOKENIZER_FILE)
+        known = read_tokenizer(folder / TOKENIZER_FILE)
     except UserError as error:
-        if not llama:
+        if not huggingface:
             raise
         warnings.warn(f"whether the tokenizer is that of {folder} cannot be told: {error}", stacklevel=2)
     else:
         if known.fingerprint != tokenizer.fingerprint:
             raise UserError(f"the model in {folder} was trained with another tokenizer: use {folder / TOKENIZER_FILE}")
-    source = load_llama(folder) if llama else load_run(folder, "cpu")[0]
-    model.load_state_dict(source.state_dict())
+    if huggingface:
+        load_weights(model, folder)
+    else:
+        model.load_state_dict(load_run(folder, "cpu")[0].state_dict())
+
+
+def _require_same_shape(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    found, wanted = _fields(ours), _fields(theirs)
+    different = [name for name, value in wanted.items() if value != found[name] and name != "context_length"]
+    if ours.rope_scaling.kind != "default":
+        # One that is asked for: it stretches what the weights have learned over a longer context.
+        different = [name for name in different if not name.startswith("rope_scaling.")]
+    if different:
+        differences = ", ".join(f"{name} {wanted[name]}, not {found[name]}" for name in different)
+        options = " ".join(f"--model.{name.replace('_', '-')} {wanted[name]}" for name in different)
+        raise UserError(f"the model in {folder} has {differences}: leave the preset out, or set {options}")
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(canonical(config))
+    scaling = fields.pop("rope_scaling")
+    return fields | {f"rope_scaling.{name}": value for name, value in scaling.items()}

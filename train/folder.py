@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..files import atomic_file, require_file, write_text
+from ..tokenizer.chat_template import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+from ..tokenizer.chat_template import TEMPLATE_FILE
 from .checkpoint.layout import FOLDER_NAME as CHECKPOINTS
 from .checkpoint.layout import list_checkpoints, newest_valid, verify_checkpoint
 from .checkpoint.writer import remove_leftovers
@@ -19,9 +21,12 @@ from .plot import FILE_NAME as PLOT_FILE
 
 CONFIG_FILE, TOKENIZER_FILE, DATA_FILE = "config.json", "tokenizer.json", "data.json"
 
+# What a folder in Hugging Face's manner says of how its model is talked to: a run that begins with such a folder keeps it.
+CHAT_FILES = (TOKENIZER_CONFIG_FILE, "generation_config.json", TEMPLATE_FILE)
+
 # There while a run's folder is being made: what lies beside it then is the remains of a run that was killed before it began.
 _BEGINNING = ".beginning"
-_MADE = (TOKENIZER_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, DIAGNOSIS_FILE)
+_MADE = (TOKENIZER_FILE, *CHAT_FILES, DATA_FILE, METRICS_FILE, PLOT_FILE, DIAGNOSIS_FILE)
 
 Resume = Literal["auto"] | Path
 
@@ -51,7 +56,9 @@ def mark_beginning(out: Path) -> None:
 
 
 def make_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
-    """Put the tokenizer and the record of the data into a marked folder, in place of the remains of an earlier beginning.
+    """Put what the run begins with into a marked folder, in place of the remains of an earlier beginning.
+
+    That is the tokenizer, the record of the data, and the files about chats of the folder that the weights come from.
 
     The caller holds the lock of the folder's checkpoints.
     """
@@ -61,8 +68,14 @@ def make_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
         (out / name).unlink(missing_ok=True)
     for folder in list_checkpoints(out):
         shutil.rmtree(folder)
-    with atomic_file(out / TOKENIZER_FILE) as file:
-        file.write(config.data.tokenizer.read_bytes())
+    source = config.init or config.data.tokenizer.parent
+    copies = {name: source / name for name in CHAT_FILES} | {TOKENIZER_FILE: config.data.tokenizer}
+    if config.data.chat_template is not None:
+        copies[TEMPLATE_FILE] = config.data.chat_template
+    for name, path in copies.items():
+        if path.is_file():
+            with atomic_file(out / name) as file:
+                file.write(path.read_bytes())
     write_text(out / DATA_FILE, json.dumps(data_record, indent=2) + "\n")
 
 

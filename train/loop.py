@@ -19,13 +19,14 @@ from ..errors import DivergedError, UserError
 from ..files import require_file
 from ..kernels.device import device_name, gpu_of
 from ..model.accounting import Policy, hardware_flops, model_flops_utilisation, num_parameters, operations
-from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..tokenizer import END_OF_TEXT, read_tokenizer
 from .batch_size import device_memory, fit_memory
+from .bits_per_byte import bits_per_byte, bytes_per_token, token_sizes
 from .capture import StepCapture
 from .checkpoint.layout import read_state
 from .checkpoint.writer import CheckpointWriter
 from .config import TrainConfig, check_same_run, load_config
-from .data.datasets import check_fits, open_data
+from .data.datasets import check_fits, open_data, validation_batches
 from .data.sampling import TrainingData, check_record
 from .device import collected_by_hand
 from .diagnosis import diagnose, summary, write_diagnosis
@@ -73,6 +74,8 @@ class TrainResult:
     """Steps whose loss was not finite or a spike."""
     stopped_by: str | None = None
     """The signal that stopped the run before its last step."""
+    valid_bits_per_byte: float = math.nan
+    """The validation loss in bits per byte of the text that it is of, which compares across tokenizers; NaN as that is."""
 
 
 class Clock:
@@ -113,7 +116,7 @@ def train(config: TrainConfig, *, resume: Resume | None = None, profile: bool = 
 
 
 def _train(config: TrainConfig, resume: Resume | None, profile: bool, world: World, start: float) -> TrainResult:
-    config, trainer = _open(config, resume, world)
+    config, trainer, valid_bytes_per_token = _open(config, resume, world)
     # The signals last: until all is closed, they are remembered.
     with StopRequest() as stop, says_why_it_ends(), contextlib.closing(trainer):
         if not resume:
@@ -130,14 +133,18 @@ def _train(config: TrainConfig, resume: Resume | None, profile: bool, world: Wor
                 collected_by_hand(),
                 contextlib.closing(capture) if capture else contextlib.nullcontext(),
             ):
-                result = _Loop(trainer, writer, log, world.agreed(stop), capture, start).run(unfinished)
+                loop = _Loop(trainer, writer, log, world.agreed(stop), capture, start, valid_bytes_per_token)
+                result = loop.run(unfinished)
             if world.is_first:
                 plot_losses(config.out)
             return result
 
 
-def _open(config: TrainConfig, resume: Resume | None, world: World) -> tuple[TrainConfig, Trainer]:
-    """Check everything that can be wrong before a folder is made, then build the model."""
+def _open(config: TrainConfig, resume: Resume | None, world: World) -> tuple[TrainConfig, Trainer, float]:
+    """Check everything that can be wrong before a folder is made, then build the model.
+
+    The number is the bytes of text that a token of the validation stands for.
+    """
     run = config.out
     if resume:
         stored = load_config(run / CONFIG_FILE)
@@ -149,19 +156,25 @@ def _open(config: TrainConfig, resume: Resume | None, world: World) -> tuple[Tra
     check_parallel(config, world)
     config = fit_memory(config, world.on_first(lambda: device_memory(world.device)), world.size)
     check_tracker(config.tracker)
-    tokenizer = Tokenizer.load(require_file(config.data.tokenizer, "tokenizer", "make one with `tilewright tokenizer train`"))
+    tokenizer = read_tokenizer(require_file(config.data.tokenizer, "tokenizer", "make one with `tilewright tokenizer train`"))
     if config.data.documents and tokenizer.end_of_text_id is None:
         raise UserError(f"data.documents is set, but {config.data.tokenizer} has no {END_OF_TEXT} that bounds documents")
     datasets, valid_data = world.first_before_others(lambda: open_data(config.data, tokenizer))
     for dataset in (*datasets, valid_data):
         check_fits(dataset, config.model.vocab_size, config.model.context_length)
     train_data = TrainingData(datasets, config.model.context_length, config.seed, config.data.weights)
+    if train_data.chats and world.is_first:
+        epochs = config.steps * config.tokens_per_step / config.model.context_length / sum(train_data.num_windows)
+        summaries = [windows.summary() for windows in train_data.chats]
+        print("\n".join([*summaries, f"{config.steps:,} steps read {epochs:.1f} times as many windows"]), file=sys.stderr)
     if resume:
         check_record(read_data_record(run), train_data)
         # So few that reading them all is nothing.
         valid_data.verify()
     first = None if resume or config.init is None else functools.partial(initialise, folder=config.init, tokenizer=tokenizer)
-    return config, Trainer(config, train_data, valid_data, tokenizer.end_of_text_id, first, world, resumes=bool(resume))
+    trainer = Trainer(config, train_data, valid_data, tokenizer.end_of_text_id, first, world, resumes=bool(resume))
+    batches = validation_batches(valid_data, config.eval_sequences, 1, config.model.context_length)
+    return config, trainer, bytes_per_token(batches, token_sizes(tokenizer))
 
 
 def _begin(trainer: Trainer, writer: CheckpointWriter) -> None:
@@ -191,6 +204,7 @@ class _Loop:
         stop: StopRequest | AgreedStop,
         capture: StepCapture | None,
         start: float,
+        valid_bytes_per_token: float,
     ) -> None:
         self.trainer, self.writer, self.log, self.stop, self.capture = trainer, writer, log, stop, capture
         self.config, self.device = trainer.config, trainer.device
@@ -201,7 +215,7 @@ class _Loop:
         self._hardware_flops_per_token = self._count_hardware_flops()
         self._losses: list[float] = []
         self._laps: list[tuple[int, float]] = []  # tokens, seconds
-        self._valid_loss = math.nan
+        self._valid_loss, self._valid_bytes_per_token = math.nan, valid_bytes_per_token
         self._unfinished_row: dict[str, Any] | None = None
         self._saved_step = trainer.step
         self._lap_step, self._lap_waited = trainer.step, 0.0
@@ -316,7 +330,11 @@ class _Loop:
             # A step's loss is from before its update; this one is from after.
             raise self._diverged(f"valid_loss is {valid_loss}")
         row["valid_loss"] = self._valid_loss = valid_loss
+        row["valid_bits_per_byte"] = _finite(self._bits_per_byte(valid_loss))
         self._log(row, bar)
+
+    def _bits_per_byte(self, valid_loss: float) -> float:
+        return bits_per_byte(valid_loss, self._valid_bytes_per_token)
 
     def _log(self, row: dict[str, Any], bar: tqdm) -> None:
         if self.log is None:
@@ -371,6 +389,7 @@ class _Loop:
             first_step_seconds=self._first_step_seconds,
             skipped_steps=int(trainer.guard.skipped),
             stopped_by=self.stop.signal.name if self.stop.signal and stopped else None,
+            valid_bits_per_byte=math.nan if stopped else self._bits_per_byte(self._valid_loss),
         )
 
 
@@ -386,7 +405,7 @@ def _number(value: float | None, form: str) -> str:
 def _line(step: int, steps: int, row: dict[str, Any]) -> str:
     parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {_number(row['loss'], '.4f')}"]
     if "valid_loss" in row:
-        parts.append(f"valid {row['valid_loss']:.4f}")
+        parts.append(f"valid {row['valid_loss']:.4f} ({_number(row['valid_bits_per_byte'], '.4f')} bits/byte)")
     parts += [f"grad norm {_number(row['grad_norm'], '.3f')}", f"lr {row['lr']:.2e}"]
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row["mfu"] is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..model.experts import GroupedLinear
 from ..model.layers import JoinedLinear
 from .config import OptimizerConfig
 
@@ -30,6 +31,11 @@ def _muon(matrices: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Mu
     return torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
+def _matrices(tensor: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
+    # (..., D_out, D_in): each matrix, cut into parts of so many rows.
+    return [part for matrix in tensor.view(-1, *tensor.shape[-2:]).unbind() for part in matrix.split(parts)]
+
+
 def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     if isinstance(part, torch.optim.Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
@@ -40,23 +46,27 @@ def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, 
 class Optimizer:
     """The optimizers of a model's parameters, as one: decays matrices and leaves norms alone.
 
-    Muon orthogonalises the update of each linear map's own matrix: of a `JoinedLinear` it steps on the parts, which are views.
-    The parameters must not move any more.
+    Muon orthogonalises the update of each linear map's own matrix: of a `JoinedLinear` or a `GroupedLinear` it steps on the
+    parts, which are views. The parameters must not move any more.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self._parameters = list(model.parameters())
         self._names: dict[Tensor, str] = {}
         # Of each parameter that is Muon's, the matrices in it.
-        self._matrices: dict[nn.Parameter, tuple[Tensor, ...]] = {}
-        joined = {f"{name}.weight": layer.parts for name, layer in model.named_modules() if isinstance(layer, JoinedLinear)}
+        self._matrices: dict[nn.Parameter, list[Tensor]] = {}
+        self._parts: dict[Tensor, tuple[int, ...]] = {}
+        for layer in model.modules():
+            if isinstance(layer, JoinedLinear | GroupedLinear):
+                self._parts[layer.weight] = layer.parts
         for name, parameter in model.named_parameters():
-            if config.name != "muon" or parameter.dim() != 2 or not name.startswith("layers."):
+            if config.name != "muon" or parameter.dim() < 2 or not name.startswith("layers."):
                 self._names[parameter] = name
                 continue
-            matrices = self._matrices[parameter] = parameter.detach().split(joined.get(name, (len(parameter),)))
+            parts = self._parts.setdefault(parameter, (parameter.shape[-2],))
+            matrices = self._matrices[parameter] = _matrices(parameter.detach(), parts)
             for i, matrix in enumerate(matrices):
-                self._names[matrix] = f"{name}.{i}" if name in joined else name
+                self._names[matrix] = f"{name}.{i}" if len(matrices) > 1 else name
         self._adamw = _adamw((p for p in self._parameters if p not in self._matrices), config)
         self._muon = _muon(itertools.chain(*self._matrices.values()), config) if self._matrices else None
         self.parts: list[torch.optim.Optimizer] = [self._adamw, *([self._muon] if self._muon else [])]
@@ -79,8 +89,7 @@ class Optimizer:
         if self._muon is not None and not bool(skip):
             for parameter, matrices in self._matrices.items():
                 assert parameter.grad is not None
-                gradients = parameter.grad.split([len(matrix) for matrix in matrices])
-                for matrix, gradient in zip(matrices, gradients, strict=True):
+                for matrix, gradient in zip(matrices, _matrices(parameter.grad, self._parts[parameter]), strict=True):
                     matrix.grad = gradient
             self._muon.step()
             self._muon.zero_grad()
@@ -93,7 +102,7 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state as tensors by kind and parameter, such as `exp_avg.ln_final.weight`.
 
-        Those of the parts of a joined weight are numbered, as `momentum_buffer.layers.0.attn.qkv_proj.weight.2`.
+        Those of the matrices of one weight are numbered, as `momentum_buffer.layers.0.attn.qkv_proj.weight.2`.
         """
         return {
             f"{kind}.{self._names[parameter]}": value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..model.transformer import TransformerLM, rope_tables
+from ..model.transformer import TransformerLM
 from .checkpoint.writer import CheckpointWriter
 from .config import TrainConfig
 from .distributed import World
@@ -27,8 +27,7 @@ def place(loss: nn.Module, model: TransformerLM, device: torch.device) -> None:
         loss.to(device)
         return
     loss.to_empty(device=device)
-    # No state dict holds them.
-    model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(model.config))
+    model.make_tables(device)
 
 
 def spread(loss: nn.Module, model: TransformerLM, world: World, config: TrainConfig, dtype: torch.dtype) -> nn.Module:

@@ -1,10 +1,17 @@
-"""Training runs that have names: a model's shape, where its data lies, and settings that suit both."""
+"""Training runs that have names: a model's shape, where its data lies, and settings that suit both; and fine-tuning."""
 
+import dataclasses
 from pathlib import Path
 
 from ..errors import UserError
 from ..model.config import MODELS
-from .config import DataConfig, OptimizerConfig, TrainConfig
+from ..model.huggingface import read_config
+from .config import DataConfig, OptimizerConfig, TrainConfig, load_config
+from .folder import CONFIG_FILE, TOKENIZER_FILE
+from .text_model import is_huggingface_folder
+
+# Conversations are packed, so a longer one would mostly make attention dearer. Touvron et al. 2023, section 3.1: Llama 2's.
+_FINETUNING_CONTEXT = 4096
 
 
 def corpus_files(folder: Path) -> DataConfig:
@@ -59,3 +66,28 @@ def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def finetuning(folder: Path) -> TrainConfig:
+    """Return a run that begins with the weights, the shape and the tokenizer of a run, or of a folder of Hugging Face's.
+
+    Its context is that of the model, at most 4,096 tokens; its data are chats. The optimizer's settings, 64 sequences a step,
+    and a loss on the answers only are those of Llama 2's fine-tuning (Touvron et al. 2023, section 3.1).
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"init is {folder}, which has no {CONFIG_FILE}: name the folder of a run, or of a Hugging Face model")
+    model = read_config(folder) if is_huggingface_folder(folder) else load_config(folder / CONFIG_FILE).model
+    chats = Path("data/chats")
+    return TrainConfig(
+        out=Path("runs") / f"{folder.resolve().name}-tuned",
+        model=dataclasses.replace(model, context_length=min(model.context_length, _FINETUNING_CONTEXT)),
+        data=DataConfig((chats / "train.jsonl",), chats / "valid.jsonl", folder / TOKENIZER_FILE),
+        steps=1000,
+        batch_size=64,
+        micro_batch_size=1,
+        optimizer=OptimizerConfig(lr=2e-5, final_lr=2e-6, warmup_steps=10),
+        init=folder,
+        eval_every=100,
+        eval_sequences=128,
+        checkpoint_every=200,
+    )

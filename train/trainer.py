@@ -14,7 +14,7 @@ from .data.datasets import TokenDataset, validation_batches
 from .data.prefetch import Prefetcher
 from .data.sampling import TrainingData
 from .device import prepare_allocator, resolve_device, resolve_dtype
-from .distributed import World
+from .distributed import IGNORED_TARGET, World
 from .ema import WeightMean
 from .guard import Guard
 from .optimizer import Optimizer
@@ -25,21 +25,25 @@ from .schedule import learning_rate
 class TrainingLoss(nn.Module):
     """A model and its loss as one module: what is compiled."""
 
-    def __init__(self, model: TransformerLM, z_loss: float = 0.0, end_of_text: int | None = None) -> None:
+    def __init__(
+        self, model: TransformerLM, z_loss: float = 0.0, end_of_text: int | None = None, router_loss: float = 0.0
+    ) -> None:
         """Attend across documents, or, where the id of the token that ends each is given, only inside them."""
         super().__init__()
         self.model = model
-        self._z_loss, self._end_of_text = z_loss, end_of_text
+        self._z_loss, self._end_of_text, self._router_loss = z_loss, end_of_text, router_loss
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed loss in nats; inputs, targets (B, T). The z-loss is in it while training only."""
-        documents = None
-        if self._end_of_text is not None:
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Return the summed loss in nats; inputs, targets, ids of documents (B, T).
+
+        While training, z-loss and router loss are in it.
+        """
+        if documents is None and self._end_of_text is not None:
             ends = inputs == self._end_of_text
             # The token that ends a document belongs to it.
             documents = ends.cumsum(dim=1, dtype=torch.int32) - ends.int()
-        z_loss = self._z_loss if torch.is_grad_enabled() else 0.0
-        return self.model.loss(inputs, targets, document_ids=documents, z_loss=z_loss)
+        z_loss, router_loss = (self._z_loss, self._router_loss) if torch.is_grad_enabled() else (0.0, 0.0)
+        return self.model.loss(inputs, targets, document_ids=documents, z_loss=z_loss, router_loss=router_loss)
 
 
 class Trainer:
@@ -77,7 +81,8 @@ class Trainer:
         self.model.compute_dtype = self.dtype
         assert config.activation_checkpointing != "auto"
         self.model.activation_checkpointing = config.activation_checkpointing
-        self.loss = TrainingLoss(self.model, config.z_loss, end_of_text if config.data.documents else None)
+        bound = end_of_text if config.data.documents else None
+        self.loss = TrainingLoss(self.model, config.z_loss, bound, config.router_loss)
         # From here on the parameters are where, and what, they will be.
         self._loss_sum = self._spread_and_compiled()
         self.optimizer = Optimizer(self.model, config.optimizer)
@@ -131,19 +136,29 @@ class Trainer:
             self._batches.close()
             self._batches = None
 
-    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Add the gradients of the processes' batches to those that are there; return their loss in nats per token."""
+    def backward(self, *batch: Tensor) -> Tensor:
+        """Add the gradients of the processes' batches to those that are there; return their loss in nats per scored token.
+
+        A batch is what `TrainingData.batch` gives for this process.
+        """
         loss = torch.zeros((), device=self.device)
-        # Divided by the tokens of a process's whole batch, so that the size of a micro-batch changes nothing; of this, the
-        # gradients are averaged over the processes.
-        tokens = self.config.tokens_per_step // self.world.size
-        parts = list(zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
+        # Divided by a process's share of the tokens of all batches, so that the size of a micro-batch changes nothing; of this,
+        # the gradients are averaged over the processes.
+        if self.train_data.chats:
+            tokens = self._num_scored(batch[1]) / self.world.size
+        else:
+            tokens = self.config.tokens_per_step // self.world.size
+        parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch), strict=True))
         for i, part in enumerate(parts, 1):
             with exchanging_gradients(self._loss_sum, last=i == len(parts)):
                 micro_loss = self._loss_sum(*part) / tokens
                 micro_loss.backward()
             loss += micro_loss.detach()
         return self.world.sum(loss) / self.world.size
+
+    def _num_scored(self, targets: Tensor) -> Tensor:
+        """Return how many targets of all processes are scored, at least 1; the host does not wait."""
+        return self.world.sum((targets != IGNORED_TARGET).sum()).clamp(min=1)
 
     def train_step(self) -> dict[str, Tensor | float]:
         """Take one optimizer step; return its loss (nats per token), gradient norm and learning rate, unread."""
@@ -172,14 +187,14 @@ class Trainer:
         total, num_tokens = torch.zeros((), device=self.device), 0
         batches = validation_batches(self.valid_data, config.eval_sequences, batch_size, config.model.context_length)
         try:
-            for inputs, targets in batches:
+            for batch in batches:
                 if interrupted():
                     return None
-                total += self._loss_sum(*(tensor.to(self.device) for tensor in self.world.own_rows(inputs, targets)))
-                num_tokens += inputs.numel()
+                total += self._loss_sum(*(tensor.to(self.device) for tensor in self.world.own_rows(*batch)))
+                num_tokens += int((batch[1] != IGNORED_TARGET).sum())
         finally:
             forget_gathered(self._loss_sum)
-        return float(self.world.sum(total)) / num_tokens
+        return float(self.world.sum(total)) / max(1, num_tokens)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Return the state of the run that a checkpoint holds, by the file that each part goes to."""

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from tilewright.errors import UserError
-from tilewright.train import SampleConfig, load_run, write_texts
+from tilewright.train import SampleConfig, load_run, load_text_model, write_texts
 from tilewright.train.demo import DemoConfig, run_demo
 from tilewright.train.trainer import Trainer
 
@@ -82,15 +82,14 @@ def test_the_default_folder_is_the_first_free_one(demo, tmp_path, monkeypatch):
 
 
 def test_a_run_writes_stories(demo):
-    model, tokenizer = load_run(demo[0].result.run, "cpu")
-    config = SampleConfig("One day", num_samples=2, max_new_tokens=5, seed=1)
-    texts = write_texts(model, tokenizer, config)
-    assert len(texts) == 2
-    assert all(text.startswith("One day") for text in texts)
-    assert texts == write_texts(model, tokenizer, config)
-    assert write_texts(model, tokenizer, SampleConfig("", max_new_tokens=3, seed=1))[0]
+    text_model = load_text_model(demo[0].result.run, "cpu")
+    config = SampleConfig(("One day",), num_samples=2, max_new_tokens=5, seed=1)
+    texts = write_texts(text_model, config)
+    assert [text.prompt for text in texts] == ["One day"] * 2
+    assert texts == write_texts(text_model, config)
+    assert write_texts(text_model, SampleConfig(("",), max_new_tokens=3, seed=1))[0].num_tokens == 3
     with pytest.raises(UserError, match="exceed the context of 256"):
-        write_texts(model, tokenizer, SampleConfig("One day " * 100))
+        write_texts(text_model, SampleConfig(("One day " * 100,)))
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

@@ -345,8 +345,11 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_shards_of_one_process_have_the_gradients_of_the_whole(changed, device):
-    config = changed(parallel="fsdp", model=ModelConfig(300, 64, d_model=64, num_layers=3, num_heads=2, d_ff=96, qk_norm=True))
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 5}], ids=["dense", "experts"])
+def test_shards_of_one_process_have_the_gradients_of_the_whole(changed, experts, device):
+    model = ModelConfig(300, 64, d_model=64, num_layers=3, num_heads=2, d_ff=96, qk_norm=True, qkv_bias=True, norm="sandwich")
+    windows = {"window": 20, "window_pattern": "LLG", "local_rope_theta": 100.0, "scale_embeddings": True, "head_dim": 48}
+    config = changed(parallel="fsdp", model=dataclasses.replace(model, **windows, **experts))
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randint(300, (2, 4, 64), generator=generator).to(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -357,7 +360,7 @@ def test_shards_of_one_process_have_the_gradients_of_the_whole(changed, device):
             torch.manual_seed(0)
             model = TransformerLM(config.model)
             model.compute_dtype = dtype
-            loss = TrainingLoss(model)
+            loss = TrainingLoss(model, router_loss=0.01)
             if sharded:
                 # As on a GPU, where blocks are compiled; the compiler of a CPU would take long.
                 compile_blocks(model.layers) if device == "cuda" else None
@@ -382,11 +385,11 @@ def test_shards_of_one_process_have_the_gradients_of_the_whole(changed, device):
 @pytest.mark.parametrize("num_rows", [1, 4, 7])
 def test_each_row_of_a_batch_is_seen_by_one_process(size, num_rows):
     inputs = torch.arange(num_rows * 3).view(num_rows, 3)
-    parts = [World(torch.device("cpu"), rank, size).own_rows(inputs, inputs + 1) for rank in range(size)]
-    assert len({part.shape for pair in parts for part in pair}) == 1
-    rows = torch.cat([part for part, _ in parts])
-    targets = torch.cat([part for _, part in parts])
+    parts = [World(torch.device("cpu"), rank, size).own_rows(inputs, inputs + 1, inputs + 2) for rank in range(size)]
+    assert len({part.shape for batch in parts for part in batch}) == 1
+    rows, targets, documents = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     assert torch.equal(rows[:num_rows], inputs)
+    assert torch.equal(documents, rows + 2)
     assert torch.equal(targets[:num_rows], inputs + 1)
     assert (targets[num_rows:] == IGNORED_TARGET).all()
 

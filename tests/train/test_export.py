@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from tilewright.errors import UserError
+from tilewright.kernels import RopeScaling
 from tilewright.model import ModelConfig, TransformerLM, generate
+from tilewright.model.huggingface import family_of_folder
 from tilewright.tokenizer import Tokenizer
 from tilewright.train import load_run, train
-from tilewright.train.export import export_run, initialise, load_model
+from tilewright.train.config import load_config
+from tilewright.train.export import export_run, initialise
+from tilewright.train.text_model import load_text_model
 
 PROMPT = "the cat sat on"
 
@@ -60,7 +65,7 @@ def test_transformers_reads_and_generates_the_same(run, exported):
     with torch.no_grad():
         logits, expected = theirs(ids).logits, model(ids)[..., : tokenizer.vocab_size]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    options = {"temperature": 0, "stop_token": tokenizer.end_of_text_id, "vocab_size": tokenizer.vocab_size}
+    options = {"temperature": 0, "stop_tokens": [tokenizer.end_of_text_id], "vocab_size": tokenizer.vocab_size}
     ours = generate(model, ids.tolist(), 8, **options)[0]
     found = theirs.generate(**their_tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert their_tokenizer.decode(found[0], skip_special_tokens=True) == PROMPT + tokenizer.decode(ours)
@@ -83,12 +88,13 @@ def test_ids_that_the_tokenizer_lacks_are_left_out(run, exported):
 
 
 def test_an_exported_folder_loads_like_a_run(run, exported):
-    (model, tokenizer), (again, their_tokenizer) = load_model(run, "cpu"), load_model(exported, "cpu")
-    assert their_tokenizer.fingerprint == tokenizer.fingerprint
-    assert not again.training
+    ours, again = load_text_model(run, "cpu"), load_text_model(exported, "cpu")
+    assert again.tokenizer.fingerprint == ours.tokenizer.fingerprint
+    assert again.end_tokens == ours.end_tokens == (ours.tokenizer.end_of_text_id,)
+    assert not again.model.training
     tokens = torch.arange(16)[None]
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens), model(tokens)[..., :300])
+        torch.testing.assert_close(again.model(tokens), ours.model(tokens)[..., :300])
 
 
 def test_what_cannot_be_exported_leaves_nothing_behind(run, tmp_path, exported):
@@ -101,8 +107,8 @@ def test_what_cannot_be_exported_leaves_nothing_behind(run, tmp_path, exported):
     path = tmp_path / "run" / "config.json"
     path.parent.mkdir()
     values = json.loads((run / "config.json").read_text())
-    path.write_text(json.dumps(values | {"model": values["model"] | {"qk_norm": True}}))
-    with pytest.raises(UserError, match="qk_norm True"):
+    path.write_text(json.dumps(values | {"model": values["model"] | {"norm": "post"}}))
+    with pytest.raises(UserError, match="norm post"):
         export_run(path.parent, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -123,8 +129,11 @@ def test_a_model_begins_from_nothing_that_does_not_fit(run, exported, corpus, tm
     source, tokenizer = load_run(run, "cpu")
     model = TransformerLM(dataclasses.replace(source.config, d_ff=40))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"has d_ff 24, not 40: set --model\.d-ff 24"):
+    with pytest.raises(UserError, match=r"has d_ff 24, not 40: leave the preset out, or set --model\.d-ff 24"):
         initialise(model, run, tokenizer)
+    scaled = TransformerLM(dataclasses.replace(source.config, rope_theta=77.0, rope_scaling=RopeScaling("linear", 2.0)))
+    with pytest.raises(UserError, match=r"has rope_theta 10000.0, not 77.0: leave the preset out, or set --model.rope-theta"):
+        initialise(scaled, run, tokenizer)
     with pytest.raises(UserError, match="has vocab_size 300, not 310"):
         initialise(TransformerLM(source.config), exported, tokenizer)
     other = Tokenizer(tokenizer.vocab, tokenizer.merges[:-1], ["<|endoftext|>"])
@@ -141,4 +150,30 @@ def test_a_tokenizer_that_cannot_be_compared_is_a_warning(run, tmp_path):
     with pytest.warns(UserWarning, match="cannot be told"):
         initialise(model, folder, tokenizer)
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
-        load_model(folder)
+        load_text_model(folder)
+
+
+def test_a_run_that_began_with_a_folder_is_written_as_its_family(run, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "mistral")
+    path = folder / "config.json"
+    # Without windows it is a Llama too.
+    family = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | family))
+    config = load_config(run / "config.json")
+    model = dataclasses.replace(config.model, vocab_size=300)
+    train(dataclasses.replace(config, out=tmp_path / "run", init=folder, model=model, steps=1))
+    # What a chat needs, as a run keeps it of the folder that it began with.
+    kept = {"chat_template.jinja": "{{ messages }}", "generation_config.json": '{"eos_token_id": [3, 7]}'}
+    for name, text in kept.items():
+        (tmp_path / "run" / name).write_text(text)
+    written = export_run(tmp_path / "run", "hf", dtype="bfloat16")
+    assert {name: (written / name).read_text() for name in kept} == kept
+    assert family_of_folder(written) == "mistral"
+    assert {tensor.dtype for tensor in load_file(written / "model.safetensors").values()} == {torch.bfloat16}
+    # So is a run that began with that run.
+    again = dataclasses.replace(config, out=tmp_path / "again", init=tmp_path / "run", model=model, steps=1)
+    train(again)
+    assert family_of_folder(export_run(tmp_path / "again", "hf")) == "mistral"
+    # The folder may be gone by then.
+    shutil.rmtree(folder)
+    assert family_of_folder(export_run(tmp_path / "run", "hf", tmp_path / "out")) == "llama"

@@ -9,9 +9,10 @@ TAKE, SKIP = torch.tensor(False), torch.tensor(True)
 
 
 @pytest.fixture
-def model():
+def model(request):
     torch.manual_seed(0)
-    return TransformerLM(ModelConfig(50, 8, d_model=16, num_layers=2, num_heads=2, d_ff=24, num_kv_heads=1))
+    shape = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "num_kv_heads": 1}
+    return TransformerLM(ModelConfig(50, 8, **shape, **getattr(request, "param", {})))
 
 
 def give_gradients(model, seed=1):
@@ -52,13 +53,22 @@ def test_adamw_is_torchs_own(model):
 
 # Rows of each linear map's own matrix, by the layer that holds it.
 MATRICES = {"attn.qkv_proj": (16, 8, 8), "attn.output_proj": (16,), "ffn.gate_up_proj": (24, 24), "ffn.down_proj": (16,)}
+EXPERTS = {"num_experts": 3}
 
 
+def matrices_of(tensor, sizes):
+    """The matrices of a weight, or of its gradient: of experts there are several."""
+    tensors = tensor.unbind() if tensor.dim() == 3 else [tensor]
+    return [part for tensor in tensors for part in tensor.split(sizes)]
+
+
+@pytest.mark.parametrize("model", [{}, EXPERTS], ids=["dense", "experts"], indirect=True)
 def test_muon_is_torchs_own_on_each_linear_map(model):
     optimizer = Optimizer(model, OptimizerConfig(name="muon"))
-    rows = {f"layers.{i}.{name}.weight": sizes for i in range(2) for name, sizes in MATRICES.items()}
+    sizes_of = MATRICES if model.config.num_experts is None else MATRICES | {"ffn.router": (3,)}
+    rows = {f"layers.{i}.{name}.weight": sizes for i in range(2) for name, sizes in sizes_of.items()}
     weights = dict(model.named_parameters())
-    expected = {n: [torch.nn.Parameter(part.clone()) for part in weights[n].detach().split(rows[n])] for n in rows}
+    expected = {n: [torch.nn.Parameter(part.clone()) for part in matrices_of(weights[n].detach(), rows[n])] for n in rows}
     rest = {n: torch.nn.Parameter(p.detach().clone()) for n, p in weights.items() if n not in rows}
     matrices = [part for parts in expected.values() for part in parts]
     theirs = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), *adamw(rest.values())]
@@ -69,7 +79,7 @@ def test_muon_is_torchs_own_on_each_linear_map(model):
         for n, parameter in rest.items():
             parameter.grad = weights[n].grad.clone()
         for n, parts in expected.items():
-            for part, gradient in zip(parts, weights[n].grad.split(rows[n]), strict=True):
+            for part, gradient in zip(parts, matrices_of(weights[n].grad, rows[n]), strict=True):
                 part.grad = gradient.clone()
         optimizer.set_learning_rate(lr)
         optimizer.step(TAKE)
@@ -81,9 +91,9 @@ def test_muon_is_torchs_own_on_each_linear_map(model):
     for n, parameter in rest.items():
         torch.testing.assert_close(weights[n].detach(), parameter.detach(), rtol=1e-5, atol=1e-6)
     for n, parts in expected.items():
-        assert torch.equal(weights[n], torch.cat(list(parts))), n
+        assert torch.equal(weights[n].flatten(0, -2), torch.cat(list(parts))), n
     momenta = {n for n in optimizer.tensors() if n.startswith("momentum_buffer.layers.1.")}
-    names = {f"{n}.{i}" if len(sizes) > 1 else n for n, sizes in rows.items() for i in range(len(sizes))}
+    names = {f"{n}.{i}" if len(parts) > 1 else n for n, parts in expected.items() for i in range(len(parts))}
     assert momenta == {f"momentum_buffer.{n}" for n in names if n.startswith("layers.1.")}
 
 
@@ -104,6 +114,7 @@ def test_a_skipped_step_changes_nothing(model, name):
     assert all(p.isfinite().all() and not torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("model", [{}, EXPERTS], ids=["dense", "experts"], indirect=True)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_its_state_goes_on(model, name):
     config = OptimizerConfig(name=name)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ...files import make_folder, refused_writes, require_absent, require_file
-from ...tokenizer import Tokenizer
+from ...tokenizer import AnyTokenizer
 from ...tokenizer.encode_file import encode_blocks
 from ...tokenizer.text.sources import Block, iter_blocks, text_bytes
 from ...tokenizer.workers import POOL_BYTES, choose_workers
@@ -25,7 +25,7 @@ SAVE_EVERY = 1 << 26
 
 
 def encode_text(
-    text: Path, tokenizer: Tokenizer, out: Path, num_workers: int | None = None, *, save_every: int = SAVE_EVERY
+    text: Path, tokenizer: AnyTokenizer, out: Path, num_workers: int | None = None, *, save_every: int = SAVE_EVERY
 ) -> TokenHeader:
     """Encode a text file to the token file `out`, in parallel, with a progress bar; `out` appears only when it is whole.
 
@@ -58,7 +58,7 @@ def encode_text(
 
 
 def _encode(
-    text: Path, tokenizer: Tokenizer, file: BinaryIO, part: Path, num_workers: int | None, save_every: int
+    text: Path, tokenizer: AnyTokenizer, file: BinaryIO, part: Path, num_workers: int | None, save_every: int
 ) -> TokenHeader:
     stamp, size = FileStamp.of(text), text_bytes(text)
     num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
@@ -77,7 +77,7 @@ def _encode(
 
 
 def _begin(
-    text: Path, tokenizer: Tokenizer, file: BinaryIO, part: Path, stamp: FileStamp
+    text: Path, tokenizer: AnyTokenizer, file: BinaryIO, part: Path, stamp: FileStamp
 ) -> "tuple[TokenWriter, Iterator[Block], hashlib._Hash]":
     """Return a writer, the blocks of text that it still lacks, and the hash of those before."""
 
@@ -92,7 +92,7 @@ def _begin(
     return TokenWriter(file, tokenizer.vocab_size, tokenizer.fingerprint), blocks(), hashlib.sha256()
 
 
-def _writer_of(file: BinaryIO, part: Path, tokenizer: Tokenizer, stamp: FileStamp) -> TokenWriter | None:
+def _writer_of(file: BinaryIO, part: Path, tokenizer: AnyTokenizer, stamp: FileStamp) -> TokenWriter | None:
     """Return a writer that goes on with the file, or None where that is no beginning of this text by this tokenizer."""
     try:
         header = read_header(file, part)
@@ -162,8 +162,10 @@ def text_sha256(text: Path) -> str:
     return digest.hexdigest()
 
 
-def decode_text(dataset: TokenDataset, tokenizer: Tokenizer, piece_tokens: int = 2**16) -> Iterator[bytes]:
-    """Yield the text of a token file piece by piece, as bytes, because a piece may end inside a character."""
+def decode_text(dataset: TokenDataset, tokenizer: AnyTokenizer, piece_tokens: int = 2**16) -> Iterator[bytes]:
+    """Yield the text of a token file piece by piece, as bytes, because it may hold some that are no character."""
+    decoder = tokenizer.stream_decoder("surrogateescape")
     for start in range(0, len(dataset), piece_tokens):
         length = min(piece_tokens, len(dataset) - start)
-        yield tokenizer.decode_bytes(dataset.windows(np.array([start]), length)[0].tolist())
+        yield decoder.decode(dataset.windows(np.array([start]), length)[0]).encode(errors="surrogateescape")
+    yield decoder.finish().encode(errors="surrogateescape")

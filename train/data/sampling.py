@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from .packing import ChatDataset, PackedWindows
 from .permutation import make_keys, permute
 from .token_file import FileStamp, TokenDataset, TokenHeader
 
@@ -25,7 +26,8 @@ class TrainingData:
 
     In an epoch of a file, its windows lie side by side and each is drawn once, in an order of the epoch's own; where the first
     one begins is drawn anew each epoch, so that no border stays. An epoch leaves out fewer than two windows' tokens, at the
-    ends of the file. Files take turns by their `weights`, by default in proportion to their number of windows: after any
+    ends of the file. Windows of chats hold whole conversations, and are the same in every epoch; files are either all of chats
+    or all of text. Files take turns by their `weights`, by default in proportion to their number of windows: after any
     number of samples each has had its share, give or take as many samples as there are files.
 
     A sample is a function of the files, `context_length`, `weights` and (seed, its number) alone, the same for ever.
@@ -42,23 +44,37 @@ class TrainingData:
         for dataset in datasets:
             require_length(dataset, context_length)
         self.datasets, self.context_length, self.seed = datasets, context_length, seed
-        # One less than fit, so that the first can begin at any of the first `context_length` tokens, or later.
-        self.num_windows = [max(1, len(dataset) // context_length - 1) for dataset in datasets]
+        self.chats = [PackedWindows(dataset, context_length) for dataset in datasets if isinstance(dataset, ChatDataset)]
+        if self.chats and len(self.chats) < len(datasets):
+            raise UserError("data.train has files of chats and files of text: name one kind")
+        # Of text one less than fit, so that the first can begin at any of the first `context_length` tokens, or later.
+        self.num_windows = [len(windows) for windows in self.chats] or [
+            max(1, len(dataset) // context_length - 1) for dataset in datasets
+        ]
         shares = list(weights or self.num_windows)
         # Each file's share of what the files before it leave, in units of 2^-32. Not `sum`, which rounds by Python's version.
         self._shares = [round(share / math.fsum(shares[i:]) * (1 << _SHARE_BITS)) for i, share in enumerate(shares)]
 
-    def batch(self, samples: range) -> tuple[Tensor, Tensor]:
+    def batch(self, samples: range) -> tuple[Tensor, ...]:
         """Return the inputs and targets of `samples`: (len(samples), context_length) each, int64, on the CPU.
 
-        A file that has changed on disk is a `UserError`.
+        Of chats targets that are not scored are -100, and document ids follow, as large, int32. A file that has changed on
+        disk is a `UserError`.
         """
         files, starts = self._places(samples)
+        if self.chats:
+            return self._chat_batch(files, starts)
         windows = np.empty((len(samples), self.context_length + 1), np.int64)
         for file in np.unique(files).tolist():
             rows = files == file
             windows[rows] = self.datasets[file].windows(starts[rows], self.context_length + 1)
         return inputs_and_targets(windows)
+
+    def _chat_batch(self, files: np.ndarray, starts: np.ndarray) -> tuple[Tensor, ...]:
+        order = np.argsort(files, kind="stable")
+        parts = [self.chats[file].read(starts[files == file]) for file in np.unique(files).tolist()]
+        rows = torch.from_numpy(np.argsort(order))
+        return tuple(torch.cat(tensors)[rows] for tensors in zip(*parts, strict=True))
 
     def place(self, sample: int) -> tuple[Path, int]:
         """Return the file of a sample, and the number of its first token there."""
@@ -83,6 +99,8 @@ class TrainingData:
         """Return the first token of each draw from a file, which are counted from 0 for each file."""
         num_windows, length = self.num_windows[file], self.context_length
         epochs, places = np.divmod(draws, np.uint64(num_windows))
+        if self.chats:
+            return self.chats[file].starts[permute(places, num_windows, make_keys(self.seed, file, _PERMUTATION, epochs))]
         num_offsets = len(self.datasets[file]) - num_windows * length
         offsets = make_keys(self.seed, file, _OFFSET, epochs) % np.uint64(num_offsets)
         windows = permute(places, num_windows, make_keys(self.seed, file, _PERMUTATION, epochs))
@@ -134,8 +152,8 @@ def inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def require_length(dataset: TokenDataset, context_length: int) -> None:
-    """Raise a `UserError` for a dataset without a single window."""
-    if len(dataset) < context_length + 1:
+    """Raise a `UserError` for a dataset without a single window; a conversation may be shorter than one."""
+    if not isinstance(dataset, ChatDataset) and len(dataset) < context_length + 1:
         raise UserError(
             f"{dataset.path} has {len(dataset)} tokens, fewer than one sequence of {context_length} + 1: "
             "use a longer text or a smaller --model.context-length"

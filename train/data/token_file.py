@@ -2,6 +2,8 @@
 
 A token file is one JSON line padded with spaces to 4,096 bytes, then the ids as little-endian uint16, or uint32 where the
 vocabulary is larger than 65,536. The line is the `TokenHeader`: it says what is in the file and from which text it was made.
+
+In a marked file, which has a format of its own, a byte of marks follows each id: those of `tokenizer/chats.py`.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import dacite
 import numpy as np
@@ -21,9 +23,11 @@ from ...errors import UserError
 from ...files import atomic_file, require_file
 from ...tokenizer import token_dtype
 
-FORMAT = "tilewright-tokens-2"
+FORMAT, MARKED_FORMAT = "tilewright-tokens-2", "tilewright-marked-tokens-1"
 HEADER_BYTES = 4096
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_MARKED = "+marks"
+DTYPES: dict[str, "np.dtype[Any]"] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES |= {name + _MARKED: np.dtype([("id", dtype), ("marks", "u1")]) for name, dtype in DTYPES.items()}
 _HASH_BYTES = 1 << 22
 
 
@@ -60,18 +64,28 @@ class TokenHeader:
     """The text's file when it was encoded; None where the ids come from no file."""
     format: str = FORMAT
 
+    @property
+    def marked(self) -> bool:
+        """Whether each id has a byte of marks."""
+        return self.dtype.endswith(_MARKED)
+
 
 class TokenWriter:
-    """Ids on their way into a token file; `header` says what it holds so far.
+    """Ids on their way into a token file, or with `marked` into a marked one; `header` says what it holds so far.
 
     `file` is open for reading and writing. Ids that `resumed`, an earlier header of the file, speaks of stay; whatever else is
     there gives way.
     """
 
-    def __init__(self, file: BinaryIO, vocab_size: int, tokenizer: str, resumed: TokenHeader | None = None) -> None:
+    def __init__(
+        self, file: BinaryIO, vocab_size: int, tokenizer: str, resumed: TokenHeader | None = None, *, marked: bool = False
+    ) -> None:
         self._file, self._digest = file, hashlib.sha256()
-        self._dtype = DTYPES[token_dtype(vocab_size).name]
-        self.header = resumed or TokenHeader(self._dtype.name, 0, self._digest.hexdigest(), vocab_size, tokenizer)
+        name, format = token_dtype(vocab_size).name, FORMAT
+        if marked:
+            name, format = name + _MARKED, MARKED_FORMAT
+        self._dtype = DTYPES[name]
+        self.header = resumed or TokenHeader(name, 0, self._digest.hexdigest(), vocab_size, tokenizer, format=format)
         kept = self.header.num_tokens * self._dtype.itemsize
         if resumed is None:
             file.truncate(0)
@@ -83,12 +97,17 @@ class TokenWriter:
         file.truncate(HEADER_BYTES + kept)
         file.seek(HEADER_BYTES + kept)
 
-    def append(self, ids: np.ndarray) -> None:
-        """Write ids, an array (n,); one outside the vocabulary is a `UserError`."""
+    def append(self, ids: np.ndarray, marks: np.ndarray | None = None) -> None:
+        """Write ids (n,), in a marked file with their marks, (n,) uint8; an id outside the vocabulary is a `UserError`."""
         # Before the cast, which would make a valid id of an invalid one.
         if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < self.header.vocab_size:
             raise UserError(f"token {low if low < 0 else high} is outside the vocabulary of {self.header.vocab_size}")
-        data = np.ascontiguousarray(ids, self._dtype).data
+        if marks is None:
+            data = np.ascontiguousarray(ids, self._dtype).data
+        else:
+            records = np.empty(len(ids), self._dtype)
+            records["id"], records["marks"] = ids, marks
+            data = records.view(np.uint8).data
         self._file.write(data)
         self._digest.update(data)
         self._num_tokens += len(ids)
@@ -98,7 +117,7 @@ class TokenWriter:
         old = self.header
         num_tokens, sha256 = self._num_tokens, self._digest.hexdigest()
         self.header = TokenHeader(
-            old.dtype, num_tokens, sha256, old.vocab_size, old.tokenizer, text_bytes, text_sha256, text_file
+            old.dtype, num_tokens, sha256, old.vocab_size, old.tokenizer, text_bytes, text_sha256, text_file, old.format
         )
         line = json.dumps(asdict(self.header)).encode()
         if len(line) >= HEADER_BYTES:
@@ -132,10 +151,12 @@ def read_header(file: BinaryIO | FileIO, path: Path) -> TokenHeader:
     try:
         values = json.loads(file.read(HEADER_BYTES))
         format = values.get("format") if isinstance(values, dict) else None
-        if format != FORMAT and str(format).startswith("tilewright-tokens-"):
+        if format not in (FORMAT, MARKED_FORMAT) and str(format).startswith(("tilewright-tokens-", "tilewright-marked-")):
             raise UserError(f"{path} is a token file of another version, {format}: remove it to have it made again")
         header = dacite.from_dict(TokenHeader, values, dacite.Config(strict=True))
-        if header.format != FORMAT or header.num_tokens < 0 or header.dtype != token_dtype(header.vocab_size).name:
+        dtype = token_dtype(header.vocab_size).name
+        expected = (dtype + _MARKED, MARKED_FORMAT) if header.marked else (dtype, FORMAT)
+        if (header.dtype, header.format) != expected or header.num_tokens < 0:
             raise ValueError
     except (ValueError, TypeError, AttributeError, dacite.DaciteError) as error:
         raise UserError(f"{path} is not a token file: make one with `tilewright tokenizer encode`") from error
@@ -168,23 +189,29 @@ class TokenDataset:
         A file that was removed, cut off or changed since it was opened, or that holds an id outside its vocabulary, is a
         `UserError`.
         """
+        records = self.records(starts, length)
+        return (records["id"] if self.header.marked else records).astype(np.int64)
+
+    def records(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return what `windows` does as it lies in the file: in a marked one, records of `id` and `marks`."""
         if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
             raise ValueError(f"starts from {starts.min()} to {starts.max()}: {length} of {len(self)} tokens do not fit")
-        ids = np.empty((len(starts), length), self._dtype)
+        records = np.empty((len(starts), length), self._dtype)
         with self._open() as file:
             self._check_unchanged(file)
-            for row, start in zip(ids, starts.tolist(), strict=True):
+            for row, start in zip(records, starts.tolist(), strict=True):
                 file.seek(HEADER_BYTES + start * self._dtype.itemsize)
-                rest = row.data.cast("B")
+                rest = row.view(np.uint8).data
                 while rest:
                     if not (size := file.readinto(rest)):
                         raise UserError(f"{self.path} was cut off while it was read: make it again")
                     rest = rest[size:]
+        ids = records["id"] if self.header.marked else records
         if (high := ids.max(initial=0)) >= self.header.vocab_size:
             raise UserError(
                 f"{self.path} holds token {high}, outside its vocabulary of {self.header.vocab_size}: make it again"
             )
-        return ids.astype(np.int64)
+        return records
 
     def verify(self) -> None:
         """Read all ids, with a progress bar; raise a `UserError` where they are not those that the header speaks of."""

@@ -130,7 +130,15 @@ def _run_point(settings: dict[str, Any], config: TrainConfig) -> SweepPoint | No
         # Of a run that diverges, `train` says so.
         return None
     train_loss = result.train_loss if math.isfinite(result.train_loss) else None
-    return SweepPoint(settings, run.name, "finished", result.valid_loss, train_loss, result.tokens_per_second)
+    return SweepPoint(
+        settings,
+        run.name,
+        "finished",
+        result.valid_loss,
+        train_loss,
+        result.tokens_per_second,
+        valid_bits_per_byte=result.valid_bits_per_byte if math.isfinite(result.valid_bits_per_byte) else None,
+    )
 
 
 def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:

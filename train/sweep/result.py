@@ -34,6 +34,8 @@ class SweepPoint:
     tokens_per_second: float | None = None
     reason: str | None = None
     """Why the run did not finish."""
+    valid_bits_per_byte: float | None = None
+    """The validation loss in bits per byte of text."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def sweep_table(result: SweepResult) -> Table:
     table = Table(title=str(result.out))
     short = [name.rpartition(".")[2] for name in axes]
     names = short if len({*short}) == len(short) else axes
-    for name in (*names, "valid loss", *(["spread"] if seeds > 1 else []), "train loss", "tokens/s", "runs"):
+    for name in (*names, "valid loss", *(["spread"] if seeds > 1 else []), "bits/byte", "train loss", "tokens/s", "runs"):
         table.add_column(name, justify="right")
 
     def mean(values: list[float | None], form: str) -> str:
@@ -106,6 +108,7 @@ def sweep_table(result: SweepResult) -> Table:
             *(_text(group.settings[name]) for name in axes),
             mean([*losses], ".4f"),
             *([f"{max(losses) - min(losses):.4f}" if losses else "-"] if seeds > 1 else []),
+            mean([point.valid_bits_per_byte for point in points], ".4f"),
             mean([point.train_loss for point in points], ".4f"),
             mean([point.tokens_per_second for point in points], ",.0f"),
             ", ".join(f"{count} {status}" if seeds > 1 else status for status, count in counts.items()),

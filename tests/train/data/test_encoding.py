@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from huggingface_tokenizers import STYLES, make
 from tilewright.errors import UserError
-from tilewright.tokenizer import Tokenizer
+from tilewright.tokenizer import Tokenizer, read_tokenizer
 from tilewright.tokenizer.text.sources import iter_blocks
 from tilewright.train.data import encoding
 from tilewright.train.data.encoding import decode_text, encode_text, text_sha256
@@ -62,6 +63,32 @@ def test_text_survives_the_token_file(text, tokenizer, tmp_path):
     dataset = TokenDataset(tmp_path / "out" / "train.tokens")
     dataset.verify()
     assert b"".join(decode_text(dataset, tokenizer, piece_tokens=100)) == text.read_bytes()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_tokenizer_of_another_library_goes_on_after_an_interruption(tmp_path, monkeypatch, small_blocks, style):
+    pytest.importorskip("tokenizers")
+    tokenizer, text = read_tokenizer(make(style, tmp_path / "tokenizer.json")), tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat.\n\n中文, the bird </s> saw é.\n" * 100)
+    out, real = tmp_path / "a.tokens", encoding.encode_blocks
+
+    def broken(*arguments):
+        for number, item in enumerate(real(*arguments)):
+            if number == 3:
+                raise RuntimeError("power cut")
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode_blocks", broken)
+        with pytest.raises(RuntimeError, match="power cut"):
+            encode_text(text, tokenizer, out, save_every=1)
+    assert out.with_name("a.tokens.part").exists()
+    encode_text(text, tokenizer, out, 2)
+    dataset = TokenDataset(out)
+    assert dataset.windows(np.array([0]), len(dataset))[0].tolist() == tokenizer.encode(text.read_text())
+    assert b"".join(decode_text(dataset, tokenizer, piece_tokens=7)).decode() == tokenizer.decode(
+        tokenizer.encode(text.read_text())
+    )
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
