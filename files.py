@@ -143,6 +143,15 @@ def require_file(path: Path | str, what: str, remedy: str = "") -> Path:
     return path
 
 
+def read_text(path: Path | str, what: str, remedy: str = "") -> str:
+    """Return the text of a file that `require_file` accepts, without a byte order mark; what is not UTF-8 is a `UserError`."""
+    path = require_file(path, what, remedy)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not in UTF-8, from byte {error.start} on: convert it") from None
+
+
 def require_absent(path: Path | str, remedy: str = "remove it or name another with --out") -> Path:
     """Return `path` if nothing stands there; else raise a `UserError`, so that nothing is overwritten."""
     path = Path(path)
