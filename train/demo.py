@@ -29,7 +29,7 @@ MIN_VOCAB_SIZE = 257
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The size of the demo; by default at most three minutes on two CPU cores."""
+    """The size of the demo; by default two to four minutes on two CPU cores."""
 
     out: Path | None = None
     """Folder of the demo, made anew; by default runs/demo, or the first of runs/demo-2, -3, ... that is free."""
