@@ -54,7 +54,7 @@ def modeling_file(module: nn.Module) -> ModuleType:
 
 def find_model(model: nn.Module) -> tuple[nn.Module, Family]:
     """Return the language model that `model` is or wraps, as PEFT does, and its family."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         cls = transformers_class(module)
         if cls is not None and cls.__name__ in FAMILIES:
             if type(module).forward is not cls.forward:  # pyright: ignore[reportAttributeAccessIssue]

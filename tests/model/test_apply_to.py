@@ -199,6 +199,8 @@ def test_what_cannot_be_replaced_is_refused_by_name():
     with pytest.raises(UserError, match="the model is a Linear: apply_to knows LlamaForCausalLM, "):
         tilewright.apply_to(torch.nn.Linear(2, 2))
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
+    with pytest.raises(UserError, match="the model is a str: apply_to knows"):
+        tilewright.apply_to("gpt2")
     with pytest.raises(UserError, match="the model is a GPT2LMHeadModel"):
         tilewright.apply_to(gpt2)
 
