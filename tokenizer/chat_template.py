@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..files import require_file
+from ..files import read_text, require_file
+from .formats.tokenizer_data import read_object
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -49,10 +50,10 @@ class ChatTemplate:
         that cannot be read is a `UserError`.
         """
         folder = Path(folder)
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
         path = folder / TEMPLATE_FILE if file is None else require_file(file, "chat template")
         if path.is_file():
-            source = _read_text(path)
+            source = read_text(path, "chat template")
         else:
             path = folder / CONFIG_FILE
             source = _default(config.get("chat_template"), path)
@@ -189,25 +190,6 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(_read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds a {type(document).__name__}: it must be a JSON object")
-    return document
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _default(value: Any, path: Path) -> str | None:

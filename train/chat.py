@@ -9,18 +9,17 @@ from pathlib import Path
 from threading import Event
 
 from ..errors import UserError
-from ..model import Generation, Sampling
-from ..model.sampling import check_seed
+from ..model import Generation
 from ..tokenizer.chat_template import ChatTemplate
 from .conversation import Message, fit_conversation, require_chat_template
 from .text_model import TextModel, load_text_model
-from .texts import TextStream, make_engine
+from .texts import DrawConfig, TextStream, make_engine
 
 HELP = "/reset begins anew, Ctrl-C ends an answer, Ctrl-D the chat"
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(DrawConfig):
     """How to talk."""
 
     system: str | None = None
@@ -31,33 +30,15 @@ class ChatConfig:
     """Most tokens of an answer; by default 512, at most half of the conversation's."""
     max_length: int | None = None
     """Most tokens of a conversation with the next answer; by default the context, at most 4,096."""
-    temperature: float = 0.7
-    """0 always takes the most likely token; above 1 flattens the distribution."""
-    top_k: int | None = None
-    """Choose among the k most likely tokens only."""
-    top_p: float | None = 0.9
-    """Choose among the fewest tokens that together have this probability."""
-    min_p: float | None = None
-    """Choose among tokens that have at least this share of the greatest probability."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that the conversation has already become less likely."""
-    seed: int | None = None
-    """The same seed and messages give the same answers."""
     device: str = "auto"
     """cuda, cpu, or auto."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-        _ = self.sampling
-        check_seed(self.seed)
-
-    @property
-    def sampling(self) -> Sampling:
-        """The settings of a draw."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
 
 class Chat:

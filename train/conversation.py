@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import read_text
 from ..tokenizer.chat_template import ChatTemplate
 from .text_model import TextModel
 from .texts import encode_literally
@@ -18,19 +17,9 @@ _PLACEHOLDER = "\ufdd2{}\ufdd3"
 _PLACEHOLDERS = re.compile("\ufdd2([0-9]+)\ufdd3")
 
 
-def load_chat_template(folder: Path, template: Path | None = None) -> ChatTemplate | None:
-    """Return the chat template in the file `template`, or the folder's own; None where it has none."""
-    if template is None:
-        return ChatTemplate.load(folder)
-    source = read_text(template, "chat template")
-    own = ChatTemplate.load(folder)
-    # The names of its special tokens are the folder's.
-    return ChatTemplate(source, None if own is None else own.variables, f"the chat template {template}")
-
-
 def require_chat_template(folder: Path, template: Path | None = None) -> ChatTemplate:
-    """Return what `load_chat_template` does; a folder without a template is a `UserError`."""
-    found = load_chat_template(folder, template)
+    """Return the chat template in the file `template`, or the folder's own; a folder without one is a `UserError`."""
+    found = ChatTemplate.load(folder, template)
     if found is None:
         raise UserError(f"{folder} has no chat template, so its model is none for conversation: give one with --template FILE")
     return found

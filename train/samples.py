@@ -6,14 +6,12 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import read_text
-from ..model import Sampling
-from ..model.sampling import check_seed
 from .text_model import TextModel
-from .texts import Text, continue_texts
+from .texts import DrawConfig, Text, continue_texts
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(DrawConfig):
     """How to go on with texts."""
 
     prompt: tuple[str, ...] = ("Once upon a time",)
@@ -24,24 +22,13 @@ class SampleConfig:
     """Texts to write for each prompt."""
     max_new_tokens: int | None = None
     """Most tokens to add; by default to the end of the context."""
-    temperature: float = 0.7
-    """0 always takes the most likely token; above 1 flattens the distribution."""
-    top_k: int | None = None
-    """Choose among the k most likely tokens only."""
-    top_p: float | None = 0.9
-    """Choose among the fewest tokens that together have this probability."""
-    min_p: float | None = None
-    """Choose among tokens that have at least this share of the greatest probability."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that the text has already become less likely (Keskar et al. 2019)."""
     stop: tuple[str, ...] = ()
     """Strings before which a text ends."""
     crop: bool = False
     """Let the beginning of a prompt go that is too long, which is an error otherwise."""
-    seed: int | None = None
-    """The same seed gives the same texts; sample i of a prompt is drawn with seed + i."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_samples < 1:
             raise UserError(f"num_samples is {self.num_samples}: it must be at least 1")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -49,8 +36,7 @@ class SampleConfig:
         if "" in self.stop:
             raise UserError("a stop string is empty: it must have at least one character")
         # What is wrong with these is said before a model is loaded.
-        prompts, _ = self.read_prompts(), self.sampling
-        check_seed(self.seed)
+        prompts = self.read_prompts()
         if not prompts:
             raise UserError("there is no prompt: give one, '' to begin a new document")
         for prompt in prompts:
@@ -59,11 +45,6 @@ class SampleConfig:
             except UnicodeEncodeError:
                 # Half a surrogate pair, from JSON or a terminal that is not in UTF-8.
                 raise UserError(f"the prompt {prompt!a:.60} is not valid Unicode: write it in UTF-8") from None
-
-    @property
-    def sampling(self) -> Sampling:
-        """The settings of a draw."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     def read_prompts(self) -> list[str]:
         """Return the prompts, from the file where one is named."""

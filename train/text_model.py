@@ -11,6 +11,7 @@ from ..model.huggingface import CONFIG_FILE as HUGGINGFACE_CONFIG_FILE
 from ..model.huggingface import GENERATION_FILE, read_config, read_model
 from ..tokenizer import AnyTokenizer, read_tokenizer
 from ..tokenizer.formats import template_prefix
+from ..tokenizer.formats.tokenizer_data import read_object
 from .device import resolve_device
 from .folder import TOKENIZER_FILE
 from .run import load_run
@@ -126,12 +127,4 @@ def _special_id(config: dict[str, Any], name: str, folder: Path, tokenizer: AnyT
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, {} where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): a JSON object is needed") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds a JSON {type(document).__name__}: an object is needed")
-    return document
+    return read_object(path) if path.exists() else {}

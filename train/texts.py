@@ -5,9 +5,38 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from ..model import BatchEngine, Generation, Sampling
+from ..model.sampling import check_seed
 from ..tokenizer import END_OF_TEXT
 from .device import resolve_dtype
 from .text_model import TextModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How to draw the tokens of a text."""
+
+    temperature: float = 0.7
+    """0 always takes the most likely token; above 1 flattens the distribution."""
+    top_k: int | None = None
+    """Choose among the k most likely tokens only."""
+    top_p: float | None = 0.9
+    """Choose among the fewest tokens that together have this probability."""
+    min_p: float | None = None
+    """Choose among tokens that have at least this share of the greatest probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text has already, prompt included, become less likely (Keskar et al. 2019)."""
+    seed: int | None = None
+    """The same seed gives the same texts; sample i of a prompt is drawn with seed + i."""
+
+    def __post_init__(self) -> None:
+        # What is wrong with these is said before a model is loaded.
+        _ = self.sampling
+        check_seed(self.seed)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of a draw."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
 
 def make_engine(text_model: TextModel, num_slots: int, max_length: int | None = None) -> BatchEngine:

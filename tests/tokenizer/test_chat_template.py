@@ -196,7 +196,7 @@ def test_a_folder_gives_its_template_and_its_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a list: it must be a JSON object"),
+        ("[]", "holds a JSON list: an object is needed"),
         ("{", "is not JSON"),
         ('{"chat_template": [{"name": "rag", "template": "x"}]}', "has chat templates named rag"),
         ('{"chat_template": 3}', "has chat templates named none"),

@@ -102,7 +102,7 @@ def test_what_ends_a_text_is_said_by_the_first_file_that_names_it(folder, genera
         ("generation_config.json", '{"eos_token_id": "</s>"}', 'eos_token_id "</s>": it must be an id or a list of ids'),
         ("generation_config.json", '{"eos_token_id": [true]}', "it must be an id or a list of ids"),
         ("generation_config.json", '{"eos_token_id": 410}', "ends with the id 410, but the model has 410 ids"),
-        ("generation_config.json", "{", "generation_config.json cannot be read"),
+        ("generation_config.json", "{", "generation_config.json is not JSON, or is cut off"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json holds a JSON list"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token '<end>', which is no special token"),
         ("tokenizer_config.json", '{"eos_token": 2}', "eos_token 2, which is no special token"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import UserError
 from ...files import read_text
-from ..conversation import load_chat_template
+from ...tokenizer.chat_template import ChatTemplate
 from ..text_model import load_text_model
 from ..texts import make_engine
 from .app import Service, is_loopback, make_app
@@ -65,7 +65,7 @@ _DEFAULT_MAX_LENGTH = 4096
 def make_service(folder: Path, config: ServeConfig) -> Service:
     """Open a model's folder to be served."""
     key = _read_key(config.api_key_file)
-    template = load_chat_template(folder, config.template)
+    template = ChatTemplate.load(folder, config.template)
     text_model = load_text_model(folder, config.device)
     max_length = config.max_length or min(text_model.model.config.context_length, _DEFAULT_MAX_LENGTH)
     worker = Worker(make_engine(text_model, config.num_slots, max_length), config.max_queue)
