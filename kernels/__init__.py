@@ -14,6 +14,8 @@ from .attention import (
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
 from .flash_reference import tiled_attention
+from .fp8_linear import fp8_linear
+from .fp8_reference import AmaxHistory
 from .geglu import geglu
 from .grouped_linear import grouped_linear
 from .layer_norm import layer_norm
@@ -24,6 +26,7 @@ from .rope_tables import RopeScaling, rope_tables
 from .swiglu import swiglu
 
 __all__ = [
+    "AmaxHistory",
     "CrossEntropyOutput",
     "Documents",
     "RopeScaling",
@@ -31,6 +34,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "documents",
+    "fp8_linear",
     "geglu",
     "get_attention_kernel",
     "get_backend",

@@ -83,9 +83,15 @@ class Report:
     """What multiplies matrices: `wgmma`, `tcgen05`, `mma`, or nothing."""
 
 
+_OTHER_TYPES = {
+    torch.bool: "i1", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
+
+
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
-        return "*" + {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", **DTYPES}[value.dtype]
+        return "*" + (_OTHER_TYPES | DTYPES)[value.dtype]
     if isinstance(value, float):
         return "fp32"
     if isinstance(value, int):
@@ -136,6 +142,8 @@ def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[Ke
     """
     seen = set()
     for op in ALL.values() if ops is None else ops:
+        if ARCHITECTURES[architecture].capability < op.capability:
+            continue
         for sizes, form in product(op.compiled, FORMS):
             with use_attention_kernel(form):
                 cases = list(launches(op, sizes, architecture))

@@ -91,6 +91,8 @@ class Op:
     """Where a profile counts its kernels."""
     bound_by: Literal["bytes", "flops"] = "bytes"
     """What limits it at the shapes that are measured."""
+    capability: int = 80
+    """The least compute capability that its kernels compile for."""
     huge: Sizes = field(default_factory=dict)
     """A call with offsets beyond 2^31, in bfloat16, that fits a GPU of 80 GB; empty where none does."""
 

@@ -106,7 +106,8 @@ class CustomOp:
         else:
             output = self._below_autograd(keyset, args)
         for i in self._mutated:
-            torch.autograd.graph.increment_version(args[i])
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
         return output
 
     def _below_autograd(self, keyset: Any, args: Sequence[Any]) -> Any:
