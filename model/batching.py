@@ -165,6 +165,7 @@ class BatchEngine:
         seen = self._seen[slot : slot + len(rows)]
         drawn = sampler.draw(logits[:, : self.vocab_size], [g.generator for g in rows], seen)
         seen.scatter_(1, drawn[:, None], True)
+        sampler.require_finite()
         for generation, token in zip(rows, drawn.tolist(), strict=True):
             if token in generation.stop_tokens:
                 generation.finish_reason = "stop"

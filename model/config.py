@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from ..errors import UserError
+from ..fields import check_fields
 from ..kernels.rope_tables import RopeScaling
 
 VOCABULARY_MULTIPLE = 128
@@ -82,6 +83,7 @@ class ModelConfig:
     """Whether the probabilities by which a token's experts are summed are divided by their sum (Mixtral)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_kv_heads", "head_dim", "window"):
@@ -90,10 +92,6 @@ class ModelConfig:
             value = getattr(self, name)
             optional = name not in ("rope_theta", "norm_eps")
             self._require(name, optional if value is None else 0 < value < math.inf, "a finite number above 0")
-        for name, choices in (("norm", Norm), ("norm_type", NormType), ("ffn", FeedForward)):
-            *others, last = get_args(choices)
-            if getattr(self, name) not in (*others, last):
-                raise UserError(f"{name} is {getattr(self, name)!r}: choose {', '.join(others)} or {last}")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise UserError(
                 f"d_model {self.d_model} over num_heads {self.num_heads} gives a head dim of "

@@ -97,5 +97,9 @@ def generate(
             stops = torch.where(running & torch.isin(drawn, stop_ids), positions, stops)
             if bool((stops <= positions + 1).all()):
                 break
+        if step == 0:
+            # What is wrong with the weights shows here, before a long text is drawn.
+            sampler.require_finite()
+    sampler.require_finite()
     finished = zip(tokens.tolist(), lengths, stops.tolist(), strict=True)
     return [row[start:stop] for row, start, stop in finished]

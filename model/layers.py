@@ -3,15 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Documents, add_rms_norm, attention, geglu, layer_norm, rms_norm, rope_qk, rope_qkv, swiglu
+from ..kernels import Documents, add_rms_norm, attention, fp8_linear, geglu, layer_norm, rms_norm, rope_qk, rope_qkv, swiglu
 from .cache import LayerCache
 from .config import FeedForward, NormType
+from .sequence_parts import SequenceParts
+from .sharded_weights import local
+
+if TYPE_CHECKING:
+    from .fp8 import Fp8Products
 
 
 def draw_weight(weight: Tensor, in_features: int, out_features: int) -> None:
@@ -28,6 +33,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
+        self.fp8: Fp8Products | None = None
 
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
@@ -40,8 +46,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., d_in) -> (..., d_out)."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        weight, bias = self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
+        if self.fp8 is not None and torch.is_grad_enabled():
+            y = fp8_linear(input, weight, rowwise=self.fp8.rowwise, history=self.fp8.history)
+            return y if bias is None else y + bias
+        return F.linear(input, weight, bias)
 
 
 class JoinedLinear(Linear):
@@ -81,6 +90,10 @@ class Embedding(nn.Embedding):
         nn.init.trunc_normal_(self.weight[: self.vocab_size], a=-3, b=3)
         nn.init.zeros_(self.weight[self.vocab_size :])
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up the rows of tokens (...) -> (..., D)."""
+        return F.embedding(input, local(self.weight))
+
 
 class RMSNorm(nn.Module):
     """`rms_norm` with a trained weight: (..., D) -> (..., D). With `unit_offset` it scales by 1 + weight (Gemma)."""
@@ -93,11 +106,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x, self.weight, self.eps, offset=self.offset)
+        return rms_norm(x, local(self.weight), self.eps, offset=self.offset)
 
     def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add a branch to the residual stream; return the normalised sum and the sum, from one kernel."""
-        return add_rms_norm(branch, residual, self.weight, self.eps, offset=self.offset)
+        return add_rms_norm(branch, residual, local(self.weight), self.eps, offset=self.offset)
 
 
 class LayerNorm(nn.Module):
@@ -110,7 +123,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return layer_norm(x, self.weight, eps=self.eps)
+        return layer_norm(x, local(self.weight), eps=self.eps)
 
     def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add a branch to the residual stream; return the normalised sum, in the dtype of the branch, and the sum."""
@@ -202,6 +215,9 @@ class CausalSelfAttention(nn.Module):
     `kernels.attention`.
     """
 
+    parts: SequenceParts | None = None
+    """Which part of each sequence this process has, where several share it."""
+
     def __init__(
         self,
         d_model: int,
@@ -246,9 +262,13 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         # A window as long as the keys leaves nothing out, and needs no mask.
-        window = None if self.window is None or self.window >= k.shape[2] else self.window
+        num_keys = k.shape[2] * (1 if self.parts is None else self.parts.cp)
+        window = None if self.window is None or self.window >= num_keys else self.window
         options = {"scale": self.scale, "window": window, "softcap": self.softcap}
-        o = attention(q, k, v, **options, document_ids=packed, cache_lengths=lengths)
+        if self.parts is not None and self.parts.cp > 1:
+            o = self.parts.attention(q, k, v, packed, **options)
+        else:
+            o = attention(q, k, v, **options, document_ids=packed, cache_lengths=lengths)
         return self.output_proj(o.transpose(1, 2).flatten(-2))
 
     def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,9 +48,14 @@ Generators = torch.Generator | Sequence[torch.Generator | None] | None
 
 
 class Sampler:
-    """Draws one token a row, each row by its own settings."""
+    """Draws one token a row, each row by its own settings.
+
+    Logits of which the greatest is not finite give any token; `require_finite` tells, whenever the host can wait.
+    """
 
     def __init__(self, rows: Sequence[Sampling], device: torch.device) -> None:
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, device=device)[:, None]
 
@@ -80,8 +85,12 @@ class Sampler:
             penalized = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
             logits = torch.where(seen[:, : logits.shape[1]], penalized, logits)
         if self.all_greedy:
-            return logits.argmax(dim=-1)
+            drawn = logits.argmax(dim=-1)
+            self._judge(logits.gather(-1, drawn[:, None]))
+            return drawn
         logits, order = logits.float().sort(dim=-1, descending=True, stable=True)
+        # NaN is sorted as the greatest, and would end a process that draws by it on a GPU.
+        logits = logits.masked_fill(~self._judge(logits[:, :1]), 0.0)
         # Relative to the greatest, no temperature is too low.
         logits = (logits - logits[:, :1]) / self.temperature
         if self.top_k is not None:
@@ -98,6 +107,20 @@ class Sampler:
         if self.greedy is not None:
             drawn = drawn.masked_fill(self.greedy[:, None], 0)
         return order.gather(-1, drawn).squeeze(-1)
+
+    def _judge(self, greatest: Tensor) -> Tensor:
+        """Return whether each row's greatest logit is finite, (B, 1), and remember it."""
+        finite = greatest.isfinite()
+        self._finite = self._finite & finite.all()
+        return finite
+
+    def require_finite(self) -> None:
+        """Raise a `UserError` where a row drawn so far had logits that are not finite; the host waits for the device."""
+        if not bool(self._finite):
+            raise UserError(
+                "the model's logits are not finite: its weights are NaN or infinite, or too large for the products' dtype; "
+                "take an earlier checkpoint, or float32"
+            )
 
 
 def _multinomial(weights: Tensor, generator: Generators) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
-from ..kernels import Documents, documents, linear_cross_entropy
+from ..kernels import CrossEntropyOutput, Documents, documents, linear_cross_entropy
 from .cache import KVCache, LayerCache
 from .checkpointing import Checkpointing, num_checkpointed_blocks
 from .config import ModelConfig
@@ -23,6 +23,8 @@ from .layers import (
     make_feed_forward,
     make_norm,
 )
+from .sequence_parts import SequenceParts
+from .sharded_weights import local
 
 IGNORED_TARGET = -100
 """Target of a position that has no part in the loss."""
@@ -145,6 +147,9 @@ class TransformerLM(nn.Module):
     """Blocks that in training keep only their inputs, and run again in the backward pass: none, every block, or a number of
     them from the first on."""
 
+    parts: SequenceParts | None = None
+    """Which part of each sequence this process has, where several share it: of the tokens and targets it is given whole."""
+
     rope_cos: Tensor
     rope_sin: Tensor
     # None: local layers have the tables of the global ones.
@@ -177,7 +182,7 @@ class TransformerLM(nn.Module):
 
     @property
     def _padded_head_weight(self) -> Tensor:
-        return self.token_embeddings.weight if self.lm_head is None else self.lm_head.weight
+        return local(self.token_embeddings.weight if self.lm_head is None else self.lm_head.weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -207,16 +212,23 @@ class TransformerLM(nn.Module):
         if cache is not None and cache.place(tokens.shape[1]):
             start = 0
         # Once for all layers, and for those that run again in the backward pass.
-        packed = None if document_ids is None else documents(document_ids)
-        tables = local = self.rope_cos[start:end], self.rope_sin[start:end]
+        parts = self.parts
+        make_documents = documents if parts is None else parts.documents
+        packed = None if document_ids is None else make_documents(document_ids)
+        tables = local_tables = self.rope_cos[start:end], self.rope_sin[start:end]
         if self.local_rope_cos is not None and self.local_rope_sin is not None:
-            local = self.local_rope_cos[start:end], self.local_rope_sin[start:end]
+            local_tables = self.local_rope_cos[start:end], self.local_rope_sin[start:end]
+        if parts is not None:
+            tables, local_tables = (
+                tuple(parts.in_attention(table, dim=0) for table in pair) for pair in (tables, local_tables)
+            )
+            tokens = parts.between_layers(tokens)
         branch, residual, balances = None, self._embed(tokens), []
         kept_whole = not (self.training and torch.is_grad_enabled())
         checkpointed = 0 if kept_whole else num_checkpointed_blocks(self.activation_checkpointing, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            cos, sin = local if self.config.is_local(i) else tables
+            cos, sin = local_tables if self.config.is_local(i) else tables
             branch, residual, balance = layer(branch, residual, cos, sin, layer_cache, packed, i < checkpointed)
             balances.append(balance)
         total = None if self.config.num_experts is None else torch.stack(balances).sum()
@@ -251,12 +263,17 @@ class TransformerLM(nn.Module):
         document_ids: Tensor | None = None,
         z_loss: float = 0.0,
         router_loss: float = 0.0,
-    ) -> Tensor:
+        by_sequence: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the summed cross-entropy in nats of targets (B, T), all logits never held; see `linear_cross_entropy`.
 
-        For each target that is not ignored, `router_loss` times the sum of the layers' `balance_loss` is added.
+        For each target that is not ignored, `router_loss` times the sum of the layers' `balance_loss` is added. With
+        `by_sequence` the cross-entropies of the sequences follow, (B,) float32, without a gradient. With `parts` the sums are
+        over this process's positions.
         """
         hidden, balance = self._hidden_states(tokens, document_ids=document_ids)
+        if self.parts is not None:
+            targets = self.parts.between_layers(targets)
         loss = linear_cross_entropy(
             hidden,
             self._padded_head_weight,
@@ -265,10 +282,21 @@ class TransformerLM(nn.Module):
             softcap=self.config.logit_softcap,
             reduction="sum",
             num_classes=self.config.vocab_size,
+            return_lse=by_sequence,
         )
-        if balance is None or not router_loss:
-            return loss
-        return loss + router_loss * balance * (targets != IGNORED_TARGET).sum()
+        loss, lse = (loss.loss, loss.lse) if isinstance(loss, CrossEntropyOutput) else (loss, None)
+        if balance is not None and router_loss:
+            loss = loss + router_loss * balance * (targets != IGNORED_TARGET).sum()
+        return loss if lse is None else (loss, self._sequence_losses(hidden, targets, lse))
+
+    @torch.no_grad()
+    def _sequence_losses(self, hidden: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
+        # The logits of the targets alone.
+        weights = self._padded_head_weight.to(hidden.dtype)[targets.clamp(min=0)]
+        logits = (hidden.float() * weights.float()).sum(dim=-1)
+        softcap = self.config.logit_softcap
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return (lse - logits).masked_fill(targets == IGNORED_TARGET, 0.0).sum(dim=1)
 
     def cast(self, dtype: torch.dtype) -> "TransformerLM":
         """Return a model for inference with the matrices in `dtype`: it computes what `compute_dtype` does, without casts.

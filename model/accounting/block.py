@@ -44,7 +44,9 @@ def checkpointed_block(step: Step, layer: int) -> Iterator[Operation]:
     """A block, run again as far as something in it is kept: not its last product, unless what follows keeps something."""
     ops = list(block(step, layer))
     last_product = max(i for i, op in enumerate(ops) if op.forward_flops)
-    end = len(ops) if any(op.saved_bytes for op in ops[last_product + 1 :]) else last_product
+    # A product in 8 bits keeps what it has rounded itself.
+    end = last_product + step.policy.eight_bits
+    end = len(ops) if any(op.saved_bytes for op in ops[last_product + 1 :]) else end
     yield from (dataclasses.replace(op, runs_again=True) for op in ops[:end])
     yield from ops[end:]
 

@@ -16,9 +16,10 @@ from .ends import logit_chunk
 from .flops import num_parameter_tensors, num_parameters, num_weights
 from .operation import Operation
 from .operations import operations
-from .policy import ITEMSIZE, Policy, stream_itemsize
+from .policy import ITEMSIZE, Policy, moment_bytes, stream_itemsize
 
 GB, GIB = 10**9, 2**30
+_MOST_BYTES = 10**18
 _UNITS = {"MB": 10**6, "GB": GB, "TB": 10**12, "MiB": 2**20, "GiB": GIB, "TiB": 2**40}
 
 
@@ -83,19 +84,20 @@ def _block_inputs(config: ModelConfig, rows: int, policy: Policy, layer: int) ->
     """Return the bytes of a block's inputs, and how many of them its first operation keeps as they are."""
     stream = rows * config.d_model * stream_itemsize(policy)
     if config.norm not in ("pre", "sandwich"):
-        # The sum, which the projection keeps itself unless it has to cast it first.
-        return stream, stream if stream_itemsize(policy) == ITEMSIZE[policy.compute] else 0
+        # The sum, which the projection keeps itself unless it has to cast or to round it first.
+        kept = stream_itemsize(policy) == ITEMSIZE[policy.dtype] and not policy.eight_bits
+        return stream, stream if kept else 0
     if policy.ops == "eager":
         # The sum; the eager norm keeps it itself unless it has to make a float32 copy first.
         return stream, stream if stream_itemsize(policy) == 4 else 0
     # The stream and the branch that ln1 is to add; the first block has no branch, and its norm keeps its input.
-    return (stream, stream) if layer == 0 else (stream + rows * config.d_model * ITEMSIZE[policy.compute], 0)
+    return (stream, stream) if layer == 0 else (stream + rows * config.d_model * ITEMSIZE[policy.dtype], 0)
 
 
 def _logits(ops: tuple[Operation, ...], rows: int, policy: Policy) -> int:
     """Return the bytes of logits that are held at once."""
     _, _, vocabulary = next(op.shape for op in ops if op.group == "head")
-    itemsize = ITEMSIZE[policy.compute]
+    itemsize = ITEMSIZE[policy.dtype]
     if policy.loss == "whole":
         return itemsize * rows * vocabulary
     itemsize = itemsize if policy.ops == "fused" else 4
@@ -119,7 +121,7 @@ def training_memory(
     ops = operations(config, batch_size, context, policy)
     count, weight_size = num_weights(config, policy), ITEMSIZE[policy.weights]
     weights, master = weight_size * count, 4 * count if policy.master_weights else 0
-    optimizer_state = 2 * ITEMSIZE[policy.moments] * count + 4 * num_parameter_tensors(config, policy)
+    optimizer_state = 2 * moment_bytes(policy, count) + 4 * num_parameter_tensors(config, policy)
     state = weights + master + optimizer_state
     all_gradients = weight_size * count
     checkpointed = num_checkpointed_blocks(policy.checkpointing, config.num_layers)
@@ -162,7 +164,7 @@ def training_memory(
             # The gradient of the weight's copy comes first, and is cast when what the product kept, and dy (m, n), are gone.
             timeline.append(Moment("backward", op.name, op.layer, state, gradients, saved, temporary + op.cast_bytes))
             m, _, n = op.shape
-            temporary += op.cast_bytes - op.saved_bytes - ITEMSIZE[policy.compute] * m * n
+            temporary += op.cast_bytes - op.saved_bytes - ITEMSIZE[policy.dtype] * m * n
         if not accumulate:
             gradients += new_gradients
         else:
@@ -214,10 +216,10 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     if match is None or match[2] not in _UNITS:
         raise UserError(f"memory {text!r} is not a size: give a number and one of {', '.join(_UNITS)}, such as 80GB or 80GiB")
-    size = round(float(match[1]) * _UNITS[match[2]])
-    if size < 1:
-        raise UserError(f"memory {text!r} is nothing: give more than 0 bytes")
-    return size
+    size = float(match[1]) * _UNITS[match[2]]
+    if not 1 <= round(min(size, 2 * _MOST_BYTES)) <= _MOST_BYTES:
+        raise UserError(f"memory {text!r} is no memory of a GPU: give from 1 byte to {_MOST_BYTES / GB:,.0f} GB")
+    return round(size)
 
 
 def both_units(num_bytes: float) -> str:

@@ -44,7 +44,9 @@ class Operation:
     saved_bytes: int = 0
     """Bytes kept until its backward pass, without the weights; a tensor that two operations keep counts at the first."""
     cast_bytes: int = 0
-    """Bytes, of the saved ones, of the weight's copy in the dtype of the products."""
+    """Bytes of the weight's copy in the dtype of activations, saved unless products are in 8 bits, and of its gradient."""
+    eight_bits: bool = False
+    """Whether its products are in 8 bits."""
     forward_temporary: int = 0
     """Bytes alive while it runs that nothing keeps."""
     backward_temporary: int = 0
@@ -78,7 +80,7 @@ class Step:
         self.rows, self.d, self.f, self.v = batch * context, config.d_model, config.d_ff, config.vocab_size
         self.q, self.e = config.q_width, config.kv_width
         self.held_v = config.padded_vocab_size if policy.vocabulary == "padded" else config.vocab_size
-        self.a, self.w, self.s = ITEMSIZE[policy.compute], ITEMSIZE[policy.weights], stream_itemsize(policy)
+        self.a, self.w, self.s = ITEMSIZE[policy.dtype], ITEMSIZE[policy.weights], stream_itemsize(policy)
         self.fused, self.joined = policy.ops == "fused", policy.projections == "joined"
         self.stream = self.rows * self.d * self.s  # the residual stream, or its gradient, which lives beside every branch
 
@@ -94,6 +96,15 @@ class Step:
         ends_branch = ends_branch and self.config.norm != "sandwich"
         beside = layer is not None and not (ends_branch and self.a == self.s)
         temporary = a * m * (k + n) + (self.stream if beside else 0)
+        if layer is not None and self.policy.eight_bits:
+            there, back = costs("fp8_linear", a, rows=m, d_in=k, d_out=n)
+            # Kept: x and W, transposed, and what undoes their scales. Each has another copy for the forward product, and dy
+            # has two.
+            scales = 8 * k if self.policy.compute == "fp8_rowwise" else 8
+            return Operation(name, group, layer, (m, k, n), k * n, forward_flops=forward, backward_flops=2 * forward,
+                             forward_bytes=there.bytes, backward_bytes=back.bytes,
+                             saved_bytes=m * k + k * n + scales, cast_bytes=cast, eight_bits=True,
+                             forward_temporary=m * k + k * n + cast, backward_temporary=temporary + 2 * m * n)  # fmt: skip
         return Operation(name, group, layer, (m, k, n), k * n, forward_flops=forward, backward_flops=2 * forward,
                          forward_bytes=moved, backward_bytes=2 * moved, saved_bytes=saved + cast, cast_bytes=cast,
                          backward_temporary=temporary)  # fmt: skip

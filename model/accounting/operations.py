@@ -24,11 +24,13 @@ def operations(
     Attention is counted in full, as if not causal, unless `exact_causal`; within its window where a layer has one. The list
     has every layer's operations.
     """
-    context = config.context_length if context_length is None else context_length
+    policy, context = policy or Policy(), config.context_length if context_length is None else context_length
+    if policy.eight_bits and config.num_experts is not None:
+        raise UserError(f"compute is {policy.compute}: a model with experts has no products in 8 bits")
     for name, value in (("batch_size", batch_size), ("context_length", context)):
         if value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
-    return tuple(_all(Step(config, batch_size, context, policy or Policy(), exact_causal)))
+    return tuple(_all(Step(config, batch_size, context, policy, exact_causal)))
 
 
 def _all(step: Step) -> Iterator[Operation]:

@@ -27,6 +27,9 @@ from .roofline import PEAK_OF, adamw_bytes, adamw_flops, roofline, training_plan
 # Hoffmann et al. 2022 (Chinchilla), table 3: about 20 tokens a parameter for the best model of a budget.
 TOKENS_PER_PARAMETER = 20
 
+# Beyond these, figures no longer fit in floating point numbers, and no run is planned so.
+_MOST, _LEAST_MFU = 10**18, 1e-6
+
 
 @dataclass(frozen=True)
 class AccountConfig:
@@ -58,6 +61,22 @@ class AccountConfig:
     """Print JSON in place of tables."""
     plot: Path | None = None
     """File of a PNG: FLOPs over sizes and contexts, and memory over a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "batch_size", "num_gpus", "tokens", "vocab_multiple"):
+            value = getattr(self, name)
+            if value not in (None, "auto") and not 1 <= value <= _MOST:
+                raise UserError(f"{name} is {value}: it must be from 1 to {_MOST:.0e}")
+        if not _LEAST_MFU <= self.mfu <= 1:
+            raise UserError(f"mfu is {self.mfu}: it must be from {_LEAST_MFU:g} to 1")
+        speed, price = self.tokens_per_second, self.price_per_gpu_hour
+        if speed is not None and not 1 / _MOST <= speed <= _MOST:
+            raise UserError(f"tokens_per_second is {speed}: it must be above 0, at most {_MOST:.0e}")
+        if price is not None and not 0 <= price <= _MOST:
+            raise UserError(f"price_per_gpu_hour is {price}: it must be from 0 to {_MOST:.0e}")
+        for name in ("tokens", "tokens_per_second", "price_per_gpu_hour"):
+            if self.gpu is None and getattr(self, name) is not None:
+                raise UserError(f"{name} is given without a GPU, whose peak the time needs: name one with --gpu")
 
 
 def _shares(groups: dict[str, int]) -> dict[str, dict[str, float]]:
@@ -123,6 +142,7 @@ def _speed(
         return None
     tokens, step = batch * context, model_flops(operations(model, batch, context, policy))
     return {
+        "peak_of": PEAK_OF[policy.compute],
         "peak_flops_per_s": peak,
         "bandwidth_bytes_per_s": gpu.bandwidth * 1e12,
         "best_step_s": bound.seconds,
@@ -154,13 +174,7 @@ def model_of(name: str, settings: AccountConfig) -> ModelConfig:
 def account(name: str, settings: AccountConfig) -> dict[str, Any]:
     """Return every figure of the preset `name` under `settings`; units are in the keys: _bytes, _flops, _s."""
     model, policy = model_of(name, settings), settings.policy
-    if settings.num_gpus < 1:
-        raise UserError(f"num_gpus is {settings.num_gpus}: it must be at least 1")
-    if settings.tokens_per_second is not None and not settings.tokens_per_second > 0:
-        raise UserError(f"tokens_per_second is {settings.tokens_per_second}: it must be above 0")
     context = model.context_length if settings.context_length is None else settings.context_length
-    if context < 1:
-        raise UserError(f"context_length is {context}: it must be at least 1")
     memory_bytes = None if settings.memory is None else parse_memory(settings.memory)
     if settings.batch_size == "auto":
         if memory_bytes is None:
@@ -175,6 +189,8 @@ def account(name: str, settings: AccountConfig) -> dict[str, Any]:
     else:
         batch = settings.batch_size
     gpu = None if settings.gpu is None else find_gpu(settings.gpu)
+    if gpu is not None and policy.eight_bits and gpu.fp8 is None:
+        raise UserError(f"policy.compute is {policy.compute}: {gpu.name} has no products in 8 bits")
     speed = None if gpu is None else _speed(model, batch, context, policy, gpu, settings)
     active = num_active_parameters(model)
     tokens = TOKENS_PER_PARAMETER * active if settings.tokens is None else settings.tokens
@@ -203,7 +219,7 @@ def account(name: str, settings: AccountConfig) -> dict[str, Any]:
     peak = None if speed is None else float(speed["peak_flops_per_s"])
     counts = conventions(model, context, per_gpu_speed, peak, policy)
     decode = [
-        {"batch_size": size} | dataclasses.asdict(generation(model, context, size, policy.compute, gpu, policy.window))
+        {"batch_size": size} | dataclasses.asdict(generation(model, context, size, policy.dtype, gpu, policy.window))
         for size in (1, 8, 64)
     ]
     return {

@@ -9,9 +9,12 @@ from ..config import ModelConfig
 from .flops import model_flops, num_parameters, num_weights
 from .operation import Operation
 from .operations import operations
-from .policy import ITEMSIZE, Dtype, Policy
+from .policy import ITEMSIZE, Compute, Policy, moment_bytes
 
-PEAK_OF: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+PEAK_OF: dict[Compute, str] = {
+    "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "fp8_rowwise": "fp8",
+    "fp8_delayed": "fp8",
+}  # fmt: skip
 SECONDS_PER_DAY = 86_400
 
 
@@ -74,10 +77,10 @@ def adamw_flops(config: ModelConfig) -> int:
 def adamw_bytes(config: ModelConfig, policy: Policy | None = None) -> int:
     """Return the least bytes of AdamW's step: weight, gradient and moments in; weight and moments out. 28 each in float32."""
     policy = policy or Policy()
-    weight, moment = ITEMSIZE[policy.weights], ITEMSIZE[policy.moments]
+    weight, count = ITEMSIZE[policy.weights], num_weights(config, policy)
     # A master copy is read and written in place of the weight's reading.
     weights = weight + (8 if policy.master_weights else weight)
-    return num_weights(config, policy) * (weights + weight + 4 * moment)
+    return count * (weights + weight) + 4 * moment_bytes(policy, count)
 
 
 def _time(name: str, ops: list[Operation], peak: float, bandwidth: float) -> OperationTime:
@@ -107,7 +110,8 @@ def roofline(
     """Return the least time of a training step on `gpu`, optimizer and recomputation included; None without a peak.
 
     Each pass of each operation takes the longer of its FLOPs at the dense peak and its least bytes at the bandwidth of the
-    datasheet. Flash attention skips what causality masks, written-out attention does not.
+    datasheet; where the blocks' products are in 8 bits, all others at that of bfloat16. Flash attention skips what causality
+    masks, written-out attention does not.
     """
     policy = policy or Policy()
     peak = gpu.peak_flops(PEAK_OF[policy.compute])
@@ -116,7 +120,9 @@ def roofline(
     bandwidth = gpu.bandwidth * 1e12
     full = operations(config, batch_size, context_length, policy)
     ops = operations(config, batch_size, context_length, policy, exact_causal=policy.attention == "flash")
-    times = [_time(name, group, peak, bandwidth) for name, group in by_name(ops).items()]
+    # What is not in 8 bits has a lower peak than the one that the MFU is a share of.
+    others = gpu.peak_flops(PEAK_OF[policy.dtype]) or peak
+    times = [_time(name, group, peak if group[0].eight_bits else others, bandwidth) for name, group in by_name(ops).items()]
     # The update runs outside the tensor cores, in float32.
     fp32 = gpu.peak_flops("fp32") or peak
     flops, moved = adamw_flops(config), adamw_bytes(config, policy)

@@ -94,7 +94,7 @@ def _roofline(report: dict[str, Any]) -> Table:
         table.add_row(op["name"], f"{op['count']}", f"{op['flops_per_byte']:.1f}", bound, f"{1e3 * op['seconds']:.3f}", lost)
     table.add_section()
     table.add_row("all", "", f"{speed['flops_per_byte']:.1f}", "", f"{1e3 * speed['best_step_s']:.3f}", "")
-    table.add_row("best possible MFU", "", "", "", _percent(speed["best_mfu"]), "")
+    table.add_row(f"best possible MFU, of {speed['peak_of']}", "", "", "", _percent(speed["best_mfu"]), "")
     return table
 
 

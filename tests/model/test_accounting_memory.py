@@ -29,6 +29,7 @@ from tilewright.model.accounting import (
 )
 from tilewright.model.accounting.memory import both_units, saved_bytes
 from tilewright.model.config import FeedForward, NormType
+from tilewright.model.fp8 import use_fp8
 
 XL = MODELS["gpt2-xl"]
 SMALL = ModelConfig(97, 24, d_model=32, num_layers=2, num_heads=4, d_ff=44)
@@ -102,7 +103,9 @@ def make(config, policy):
         torch.set_default_dtype(torch.float32)
     model.activation_checkpointing = policy.checkpointing
     if policy.casting == "explicit":
-        model.compute_dtype = getattr(torch, policy.compute)
+        model.compute_dtype = getattr(torch, policy.dtype)
+    if policy.eight_bits:
+        use_fp8(model, policy.compute, 32)
     return model
 
 
@@ -137,6 +140,26 @@ def test_saved_bytes_of_this_projects_model_of_any_shape(config, casts, loss, si
     casting = dict(zip(("weights", "compute", "casting"), casts, strict=True))
     policy = Policy(loss=loss, checkpointing=min(checkpointed, config.num_layers), vocabulary="padded", **casting)
     assert training_memory(config, size, policy=policy).saved == step_keeps(config, size, policy, "triton", budget=1000)
+
+
+@pytest.mark.parametrize(
+    ("ops", "compute", "checkpointing", "weights"),
+    [
+        ("fused", "fp8", "none", "float32"),
+        ("fused", "fp8_rowwise", 1, "bfloat16"),
+        ("fused", "fp8_delayed", "block", "float32"),
+        ("eager", "fp8", "none", "bfloat16"),
+        ("eager", "fp8_rowwise", "none", "float32"),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_bytes_of_products_in_8_bits(form, ops, compute, checkpointing, weights):
+    wide = {"head_dim": 16, "d_ff": 48, "context_length": 32}
+    config = dataclasses.replace(FORMS[form], **wide)
+    options = {"compute": compute, "checkpointing": checkpointing, "weights": weights, "vocabulary": "padded"}
+    policy = Policy(ops=ops, loss="whole" if ops == "eager" else "chunked", **options)
+    kept = step_keeps(config, 1, policy, "triton" if ops == "fused" else "reference")
+    assert training_memory(config, 1, policy=policy).saved == kept
 
 
 @pytest.mark.parametrize("loss", ["whole", "chunked"])

@@ -32,6 +32,10 @@ def test_adamw_of_gpt2_xl():
     assert adamw_bytes(XL) == 28 * num_parameters(XL)
     # bfloat16 weights with masters: weight written, gradient read, master and float32 moments read and written.
     assert adamw_bytes(XL, Policy(weights="bfloat16", master_weights=True)) == (2 + 2 + 8 + 16) * num_parameters(XL)
+    # Without masters, the weight read in their place; moments in 8 bits are a byte and a 64th each.
+    assert adamw_bytes(XL, Policy(weights="bfloat16")) == (2 + 2 + 2 + 16) * num_parameters(XL)
+    blocks = num_parameters(XL) // 256
+    assert adamw_bytes(XL, Policy(moments="8bit")) == (4 + 4 + 4 + 4) * num_parameters(XL) + 4 * 4 * blocks
 
 
 def test_days_of_the_handouts_run():
@@ -216,3 +220,26 @@ def test_a_large_batch_shares_the_weights_and_a_window_the_cache():
     assert generation(XL, 1024).tokens_per_second is None
     with pytest.raises(UserError, match="tokens is 0"):
         generation(XL, 0)
+
+
+def test_blocks_in_8_bits_have_the_peak_of_8_bits_and_the_rest_that_of_bfloat16():
+    half, eight = (roofline(XL, H200, 8, policy=Policy(compute=compute)) for compute in ("bfloat16", "fp8"))
+    assert half is not None
+    assert eight is not None
+    assert eight.model_flops == half.model_flops
+    assert eight.peak_flops == H200.peak_flops("fp8")
+    seconds = [{op.name: op.seconds for op in bound.operations} for bound in (half, eight)]
+    changed = {name for name in seconds[0] if seconds[0][name] != seconds[1][name]}
+    assert changed == {"qkv_proj", "output_proj", "gate_up_proj", "down_proj"}
+    assert all(seconds[1][name] < seconds[0][name] for name in changed)
+    report = account("gpt2-xl", AccountConfig(gpu="h200", policy=Policy(compute="fp8_rowwise")))
+    assert report["speed"]["peak_of"] == "fp8"
+    assert report["speed"]["peak_flops_per_s"] == H200.peak_flops("fp8")
+
+
+def test_products_in_8_bits_that_there_are_not():
+    with pytest.raises(UserError, match=r"policy\.compute is fp8: A100"):
+        account("gpt2-xl", AccountConfig(gpu="a100", policy=Policy(compute="fp8")))
+    experts = dataclasses.replace(XL, num_experts=4)
+    with pytest.raises(UserError, match="compute is fp8: a model with experts"):
+        operations(experts, policy=Policy(compute="fp8"))

@@ -112,3 +112,14 @@ def test_a_sequence_ends_where_its_slot_does(model):
 def test_bad_sizes_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
         BatchEngine(model, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite_are_named(temperature):
+    model = TransformerLM(CONFIG).eval()
+    with torch.no_grad():
+        model.ln_final.weight[0] = torch.nan
+    engine = BatchEngine(model, 2)
+    engine.add(Generation([1, 2], 3, Sampling(temperature)))
+    with pytest.raises(UserError, match=r"the model's logits are not finite: its weights are NaN or infinite"):
+        engine.step()

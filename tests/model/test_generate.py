@@ -287,6 +287,21 @@ def test_each_of_several_tokens_stops(model):
     )
 
 
+def broken(weight):
+    """Return a model with one weight like this."""
+    model = TransformerLM(CONFIG).eval()
+    with torch.no_grad():
+        model.layers[1].ffn.down_proj.weight[0, 0] = weight
+    return model
+
+
+@pytest.mark.parametrize("weight", [torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5, "seed": [1, 2]}, {"stop_tokens": [3]}], ids=str)
+def test_weights_that_are_not_finite_are_named(weight, options):
+    with pytest.raises(UserError, match=r"the model's logits are not finite: its weights are NaN or infinite"):
+        generate(broken(weight), [[1, 2], [3]], 4, **options)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
