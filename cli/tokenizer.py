@@ -112,35 +112,56 @@ def _parse_bytes(size: str | None) -> int | None:
 
 
 def tokenizer_encode(
-    text: Positional[Path],
+    texts: Positional[tuple[Path, ...]],
     tokenizer: Path | None = None,
     out: Path | None = None,
     num_workers: int | None = None,
     pattern: str | None = None,
     special_tokens: tuple[str, ...] = (),
 ) -> None:
-    """Encode a text file to a token file, in parallel; an interrupted encoding goes on.
+    """Encode a text to a token file, or several to token shards with an index, in parallel; an interrupted encoding goes on.
 
     Args:
-        text: UTF-8 text.
-        tokenizer: The tokenizer, as for `tokenizer inspect`; by default tokenizer.json beside the text.
-        out: Where to write the tokens; by default beside the text, with the ending .tokens.
+        texts: A file of UTF-8 text or of chats, which need a chat template in the tokenizer's folder; or files, folders and
+            globs, as for `tokenizer train`, of which each file becomes a shard.
+        tokenizer: The tokenizer, as for `tokenizer inspect`; by default tokenizer.json beside the first text, or in its folder.
+        out: Where to write the tokens, of several texts a folder; by default beside the text or the folder, with the ending
+            .tokens.
         num_workers: Threads; by default one a core.
         pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
         special_tokens: Of the same, in the order of their ids.
     """
+    import glob
+
     from ..files import require_absent, require_file
     from ..tokenizer import read_tokenizer
-    from ..train.data.encoding import encode_text
+    from ..tokenizer.chat_template import ChatTemplate
+    from ..train.data.encoded_file import open_encoded
+    from ..train.data.shard_encoding import default_folder, encode_shards
 
-    require_file(text, "text file", "make a corpus with `tilewright corpus`")
-    path = require_absent(out or text.with_suffix(".tokens"))
-    file = tokenizer or text.with_name("tokenizer.json")
+    if not texts:
+        raise UserError("a text to encode is needed: make a corpus with `tilewright corpus`")
+    first = texts[0]
+    several = len(texts) > 1 or first.is_dir() or (glob.has_magic(str(first)) and not first.exists())
+    if len(texts) > 1 and out is None:
+        raise UserError(f"{len(texts)} texts are given: name a folder for their shards with --out")
+    if several:
+        path = out or default_folder(first)
+    else:
+        require_file(first, "text file", "make a corpus with `tilewright corpus`")
+        path = require_absent(out or first.with_suffix(".tokens"))
+    file = tokenizer or (first if first.is_dir() else first.parent) / "tokenizer.json"
     file = _tokenizer_path(file, "make one with `tilewright tokenizer train`")
     loaded = read_tokenizer(file, pattern=pattern, special_tokens=special_tokens)
-    header = encode_text(text, loaded, path, num_workers)
-    ratio = header.text_bytes / max(1, header.num_tokens)
-    print(f"wrote {path}: {header.num_tokens:,} tokens as {header.dtype}, {ratio:.3f} bytes/token")
+    template = ChatTemplate.load(file if file.is_dir() else file.parent)
+    if several:
+        shards = encode_shards(texts, path, loaded, template, num_workers)
+    else:
+        shards = [open_encoded(first, path, loaded, template, num_workers)]
+    headers = [shard.header for shard in shards]
+    num_tokens, num_bytes = sum(each.num_tokens for each in headers), sum(each.text_bytes for each in headers)
+    what = f"{num_tokens:,} tokens in {len(headers):,} shards" if several else f"{num_tokens:,} tokens"
+    print(f"wrote {path}: {what} as {headers[0].dtype}, {num_bytes / max(1, num_tokens):.3f} bytes/token")
 
 
 def tokenizer_decode(
@@ -158,6 +179,7 @@ def tokenizer_decode(
         special_tokens: Of the same, in the order of their ids.
     """
     from ..tokenizer import read_tokenizer
+    from ..tokenizer.chat_template import ChatTemplate
     from ..train.data.datasets import open_dataset
     from ..train.data.encoding import decode_text
     from ..train.data.token_file import TokenDataset
@@ -166,7 +188,8 @@ def tokenizer_decode(
     file = tokenizer or tokens.with_name("tokenizer.json")
     file = _tokenizer_path(file, "name one with --tokenizer")
     loaded = read_tokenizer(file, pattern=pattern, special_tokens=special_tokens)
-    for piece in decode_text(open_dataset(tokens, loaded), loaded):
+    template = ChatTemplate.load(file if file.is_dir() else file.parent)
+    for piece in decode_text(open_dataset(tokens, loaded, template), loaded):
         sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
 

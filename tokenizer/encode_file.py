@@ -1,6 +1,7 @@
 """Encode a text of any size to arrays of ids."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from tqdm import tqdm
@@ -30,20 +31,47 @@ def iter_encoded(
     return (ids for _, ids in encode_blocks(blocks, size, tokenizer, num_workers))
 
 
+Advance = Callable[[int], object]
+"""Told how many bytes are done, one after the other; what it raises ends the work."""
+
+
 def encode_blocks(
-    blocks: Iterator[Block], size: int | None, tokenizer: AnyTokenizer, num_workers: int, done: int = 0
+    blocks: Iterator[Block],
+    size: int | None,
+    tokenizer: AnyTokenizer,
+    num_workers: int,
+    done: int = 0,
+    advance: Advance | None = None,
 ) -> Iterator[tuple[Block, np.ndarray]]:
-    """Yield each block of a text with its ids, in order, under a progress bar of `size` bytes of which `done` are done."""
+    """Yield each block of a text with its ids, in order; `size` is the text's in bytes, of which `done` are done.
+
+    `advance` is told of each block; without it there is a progress bar.
+    """
     if size is not None:
         tokenizer.expect(size - done)
-    if not isinstance(tokenizer, Tokenizer) or tokenizer.pattern in PATTERNS:
-        results = map_in_threads(tokenizer.encode_block, blocks, num_workers)
-    else:
+    if isinstance(tokenizer, Tokenizer) and not encodes_in_threads(tokenizer):
         results = ordered_map(_encode_block, tokenizer, blocks, num_workers)
-    with tqdm(total=size, initial=done, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+    else:
+        results = map_in_threads(tokenizer.encode_block, blocks, num_workers)
+    with progress("encoding", size, done, advance) as advance:
         for block, ids in results:
             yield block, ids
-            bar.update(len(block.data))
+            advance(len(block.data))
+
+
+@contextmanager
+def progress(what: str, size: int | None, done: int = 0, advance: Advance | None = None) -> Iterator[Advance]:
+    """Yield `advance`, or that of a progress bar of `size` bytes where it is None."""
+    if advance is not None:
+        yield advance
+        return
+    with tqdm(total=size, initial=done, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+def encodes_in_threads(tokenizer: AnyTokenizer) -> bool:
+    """Return whether threads encode at the same time: by a pattern that has a compiled scanner, or another library."""
+    return not isinstance(tokenizer, Tokenizer) or tokenizer.pattern in PATTERNS
 
 
 def _encode_block(tokenizer: Tokenizer, block: Block) -> np.ndarray:

@@ -82,12 +82,18 @@ Inputs = Source | Sequence[Source]
 
 
 def iter_blocks(
-    inputs: Inputs, special_tokens: Sequence[str] = (), *, pattern: str = "gpt2", block_bytes: int = BLOCK_BYTES
+    inputs: Inputs,
+    special_tokens: Sequence[str] = (),
+    *,
+    pattern: str = "gpt2",
+    block_bytes: int = BLOCK_BYTES,
+    document_end: str = "",
 ) -> Iterator[Block]:
     """Return an iterator over the text of the inputs, in order, in blocks of about `block_bytes` bytes.
 
-    `inputs` are one source or several; a path stands for `Files(path)`. A block is longer where a document, or text without
-    a place to cut, is: for a pattern that is none of `PATTERNS` and not `LINES`, only special tokens are such places.
+    `document_end` follows each document of JSON lines and of Parquet; other texts hold what ends theirs. `inputs` are one
+    source or several; a path stands for `Files(path)`. A block is longer where a document, or text without a place to cut, is:
+    for a pattern that is none of `PATTERNS` and not `LINES`, only special tokens are such places.
 
     Raises a `UserError` at once for a file that is missing or unreadable, for inputs without any text, and for a weight below
     1; on the way for one that is damaged, cut off, or shrinks while it is read.
@@ -96,7 +102,8 @@ def iter_blocks(
     if block_bytes < 1:
         raise UserError(f"block_bytes is {block_bytes}: at least 1 is needed")
     specials = tuple(token.encode() for token in special_tokens)
-    return (block for source in sources for block in _blocks_of(source, specials, pattern, block_bytes))
+    end = document_end.encode()
+    return (block for source in sources for block in _blocks_of(source, specials, pattern, block_bytes, end))
 
 
 def resolve(inputs: Inputs) -> list[Files | Documents]:
@@ -166,7 +173,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
-def _blocks_of(source: Files | Documents, specials: tuple[bytes, ...], pattern: str, block_bytes: int) -> Iterator[Block]:
+def _blocks_of(
+    source: Files | Documents, specials: tuple[bytes, ...], pattern: str, block_bytes: int, document_end: bytes
+) -> Iterator[Block]:
     if isinstance(source, Documents):
         for weight, group in groupby(map(_text_and_weight, source.texts), key=lambda item: item[1]):
             yield from _packed((text for text, _ in group), _check_weight(source.weight * weight), block_bytes)
@@ -175,9 +184,9 @@ def _blocks_of(source: Files | Documents, specials: tuple[bytes, ...], pattern: 
     name = Path(path.name.lower())
     kind = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
     if name.suffix == ".parquet":
-        yield from _packed(_parquet_texts(path, source.column), source.weight, block_bytes)
+        yield from _packed((text + document_end for text in _parquet_texts(path, source.column)), source.weight, block_bytes)
     elif kind in _JSON_LINES:
-        yield from _packed(_json_texts(path, source.column), source.weight, block_bytes)
+        yield from _packed((text + document_end for text in _json_texts(path, source.column)), source.weight, block_bytes)
     elif kind == ".parquet":
         raise UserError(f"{path} is a compressed Parquet file, which compresses its columns itself: decompress it")
     else:
