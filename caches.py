@@ -1,4 +1,4 @@
-"""Where the tokenizer's machine code is kept from one process to the next; asked by its compiler, and by the doctor.
+"""Where this user's caches are: the tokenizer's machine code, asked for by its compiler and by the doctor, and remote files.
 
 It needs no package, because the doctor runs where they are missing.
 """
@@ -21,12 +21,21 @@ def machine_code_folders() -> list[Path]:
     """
     folders = [Path(os.environ["NUMBA_CACHE_DIR"])] if os.environ.get("NUMBA_CACHE_DIR") else []
     folders.append(_PACKAGE / "tokenizer" / "compiled" / "__pycache__")
-    with suppress(RuntimeError):  # a user whom the system does not know has no home
+    return [*folders, *_user_caches(), temporary_folder()]
+
+
+def user_cache() -> Path:
+    """Return the folder of this user's caches, or one under the temporary folder where the user has no home."""
+    return next(iter(_user_caches()), temporary_folder())
+
+
+def _user_caches() -> list[Path]:
+    try:
         if sys.platform == "darwin":
-            folders.append(Path.home() / "Library" / "Caches" / "tilewright")
-        else:
-            folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright")
-    return [*folders, temporary_folder()]
+            return [Path.home() / "Library" / "Caches" / "tilewright"]
+        return [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright"]
+    except RuntimeError:  # a user whom the system does not know has no home
+        return []
 
 
 def temporary_folder() -> Path:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import BinaryIO
 from .errors import UserError
 
 # What a write meets: a full disk, a quota, a limit of the process, a broken disk.
-_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def temporary_name(path: Path) -> Path:
@@ -65,7 +66,7 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _WRITE_ERRORS or error.filename is not None:
+        if error.errno not in WRITE_ERRORS or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -76,10 +77,29 @@ def refused_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _WRITE_ERRORS:
+        if error.errno in WRITE_ERRORS:
             raise
         reason = f"{error.filename} is not a folder" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"{path} cannot be written: {reason}") from None
+
+
+@contextmanager
+def locked_folder(folder: Path, waiting_for: str) -> Iterator[None]:
+    """Keep other processes that ask for the same out of `folder`; say so on stderr where this one has to wait."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for {waiting_for}", file=sys.stderr)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be locked ({error.strerror}): name a folder of another disk") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

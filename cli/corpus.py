@@ -1,7 +1,6 @@
 """Corpora: made, fetched, split."""
 
 from pathlib import Path
-from typing import Literal
 
 from .options import Positional
 
@@ -31,18 +30,54 @@ def corpus_stories(
     print(f"wrote {train} and {valid}; next: tilewright tokenizer train {train}")
 
 
-def corpus_fetch(name: Positional[Literal["tinystories", "openwebtext"]], out: Path | None = None) -> None:
-    """Download a corpus from the Hugging Face hub, as train.txt and valid.txt; an interrupted download goes on.
+def corpus_fetch(
+    name: Positional[str],
+    out: Path | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    valid_split: str | None = None,
+    column: str | None = None,
+    revision: str | None = None,
+    files: str | None = None,
+    max_gigabytes: float | None = None,
+    documents: int | None = None,
+    shard_megabytes: float | None = None,
+) -> None:
+    """Fetch a dataset from the Hugging Face hub, as text to train on and valid.txt; an interrupted fetch goes on.
 
     Args:
-        name: Which corpus.
-        out: Folder of the two files; by default data/NAME.
+        name: OWNER/NAME on the hub, or a preset: tinystories, openwebtext, fineweb-edu-10bt, fineweb-10bt, climbmix.
+        out: Folder of the text; by default data/NAME.
+        config: Config of the dataset; by default its card's default.
+        split: Training split; by default train.
+        valid_split: Validation split; by default validation, or, where there is none, every 2000th training document.
+        column: Column of the text; by default text.
+        revision: Branch, tag or commit; by default the newest.
+        files: Glob of the repository's Parquet or JSON lines files, in place of a config.
+        max_gigabytes: End with the document that reaches so much training text.
+        documents: End after so many documents.
+        shard_megabytes: Size of train/00000.txt and so on; by default 1000, but one train.txt of tinystories and openwebtext.
     """
-    from ..train.data.corpus import fetch
+    from dataclasses import replace
 
-    folder = out or Path("data") / name
-    fetch(name, folder)
-    print(f"next: tilewright tokenizer train {folder / 'train.txt'}")
+    from ..train.data.fetch import dataset_of, fetch
+
+    options = {
+        "config": config,
+        "split": split,
+        "valid_split": valid_split,
+        "column": column,
+        "revision": revision,
+        "files": files,
+        "max_gigabytes": max_gigabytes,
+        "documents": documents,
+        "shard_megabytes": shard_megabytes,
+    }
+    dataset = replace(dataset_of(name), **{option: value for option, value in options.items() if value is not None})
+    folder = out or Path("data") / "-".join(filter(None, [name.rpartition("/")[2], config]))
+    fetch(dataset, folder)
+    train = folder / ("train.txt" if dataset.shard_megabytes is None else "train")
+    print(f"next: tilewright tokenizer train {train}")
 
 
 def corpus_split(texts: Positional[tuple[Path, ...]], out: Path, valid_share: float = 0.01) -> None:

@@ -4,13 +4,13 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ...errors import UserError
 from ...files import atomic_file, require_absent, require_file
 from ...tokenizer import AnyTokenizer
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.chats import SCORED, encode_chat_lines, iter_chat_lines
+from ...tokenizer.encode_file import Advance, progress
 from ...tokenizer.workers import choose_workers, ordered_map
 from .token_file import FileStamp, TokenHeader, TokenWriter
 
@@ -21,7 +21,12 @@ def chats_fingerprint(tokenizer: AnyTokenizer, template: ChatTemplate) -> str:
 
 
 def encode_chats(
-    path: Path, tokenizer: AnyTokenizer, template: ChatTemplate, out: Path, num_workers: int | None = None
+    path: Path,
+    tokenizer: AnyTokenizer,
+    template: ChatTemplate,
+    out: Path,
+    num_workers: int | None = None,
+    advance: Advance | None = None,
 ) -> TokenHeader:
     """Encode each conversation of `path` to the marked token file `out`, in parallel; it appears only when it is whole.
 
@@ -36,14 +41,14 @@ def encode_chats(
     with atomic_file(out) as file:
         writer = TokenWriter(file, tokenizer.vocab_size, chats_fingerprint(tokenizer, template), marked=True)
         results = ordered_map(encode_chat_lines, (tokenizer, template), iter_chat_lines(path), workers)
-        with tqdm(desc=f"encoding {path.name}", unit="B", unit_scale=True, disable=None) as bar:
+        with progress(f"encoding {path.name}", None, advance=advance) as advance:
             for group, (ids, marks) in results:
                 writer.append(ids, marks)
                 num_scored += int(np.count_nonzero(marks & SCORED))
                 for line in group.lines:
                     digest.update(line)
                     num_bytes += len(line)
-                bar.update(sum(map(len, group.lines)))
+                advance(sum(map(len, group.lines)))
         if not num_scored:
             raise UserError(f"{path} has no message of the role assistant: there is nothing to learn")
         if FileStamp.of(path) != stamp:

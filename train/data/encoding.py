@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ...files import make_folder, refused_writes, require_absent, require_file
-from ...tokenizer import AnyTokenizer
-from ...tokenizer.encode_file import encode_blocks
+from ...tokenizer import END_OF_TEXT, AnyTokenizer
+from ...tokenizer.encode_file import Advance, encode_blocks, progress
 from ...tokenizer.text.sources import Block, iter_blocks, text_bytes
 from ...tokenizer.workers import POOL_BYTES, choose_workers
 from .token_file import FileStamp, TokenDataset, TokenHeader, TokenWriter, read_header
@@ -25,9 +25,18 @@ SAVE_EVERY = 1 << 26
 
 
 def encode_text(
-    text: Path, tokenizer: AnyTokenizer, out: Path, num_workers: int | None = None, *, save_every: int = SAVE_EVERY
+    text: Path,
+    tokenizer: AnyTokenizer,
+    out: Path,
+    num_workers: int | None = None,
+    *,
+    save_every: int = SAVE_EVERY,
+    advance: Advance | None = None,
 ) -> TokenHeader:
-    """Encode a text file to the token file `out`, in parallel, with a progress bar; `out` appears only when it is whole.
+    """Encode a text file to the token file `out`, in parallel; `out` appears only when it is whole.
+
+    Documents of JSON lines and of Parquet are ended by `<|endoftext|>`, where that is a special token. `advance` is told of the
+    bytes of text that are done; without it there is a progress bar.
 
     The ids so far are kept beside it, in a file with the ending .part that is saved every `save_every` bytes of text. Called
     again after an interruption, this goes on from there and ends with the same bytes; where the text, the tokenizer or the
@@ -46,7 +55,7 @@ def encode_text(
             part.unlink()
             return TokenDataset(out).header
         try:
-            header = _encode(text, tokenizer, file, part, num_workers, save_every)
+            header = _encode(text, tokenizer, file, part, num_workers, save_every, advance)
             require_absent(out)
             # A crash may undo the renaming; then the part is there again, and whole.
             part.replace(out)
@@ -58,13 +67,19 @@ def encode_text(
 
 
 def _encode(
-    text: Path, tokenizer: AnyTokenizer, file: BinaryIO, part: Path, num_workers: int | None, save_every: int
+    text: Path,
+    tokenizer: AnyTokenizer,
+    file: BinaryIO,
+    part: Path,
+    num_workers: int | None,
+    save_every: int,
+    advance: Advance | None,
 ) -> TokenHeader:
     stamp, size = FileStamp.of(text), text_bytes(text)
     num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
-    writer, blocks, digest = _begin(text, tokenizer, file, part, stamp)
+    writer, blocks, digest = _begin(text, tokenizer, file, part, stamp, advance)
     done = saved = writer.header.text_bytes
-    for block, ids in encode_blocks(blocks, size, tokenizer, num_workers, done):
+    for block, ids in encode_blocks(blocks, size, tokenizer, num_workers, done, advance):
         writer.append(ids)
         digest.update(block.data.data)
         done += len(block.data)
@@ -77,16 +92,17 @@ def _encode(
 
 
 def _begin(
-    text: Path, tokenizer: AnyTokenizer, file: BinaryIO, part: Path, stamp: FileStamp
+    text: Path, tokenizer: AnyTokenizer, file: BinaryIO, part: Path, stamp: FileStamp, advance: Advance | None
 ) -> "tuple[TokenWriter, Iterator[Block], hashlib._Hash]":
     """Return a writer, the blocks of text that it still lacks, and the hash of those before."""
 
     def blocks() -> Iterator[Block]:
-        return iter_blocks(text, tuple(tokenizer.special_tokens), pattern=tokenizer.pattern)
+        end = END_OF_TEXT if tokenizer.end_of_text_id is not None else ""
+        return iter_blocks(text, tuple(tokenizer.special_tokens), pattern=tokenizer.pattern, document_end=end)
 
     if (writer := _writer_of(file, part, tokenizer, stamp)) is not None:
         rest, digest = blocks(), hashlib.sha256()
-        _skip(rest, writer.header.text_bytes, digest)
+        _skip(rest, writer.header.text_bytes, digest, advance)
         if digest.hexdigest() == writer.header.text_sha256:
             return writer, rest, digest
     return TokenWriter(file, tokenizer.vocab_size, tokenizer.fingerprint), blocks(), hashlib.sha256()
@@ -103,15 +119,15 @@ def _writer_of(file: BinaryIO, part: Path, tokenizer: AnyTokenizer, stamp: FileS
     return None
 
 
-def _skip(blocks: Iterator[Block], size: int, digest: "hashlib._Hash") -> None:
+def _skip(blocks: Iterator[Block], size: int, digest: "hashlib._Hash", advance: Advance | None) -> None:
     # Reading anew costs little beside encoding, gives the hash, and leads to the same place in compressed text too.
-    with tqdm(total=size, desc="reading what is encoded", unit="B", unit_scale=True, disable=None) as bar:
+    with progress("reading what is encoded", size, advance=advance) as advance:
         while size > 0:
             block = next(blocks, None)
             if block is None:
                 return
             digest.update(block.data.data)
-            bar.update(len(block.data))
+            advance(len(block.data))
             size -= len(block.data)
 
 
@@ -129,7 +145,14 @@ def _is_saved(part: Path) -> bool:
 def _locked(path: Path, text: Path) -> Iterator[BinaryIO]:
     """Yield the file at `path`, made where it is missing, that no other process yields meanwhile."""
     while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} cannot be written to ({error.strerror}): encode {text} elsewhere, by `tilewright tokenizer "
+                f"encode {text} --out FOLDER/{text.stem}.tokens`, and name that file in place of the text"
+            ) from error
+        with os.fdopen(descriptor, "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -152,11 +175,14 @@ def _stands_at(path: Path, file: BinaryIO) -> bool:
         return False
 
 
-def text_sha256(text: Path) -> str:
-    """Return the hash of a text as `TokenHeader.text_sha256` has it, with a progress bar."""
+def text_sha256(text: Path, document_end: str = "") -> str:
+    """Return the hash of a text as `TokenHeader.text_sha256` has it, with a progress bar.
+
+    `document_end` is as in `iter_blocks`.
+    """
     digest = hashlib.sha256()
     with tqdm(total=text_bytes(text), desc=f"checking {text.name}", unit="B", unit_scale=True, disable=None) as bar:
-        for block in iter_blocks(text):
+        for block in iter_blocks(text, document_end=document_end):
             digest.update(block.data.data)
             bar.update(len(block.data))
     return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""Whole conversations packed into windows of a model's context."""
+"""Windows of a model's context packed with whole conversations of chats, or whole documents of text."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,81 +11,142 @@ from torch import Tensor
 from ...errors import UserError
 from ...tokenizer.chats import BEGINS, SCORED
 from ..distributed import IGNORED_TARGET
+from .best_fit import pack_best_fit
 from .token_file import TokenDataset
 
 _SCAN_TOKENS = 1 << 20
 
 
-class ChatDataset(TokenDataset):
-    """The conversations of a marked token file."""
+@dataclass(frozen=True)
+class Packing:
+    """How windows are filled."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Open `path`; a file that is not a whole, marked token file is a `UserError`."""
-        super().__init__(path)
-        if not self.header.marked:
-            raise UserError(f"{self.path} is a token file of text, not of chats: remove it to have it made again")
-
-    def starts(self) -> np.ndarray:
-        """Return the first token of each conversation, and the number of all tokens behind them: (conversations + 1,) int64."""
-        parts = [np.flatnonzero(marks & BEGINS) + first for first, marks in self._marks()]
-        return np.concatenate([*parts, [len(self)]]).astype(np.int64)
-
-    def _marks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for first in range(0, len(self), _SCAN_TOKENS):
-            yield first, self.records(np.array([first]), min(_SCAN_TOKENS, len(self) - first))[0]["marks"]
+    method: Literal["none", "best_fit"] = "none"
+    """none: text is cut into windows side by side, and conversations are packed in the file's order."""
+    end_of_text: int | None = None
+    """The id that ends each document; best_fit of text needs it."""
 
 
 class PackedWindows:
-    """The windows of a chat file: in its order, each has as many whole conversations as fit in `context_length` + 1 tokens.
+    """Windows of `context_length` + 1 tokens that hold whole conversations, or whole documents: their pieces.
 
-    A conversation that does not fit in a window has one of its own, and is cropped to its first tokens. A window is one
-    stretch of the file; 8 bytes of memory each.
+    A conversation longer than a window is cropped to its first tokens. A document longer than a window is cut into full ones,
+    which share a token so that each is a target, and a rest that is packed as other documents are. Without best_fit, pieces
+    stay in the file's order, and each window has as many as fit. Memory: 13 bytes a piece, and 8 a window.
     """
 
-    def __init__(self, dataset: ChatDataset, context_length: int) -> None:
+    def __init__(self, dataset: TokenDataset, context_length: int, packing: Packing = Packing()) -> None:
         self.dataset, self.length = dataset, context_length + 1
-        starts = dataset.starts()
-        sizes = np.diff(starts)
-        self._num_conversations, self._num_cropped = len(sizes), int(np.count_nonzero(sizes > self.length))
-        self._num_kept = int(np.minimum(sizes, self.length).sum())
-        self.starts = np.array([*_first_of_each(starts, self.length), len(dataset)], np.int64)
-        """First token of each window, and the number of all tokens behind them."""
+        self._is_chat = dataset.header.marked
+        if self._is_chat:
+            borders = conversation_borders(dataset)
+            starts, sizes = borders[:-1], np.minimum(np.diff(borders), self.length)
+            begins = np.ones(len(starts), bool)
+        else:
+            borders = _document_borders(dataset, packing.end_of_text)
+            starts, sizes, begins = _cut(borders, self.length)
+        self._num_whole = len(borders) - 1
+        self._num_longer = int(np.count_nonzero(np.diff(borders) > self.length))
+        if packing.method == "best_fit":
+            order, self._bounds = pack_best_fit(sizes, self.length)
+            starts, sizes, begins = starts[order], sizes[order], begins[order]
+        else:
+            self._bounds = np.fromiter(_bounds_in_order(sizes, self.length), np.int64)
+        self._starts, self._sizes, self._begins = starts, sizes.astype(np.int32), begins
 
     def __len__(self) -> int:
         """Return the number of windows."""
-        return len(self.starts) - 1
+        return len(self._bounds) - 1
+
+    def pieces(self, window: int) -> list[tuple[int, int]]:
+        """Return the first token in the file, and the size in tokens, of each piece of a window."""
+        inside = slice(*self._bounds[window : window + 2])
+        return list(zip(self._starts[inside].tolist(), self._sizes[inside].tolist(), strict=True))
 
     def summary(self) -> str:
         """Return in a line what the windows hold."""
-        share = self._num_kept / (len(self) * self.length)
-        cropped = f"; {self._num_cropped:,} are longer, and cropped to that" if self._num_cropped else ""
+        share = int(self._sizes.sum(dtype=np.int64)) / (len(self) * self.length)
+        what, longer = ("conversations", "cropped to that") if self._is_chat else ("documents", "cut into several")
+        rest = f"; {self._num_longer:,} are longer, and {longer}" if self._num_longer else ""
         return (
-            f"{self.dataset.path}: {self._num_conversations:,} conversations in {len(self):,} windows of {self.length:,} "
-            f"tokens, {share:.1%} filled{cropped}"
+            f"{self.dataset.path}: {self._num_whole:,} {what} in {len(self):,} windows of {self.length:,} "
+            f"tokens, {share:.1%} filled{rest}"
         )
 
-    def read(self, starts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs, targets (int64) and document ids (int32), (B, T) each, of the windows that begin at `starts`.
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, targets (int64) and document ids (int32), (B, T) each, of the `windows` of these numbers.
 
-        Targets that are not scored are -100. What is left of a window behind its last conversation is a document by itself.
+        Each piece is a document, and so is what is left of a window behind its last one. Targets are -100 there, at the first
+        token of what goes on from another window, and in chats where they are not scored.
         """
-        ends = self.starts[np.searchsorted(self.starts, starts, side="right")]
-        tokens = np.zeros((len(starts), self.length), np.int64)
-        marks = np.zeros((len(starts), self.length), np.uint8)
-        for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            size = min(end - start, self.length)
-            records = self.dataset.records(np.array([start]), size)[0]
-            tokens[row, :size], marks[row, :size] = records["id"], records["marks"]
-            marks[row, size : size + 1] = BEGINS
+        first, last = self._bounds[windows], self._bounds[windows + 1]
+        pieces = np.concatenate([np.arange(*bounds) for bounds in zip(first, last, strict=True)] or [np.empty(0, np.int64)])
+        records = self.dataset.spans(self._starts[pieces], self._sizes[pieces])
+        tokens = np.zeros((len(windows), self.length), np.int64)
+        marks = np.zeros((len(windows), self.length), np.uint8)
+        done = piece = 0
+        for row, count in enumerate((last - first).tolist()):
+            place = 0
+            for number in pieces[piece : piece + count]:
+                size = int(self._sizes[number])
+                here, found = slice(place, place + size), records[done : done + size]
+                if self._is_chat:
+                    tokens[row, here], marks[row, here] = found["id"], found["marks"]
+                else:
+                    tokens[row, here], marks[row, here] = found, SCORED
+                    marks[row, place] = BEGINS | (SCORED if self._begins[number] else 0)
+                place, done = place + size, done + size
+            marks[row, place : place + 1] = BEGINS
+            piece += count
         targets = np.where(marks[:, 1:] & SCORED, tokens[:, 1:], IGNORED_TARGET)
         documents = np.cumsum(marks[:, :-1] & BEGINS, axis=1, dtype=np.int32)
         return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), torch.from_numpy(documents)
 
 
-def _first_of_each(starts: np.ndarray, length: int) -> Iterator[int]:
-    """Yield the first token of each window, where the conversations begin at `starts[:-1]`."""
-    first = None
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        if first is None or end - first > length:
-            yield start
-            first = start
+def packed_windows(dataset: TokenDataset, context_length: int, packing: Packing) -> PackedWindows | None:
+    """Return the windows of a file that is packed: of chats always, of text by best_fit; None where it is not."""
+    packs = dataset.header.marked or packing.method == "best_fit"
+    return PackedWindows(dataset, context_length, packing) if packs else None
+
+
+def conversation_borders(dataset: TokenDataset) -> np.ndarray:
+    """Return the first token of each conversation, and the number of all tokens behind them: (conversations + 1,) int64."""
+    return np.append(_places(dataset, lambda records: records["marks"] & BEGINS), len(dataset))
+
+
+def _document_borders(dataset: TokenDataset, end_of_text: int | None) -> np.ndarray:
+    # The token that ends a document belongs to it.
+    ends = _places(dataset, lambda records: records == end_of_text) + 1
+    if not len(ends):
+        raise UserError(f"{dataset.path} has no end-of-text token that bounds documents: data.packing must be none")
+    borders = np.concatenate([[0], ends])
+    return borders if borders[-1] == len(dataset) else np.append(borders, len(dataset))
+
+
+def _places(dataset: TokenDataset, found: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.flatnonzero(found(records)) + first for first, records in _scan(dataset)]).astype(np.int64)
+
+
+def _scan(dataset: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:
+    for first in range(0, len(dataset), _SCAN_TOKENS):
+        yield first, dataset.records(np.array([first]), min(_SCAN_TOKENS, len(dataset) - first))[0]
+
+
+def _cut(borders: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the start and size of the pieces of documents, at most `length` long, and whether a document begins with each."""
+    stride, sizes = length - 1, np.diff(borders)
+    counts = np.maximum(1, -(-(sizes - 1) // stride))
+    document = np.repeat(np.arange(len(counts)), counts)
+    skipped = (np.arange(len(document)) - (np.cumsum(counts) - counts)[document]) * stride
+    return borders[document] + skipped, np.minimum(length, sizes[document] - skipped), skipped == 0
+
+
+def _bounds_in_order(sizes: np.ndarray, length: int) -> Iterator[int]:
+    """Yield the first piece of each window, then the number of pieces, where each window has as many as fit."""
+    room = 0
+    for piece, size in enumerate(sizes.tolist()):
+        if size > room:
+            yield piece
+            room = length
+        room -= size
+    yield len(sizes)

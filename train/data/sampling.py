@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .packing import ChatDataset, PackedWindows
+from .packing import Packing, packed_windows
 from .permutation import make_keys, permute
+from .shards import ShardedDataset
 from .token_file import FileStamp, TokenDataset, TokenHeader
 
 # A run goes on only with the order it began with: another number says that the order has changed.
@@ -26,11 +27,12 @@ class TrainingData:
 
     In an epoch of a file, its windows lie side by side and each is drawn once, in an order of the epoch's own; where the first
     one begins is drawn anew each epoch, so that no border stays. An epoch leaves out fewer than two windows' tokens, at the
-    ends of the file. Windows of chats hold whole conversations, and are the same in every epoch; files are either all of chats
-    or all of text. Files take turns by their `weights`, by default in proportion to their number of windows: after any
+    ends of the file. Packed windows, of chats and of text with best_fit, are the same in every epoch; files are either all
+    packed or none is. Files take turns by their `weights`, by default in proportion to their number of windows: after any
     number of samples each has had its share, give or take as many samples as there are files.
 
-    A sample is a function of the files, `context_length`, `weights` and (seed, its number) alone, the same for ever.
+    A sample is a function of the files, `context_length`, `weights`, `packing` and (seed, its number) alone, the same for ever.
+    Of several shards that make a source, only their order counts: they are one file.
     """
 
     def __init__(
@@ -39,16 +41,18 @@ class TrainingData:
         context_length: int,
         seed: int,
         weights: tuple[float, ...] | None = None,
+        packing: Packing = Packing(),  # noqa: B008 (frozen)
     ) -> None:
         """Check that each dataset holds a window: a shorter one is a `UserError`."""
         for dataset in datasets:
             require_length(dataset, context_length)
         self.datasets, self.context_length, self.seed = datasets, context_length, seed
-        self.chats = [PackedWindows(dataset, context_length) for dataset in datasets if isinstance(dataset, ChatDataset)]
-        if self.chats and len(self.chats) < len(datasets):
-            raise UserError("data.train has files of chats and files of text: name one kind")
+        packed = (packed_windows(dataset, context_length, packing) for dataset in datasets)
+        self.packed = [windows for windows in packed if windows is not None]
+        if self.packed and len(self.packed) < len(datasets):
+            raise UserError("data.train has files of chats and files of text: name one kind, or set data.packing best_fit")
         # Of text one less than fit, so that the first can begin at any of the first `context_length` tokens, or later.
-        self.num_windows = [len(windows) for windows in self.chats] or [
+        self.num_windows = [len(windows) for windows in self.packed] or [
             max(1, len(dataset) // context_length - 1) for dataset in datasets
         ]
         shares = list(weights or self.num_windows)
@@ -58,31 +62,38 @@ class TrainingData:
     def batch(self, samples: range) -> tuple[Tensor, ...]:
         """Return the inputs and targets of `samples`: (len(samples), context_length) each, int64, on the CPU.
 
-        Of chats targets that are not scored are -100, and document ids follow, as large, int32. A file that has changed on
-        disk is a `UserError`.
+        Of packed windows targets that are not scored are -100, and document ids follow, as large, int32. A file that has
+        changed on disk is a `UserError`.
         """
         files, starts = self._places(samples)
-        if self.chats:
-            return self._chat_batch(files, starts)
+        if self.packed:
+            return self._packed_batch(files, starts)
         windows = np.empty((len(samples), self.context_length + 1), np.int64)
         for file in np.unique(files).tolist():
             rows = files == file
             windows[rows] = self.datasets[file].windows(starts[rows], self.context_length + 1)
         return inputs_and_targets(windows)
 
-    def _chat_batch(self, files: np.ndarray, starts: np.ndarray) -> tuple[Tensor, ...]:
+    def _packed_batch(self, files: np.ndarray, windows: np.ndarray) -> tuple[Tensor, ...]:
         order = np.argsort(files, kind="stable")
-        parts = [self.chats[file].read(starts[files == file]) for file in np.unique(files).tolist()]
+        parts = [self.packed[file].read(windows[files == file]) for file in np.unique(files).tolist()]
         rows = torch.from_numpy(np.argsort(order))
         return tuple(torch.cat(tensors)[rows] for tensors in zip(*parts, strict=True))
 
     def place(self, sample: int) -> tuple[Path, int]:
         """Return the file of a sample, and the number of its first token there."""
         files, starts = self._places(range(sample, sample + 1))
-        return self.datasets[int(files[0])].path, int(starts[0])
+        file, start = int(files[0]), int(starts[0])
+        if self.packed:
+            start = self.packed[file].pieces(start)[0][0]
+        return self.datasets[file].path, start
+
+    def sources(self, samples: range) -> Tensor:
+        """Return the number of the file that each sample is from, (len(samples),) int64."""
+        return torch.from_numpy(self._places(samples)[0])
 
     def _places(self, samples: range) -> tuple[np.ndarray, np.ndarray]:
-        """Return the file and the first token of each sample, both (len(samples),) int64."""
+        """Return each sample's file, and its first token or packed window: numbers, both (len(samples),) int64."""
         left = np.array(samples, np.uint64)
         rows = np.arange(len(left))
         files, starts = np.empty(len(left), np.int64), np.empty(len(left), np.int64)
@@ -96,24 +107,25 @@ class TrainingData:
         return files, starts
 
     def _starts(self, file: int, draws: np.ndarray) -> np.ndarray:
-        """Return the first token of each draw from a file, which are counted from 0 for each file."""
+        """Return what `_places` does for each draw from a file, which are counted from 0 for each file."""
         num_windows, length = self.num_windows[file], self.context_length
         epochs, places = np.divmod(draws, np.uint64(num_windows))
-        if self.chats:
-            return self.chats[file].starts[permute(places, num_windows, make_keys(self.seed, file, _PERMUTATION, epochs))]
+        windows = permute(places, num_windows, make_keys(self.seed, file, _PERMUTATION, epochs))
+        if self.packed:
+            return windows
         num_offsets = len(self.datasets[file]) - num_windows * length
         offsets = make_keys(self.seed, file, _OFFSET, epochs) % np.uint64(num_offsets)
-        windows = permute(places, num_windows, make_keys(self.seed, file, _PERMUTATION, epochs))
         return windows * length + offsets.astype(np.int64)
 
     def record(self) -> dict[str, Any]:
         """Return what a resumed run checks its data against, for JSON."""
-        return {
-            "order": ORDER,
-            "files": [
-                {"path": str(data.path), "stamp": asdict(data.stamp), "header": asdict(data.header)} for data in self.datasets
-            ],
-        }
+        return {"order": ORDER, "files": [_record_of(dataset) for dataset in self.datasets]}
+
+
+def _record_of(dataset: TokenDataset) -> dict[str, Any]:
+    if isinstance(dataset, ShardedDataset):
+        return {"path": str(dataset.path), "shards": [_record_of(shard) for shard in dataset.files]}
+    return {"path": str(dataset.path), "stamp": asdict(dataset.stamp), "header": asdict(dataset.header)}
 
 
 def check_record(stored: dict[str, Any], data: TrainingData) -> None:
@@ -122,27 +134,32 @@ def check_record(stored: dict[str, Any], data: TrainingData) -> None:
     Files may have moved. Their ids are read and hashed only where size or time differ from what was stored.
     """
     try:
-        order = stored["order"]
-        files = [(TokenHeader(**item["header"]), FileStamp(**item["stamp"])) for item in stored["files"]]
-    except (TypeError, KeyError) as error:
+        order = stored.get("order")
+        sources = [
+            [(TokenHeader(**file["header"]), FileStamp(**file["stamp"])) for file in item.get("shards", [item])]
+            for item in stored["files"]
+        ]
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the run's record of its data cannot be read ({error!r}): start a new run") from error
     if order != ORDER:
         raise UserError(
             f"the run draws its data in order {order!r}, this version in {ORDER}: go on with the version it began with"
         )
-    if len(files) != len(data.datasets):
-        raise UserError(f"the run began with {len(files)} training files, not {len(data.datasets)}: name the same ones")
-    for (header, stamp), dataset in zip(files, data.datasets, strict=True):
-        for name, what in {
-            "sha256": "ids",
-            "num_tokens": "length",
-            "vocab_size": "vocabulary",
-            "tokenizer": "tokenizer",
-        }.items():
-            if getattr(header, name) != getattr(dataset.header, name):
-                raise UserError(f"{dataset.path} is not the file that the run began with: it has another {what}")
-        if (stamp.size, stamp.mtime_ns) != (dataset.stamp.size, dataset.stamp.mtime_ns):
-            dataset.verify()
+    if len(sources) != len(data.datasets):
+        raise UserError(f"the run began with {len(sources)} training files, not {len(data.datasets)}: name the same ones")
+    for files, dataset in zip(sources, data.datasets, strict=True):
+        if len(files) != len(dataset.files):
+            raise UserError(f"the run began with {len(files)} shards of {dataset.path}, not {len(dataset.files)}")
+        for (header, stamp), file in zip(files, dataset.files, strict=True):
+            _check_file(header, stamp, file)
+
+
+def _check_file(header: TokenHeader, stamp: FileStamp, file: TokenDataset) -> None:
+    for name, what in {"sha256": "ids", "num_tokens": "length", "vocab_size": "vocabulary", "tokenizer": "tokenizer"}.items():
+        if getattr(header, name) != getattr(file.header, name):
+            raise UserError(f"{file.path} is not the file that the run began with: it has another {what}")
+    if (stamp.size, stamp.mtime_ns) != (file.stamp.size, file.stamp.mtime_ns):
+        file.verify()
 
 
 def inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -153,7 +170,7 @@ def inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def require_length(dataset: TokenDataset, context_length: int) -> None:
     """Raise a `UserError` for a dataset without a single window; a conversation may be shorter than one."""
-    if not isinstance(dataset, ChatDataset) and len(dataset) < context_length + 1:
+    if not dataset.header.marked and len(dataset) < context_length + 1:
         raise UserError(
             f"{dataset.path} has {len(dataset)} tokens, fewer than one sequence of {context_length} + 1: "
             "use a longer text or a smaller --model.context-length"

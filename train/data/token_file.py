@@ -9,7 +9,7 @@ In a marked file, which has a format of its own, a byte of marks follows each id
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -194,29 +194,45 @@ class TokenDataset:
 
     def records(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return what `windows` does as it lies in the file: in a marked one, records of `id` and `marks`."""
-        if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
-            raise ValueError(f"starts from {starts.min()} to {starts.max()}: {length} of {len(self)} tokens do not fit")
-        records = np.empty((len(starts), length), self._dtype)
+        return self.spans(starts, np.full(len(starts), length)).reshape(len(starts), length)
+
+    def spans(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Return `sizes` records, as `records` does, from each of `starts`, one span behind the other: (sum of sizes,)."""
+        self._require_inside(starts, sizes)
+        found = np.empty(int(sizes.sum()), self._dtype)
+        rest = found.view(np.uint8).data
         with self._open() as file:
             self._check_unchanged(file)
-            for row, start in zip(records, starts.tolist(), strict=True):
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
                 file.seek(HEADER_BYTES + start * self._dtype.itemsize)
-                rest = row.view(np.uint8).data
-                while rest:
-                    if not (size := file.readinto(rest)):
+                wanted, rest = rest[: size * self._dtype.itemsize], rest[size * self._dtype.itemsize :]
+                while wanted:
+                    if not (count := file.readinto(wanted)):
                         raise UserError(f"{self.path} was cut off while it was read: make it again")
-                    rest = rest[size:]
-        ids = records["id"] if self.header.marked else records
+                    wanted = wanted[count:]
+        ids = found["id"] if self.header.marked else found
         if (high := ids.max(initial=0)) >= self.header.vocab_size:
             raise UserError(
                 f"{self.path} holds token {high}, outside its vocabulary of {self.header.vocab_size}: make it again"
             )
-        return records
+        return found
 
-    def verify(self) -> None:
-        """Read all ids, with a progress bar; raise a `UserError` where they are not those that the header speaks of."""
+    def _require_inside(self, starts: np.ndarray, sizes: np.ndarray) -> None:
+        if len(starts) and not 0 <= starts.min() <= (starts + sizes).max() <= len(self):
+            raise ValueError(f"starts from {starts.min()} to {starts.max()}: {sizes.max()} of {len(self)} tokens do not fit")
+
+    @property
+    def files(self) -> "tuple[TokenDataset, ...]":
+        """The token files that the ids are in: this one."""
+        return (self,)
+
+    def verify(self, after_piece: Callable[[int], object] | None = None) -> None:
+        """Read all ids; raise a `UserError` where they are not those that the header speaks of.
+
+        `after_piece` is called with the bytes of each piece that was read, and may raise; without it there is a progress bar.
+        """
         with self._open() as file:
-            self._verify(file)
+            self._verify(file, after_piece)
 
     def _open(self) -> FileIO:
         try:
@@ -240,18 +256,30 @@ class TokenDataset:
             self._verify(file)
             self.stamp = stamp
 
-    def _verify(self, file: FileIO) -> None:
+    def _verify(self, file: FileIO, after_piece: Callable[[int], object] | None = None) -> None:
+        if after_piece is None:
+            with tqdm(total=self.stamp.size, desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=None) as bar:
+                self._verify(file, bar.update)
+            return
         digest = hashlib.sha256()
         file.seek(HEADER_BYTES)
-        with tqdm(total=self.stamp.size, desc=f"checking {self.path.name}", unit="B", unit_scale=True, disable=None) as bar:
-            _hash_file(file, self.stamp.size - HEADER_BYTES, digest, bar)
+        try:
+            _hash_file(file, self.stamp.size - HEADER_BYTES, digest, after_piece)
+        except OSError as error:
+            raise UserError(f"token file {self.path} cannot be read: {error.strerror}") from error
         if digest.hexdigest() != self.header.sha256:
             raise UserError(f"{self.path} has changed: its ids are not those that its header speaks of; make it again")
 
 
-def _hash_file(file: BinaryIO | FileIO, size: int, digest: "hashlib._Hash", bar: "tqdm | None" = None) -> None:
+def _hash_file(
+    file: BinaryIO | FileIO, size: int, digest: "hashlib._Hash", after_piece: Callable[[int], object] | None = None
+) -> None:
+    # A file that memory cannot hold beside all else would push out what is read again.
+    forgets = hasattr(os, "posix_fadvise") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     while size and (data := file.read(min(size, _HASH_BYTES))):
         digest.update(data)
         size -= len(data)
-        if bar is not None:
-            bar.update(len(data))
+        if forgets:
+            os.posix_fadvise(file.fileno(), file.tell() - len(data), len(data), os.POSIX_FADV_DONTNEED)
+        if after_piece is not None:
+            after_piece(len(data))

@@ -15,10 +15,11 @@ from tilewright.tokenizer.chat_template import ChatTemplate
 from tilewright.tokenizer.chats import BEGINS, SCORED, encode_conversation, holds_chats
 from tilewright.train.config import DataConfig
 from tilewright.train.data.chats import encode_chats
-from tilewright.train.data.datasets import open_data, open_dataset, validation_batches
-from tilewright.train.data.packing import ChatDataset, PackedWindows
+from tilewright.train.data.datasets import open_data, open_dataset
+from tilewright.train.data.packing import PackedWindows, conversation_borders
 from tilewright.train.data.sampling import TrainingData, check_record
 from tilewright.train.data.token_file import TokenDataset, TokenWriter, write_tokens
+from tilewright.train.data.validation import ValidationData
 
 TALK = [
     {"role": "system", "content": "a small bird"},
@@ -81,8 +82,8 @@ def test_a_file_holds_its_conversations_in_order(tmp_path, tokenizer, template, 
     chats = make_chats(40)
     path = write_chats(tmp_path / "chats.jsonl", chats)
     header = encode_chats(path, tokenizer, template, tmp_path / "chats.tokens")
-    dataset = ChatDataset(tmp_path / "chats.tokens")
-    starts = dataset.starts()
+    dataset = TokenDataset(tmp_path / "chats.tokens")
+    starts = conversation_borders(dataset)
     assert header == dataset.header
     assert len(starts) == 41
     for messages, start, end in zip(chats, starts[:-1], starts[1:], strict=True):
@@ -98,9 +99,8 @@ def test_chats_are_encoded_once_and_known_again(tmp_path, folder, tokenizer, tem
     valid.write_bytes(gzip.compress(write_chats(tmp_path / "v.jsonl", make_chats(3, seed=1)).read_bytes()))
     config = DataConfig((path,), valid, folder / "tokenizer.json")
     (train,), valid_data = open_data(config, tokenizer)
-    assert isinstance(train, ChatDataset)
-    assert isinstance(valid_data, ChatDataset)
-    assert len(valid_data.starts()) == 4
+    assert train.header.marked
+    assert len(conversation_borders(valid_data)) == 4
     stamp = train.stamp
     path.touch()
     assert open_data(config, tokenizer)[0][0].stamp == stamp
@@ -155,7 +155,7 @@ def write_marked(path, sizes, vocab_size=1000):
         writer = TokenWriter(file, vocab_size, "by", marked=True)
         writer.append(np.arange(sum(sizes)), np.concatenate(marks))
         writer.save()
-    return ChatDataset(path)
+    return TokenDataset(path)
 
 
 def expected_windows(sizes, length):
@@ -185,8 +185,8 @@ def test_windows_hold_whole_conversations(tmp_path_factory, sizes, context_lengt
     windows = PackedWindows(dataset, context_length)
     expected = expected_windows(sizes, context_length + 1)
     assert len(windows) == len(expected)
-    assert windows.starts.tolist() == [*(window[0][0] for window in expected), sum(sizes)]
-    inputs, targets, documents = windows.read(windows.starts[:-1])
+    assert [windows.pieces(number) for number in range(len(windows))] == expected
+    inputs, targets, documents = windows.read(np.arange(len(windows)))
     assert (inputs.dtype, targets.dtype, documents.dtype) == (torch.int64, torch.int64, torch.int32)
     for row, window in enumerate(expected):
         place = 0
@@ -210,11 +210,12 @@ def test_an_epoch_has_each_window_once(tmp_path):
     batch = data.batch(range(total))
     places = [data.place(sample) for sample in range(total)]
     assert sorted(places) == sorted(
-        (windows.dataset.path, start) for windows in data.chats for start in windows.starts[:-1].tolist()
+        (windows.dataset.path, windows.pieces(number)[0][0]) for windows in data.packed for number in range(len(windows))
     )
     for row, (path, start) in enumerate(places):
-        (windows,) = (windows for windows in data.chats if windows.dataset.path == path)
-        for got, want in zip(batch, windows.read(np.array([start])), strict=True):
+        (windows,) = (windows for windows in data.packed if windows.dataset.path == path)
+        number = next(number for number in range(len(windows)) if windows.pieces(number)[0][0] == start)
+        for got, want in zip(batch, windows.read(np.array([number])), strict=True):
             assert torch.equal(got[row], want[0])
     assert [data.place(sample) for sample in range(total, 2 * total)] != places
     again = TrainingData(tuple(datasets), 8, seed=1)
@@ -231,10 +232,10 @@ def test_what_is_cropped_and_filled_is_said(tmp_path):
 
 def test_validation_covers_the_file_evenly(tmp_path):
     dataset = write_marked(tmp_path / "a.tokens", [9] * 10)
-    batches = list(validation_batches(dataset, 4, 3, 8))
+    batches = list(ValidationData(dataset, 4, 8).batches(3))
     assert [len(inputs) for inputs, _, _ in batches] == [3, 1]
     assert torch.cat([inputs[:, 0] for inputs, _, _ in batches]).tolist() == [0, 27, 54, 81]
-    assert sum(len(inputs) for inputs, _, _ in validation_batches(dataset, 400, 3, 8)) == 10
+    assert sum(len(inputs) for inputs, _, _ in ValidationData(dataset, 400, 8).batches(3)) == 10
 
 
 def test_text_and_chats_do_not_mix(tmp_path):
@@ -242,8 +243,6 @@ def test_text_and_chats_do_not_mix(tmp_path):
     write_tokens(tmp_path / "b.tokens", [np.arange(100)], 1000)
     with pytest.raises(UserError, match="files of chats and files of text"):
         TrainingData((chats, TokenDataset(tmp_path / "b.tokens")), 8, 0)
-    with pytest.raises(UserError, match="a token file of text, not of chats"):
-        ChatDataset(tmp_path / "b.tokens")
 
 
 def test_a_marked_file_that_changed_is_named(tmp_path):
@@ -252,4 +251,4 @@ def test_a_marked_file_that_changed_is_named(tmp_path):
         file.seek(-1, 2)
         file.write(b"\x07")
     with pytest.raises(UserError, match="has changed"):
-        dataset.starts()
+        conversation_borders(dataset)

@@ -2,12 +2,11 @@ import os
 
 import numpy as np
 import pytest
-import torch
 
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
 from tilewright.train.config import DataConfig
-from tilewright.train.data.datasets import check_fits, open_data, open_dataset, validation_batches
+from tilewright.train.data.datasets import check_fits, open_data, open_dataset
 from tilewright.train.data.token_file import FileStamp, TokenDataset, write_tokens
 
 
@@ -41,7 +40,7 @@ def test_a_text_is_encoded_once_beside_itself(text, tokenizer, monkeypatch):
     assert first.path == text.with_suffix(".tokens")
     written = first.path.stat().st_mtime_ns
     # Nor is the text read again.
-    monkeypatch.setattr("tilewright.train.data.datasets.text_sha256", None)
+    monkeypatch.setattr("tilewright.train.data.encoded_file.text_sha256", None)
     assert open_dataset(text, tokenizer).path.stat().st_mtime_ns == written
     assert open_dataset(first.path, tokenizer).header == first.header
 
@@ -130,22 +129,6 @@ def test_missing_and_empty_texts_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"token file .*no.tokens does not exist"):
         open_dataset(tmp_path / "no.tokens", tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
-
-
-def test_validation_covers_the_file_evenly_and_always_alike(dataset):
-    batches = list(validation_batches(dataset, num_sequences=10, batch_size=4, context_length=16))
-    assert [len(inputs) for inputs, _ in batches] == [4, 4, 2]
-    assert all(torch.equal(targets, inputs + 1) for inputs, targets in batches)
-    starts = torch.cat([inputs[:, 0] for inputs, _ in batches])
-    assert starts.tolist() == [0, 109, 218, 327, 436, 546, 655, 764, 873, 983]
-    assert (starts.diff() >= 16).all()
-    again = validation_batches(dataset, 10, 4, 16)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
-
-
-def test_a_short_validation_file_is_read_once(dataset):
-    batches = validation_batches(dataset, num_sequences=400, batch_size=4, context_length=100)
-    assert sum(len(inputs) for inputs, _ in batches) == 9
 
 
 def test_a_model_must_fit_the_data(dataset):

@@ -2,6 +2,7 @@ import json
 import os
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ def make_dataset(tmp_path):
 
 class Sized:
     """A dataset that is nothing but long."""
+
+    header = SimpleNamespace(marked=False)
 
     def __init__(self, num_tokens):
         self.num_tokens, self.path = num_tokens, num_tokens
