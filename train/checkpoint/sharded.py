@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -23,49 +24,12 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ...errors import UserError
-from ...files import atomic_folder, make_folder, publish_folder, sync, temporary_name
+from ...files import make_folder, publish_folder, sync, temporary_name
 from ..metrics import sync_metrics
-from .layout import STATE_FILE, Tensors, check_fits, free_folder, tensor_names, verify_checkpoint
-from .tensor_files import FileRecord, TensorReader, write_tensors
+from .joined import NONE, Joined, parts_of_state, places
+from .layout import Tensors, free_folder
+from .tensor_files import write_tensors
 from .writer import CheckpointWriter, Copies, remove_leftovers, remove_unwanted, write_manifest
-
-
-def load_into(folder: Path, tensors: Tensors) -> None:
-    """Fill `tensors` in place, DTensors with their own shards; other names or shapes than were saved are a `UserError`.
-
-    However many processes saved it, and in either form; each process reads what it needs by itself.
-    """
-    readers = {group: TensorReader(folder, group) for group in tensors}
-    for group, named in tensors.items():
-        check_fits(readers[group], {name: tensor.shape for name, tensor in named.items()}, folder, f"the {group}")
-    for group, named in tensors.items():
-        for name, tensor in named.items():
-            readers[group].read_into(name, _local(tensor), _offsets(tensor))
-
-
-def convert_checkpoint(source: Path, out: Path, num_shards: int | None = None) -> None:
-    """Write the checkpoint in the folder `source` again as the folder `out`, of single files or in shards along dimension 0.
-
-    Holds the largest file to be written in memory. `source` must be valid, and `out` not exist.
-    """
-    if num_shards is not None and num_shards < 1:
-        raise UserError(f"num_shards is {num_shards}: it must be at least 1")
-    verify_checkpoint(source)
-    if out.exists():
-        raise UserError(f"{out} exists already: name another folder")
-    with atomic_folder(out) as temporary:
-        files: dict[str, FileRecord] = {}
-        for group in tensor_names(source):
-            reader = TensorReader(source, group)
-            if num_shards is None:
-                files[f"{group}.safetensors"] = write_tensors(temporary / f"{group}.safetensors", reader.read())
-                continue
-            make_folder(temporary / group)
-            for index in range(num_shards):
-                tensors, offsets = reader.read_shard(index, num_shards)
-                name = _shard_name(group, index, num_shards)
-                files[name] = write_tensors(temporary / name, tensors, offsets)
-        write_manifest(temporary, files, (source / STATE_FILE).read_bytes())
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -73,23 +37,23 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _offsets(tensor: Tensor) -> Sequence[int] | None:
-    if not isinstance(tensor, DTensor):
-        return None
-    (chunk,) = tensor.__create_chunk_list__()
-    return chunk.offsets
-
-
-def _shard_name(group: str, index: int, count: int) -> str:
-    return f"{group}/shard-{index + 1:05d}-of-{count:05d}.safetensors"
+def shard_name(group: str, index: int, count: int, piece: int = 0) -> str:
+    """Return the file of a process; it holds each tensor once: a second piece of one goes to a second file."""
+    again = f"-{piece + 1}" if piece else ""
+    return f"{group}/shard-{index + 1:05d}-of-{count:05d}{again}.safetensors"
 
 
 class ShardedCheckpointWriter(CheckpointWriter):
     """A `CheckpointWriter` for a job: every process has one, and calls the same methods in the same order.
 
     Tensors that are no DTensors are taken to be the same in all processes: the first process's are saved, as is its state.
-    What fails in one process is raised in all. `run` is a folder that all processes see.
+    What fails in one process is raised in all. `run` is a folder that all processes see; `joined` is what `joined_parts`
+    returns of the model.
     """
+
+    def __init__(self, run: Path, keep: int, keep_step: int | None = None, joined: Joined = NONE) -> None:
+        super().__init__(run, keep, keep_step)
+        self._joined = joined
 
     def _open(self) -> int | None:
         # A group of its own, because the thread's collectives must not mix with those of training.
@@ -112,13 +76,13 @@ class ShardedCheckpointWriter(CheckpointWriter):
         local = {group: {name: _local(tensor) for name, tensor in named.items()} for group, named in tensors.items()}
         copies, finish_copies = self._snapshots.take(local)
         flat = {f"{group}/{name}": tensor.detach() for group, named in tensors.items() for name, tensor in named.items()}
-        plan = create_default_local_save_plan(flat, dist.get_rank() == 0)
-        storage = _ShardWriter(self._run, step, self._keep, list(tensors), state)
+        plan, rows = self._plan(flat)
+        storage = _ShardWriter(self._run, step, self._keep, self._keep_step, list(tensors), state)
 
         def write() -> None:
             finish_copies()
             try:
-                save_shards({}, storage_writer=storage, planner=_Planner(plan, copies), process_group=self._group)
+                save_shards({}, storage_writer=storage, planner=_Planner(plan, copies, rows), process_group=self._group)
             except CheckpointException as error:
                 # Raised when every process has stopped writing.
                 if dist.get_rank() == 0:
@@ -128,21 +92,43 @@ class ShardedCheckpointWriter(CheckpointWriter):
 
         self._start(step, write)
 
+    def _plan(self, tensors: dict[str, Tensor]) -> tuple[SavePlan, dict[MetadataIndex, range]]:
+        """Return what this process could write, and which rows of a tensor each item is that is not all that it holds."""
+        plan = create_default_local_save_plan(tensors, dist.get_rank() == 0)
+        items: list[WriteItem] = []
+        rows_of: dict[MetadataIndex, range] = {}
+        for item in plan.items:
+            name, data = item.index.fqn, item.tensor_data
+            tensor, parts = tensors[name], parts_of_state(name.split("/", 1)[1], self._joined)
+            if parts is None or data is None or not isinstance(tensor, DTensor):
+                items.append(item)
+                continue
+            for rows, offsets in places(tensor, data.chunk.offsets, data.chunk.sizes[0], parts):
+                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size([len(rows), *data.chunk.sizes[1:]]))
+                index = MetadataIndex(name, chunk.offsets)
+                rows_of[index] = rows
+                items.append(dataclasses.replace(item, index=index, tensor_data=dataclasses.replace(data, chunk=chunk)))
+        return dataclasses.replace(plan, items=items), rows_of
+
 
 class _Planner(DefaultSavePlanner):
     """Has every shard written once, from the copy that was taken of it."""
 
-    def __init__(self, plan: SavePlan, copies: Copies) -> None:
+    def __init__(self, plan: SavePlan, copies: Copies, rows: dict[MetadataIndex, range]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
         self.plan = plan
-        self._copies = copies
+        self._copies, self._rows = copies, rows
 
     def create_local_plan(self) -> SavePlan:
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         group, name = write_item.index.fqn.split("/", 1)
-        return self._copies[group][name]
+        copy, rows = self._copies[group][name], self._rows.get(write_item.index)
+        return copy if rows is None else copy[rows.start : rows.stop]
+
+
+_Contents = tuple[dict[str, Tensor], dict[str, Sequence[int]]]
 
 
 class _ShardWriter(StorageWriter):
@@ -156,8 +142,8 @@ class _ShardWriter(StorageWriter):
     _folder: Path
     _temporary: Path
 
-    def __init__(self, run: Path, step: int, keep: int, groups: list[str], state: bytes) -> None:
-        self._run, self._step, self._keep = run, step, keep
+    def __init__(self, run: Path, step: int, keep: int, keep_step: int | None, groups: list[str], state: bytes) -> None:
+        self._run, self._step, self._keep, self._keep_step = run, step, keep, keep_step
         self._groups, self._state = groups, state
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -181,20 +167,24 @@ class _ShardWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         temporary, index, count = plan.storage_data
-        tensors: dict[str, dict[str, Tensor]] = {group: {} for group in self._groups}
-        offsets: dict[str, dict[str, Sequence[int]]] = {group: {} for group in self._groups}
+        # By group, of each file its tensors and where they begin.
+        files: dict[str, list[_Contents]] = {group: [({}, {})] for group in self._groups}
         for item in plan.items:
             assert item.tensor_data is not None
             group, name = item.index.fqn.split("/", 1)
-            tensors[group][name] = planner.resolve_data(item)  # pyright: ignore[reportArgumentType]
-            offsets[group][name] = item.tensor_data.chunk.offsets
+            if all(name in tensors for tensors, _ in files[group]):
+                files[group].append(({}, {}))
+            tensors, offsets = next(file for file in files[group] if name not in file[0])
+            tensors[name] = planner.resolve_data(item)  # pyright: ignore[reportArgumentType]
+            offsets[name] = item.tensor_data.chunk.offsets
         results = []
-        for group in self._groups:
-            name = _shard_name(group, index, count)
-            record = write_tensors(temporary / name, tensors[group], offsets[group])
-            # Only the machine that wrote a file can sync it.
-            sync(temporary / name)
-            results.append(WriteResult(MetadataIndex(name), record["bytes"], record))
+        for group, contents in files.items():
+            for piece, (tensors, offsets) in enumerate(contents):
+                name = shard_name(group, index, count, piece)
+                record = write_tensors(temporary / name, tensors, offsets)
+                # Only the machine that wrote a file can sync it.
+                sync(temporary / name)
+                results.append(WriteResult(MetadataIndex(name), record["bytes"], record))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -205,7 +195,7 @@ class _ShardWriter(StorageWriter):
         # This process is the one that logs them.
         sync_metrics(self._run)
         publish_folder(self._temporary, self._folder)
-        remove_unwanted(self._run, self._folder, self._keep)
+        remove_unwanted(self._run, self._folder, self._keep, self._keep_step)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -1,6 +1,7 @@
 """The files of a checkpoint: safetensors hashed while they are written, and read back whole or by region."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ class FileRecord(TypedDict):
     """What a manifest knows of a file."""
 
     bytes: int
-    sha256: str
+    sha256: str | None
+    """None where the checkpoint is of a format that did not hash its files."""
 
 
 class _HashedFile:
@@ -108,6 +110,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[st
         return file.finish()
 
 
+def tensors_length(path: Path) -> int:
+    """Return how many bytes a safetensors file has by its own header; a header that cannot be read is a `UserError`."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(size))
+        return 8 + size + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+        raise _unreadable(path, error) from error
+
+
 class TensorReader:
     """The tensors of one name in a checkpoint, be they in one file or in shards.
 
@@ -141,6 +154,26 @@ class TensorReader:
             ends = self.shapes.get(key, [0] * len(shape))
             self.shapes[key] = torch.Size(max(end, i + n) for end, i, n in zip(ends, at, shape, strict=True))
             self.dtypes[key] = _DTYPE_OF_NAME[piece.get_dtype()]
+
+    def join_numbered(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Let `KEY.0`, `KEY.1`, ... be read as the tensor KEY of these `shapes`, where the checkpoint does not have it whole.
+
+        So Muon's momenta were saved, by the matrices of a weight, whose rows follow each other.
+        """
+        for key, shape in shapes.items():
+            if key in self.shapes or f"{key}.0" not in self.shapes:
+                continue
+            matrices = []
+            for number in itertools.takewhile(lambda i: f"{key}.{i}" in self.shapes, itertools.count()):  # noqa: B023
+                name = f"{key}.{number}"
+                matrices.append(torch.empty(self.shapes[name], dtype=self.dtypes[name]))
+                self.read_into(name, matrices[-1])
+                del self._pieces[name], self.shapes[name]
+            whole = torch.cat(matrices)
+            if whole.numel() == shape.numel():
+                whole = whole.view(shape)
+            self._pieces[key] = [([0] * whole.dim(), list(whole.shape), whole)]
+            self.shapes[key], self.dtypes[key] = whole.shape, whole.dtype
 
     def read_into(self, key: str, target: Tensor, offsets: Sequence[int] | None = None) -> None:
         """Copy into `target` the region of a tensor that begins at `offsets` and has the target's shape."""

@@ -18,17 +18,9 @@ from torch import Tensor
 from ...errors import UserError
 from ...files import atomic_folder, make_folder, remove_folder
 from ..metrics import sync_metrics
-from .layout import (
-    FOLDER_NAME,
-    FORMAT,
-    MANIFEST_FILE,
-    STATE_FILE,
-    Tensors,
-    checkpoint_step,
-    free_folder,
-    list_checkpoints,
-    read_state,
-)
+from .formats import FORMAT, MANIFEST_FILE, STATE_FILE
+from .layout import FOLDER_NAME, Tensors, checkpoint_step, free_folder, list_checkpoints
+from .reader import read_state
 from .tensor_files import FileRecord, dtype_name, write_bytes, write_tensors
 
 Copies = dict[str, dict[str, Tensor]]
@@ -70,14 +62,14 @@ class Snapshots:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, and removes those that are no longer wanted; a context manager.
 
-    The newest `keep` stay, and the one with the lowest validation loss, of equals the newest. Damaged ones of earlier steps and
-    whatever is of later steps are left alone. Metrics logged before a save are on disk before its checkpoint is. While it is
-    open, another process that would save checkpoints of the run is refused.
+    The newest `keep` stay, that of `keep_step`, and the one with the lowest validation loss, of equals the newest. Damaged ones
+    of earlier steps and whatever is of later steps are left alone. Metrics logged before a save are on disk before its
+    checkpoint is. While it is open, another process that would save checkpoints of the run is refused.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
+    def __init__(self, run: Path, keep: int, keep_step: int | None = None) -> None:
         self._run = run
-        self._keep = keep
+        self._keep, self._keep_step = keep, keep_step
         self._snapshots = Snapshots()
         # Set unless a save is being written.
         self._written = threading.Event()
@@ -114,10 +106,8 @@ class CheckpointWriter:
             try:
                 write()
             except OSError as error:
-                self._failure = UserError(
-                    f"saving the checkpoint of step {step} in {self._run / FOLDER_NAME} failed ({error}): those before it are "
-                    "as they were"
-                )
+                what = f"saving the checkpoint of step {step} in {self._run / FOLDER_NAME} failed ({error})"
+                self._failure = UserError(f"{what}: {self._what_remains()}")
                 self._failure.__cause__ = error
             except Exception as error:
                 self._failure = error
@@ -131,6 +121,15 @@ class CheckpointWriter:
             # Without a thread nobody else would.
             self._written.set()
             raise
+
+    def _what_remains(self) -> str:
+        names = [folder.name for folder in list_checkpoints(self._run)]
+        if not names:
+            return "there is none before it"
+        aside = sorted(path.name for path in (self._run / FOLDER_NAME).glob("set-aside-*"))
+        # A new one is written before an old one is removed.
+        unneeded = ", ".join([*aside, *names[:-1]]) or "nothing in it; a second checkpoint needs as much room as the first"
+        return f"the run goes on from {names[-1]} with --resume auto; not needed for that: {unneeded}"
 
     def wait(self) -> None:
         """Return when the last save is on disk; where it failed raise why, once: a `UserError` for what the disk refused."""
@@ -161,7 +160,7 @@ class CheckpointWriter:
             files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", t) for name, t in copies.items()}
             write_manifest(temporary, files, state)
             sync_metrics(self._run)
-        remove_unwanted(self._run, folder, self._keep)
+        remove_unwanted(self._run, folder, self._keep, self._keep_step)
 
 
 def write_manifest(folder: Path, files: dict[str, FileRecord], state: bytes) -> None:
@@ -177,7 +176,7 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_unwanted(run: Path, newest: Path, keep: int) -> None:
+def remove_unwanted(run: Path, newest: Path, keep: int, keep_step: int | None) -> None:
     """Remove what `CheckpointWriter` does not keep once `newest` is written."""
     step = checkpoint_step(newest)
     losses: dict[Path, float | None] = {}
@@ -188,7 +187,7 @@ def remove_unwanted(run: Path, newest: Path, keep: int) -> None:
             with contextlib.suppress(UserError):
                 losses[folder] = read_state(folder)["valid_loss"]
     validated = {folder: loss for folder, loss in losses.items() if loss is not None}
-    kept = {newest, *list(losses)[-keep:]}
+    kept = {newest, *list(losses)[-keep:], *(folder for folder in losses if checkpoint_step(folder) == keep_step)}
     if validated:
         kept.add(min(reversed(validated), key=validated.__getitem__))
     for folder in losses.keys() - kept:

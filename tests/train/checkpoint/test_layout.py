@@ -10,14 +10,8 @@ from safetensors.torch import load_file
 
 from tilewright.errors import UserError
 from tilewright.model import ModelConfig, TransformerLM
-from tilewright.train.checkpoint.layout import (
-    list_checkpoints,
-    load_weights,
-    newest_valid,
-    read_state,
-    read_tensors,
-    verify_checkpoint,
-)
+from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, verify_checkpoint
+from tilewright.train.checkpoint.reader import load_weights, read_state, read_tensors
 from tilewright.train.checkpoint.writer import CheckpointWriter
 
 SHAPE = ModelConfig(vocab_size=11, context_length=8, d_model=8, num_layers=1, num_heads=2, d_ff=8)

@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from faults import program, run_in_children
 from tilewright.errors import UserError
-from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
-from tilewright.train.checkpoint.sharded import ShardedCheckpointWriter, convert_checkpoint, load_into
+from tilewright.train.checkpoint.convert import convert_checkpoint
+from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, verify_checkpoint
+from tilewright.train.checkpoint.reader import load_into, read_state, read_tensors
+from tilewright.train.checkpoint.sharded import ShardedCheckpointWriter
 from tilewright.train.checkpoint.tensor_files import TensorReader
 from tilewright.train.checkpoint.writer import CheckpointWriter
 from tilewright.train.metrics import MetricLog
@@ -91,7 +93,7 @@ def check_load(folder, saved):
 
 def save(run):
     model, optimizer = trained(2, sharded=True)
-    with ShardedCheckpointWriter(run, keep=2) as writer:
+    with ShardedCheckpointWriter(run, keep=1, keep_step=3) as writer:
         for step, loss in enumerate((1.0, 2.0, None, None), 1):
             writer.save(step, tensors(model, optimizer), {"rank": dist.get_rank()}, valid_loss=loss)
             # The next step, before this one is written.
@@ -130,7 +132,7 @@ def fail(run):
             if rank == full:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
             writer.save(2, saved, {})
-            with pytest.raises(UserError, match=rf"step 2 in .* failed \(process {full}: .*File too large.*those before it"):
+            with pytest.raises(UserError, match=rf"step 2 in .* failed \(process {full}: .*File too large.*the run goes on"):
                 writer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             dist.barrier()

@@ -14,7 +14,8 @@ import torch
 
 from tilewright.errors import UserError
 from tilewright.train.checkpoint import writer as checkpoint_writer
-from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
+from tilewright.train.checkpoint.layout import list_checkpoints, newest_valid, verify_checkpoint
+from tilewright.train.checkpoint.reader import read_state, read_tensors
 from tilewright.train.checkpoint.writer import CheckpointWriter
 from tilewright.train.signals import StopRequest
 
@@ -27,9 +28,9 @@ def steps(run):
     return [int(folder.name[5:13]) for folder in list_checkpoints(run)]
 
 
-def save_all(run, losses, keep):
+def save_all(run, losses, keep, keep_step=None):
     """Save steps 1, 2, ... with these validation losses; return the steps that stay."""
-    with CheckpointWriter(run, keep) as writer:
+    with CheckpointWriter(run, keep, keep_step) as writer:
         for step, loss in enumerate(losses, 1):
             writer.save(step, tensors(step), {}, valid_loss=loss)
     for folder in list_checkpoints(run):
@@ -51,6 +52,10 @@ def save_all(run, losses, keep):
 )
 def test_the_newest_and_the_best_stay(tmp_path, losses, keep, stay):
     assert save_all(tmp_path, losses, keep) == stay
+
+
+def test_a_step_that_is_asked_for_stays(tmp_path):
+    assert save_all(tmp_path, [3.0, 2.0, 2.5, None, None], 2, keep_step=1) == [1, 2, 4, 5]
 
 
 def test_what_another_process_saved_counts(tmp_path):
@@ -225,7 +230,7 @@ def test_a_full_disk_is_named_and_harms_nothing(tmp_path, size):
         with full_disk(size):
             writer.save(2, tensors(2, size=100_000), {})
             with pytest.raises(
-                UserError, match=rf"step 2 in {tmp_path}/checkpoints failed \(.*File too large.*\): those before"
+                UserError, match=rf"step 2 in {tmp_path}/checkpoints failed \(.*File too large.*\): the run goes on from"
             ):
                 writer.save(3, tensors(3), {})
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".lock", "step-00000001"]

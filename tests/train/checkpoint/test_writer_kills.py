@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from tilewright.train.checkpoint.layout import newest_valid, read_state, read_tensors
+from tilewright.train.checkpoint.layout import newest_valid
+from tilewright.train.checkpoint.reader import read_state, read_tensors
 from tilewright.train.checkpoint.writer import CheckpointWriter
 
 KILLS = 100

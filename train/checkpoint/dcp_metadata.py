@@ -1,0 +1,67 @@
+"""The metadata of a folder of torch.distributed.checkpoint, a pickle, read without running what it names."""
+
+import pathlib
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+METADATA_FILE = ".metadata"
+
+# All that the metadata of tensors is made of, beside dtypes.
+_KNOWN = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
+        if not is_dtype and global_name not in _KNOWN.get(module_name, ()):
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which is no part of a checkpoint of tensors")
+        # Later versions of Python keep the class of paths elsewhere.
+        return getattr(pathlib, global_name) if module_name == "pathlib" else super().find_class(module_name, global_name)
+
+
+def read_metadata(folder: Path) -> "tuple[dict[str, TensorStorageMetadata], FileSystemReader]":
+    """Return what is known of each tensor by its key, and what reads them; anything but tensors is a `UserError`."""
+    # Slow to import.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+    path = folder / METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    if not isinstance(metadata, Metadata):
+        raise UserError(f"{path} is not the metadata of torch.distributed.checkpoint")
+    entries: dict[str, TensorStorageMetadata] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{folder} holds {key}, which is no tensor, and pickled: save tensors only")
+        entries[key] = entry
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+
+    class Reader(FileSystemReader):
+        """Takes the metadata as it was read here; tensors it reads as weights only."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return metadata
+
+    return entries, Reader(folder)
