@@ -1,17 +1,21 @@
-"""A model spread over the processes of a job, whole in each (DDP) or in shards (FSDP2), and its checkpoints."""
+"""A module that gives the processes of a job one loss, and the mean of all their gradients."""
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..model.transformer import TransformerLM
-from .checkpoint.writer import CheckpointWriter
-from .config import TrainConfig
-from .distributed import World
+from ...model.transformer import TransformerLM
+from ..checkpoint.joined import TP_MESH, in_order_of_processes
+from ..distributed import World
+from .sequences import give_parts
+from .tensor import divide_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
@@ -30,14 +34,17 @@ def place(loss: nn.Module, model: TransformerLM, device: torch.device) -> None:
     model.make_tables(device)
 
 
-def spread(loss: nn.Module, model: TransformerLM, world: World, config: TrainConfig, dtype: torch.dtype) -> nn.Module:
+def spread(loss: nn.Module, model: TransformerLM, world: World, dtype: torch.dtype) -> nn.Module:
     """Return what computes `loss` on this process's rows and leaves in each parameter the mean of all processes' gradients.
 
     All processes get the weights that the first one's `model`, on the CPU, has; the others' is on the meta device. Where the
-    first one's is as well, the weights may be anything. Under fsdp the parameters of `loss` become DTensors, gathered in
+    first one's is as well, the weights may be anything. Under fsdp or tp the parameters of `loss` become DTensors, gathered in
     `dtype` block by block, their gradients reduced in float32.
     """
-    if config.parallel == "fsdp":
+    layout = world.layout
+    give_parts(model, world)
+    # DDP knows no DTensors: with divided layers FSDP2 keeps each process's part whole.
+    if layout.sharded or layout.tp > 1:
         return _shard(loss, model, world, dtype)
     place(loss, model, world.device)
     # Each process makes the same ones, and none changes them.
@@ -51,47 +58,43 @@ def spread(loss: nn.Module, model: TransformerLM, world: World, config: TrainCon
 def _shard(loss: nn.Module, model: TransformerLM, world: World, dtype: torch.dtype) -> nn.Module:
     # Slow to import.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     has_weights = world.on_first(lambda: _has_weights(model))
-    weights = loss.state_dict() if world.is_first else {}
+    weights: dict[str, Any] = loss.state_dict() if world.is_first else {}
     # So that memory is only ever had for the shards.
     loss.to("meta")
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = _data_mesh(model, world)
     # Inputs are left alone: the tables of RoPE stay float32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, loss):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     place(loss, model, world.device)
     if has_weights:
+        if world.layout.tp > 1:
+            weights = {**in_order_of_processes(weights, loss, world.layout.tp)}
         # One tensor after the other: no more than one is ever whole.
         set_model_state_dict(loss, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return loss
 
 
+def _data_mesh(model: TransformerLM, world: World) -> "DeviceMesh":
+    """Return the processes over which FSDP2 divides and reduces, once the layers are divided over the others."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    layout, device = world.layout, world.device.type
+    if layout.tp == 1:
+        return init_device_mesh(device, (world.size,))
+    replicas, shards = (1, world.num_replicas) if layout.sharded else (world.num_replicas, 1)
+    mesh = init_device_mesh(device, (replicas, shards, layout.tp), mesh_dim_names=("replicas", "shards", TP_MESH))
+    # So that a norm is reduced over both at once.
+    mesh["shards", TP_MESH]._flatten()
+    divide_layers(model, mesh[TP_MESH])
+    return mesh["shards"] if layout.sharded else mesh["replicas", "shards"]
+
+
 def _has_weights(model: TransformerLM) -> bool:
     return not model.token_embeddings.weight.is_meta
-
-
-def open_writer(config: TrainConfig, world: World) -> CheckpointWriter:
-    """Return what writes this process's part of the checkpoints: all of it, a shard, or nothing."""
-    if world.size > 1 and config.parallel == "fsdp":
-        from .checkpoint.sharded import ShardedCheckpointWriter  # slow to import
-
-        return ShardedCheckpointWriter(config.out, config.keep_checkpoints)
-    writer = CheckpointWriter if world.is_first else _IdleWriter
-    return writer(config.out, config.keep_checkpoints)
-
-
-class _IdleWriter(CheckpointWriter):
-    """Of a process whose tensors another one writes."""
-
-    def _open(self) -> None:
-        pass
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 def exchanging_gradients(module: Any, last: bool) -> AbstractContextManager[None]:
