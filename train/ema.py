@@ -1,7 +1,7 @@
 """A running mean of the weights, which validates better than the weights themselves while the learning rate is high."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,34 @@ class WeightMean:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._parameters = dict(model.named_parameters())
         self._decay = decay
-        self.weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        # In bfloat16 a mean would stand still.
+        self.weights = {name: parameter.detach().float().clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the weights after `step` steps in."""
         decay = min(self._decay, (1 + step) / (10 + step))
         lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        lerp(list(self.weights.values()), list(self._parameters.values()), 1 - decay)
+        lerp(list(self.weights.values()), [parameter.float() for parameter in self._parameters.values()], 1 - decay)
 
-    @contextmanager
-    def in_place_of_the_weights(self) -> Iterator[None]:
+    def in_place_of_the_weights(self) -> AbstractContextManager[None]:
         """Let the model compute with the mean while the context lasts."""
-        # Copied, not exchanged: a captured graph reads the weights where they lie.
-        own = [parameter.detach().clone() for parameter in self._parameters.values()]
-        with torch.no_grad():
-            self._put(self.weights.values())
-            try:
-                yield
-            finally:
-                self._put(own)
+        return put_in_place(self._parameters, self.weights)
 
-    def _put(self, weights: Iterable[Tensor]) -> None:
-        for parameter, weight in zip(self._parameters.values(), weights, strict=True):
-            parameter.copy_(weight)
+
+@contextmanager
+def put_in_place(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give parameters the values of `weights`, by their names, while the context lasts."""
+    # Copied, not exchanged: a captured graph reads the weights where they lie.
+    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        _put(parameters, weights)
+        yield
+    finally:
+        _put(parameters, own)
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])

@@ -1,0 +1,80 @@
+"""AdamW whose moments are held in 8 bits, by the codes of torchao (`pip install 'tilewright[optimizers]'`)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..config import OptimizerConfig
+from .part import Part, chunks, foreach_add_, foreach_mul_, gradients, laid_out, side_by_side
+
+BLOCK = 256
+# A chunk is decoded, stepped and encoded at a time, with codes in int64 for a moment.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def can_be_coded(parameter: Tensor) -> bool:
+    """Return whether a parameter's moments are held in 8 bits: as in torchao, those of small or odd sizes stay float32."""
+    return parameter.numel() >= 4096 and parameter.numel() % BLOCK == 0
+
+
+class EightBitAdamW(Part):
+    """Dettmers et al. 2022: each block of 256 elements has a float32 scale, each element a code on a dynamic scale.
+
+    State is `exp_avg_codes` and `exp_avg_sq_codes` (uint8, as the parameter), and `exp_avg_scales` and `exp_avg_sq_scales`.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], lr: Tensor, config: OptimizerConfig, weight_decay: float) -> None:
+        """Take parameters that `can_be_coded`."""
+        super().__init__(named, lr)
+        try:
+            from torchao.optim import quant_utils  # slow to import
+        except ImportError as error:
+            raise UserError("optimizer.states is 8bit, which needs torchao: pip install 'tilewright[optimizers]'") from error
+        if any(hasattr(parameter, "to_local") for parameter in self.parameters):
+            raise UserError("optimizer.states is 8bit, whose blocks do not follow shards: choose float32, or parallel ddp")
+        self._config, self._weight_decay, self._coder = config, weight_decay, quant_utils
+        self._step = torch.zeros_like(lr)
+        self._maps = [lr.new_tensor(quant_utils.create_dynamic_map(signed=signed)) for signed in (True, False)]
+        # Of some parameters each, codes and scales of both moments.
+        self._chunks: list[tuple[slice, list[Tensor], list[Tensor]]] = []
+
+    def allocate(self) -> None:
+        """Make the state as it is before the first step."""
+        kinds = ("exp_avg", "exp_avg_sq")
+        self.state = {f"{kind}_{what}": [] for kind in kinds for what in ("codes", "scales")}
+        for some in chunks([weight.numel() for weight in self.weights], _CHUNK_ELEMENTS):
+            weights = self.weights[some]
+            count = sum(weight.numel() for weight in weights)
+            coded = [self._encoded(self.lr.new_zeros(count), values) for values in self._maps]
+            codes, scales = ([each[i] for each in coded] for i in range(2))
+            self._chunks.append((some, codes, scales))
+            for kind, code, scale in zip(kinds, codes, scales, strict=True):
+                self.state[f"{kind}_codes"] += laid_out(code, weights)
+                self.state[f"{kind}_scales"] += scale.split([weight.numel() // BLOCK for weight in weights])
+        self.state["step"] = [self._step] * len(self.weights)
+
+    def step(self, skip: Tensor) -> None:
+        """Take a step, or leave weights and state as they are where the device finds `skip` true."""
+        self._step += ~skip
+        rate = torch.where(skip, 0.0, self.lr)
+        corrections = [1 - beta**self._step for beta in self._config.betas]
+        for some, codes, scales in self._chunks:
+            weights = self.weights[some]
+            # Skipped, it may be made of NaN.
+            gradient = torch.where(skip, 0.0, side_by_side(gradients(self.parameters[some])))
+            moments = []
+            for i, value in enumerate((gradient, gradient.square())):
+                moment = self._coder.dequant_with_qmap(codes[i], self._maps[i], scales[i])
+                moment = moment.lerp_(value, 1 - self._config.betas[i])
+                for old, new in zip((codes[i], scales[i]), self._encoded(moment, self._maps[i]), strict=True):
+                    old.copy_(torch.where(skip, old, new))
+                moments.append(moment / corrections[i])
+            update = moments[0] / (moments[1].sqrt() + self._config.eps)
+            foreach_mul_(weights, 1 - rate * self._weight_decay)
+            foreach_add_(weights, laid_out(update * -rate, weights))
+
+    def _encoded(self, moment: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        scaled, scale = self._coder.scale_tensor(moment, BLOCK)
+        return self._coder.quantize_8bit_with_qmap(scaled, values), scale
