@@ -14,8 +14,8 @@ def generate(arguments: Sequence[str]) -> None:
     import dataclasses
     import json
 
-    from ..train.samples import SampleConfig, write_texts
-    from ..train.text_model import load_text_model
+    from ..train.pretrained import load_text_model
+    from ..train.sample import SampleConfig, write_texts
 
     def command(
         folder: Positional[Path],

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..errors import UserError
 from .options import Positional, parse
 
 
@@ -48,17 +47,21 @@ def export(
     print(f"wrote {export_run(run, to, out, dtype)}")
 
 
-def checkpoint_convert(folder: Positional[Path], out: Positional[Path], num_shards: int | None = None) -> None:
-    """Write a checkpoint again, as single files or in shards.
+def checkpoint_convert(
+    folder: Positional[Path],
+    out: Positional[Path],
+    num_shards: int | None = None,
+    to: Literal["tilewright", "dcp"] = "tilewright",
+) -> None:
+    """Write a checkpoint again, as single files, in shards, or for torch.distributed.checkpoint.
 
     Args:
-        folder: A checkpoint, such as RUN/checkpoints/step-00000200.
+        folder: A checkpoint, such as RUN/checkpoints/step-00000200, or a folder that `--to dcp` has written.
         out: The new folder.
         num_shards: Shards of each file; by default single files.
+        to: The format; dcp is that of torch.distributed.checkpoint.
     """
-    from ..train.checkpoint.sharded import convert_checkpoint
+    from ..train.checkpoint.convert import convert_checkpoint
 
-    if num_shards is not None and num_shards < 1:
-        raise UserError(f"num_shards is {num_shards}: it must be at least 1")
-    convert_checkpoint(folder, out, num_shards)
+    convert_checkpoint(folder, out, num_shards, to)
     print(f"wrote {out}")

@@ -29,7 +29,9 @@ import torch
 from matplotlib.figure import Figure
 
 from tilewright.cli import main
-from tilewright.train import PRESETS, loop, train
+from tilewright.train import PRESETS, opening, run, train
+from tilewright.train.callbacks.checkpoints import Checkpoints
+from tilewright.train.callbacks.garbage import GarbageCollection
 from tilewright.train.checkpoint import writer as checkpoint_writer
 from tilewright.train.checkpoint.layout import list_checkpoints
 from tilewright.train.guard import Guard
@@ -150,12 +152,12 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_until_killed(config, kill_at=None, delay=0.0):
+def train_until_killed(config, kill_at=None, delay=0.0, extend=None):
     """Train, or go on; print how many operations on files it took."""
     # What the curve looks like costs most of the time, and is not the matter.
     Figure.savefig = lambda self, file, **_: file.write(b"a curve")
     operations = FileOperations(config.out, kill_at, delay)
-    train(config, resume="auto")
+    train(config, resume="auto", extend=extend)
     print(f"operations {operations.count()}")
 
 
@@ -179,8 +181,8 @@ def before(owner, name, action, when=lambda *arguments: True):
 
 # Where a signal may find a run.
 PHASES = {
-    "beginning": lambda action: before(loop, "begin_run", action),
-    "between steps": lambda action: before(loop._Loop, "_after_step", action, lambda self, *_: self.trainer.step == 6),
+    "beginning": lambda action: before(opening, "begin_run", action),
+    "between steps": lambda action: before(GarbageCollection, "after_step", action, lambda self: self.trainer.step == 6),
     "in a step": lambda action: before(Guard, "judge", action, lambda self, *_: self.taken == 5),
     "validating": lambda action: before(TrainingLoss, "forward", action, lambda *_: not torch.is_grad_enabled()),
     "validating last": lambda action: before(Trainer, "_validate", action, lambda self, *_: self.step == 12),
@@ -217,10 +219,10 @@ def command_with_signals(config, phase, numbers):
 FULL = {
     "the folder is made": lambda limit: limit(0),
     "the first checkpoint is saved": lambda limit: limit(100_000),
-    "the configuration is written": lambda limit: before(loop, "begin_run", lambda: limit(0)),
+    "the configuration is written": lambda limit: before(opening, "begin_run", lambda: limit(0)),
     "metrics are written": lambda limit: before(Guard, "judge", lambda: limit(0), lambda self, *_: self.taken == 5),
     "a checkpoint is saved": lambda limit: before(Guard, "judge", lambda: limit(100_000), lambda self, *_: self.taken == 5),
-    "the curve is drawn": lambda limit: before(loop, "plot_losses", lambda: limit(0)),
+    "the curve is drawn": lambda limit: before(run, "plot_losses", lambda: limit(0)),
 }
 
 
@@ -248,7 +250,7 @@ def command_in_a_folder_that_gets_read_only(config):
         self.writer.wait()
         return self.trainer.step == 8
 
-    before(loop._Loop, "_save", lambda: (config.out / "checkpoints").chmod(0o555), about_to_save)
+    before(Checkpoints, "_save", lambda: (config.out / "checkpoints").chmod(0o555), about_to_save)
     command_without_privileges(config)
 
 

@@ -1,11 +1,10 @@
 """From a corpus to a trained model: text to tokens, tokens to batches, batches to steps, steps to checkpoints."""
 
 from .config import DataConfig, OptimizerConfig, TrainConfig, load_config
-from .loop import TrainResult, train
 from .presets import PRESETS, preset
-from .run import load_run
-from .samples import SampleConfig, write_texts
-from .text_model import TextModel, load_text_model
+from .pretrained import TextModel, load_run, load_text_model
+from .run import TrainResult, train
+from .sample import SampleConfig, write_texts
 
 __all__ = [
     "PRESETS",

@@ -32,8 +32,18 @@ class _Memory:
         self._model = config.model
         ema = 0 if config.ema_decay is None else 4 * num_parameters(config.model)
         self._limit = USABLE * memory_bytes - ema
-        bfloat16 = resolve_dtype(config.dtype, resolve_device(config.device)) == torch.bfloat16
-        self._policy = Policy(compute="bfloat16" if bfloat16 else "float32", checkpointing=checkpointing, vocabulary="padded")
+        compute = config.precision
+        if compute == "auto":
+            bfloat16 = resolve_dtype(compute, resolve_device(config.device)) == torch.bfloat16
+            compute = "bfloat16" if bfloat16 else "float32"
+        # Muon's single momentum is counted as two moments.
+        self._policy = Policy(
+            compute=compute,
+            weights=config.weights,
+            moments=config.optimizer.states,
+            checkpointing=checkpointing,
+            vocabulary="padded",
+        )
 
     def largest(self) -> int:
         """Return the largest batch that fits without accumulation, 0 where none does."""
@@ -87,10 +97,10 @@ def _sizes(config: TrainConfig, memory: _Memory, num_gpus: int) -> tuple[int, in
         most = memory.largest()
         micro = given if isinstance(given, int) else most
         return (num_gpus * micro, micro) if 1 <= micro <= most else None
-    share = config.batch_size // num_gpus
+    share, smallest = config.batch_size // num_gpus, config.smallest_batch // num_gpus
     if given == "auto":
-        candidates = [size for size in range(share, 0, -1) if share % size == 0]
+        candidates = [size for size in range(smallest, 0, -1) if smallest % size == 0]
     else:
-        candidates = [share if given is None else given]
+        candidates = [smallest if given is None else given]
     fitting = next((size for size in candidates if memory.fits(size, share)), None)
     return None if fitting is None else (config.batch_size, fitting)

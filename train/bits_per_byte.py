@@ -32,3 +32,8 @@ def bytes_per_token(batches: Iterable[Sequence[Tensor]], sizes: Tensor) -> float
 def bits_per_byte(nats: float, num_bytes: float) -> float:
     """Return nats of text in bits per byte of it; NaN where it has no byte."""
     return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None where JSON cannot hold it."""
+    return value if math.isfinite(value) else None

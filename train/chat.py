@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..model import Generation
 from ..tokenizer.chat_template import ChatTemplate
 from .conversation import Message, fit_conversation, require_chat_template
-from .text_model import TextModel, load_text_model
+from .pretrained import TextModel, load_text_model
 from .texts import DrawConfig, TextStream, make_engine
 
 HELP = "/reset begins anew, Ctrl-C ends an answer, Ctrl-D the chat"

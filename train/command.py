@@ -1,6 +1,7 @@
 """The command that trains: by a preset or from a folder's weights, any setting given anew, alone or under torchrun."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from rich.console import Console
 from ..errors import UserError
 from .config import TrainConfig, load_config
 from .distributed import is_first_process
+from .extension import Extend
 from .folder import CONFIG_FILE, Resume, holds_run
-from .loop import train
 from .presets import PRESETS, finetuning, preset
+from .run import train
 from .sweep.grid import SweepConfig, sweep
 from .sweep.result import sweep_table
 
@@ -33,11 +35,28 @@ def _begin(arguments: Sequence[str], program: str) -> tuple[str, TrainConfig, Se
     """Return what the help calls the command, the settings that it begins with, and the options that change them."""
     if not arguments[0].startswith("-"):
         return f"{program} {arguments[0]}", preset(arguments[0]), arguments[1:]
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, rest = option.partition("=")
-        if name == "--init" and (folder := rest if equals else value):
-            return f"{program} --init {folder}", finetuning(Path(folder)), arguments
+    if folder := _given("--init", arguments):
+        return f"{program} --init {folder}", finetuning(Path(folder)), arguments
     raise UserError(f"the arguments begin with {arguments[0]}: name a preset first, {', '.join(PRESETS)}, or --init FOLDER")
+
+
+def _stored(base: TrainConfig, options: Sequence[str]) -> TrainConfig | None:
+    """Return the settings of the run that the options resume, None where they resume none."""
+    out = Path(_given("--out", options) or base.out)
+    if _given("--resume", options) in (None, "None") or not holds_run(out):
+        return None
+    # The folder may have moved since.
+    return dataclasses.replace(load_config(out / CONFIG_FILE), out=out)
+
+
+def _given(name: str, options: Sequence[str]) -> str | None:
+    """Return the value that the command line gives an option, None where it does not."""
+    found = None
+    for option, following in itertools.pairwise([*options, ""]):
+        given, equals, value = option.partition("=")
+        if given == name:
+            found = value if equals else following
+    return found
 
 
 def _wants_usage(arguments: Sequence[str]) -> bool:
@@ -54,30 +73,35 @@ def run_train_command(arguments: Sequence[str], program: str) -> None:
         return
     name, base, options = _begin(arguments, program)
 
-    def parse(default: TrainConfig) -> tuple[TrainConfig, Resume | None, bool]:
+    def parse(default: TrainConfig) -> tuple[TrainConfig, Resume | None, Extend | None, bool, bool]:
         def command(
             config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
             resume: Resume | None = None,
+            extend: Extend | None = None,
+            accept_valid: bool = False,
             profile: bool = False,
-        ) -> tuple[TrainConfig, Resume | None, bool]:
+        ) -> tuple[TrainConfig, Resume | None, Extend | None, bool, bool]:
             """Train a model.
 
             Args:
                 config: The run.
                 resume: Go on with the run in --out by its own settings: from the checkpoint named, which must be valid, or
                     auto: from the newest valid one, or from the beginning where the folder holds no run.
+                extend: With --resume, let options such as --steps, --batch-size and --data.train change from here on. keep: the
+                    schedule goes on; a number: it begins anew, from this learning rate, and falls to the end of --steps. More
+                    steps of schedules that are constant, or whose decay has not begun, need no --extend.
+                accept_valid: Go on with other validation data than those of the run, whose losses do not compare with those
+                    before; metrics.jsonl notes the step.
                 profile: Record a few steps once compiled, write their trace to the run's folder, and say where their time went.
             """
-            return config, resume, profile
+            return config, resume, extend, accept_valid, profile
 
         return tyro.cli(command, prog=name, args=list(options), console_outputs=is_first_process())
 
-    config, resume, profile = parse(base)
-    if resume and holds_run(config.out):
-        # The folder may have moved since.
-        config, resume, profile = parse(dataclasses.replace(load_config(config.out / CONFIG_FILE), out=config.out))
+    # Options of a run that goes on are checked against its own settings, not those of the preset.
+    config, resume, extend, accept_valid, profile = parse(_stored(base, options) or base)
     try:
-        result = train(config, resume=resume, profile=profile)
+        result = train(config, resume=resume, extend=extend, accept_valid=accept_valid, profile=profile)
     except KeyboardInterrupt:
         print(f"\nthe run in {config.out} goes on from its newest checkpoint with --resume auto", file=sys.stderr)
         raise

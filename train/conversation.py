@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..tokenizer.chat_template import ChatTemplate
-from .text_model import TextModel
+from .pretrained import TextModel
 from .texts import encode_literally
 
 Message = Mapping[str, str]

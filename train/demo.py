@@ -17,11 +17,12 @@ from .config import TrainConfig
 from .data.corpus import write_stories
 from .data.encoding import encode_text
 from .folder import require_no_run
-from .loop import TrainResult, train
 from .plot import FILE_NAME as PLOT_FILE
 from .presets import corpus_files, preset
-from .samples import SampleConfig, write_texts
-from .text_model import load_text_model
+from .pretrained import load_text_model
+from .run import TrainResult, train
+from .sample import SampleConfig, write_texts
+from .sample_log import FILE_NAME as SAMPLES_FILE
 
 SUMMARY_FILE = "summary.json"
 MIN_VOCAB_SIZE = 257
@@ -40,7 +41,7 @@ class DemoConfig:
     steps: int = 800
     """Optimizer steps."""
     prompt: str = "Once upon a time"
-    """What the sample begins with."""
+    """What the samples begin with, those of the training and the one of the trained model."""
     seed: int = 0
     """Of the corpus, the weights, the batches and the sample."""
 
@@ -72,6 +73,7 @@ def train_config(demo: DemoConfig, out: Path) -> TrainConfig:
         data=corpus_files(out / "data"),
         steps=demo.steps,
         seed=demo.seed,
+        sample_prompts=(demo.prompt,),
         optimizer=dataclasses.replace(base.optimizer, warmup_steps=min(base.optimizer.warmup_steps, demo.steps // 2)),
     )
 
@@ -152,12 +154,13 @@ def _table(summary: DemoSummary, config: TrainConfig) -> Table:
         "parameters": f"{result.num_parameters:,}",
         "tokens seen": f"{result.steps * config.tokens_per_step:,}",
         "speed": f"{result.tokens_per_second:,.0f} tokens/s",
-        "training loss": f"{result.train_loss:.3f} nats/token",
+        "training loss": f"{result.train_loss:.3f} nats/token, {result.train_bits_per_byte:.3f} bits/byte",
         "validation loss": f"{result.valid_loss:.3f} nats/token, {result.valid_bits_per_byte:.3f} bits/byte",
         "MFU": mfu,
         "loss curve": str(result.run / PLOT_FILE),
         "checkpoints": str(result.run / "checkpoints"),
         "metrics": str(result.run / "metrics.jsonl"),
+        "samples": str(result.run / SAMPLES_FILE),
     }.items():
         table.add_row(name, escape(value))
     return table

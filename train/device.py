@@ -1,10 +1,7 @@
 """The device of a run: which one it is, what it computes in, and how its process is set up for long work."""
 
-import gc
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -25,11 +22,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: `auto` is bfloat16 on a GPU that has it, else float32."""
+    """Return the dtype of all that is not in 8 bits: `auto` is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    return getattr(torch, name)
+    return torch.bfloat16 if name.startswith("fp8") else getattr(torch, name)
 
 
 def prepare_allocator(device: torch.device) -> None:
@@ -41,21 +38,3 @@ def prepare_allocator(device: torch.device) -> None:
     if device.type == "cuda" and not set_up:
         # Read at each allocation, so that CUDA may have been asked for its memory or its dtypes before.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-
-
-@contextmanager
-def collected_by_hand() -> Iterator[None]:
-    """Keep Python's garbage collector from stopping a step: what lives now is never looked at again inside the block.
-
-    Whoever loops inside calls `gc.collect()` where a pause does no harm.
-    """
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()

@@ -1,32 +1,23 @@
 """Runs as folders that `transformers` reads, and models from such folders: the weights with their tokenizer."""
 
-import dataclasses
 import json
 import shutil
-import warnings
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from ..errors import UserError
 from ..files import atomic_folder, require_absent
-from ..model import ModelConfig, TransformerLM
 from ..model.huggingface import (
     GENERATION_FILE,
-    canonical,
     choose_family,
     family_of_folder,
-    load_weights,
-    read_config,
     write_model,
 )
-from ..tokenizer import END_OF_TEXT, AnyTokenizer, Tokenizer, read_tokenizer
+from ..tokenizer import END_OF_TEXT, Tokenizer
 from ..tokenizer.formats import save_huggingface
 from .config import TrainConfig, load_config
 from .folder import CONFIG_FILE, TOKENIZER_FILE
-from .run import load_run
-from .text_model import is_huggingface_folder, load_text_model
+from .pretrained import is_huggingface_folder, load_text_model
 
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -98,46 +89,3 @@ def _write_tokenizer_config(folder: Path, end: str | None, context_length: int) 
         "pad_token": end,
     }
     (folder / _TOKENIZER_CONFIG).write_text(json.dumps(document, indent=2) + "\n")
-
-
-@torch.no_grad()
-def initialise(model: TransformerLM, folder: Path, tokenizer: AnyTokenizer) -> None:
-    """Copy the weights of a run, or of a folder of Hugging Face's, into `model`, whose context may be of another length.
-
-    `tokenizer` is the one of the texts to come. Another shape of the model, and another tokenizer, are a `UserError`; a
-    tokenizer of the folder that cannot be read, or is not there, is a warning.
-    """
-    huggingface = is_huggingface_folder(folder)
-    shape = read_config(folder) if huggingface else load_config(folder / CONFIG_FILE).model
-    _require_same_shape(folder, shape, model.config)
-    try:
-        known = read_tokenizer(folder / TOKENIZER_FILE)
-    except UserError as error:
-        if not huggingface:
-            raise
-        warnings.warn(f"whether the tokenizer is that of {folder} cannot be told: {error}", stacklevel=2)
-    else:
-        if known.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"the model in {folder} was trained with another tokenizer: use {folder / TOKENIZER_FILE}")
-    if huggingface:
-        load_weights(model, folder)
-    else:
-        model.load_state_dict(load_run(folder, "cpu")[0].state_dict())
-
-
-def _require_same_shape(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    found, wanted = _fields(ours), _fields(theirs)
-    different = [name for name, value in wanted.items() if value != found[name] and name != "context_length"]
-    if ours.rope_scaling.kind != "default":
-        # One that is asked for: it stretches what the weights have learned over a longer context.
-        different = [name for name in different if not name.startswith("rope_scaling.")]
-    if different:
-        differences = ", ".join(f"{name} {wanted[name]}, not {found[name]}" for name in different)
-        options = " ".join(f"--model.{name.replace('_', '-')} {wanted[name]}" for name in different)
-        raise UserError(f"the model in {folder} has {differences}: leave the preset out, or set {options}")
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(canonical(config))
-    scaling = fields.pop("rope_scaling")
-    return fields | {f"rope_scaling.{name}": value for name, value in scaling.items()}

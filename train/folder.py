@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..files import atomic_file, require_file, write_text
+from ..tokenizer import AnyTokenizer, read_tokenizer
 from ..tokenizer.chat_template import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from ..tokenizer.chat_template import TEMPLATE_FILE
 from .checkpoint.layout import FOLDER_NAME as CHECKPOINTS
-from .checkpoint.layout import list_checkpoints, newest_valid, verify_checkpoint
+from .checkpoint.layout import checkpoint_step, list_checkpoints, newest_valid, verify_checkpoint
 from .checkpoint.writer import remove_leftovers
-from .config import TrainConfig, save_config
+from .config import TrainConfig, load_config, save_config
 from .diagnosis import FILE_NAME as DIAGNOSIS_FILE
 from .metrics import FILE_NAME as METRICS_FILE
 from .plot import FILE_NAME as PLOT_FILE
+from .sample_log import FILE_NAME as SAMPLES_FILE
 
 CONFIG_FILE, TOKENIZER_FILE, DATA_FILE = "config.json", "tokenizer.json", "data.json"
 
@@ -26,7 +28,7 @@ CHAT_FILES = (TOKENIZER_CONFIG_FILE, "generation_config.json", TEMPLATE_FILE)
 
 # There while a run's folder is being made: what lies beside it then is the remains of a run that was killed before it began.
 _BEGINNING = ".beginning"
-_MADE = (TOKENIZER_FILE, *CHAT_FILES, DATA_FILE, METRICS_FILE, PLOT_FILE, DIAGNOSIS_FILE)
+_MADE = (TOKENIZER_FILE, *CHAT_FILES, DATA_FILE, METRICS_FILE, SAMPLES_FILE, PLOT_FILE, DIAGNOSIS_FILE)
 
 Resume = Literal["auto"] | Path
 
@@ -76,7 +78,7 @@ def make_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
         if path.is_file():
             with atomic_file(out / name) as file:
                 file.write(path.read_bytes())
-    write_text(out / DATA_FILE, json.dumps(data_record, indent=2) + "\n")
+    write_data_record(out, data_record)
 
 
 def _remove_half_written(out: Path) -> None:
@@ -93,13 +95,62 @@ def begin_run(config: TrainConfig) -> None:
     (config.out / _BEGINNING).unlink(missing_ok=True)
 
 
-def read_data_record(run: Path) -> dict[str, Any]:
-    """Return what the run has noted of its data."""
+def _read_data_file(run: Path) -> dict[str, Any]:
     path = require_file(run / DATA_FILE, "the run's record of its data", "it cannot be resumed without")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not a record of data ({error}): the run cannot be resumed without") from error
+
+
+def write_data_record(run: Path, record: dict[str, Any]) -> None:
+    """Note what the run has of data."""
+    write_text(run / DATA_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def restore_tokenizer(config: TrainConfig, tokenizer: AnyTokenizer) -> None:
+    """Put `tokenizer`, which the run was trained with, into its folder where another file, or none, is."""
+    path, source = config.out / TOKENIZER_FILE, config.data.tokenizer
+    try:
+        if read_tokenizer(require_file(path, "tokenizer")).fingerprint == tokenizer.fingerprint:
+            return
+    except UserError:
+        pass
+    with atomic_file(path) as file:
+        file.write(source.read_bytes())
+    print(f"restored {path}, from {source}", file=sys.stderr)
+
+
+def read_data_record(run: Path, since: int = 0) -> dict[str, Any]:
+    """Return what the run has noted of its data, or of those that an extension at step `since` has given it."""
+    record = _read_data_file(run)
+    if since == 0:
+        return record
+    for later in record.get("history", ()):
+        if later["step"] == since:
+            return later
+    raise UserError(f"{run / DATA_FILE} has no record of the data since step {since}: the run cannot be resumed without")
+
+
+def record_extension(config: TrainConfig, data_record: dict[str, Any]) -> None:
+    """Write what an extension has changed to the run's folder, unless it is there.
+
+    The configuration comes last, for without it nobody looks at the record of data.
+    """
+    path = config.out / CONFIG_FILE
+    stored = load_config(path).history
+    if stored == config.history:
+        return
+    for change in config.history:
+        if change not in stored and "data.train" in change.changes:
+            record = _read_data_file(config.out)
+            earlier = [later for later in record.get("history", ()) if later["step"] < change.step]
+            record["history"] = [*earlier, {"step": change.step, **data_record}]
+            write_data_record(config.out, record)
+    save_config(config, path)
+    for change in config.history:
+        if change not in stored:
+            print(f"from step {change.step} on: {change}", file=sys.stderr)
 
 
 def find_newest_valid(run: Path, names: Collection[str] | None = None) -> Path:
@@ -116,11 +167,12 @@ def find_newest_valid(run: Path, names: Collection[str] | None = None) -> Path:
     return found
 
 
-def checkpoint_to_resume(run: Path, resume: Resume) -> Path:
+def checkpoint_to_resume(config: TrainConfig, resume: Resume) -> Path:
     """Return the checkpoint that a run goes on from: the newest valid one, or the one named, which has to be valid.
 
     Later checkpoints are set aside, under names that begin with `set-aside-`, because the run comes past their steps again.
     """
+    run = config.out
     if resume == "auto":
         found = find_newest_valid(run)
     else:
@@ -129,6 +181,11 @@ def checkpoint_to_resume(run: Path, resume: Resume) -> Path:
             names = ", ".join(folder.name for folder in list_checkpoints(run)) or "none"
             raise UserError(f"{found} is not a checkpoint of the run in {run}: it has {names} in {run / CHECKPOINTS}")
         verify_checkpoint(found)
+    if checkpoint_step(found) < config.since("data.train"):
+        raise UserError(
+            f"{found} is from before step {config.since('data.train')}, since which the run has other data: add --extend keep, "
+            "and name in --data.train what it goes on with"
+        )
     checkpoints = list_checkpoints(run)
     for folder in checkpoints[[path.resolve() for path in checkpoints].index(found.resolve()) + 1 :]:
         aside = folder.with_name(f"set-aside-{folder.name}")

@@ -8,7 +8,7 @@ from ..model.config import MODELS
 from ..model.huggingface import read_config
 from .config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from .folder import CONFIG_FILE, TOKENIZER_FILE
-from .text_model import is_huggingface_folder
+from .pretrained import is_huggingface_folder
 
 # Conversations are packed, so a longer one would mostly make attention dearer. Touvron et al. 2023, section 3.1: Llama 2's.
 _FINETUNING_CONTEXT = 4096
@@ -43,6 +43,7 @@ PRESETS: dict[str, TrainConfig] = {
         log_every=10,
         eval_every=100,
         eval_sequences=128,
+        sample_every=200,
         checkpoint_every=200,
     ),
     # CS336 assignment 1, section 7: 327.68 M tokens of TinyStories.

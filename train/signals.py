@@ -3,8 +3,11 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -46,3 +49,16 @@ class StopRequest:
             if signal.getsignal(number) == self._receive:
                 # None stands for a handler that was not set from Python, and cannot be set again from here.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def unless_stopped(compiling: Callable[[], T], stop: object, num_processes: int) -> T | None:
+    """Return what `compiling` gives; None where it fails after a signal, which whoever sends it sends to the compiler too.
+
+    That is before anything has changed. Of several processes the others would wait for this one: there, the error stays.
+    """
+    try:
+        return compiling()
+    except Exception:
+        if num_processes == 1 and stop:
+            return None
+        raise

@@ -8,7 +8,7 @@ from ..model import BatchEngine, Generation, Sampling
 from ..model.sampling import check_seed
 from ..tokenizer import END_OF_TEXT
 from .device import resolve_dtype
-from .text_model import TextModel
+from .pretrained import TextModel
 
 
 @dataclass(frozen=True, kw_only=True)

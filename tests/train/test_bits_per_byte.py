@@ -6,7 +6,9 @@ import torch
 from tilewright.tokenizer import Tokenizer
 from tilewright.train import train
 from tilewright.train.bits_per_byte import bits_per_byte, bytes_per_token, token_sizes
-from tilewright.train.data.datasets import open_dataset, validation_batches
+from tilewright.train.data.datasets import open_dataset
+from tilewright.train.data.sampling import TrainingData
+from tilewright.train.data.validation import ValidationData
 from tilewright.train.metrics import read_metrics
 
 
@@ -30,13 +32,13 @@ def test_a_bit_is_the_logarithm_of_two():
     assert math.isnan(bits_per_byte(1.0, 0))
 
 
-def test_a_run_reports_the_bits_per_byte_of_what_it_validates(changed):
+def test_a_run_reports_the_bits_per_byte_of_its_losses(changed):
     config = changed(steps=4)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     result = train(config)
     num_bytes = num_tokens = 0
     valid = open_dataset(config.data.valid, tokenizer)
-    for _, targets in validation_batches(valid, config.eval_sequences, 4, config.model.context_length):
+    for _, targets in ValidationData(valid, config.eval_sequences, config.model.context_length).batches(4):
         text = tokenizer.decode(targets.flatten().tolist(), skip_special_tokens=True)
         num_bytes, num_tokens = num_bytes + len(text), num_tokens + targets.numel()
     expected = result.valid_loss * num_tokens / num_bytes / math.log(2)
@@ -44,3 +46,11 @@ def test_a_run_reports_the_bits_per_byte_of_what_it_validates(changed):
     assert read_metrics(config.out)[-1]["valid_bits_per_byte"] == result.valid_bits_per_byte
     resumed = train(config, resume="auto")
     assert resumed.valid_bits_per_byte == result.valid_bits_per_byte
+    # Of the steps, too: each by its own text.
+    data = TrainingData((open_dataset(config.data.train[0], tokenizer),), config.model.context_length, config.seed)
+    rows = read_metrics(config.out)
+    for step, row in enumerate(rows):
+        _, targets = data.batch(range(step * 4, step * 4 + 4))
+        num_bytes = len(tokenizer.decode(targets.flatten().tolist(), skip_special_tokens=True))
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] * targets.numel() / num_bytes / math.log(2), rel=1e-9)
+    assert result.train_bits_per_byte == rows[-1]["bits_per_byte"]

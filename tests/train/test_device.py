@@ -1,10 +1,8 @@
-import gc
-
 import pytest
 import torch
 
 from tilewright.errors import UserError
-from tilewright.train.device import collected_by_hand, prepare_allocator, resolve_device, resolve_dtype
+from tilewright.train.device import prepare_allocator, resolve_device, resolve_dtype
 
 
 def test_devices(monkeypatch):
@@ -47,17 +45,3 @@ def test_what_the_allocator_was_told_holds(monkeypatch):
     kept = torch.empty((1 << 28) + free, dtype=torch.uint8, device="cuda")
     segments = torch.cuda.memory_snapshot()
     assert any(segment["is_expandable"] and segment["total_size"] >= kept.nbytes for segment in segments)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_is_left_as_it_was(enabled):
-    before = gc.isenabled()
-    try:
-        (gc.enable if enabled else gc.disable)()
-        with collected_by_hand():
-            assert not gc.isenabled()
-            assert gc.get_freeze_count() > 0
-        assert gc.isenabled() == enabled
-        assert gc.get_freeze_count() == 0
-    finally:
-        (gc.enable if before else gc.disable)()

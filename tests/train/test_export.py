@@ -16,8 +16,8 @@ from tilewright.model.huggingface import family_of_folder
 from tilewright.tokenizer import Tokenizer
 from tilewright.train import load_run, train
 from tilewright.train.config import load_config
-from tilewright.train.export import export_run, initialise
-from tilewright.train.text_model import load_text_model
+from tilewright.train.export import export_run
+from tilewright.train.pretrained import initialise, load_text_model
 
 PROMPT = "the cat sat on"
 

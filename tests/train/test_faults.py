@@ -1,12 +1,16 @@
 """Damaged checkpoints, full and read-only disks, data and settings that change under a run: named, and nothing is lost."""
 
 import dataclasses
+import errno
+import json
 import math
 import os
+import re
 import shutil
 import signal
 
 import pytest
+import torch
 
 from faults import (
     FULL,
@@ -18,12 +22,17 @@ from faults import (
     rows,
     run_in_child,
 )
+from tilewright.cli import main
 from tilewright.errors import UserError
 from tilewright.tokenizer import Tokenizer
-from tilewright.train import OptimizerConfig, loop, train
+from tilewright.train import OptimizerConfig, opening, train
+from tilewright.train.checkpoint import writer as checkpoint_writer
 from tilewright.train.checkpoint.layout import list_checkpoints
+from tilewright.train.checkpoint.writer import CheckpointWriter
 from tilewright.train.data.datasets import open_data
+from tilewright.train.export import export_run
 from tilewright.train.guard import Guard
+from tilewright.train.pretrained import load_text_model
 
 
 @pytest.fixture
@@ -213,6 +222,65 @@ def test_no_folder_can_be_made_in_a_read_only_one(changed, tmp_path, read_only):
     assert f"Permission denied: '{tmp_path / 'locked' / 'run'}'" in printed.splitlines()[-1]
 
 
+def test_a_read_only_folder_of_data_is_named_with_a_remedy(own_data, read_only):
+    text = own_data.data.train[0]
+    text.with_suffix(".tokens").unlink()
+    read_only(text.parent)
+    status, printed = run_in_child(command_without_privileges, own_data)
+    assert status == 2, printed
+    message = printed.splitlines()[-1]
+    assert f"{text.parent} cannot be written to (Permission denied): encode {text} elsewhere, by `tilewright" in message
+    read_only.undo()
+    elsewhere = own_data.out.with_name("train.tokens")
+    assert main(["tokenizer", "encode", str(text), "--out", str(elsewhere)]) == 0
+    train(dataclasses.replace(own_data, data=dataclasses.replace(own_data.data, train=(elsewhere,))))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_remains_on_a_full_disk_is_said(tmp_path, monkeypatch, keep):
+    (tmp_path / "checkpoints" / "set-aside-step-00000007").mkdir(parents=True)
+    with pytest.raises(UserError) as error, CheckpointWriter(tmp_path, keep) as writer:
+        for step in (1, 2):
+            writer.save(step, {"model": {"a": torch.ones(2)}}, {})
+            writer.wait()
+        monkeypatch.setattr(checkpoint_writer, "write_tensors", fails_with(errno.ENOSPC))
+        writer.save(3, {"model": {"a": torch.ones(2)}}, {})
+    old = "" if keep == 1 else ", step-00000001"
+    assert str(error.value).endswith(
+        "No space left on device): the run goes on from step-00000002 with --resume auto; "
+        f"not needed for that: set-aside-step-00000007{old}"
+    ), error.value
+    assert len(list_checkpoints(tmp_path)) == keep
+
+
+def fails_with(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_run_that_was_copied_goes_on_and_is_named_by_its_new_folder(run, changed):
+    config, expected = run
+    moved = dataclasses.replace(config, out=config.out.with_name("copy"))
+    shutil.copytree(config.out, moved.out)
+    shutil.rmtree(config.out)
+    with pytest.raises(UserError, match=rf"the run in {moved.out} has seed 0, not 1"):
+        train(dataclasses.replace(moved, seed=1), resume="auto")
+    shutil.rmtree(list_checkpoints(moved.out)[-1])
+    train(moved, resume="auto")
+    assert outcome(moved.out) == expected
+    assert load_text_model(moved.out, "cpu").num_ids == 300
+    gone = moved.out.with_name("gone.json")
+    lost = dataclasses.replace(moved, data=dataclasses.replace(moved.data, tokenizer=gone))
+    with pytest.raises(UserError, match=rf"{gone} does not exist: .* --data.tokenizer {moved.out}/tokenizer.json"):
+        train(lost, resume="auto")
+    lost = dataclasses.replace(moved, data=dataclasses.replace(moved.data, train=(gone.with_suffix(".txt"),)))
+    with pytest.raises(UserError, match=rf"{gone.with_suffix('.txt')} does not exist: .* --data.train"):
+        train(lost, resume="auto")
+    train(changed(out=moved.out.with_name("tuned"), init=moved.out))
+
+
 def at_step(monkeypatch, step, action):
     """Do something once to the world as a run comes to a step."""
     judge = Guard.judge
@@ -286,6 +354,99 @@ def test_data_that_was_changed_between_two_parts_of_a_run_is_named(own_data, mon
     assert outcome(own_data.out) == expected
 
 
+def flip_ids(path):
+    content = bytearray(path.read_bytes())
+    content[4096::2] = bytes(byte ^ 1 for byte in content[4096::2])
+    path.write_bytes(content)
+
+
+def test_training_ids_that_are_not_their_texts_end_a_new_run(own_data):
+    path = own_data.data.train[0].with_suffix(".tokens")
+    flip_ids(path)
+    with pytest.raises(UserError, match=rf"{path} has changed: its ids are not those that its header speaks of; make it"):
+        train(own_data)
+    assert list_checkpoints(own_data.out)
+
+
+def test_validation_ids_that_are_not_their_texts_end_a_run_before_it_begins(own_data):
+    path = own_data.data.valid.with_suffix(".tokens")
+    flip_ids(path)
+    with pytest.raises(UserError, match=rf"{path} has changed: its ids are not those that its header speaks of; make it"):
+        train(own_data)
+    assert not own_data.out.exists()
+
+
+def noted(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["note"]) for line in lines if "note" in line]
+
+
+@pytest.mark.parametrize("way", ["replaced", "named"])
+def test_other_validation_data_are_refused_or_taken_and_noted(own_data, monkeypatch, way):
+    stopped_after(own_data, monkeypatch, 5)
+    known, other = own_data.data.valid, own_data.data.valid.with_name("other.txt")
+    other.write_text(known.read_text()[::-1])
+    if way == "replaced":
+        other.replace(known)
+        known.with_suffix(".tokens").unlink()
+        changed = own_data
+    else:
+        changed = dataclasses.replace(own_data, data=dataclasses.replace(own_data.data, valid=other))
+    tokens = changed.data.valid.with_suffix(".tokens")
+    with pytest.raises(UserError, match=rf"{tokens} is not what the run was validated on, .*valid.tokens .* --accept-valid"):
+        train(changed, resume="auto")
+    assert noted(own_data.out) == []
+    train(changed, resume="auto", accept_valid=True)
+    assert noted(own_data.out) == [(5, f"validation losses after this step are of {tokens}")]
+    # From here on they are the run's own.
+    train(changed, resume=list_checkpoints(own_data.out)[-2])
+    assert noted(own_data.out) == [(5, f"validation losses after this step are of {tokens}")]
+    assert [row["step"] for row in rows(own_data.out)] == [*range(1, 13)]
+
+
+def test_a_record_of_before_takes_the_validation_data_as_they_are(run, capsys):
+    config, expected = run
+    path = config.out / "data.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: record[name] for name in ("order", "files")}))
+    shutil.rmtree(list_checkpoints(config.out)[-1])
+    train(config, resume="auto")
+    assert "the run has no record of its validation data" in capsys.readouterr().err
+    assert outcome(config.out) == expected
+    assert json.loads(path.read_text()) == record
+
+
+def swap(path):
+    known = Tokenizer.load(path)
+    Tokenizer(known.vocab, known.merges[:-1], list(known.special_tokens)).save(path.with_name("swapped.json"))
+    path.with_name("swapped.json").replace(path)
+
+
+@pytest.mark.parametrize("harm", ["removed", "swapped", "damaged"])
+def test_the_tokenizer_of_a_run_is_checked_and_restored(run, changed, harm, capsys):
+    config, expected = run
+    path = config.out / "tokenizer.json"
+    whole = path.read_bytes()
+    {"removed": lambda path: path.unlink(), "swapped": swap, "damaged": lambda path: os.truncate(path, 200)}[harm](path)
+    message = {
+        "removed": f"the run's tokenizer {path} does not exist: put {config.data.tokenizer} there",
+        "swapped": f"{path} is not the tokenizer that the run was trained with",
+        "damaged": str(path),
+    }[harm]
+    for use in (
+        lambda: load_text_model(config.out, "cpu"),
+        lambda: export_run(config.out, "hf"),
+        lambda: train(changed(out=config.out.with_name("tuned"), init=config.out)),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            use()
+    shutil.rmtree(list_checkpoints(config.out)[-1])
+    train(config, resume="auto")
+    assert f"restored {path}, from {config.data.tokenizer}" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+    assert outcome(config.out) == expected
+
+
 def test_lost_tokens_are_made_again_from_their_text(own_data, monkeypatch):
     expected = whole(own_data)
     stopped_after(own_data, monkeypatch, 5)
@@ -326,9 +487,9 @@ def test_other_settings_are_named_and_free_ones_are_not(run):
     shutil.rmtree(list_checkpoints(config.out)[-1])
     for changes, message in {
         "seed": ({"seed": 1}, "has seed 0, not 1: resume it with 0"),
-        "steps": ({"steps": 13}, "has steps 12, not 13"),
+        "steps": ({"steps": 13}, r"has steps 12, not 13: .* --extend RATE \(a cosine falls"),
         "batch_size": ({"batch_size": 8}, "has batch_size 4, not 8"),
-        "dtype": ({"dtype": "bfloat16"}, "has dtype auto, not bfloat16"),
+        "precision": ({"precision": "bfloat16"}, "has precision auto, not bfloat16"),
         "ema_decay": ({"ema_decay": 0.9}, "has ema_decay None, not 0.9"),
         "model": ({"model": dataclasses.replace(config.model, d_ff=32)}, "has model.d_ff 24, not 32"),
         "optimizer": ({"optimizer": OptimizerConfig(lr=2e-2, warmup_steps=3)}, "has optimizer.lr 0.01, not 0.02"),
@@ -349,8 +510,8 @@ def test_a_second_process_is_refused_and_does_no_harm(config, run, monkeypatch, 
         refused.append(run_in_child(command, config, "--resume", "auto"))
 
     if moment == "beginning":
-        begin = loop.begin_run
-        monkeypatch.setattr(loop, "begin_run", lambda config: (start_another(), begin(config)))
+        begin = opening.begin_run
+        monkeypatch.setattr(opening, "begin_run", lambda config: (start_another(), begin(config)))
     else:
         at_step(monkeypatch, 5, start_another)
     train(config)

@@ -19,6 +19,7 @@ from tilewright.train.checkpoint.layout import list_checkpoints
 from tilewright.train.command import run_train_command
 from tilewright.train.config import load_config
 from tilewright.train.data.datasets import open_data
+from tilewright.train.data.packing import conversation_borders
 from tilewright.train.data.sampling import TrainingData
 from tilewright.train.distributed import World
 from tilewright.train.metrics import read_metrics
@@ -72,12 +73,11 @@ def conversations_of(config, samples):
     lines = config.data.train[0].read_text().splitlines()
     encoded = [encode_conversation(json.loads(line)["messages"], tokenizer, template) for line in lines]
     data, _ = data_of(config)
-    (windows,) = data.chats
-    starts = windows.dataset.starts().tolist()
+    (windows,) = data.packed
+    starts = conversation_borders(windows.dataset).tolist()
     for sample in samples:
-        first = data.place(sample)[1]
-        end = next(end for end in windows.starts.tolist() if end > first)
-        for number in range(starts.index(first), starts.index(end)):
+        _, (window,) = data._places(range(sample, sample + 1))
+        for number in (starts.index(first) for first, _ in windows.pieces(window)):
             ids, marks = encoded[number]
             yield torch.tensor(ids.astype(int))[: CONTEXT + 1], torch.tensor(marks & SCORED != 0)[: CONTEXT + 1]
 
@@ -119,7 +119,7 @@ def test_validation_is_over_the_assistants_tokens(run):
     model, _ = load_run(run.out, "cpu")
     _, valid = data_of(run)
     loss, count = 0.0, 0
-    starts = valid.starts().tolist()
+    starts = conversation_borders(valid).tolist()
     for start, end in pairwise(starts):
         size = min(end - start, CONTEXT + 1)
         records = valid.records(torch.tensor([start]).numpy(), size)[0]
@@ -144,7 +144,8 @@ class Half(World):
 
     def __init__(self, other):
         super().__init__(torch.device("cpu"))
-        self.size, self.other = 2, other
+        self.size = self.num_readers = self.num_replicas = 2
+        self.other = other
 
     def sum(self, value):
         return value + self.other if value.dtype == torch.int64 else value

@@ -41,7 +41,7 @@ def demo_run(folder):
         eval_every=50,
         eval_sequences=4,
         device="cpu",
-        dtype="float32",
+        precision="float32",
     )
 
 

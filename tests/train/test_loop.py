@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.model import ModelConfig
 from tilewright.tokenizer import Tokenizer
-from tilewright.train import OptimizerConfig, load_run, loop, train
-from tilewright.train.capture import StepCapture
+from tilewright.train import OptimizerConfig, load_run, opening, train
+from tilewright.train.callbacks.profiler import Profiler
 from tilewright.train.checkpoint.layout import list_checkpoints
 from tilewright.train.config import load_config
-from tilewright.train.loop import Trainer
 from tilewright.train.metrics import read_metrics
+from tilewright.train.trainer import Trainer
 
 # The rest of a row is time.
 EXACT = ("step", "loss", "grad_norm", "lr", "valid_loss")
@@ -102,13 +103,13 @@ def test_a_run_on_the_kernels_learns_the_same(changed, tmp_path, device):
     results = []
     for backend in ("triton", "reference"):
         with use_backend(backend):
-            options = {"steps": 4, "batch_size": 2, "eval_sequences": 2, "device": device.type, "dtype": "float32"}
+            options = {"steps": 4, "batch_size": 2, "eval_sequences": 2, "device": device.type, "precision": "float32"}
             results.append(train(changed(out=tmp_path / backend, compile=False, **options)))
     assert results[0].valid_loss == pytest.approx(results[1].valid_loss, rel=1e-4)
 
 
 def test_bfloat16_trains_float32_weights(changed):
-    result = train(changed(dtype="bfloat16"))
+    result = train(changed(precision="bfloat16"))
     assert result.valid_loss < 5.2
     assert all(tensor.dtype == torch.float32 for tensor in weights(result.run).values())
 
@@ -210,7 +211,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(changed, tmp_path, caps
 def test_a_run_that_was_killed_while_its_folder_was_made_begins_again(changed, tmp_path, monkeypatch):
     config = changed(out=tmp_path / "broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "begin_run", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(opening, "begin_run", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
         train(config)
     assert not (config.out / "config.json").exists()
     assert list_checkpoints(config.out)
@@ -226,8 +227,9 @@ def test_a_run_that_was_killed_while_its_folder_was_made_begins_again(changed, t
         {"ema_decay": 0.9, "z_loss": 1e-3},
         {"optimizer": OptimizerConfig(name="muon", lr=1e-2, warmup_steps=2, schedule="wsd")},
         {"activation_checkpointing": "block", "micro_batch_size": 1},
+        {"precision": "fp8_delayed", "model": ModelConfig(300, 16, d_model=32, num_layers=2, num_heads=2, d_ff=32)},
     ],
-    ids=["ema", "muon", "checkpointing"],
+    ids=["ema", "muon", "checkpointing", "fp8"],
 )
 def test_every_kind_of_run_resumes_bit_equal(changed, options, tmp_path):
     options = {"keep_checkpoints": 3, **options}
@@ -283,10 +285,10 @@ def test_a_profile_says_where_the_time_went(config, capsys):
 
 def test_a_profile_leaves_validations_and_checkpoints_out(changed, monkeypatch):
     measured = []
-    after_step, after_pause = StepCapture.after_step, StepCapture.after_pause
-    monkeypatch.setattr(StepCapture, "after_step", lambda self: (after_step(self), measured.append(self._phase)))
-    monkeypatch.setattr(StepCapture, "after_pause", lambda self: (after_pause(self), measured.append("pause")))
-    train(changed(steps=14, eval_every=5, checkpoint_every=5), profile=True)
+    after_step, in_pause = Profiler.after_step, Profiler.in_pause
+    monkeypatch.setattr(Profiler, "after_step", lambda self: (after_step(self), measured.append(self._phase)))
+    monkeypatch.setattr(Profiler, "in_pause", lambda self, pause: (in_pause(self, pause), measured.append("pause")))
+    train(changed(steps=14, log_every=14, eval_every=5, checkpoint_every=5), profile=True)
     # In step 5, with one step timed, and in step 10, with two recorded.
     timing, recording = ["timing"], ["recording"]
     warm = ["warming up"] * 2

@@ -1,9 +1,7 @@
-import sys
-import types
+import json
 
 import pytest
 
-from tilewright.errors import UserError
 from tilewright.train import train
 from tilewright.train.metrics import MetricLog, read_metrics
 from tilewright.train.plot import plot_losses
@@ -36,31 +34,59 @@ def test_a_resumed_log_forgets_what_will_be_written_again(tmp_path):
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
-def test_tensorboard_receives_every_scalar(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricLog(tmp_path, "tensorboard") as log:
-        log.log(1, loss=2.5, mfu=None)
-        log.log(2, loss=1.5, valid_loss=3.0)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
-    assert [event.step for event in events.Scalars("valid_loss")] == [2]
-
-
-def test_wandb_receives_every_row(tmp_path, monkeypatch):
-    calls = []
-    session = types.SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish"))
-    fake = types.SimpleNamespace(__spec__="here", init=lambda **options: calls.append(options["config"]) or session)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    with MetricLog(tmp_path, "wandb", {"steps": 9}) as log:
-        log.log(1, loss=2.5)
-    assert calls == [{"steps": 9}, (1, {"loss": 2.5}), "finish"]
+DAMAGED = {
+    "cut": b'{"step": 2, "lo',
+    "no JSON": b"?",
+    "no UTF-8": b'{"step": 2, "loss": \xff}',
+    "UTF-16": '{"step": 2}'.encode("utf-16"),
+    "zeros": bytes(4096),
+    "empty": b"",
+    "a number": b"3",
+    "no step": b'{"loss": 2.0}',
+    "a step that is none": b'{"step": true, "loss": 2.0}',
+    "a step below 0": b'{"step": -1, "loss": 2.0}',
+    "a step of too many digits": b'{"step": ' + b"9" * 5000 + b"}",
+    "a text for a number": b'{"step": 2, "loss": "low"}',
+    "deep": b"[" * 100_000,
+    "long": b'{"step": 2, "loss": ' + b"1" * 3_000_000,
+}
 
 
-def test_a_missing_tracker_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'tilewright\[wandb\]'"):
-        MetricLog(tmp_path, "wandb")
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_kept_aside_and_the_rows_after_it_stay(tmp_path, line, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + line + b'\n{"step": 3, "loss": 3.0}\n{"step": 4}\n')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    plot_losses(tmp_path)
+    with MetricLog(tmp_path, resume_step=3) as log:
+        log.log(4, loss=4.0)
+    assert "1 lines are damaged or double; they are kept in" in capsys.readouterr().err
+    assert (tmp_path / "metrics.dropped.jsonl").read_bytes() == line + b"\n"
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 3.0, 4.0]
+
+
+def test_of_two_rows_of_a_step_the_later_counts(tmp_path):
+    first, *_ = lines = [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n', b'{"step": 1, "loss": 3.0}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    MetricLog(tmp_path, resume_step=2).__exit__()
+    assert (tmp_path / "metrics.dropped.jsonl").read_bytes() == first
+
+
+def test_a_number_that_json_does_not_know_is_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "lr": -Infinity, "grad_norm": 1e999, "mfu": 0.5}\n')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "lr": None, "grad_norm": None, "mfu": 0.5}]
+
+
+def test_a_note_is_written_once_and_stays_when_steps_come_again(tmp_path):
+    for resumed, notes in {5: [(5, "other data")], 3: [(3, "other data")]}.items():
+        with MetricLog(tmp_path, resume_step=resumed) as log:
+            log.note(resumed, "other data")
+            for step in range(resumed + 1, 9):
+                log.log(step, loss=1.0)
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [(line["step"], line["note"]) for line in lines if "note" in line] == notes
+    assert [row["step"] for row in read_metrics(tmp_path)] == [4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 30])

@@ -8,7 +8,8 @@ import torch
 from faults import outcome, rows
 from tilewright.tokenizer import Tokenizer
 from tilewright.train import train
-from tilewright.train.checkpoint.layout import list_checkpoints, read_tensors
+from tilewright.train.checkpoint.layout import list_checkpoints
+from tilewright.train.checkpoint.reader import read_tensors
 from tilewright.train.data.datasets import open_data
 from tilewright.train.data.sampling import TrainingData
 
@@ -36,7 +37,7 @@ def test_40_steps_across_an_epoch_border_are_replayed_exactly(changed, tmp_path)
 
 
 def test_one_times_eight_and_eight_times_one_agree(changed, tmp_path):
-    runs = [changed(out=tmp_path / str(micro), batch_size=8, micro_batch_size=micro, dtype="float32") for micro in (8, 1)]
+    runs = [changed(out=tmp_path / str(micro), batch_size=8, micro_batch_size=micro, precision="float32") for micro in (8, 1)]
     for config in runs:
         train(config)
     together, apart = (rows(config.out) for config in runs)

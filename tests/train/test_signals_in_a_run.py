@@ -7,7 +7,8 @@ import signal
 import pytest
 
 from faults import PHASES, command, command_while_it_compiles, command_with_signals, outcome, rows, run_in_child
-from tilewright.train.checkpoint.layout import list_checkpoints, read_state
+from tilewright.train.checkpoint.layout import list_checkpoints
+from tilewright.train.checkpoint.reader import read_state
 from tilewright.train.signals import STOP_SIGNALS
 
 

@@ -10,7 +10,8 @@ import torch
 from faults import outcome, rows
 from tilewright.errors import DivergedError
 from tilewright.train import train
-from tilewright.train.checkpoint.layout import list_checkpoints, read_tensors
+from tilewright.train.checkpoint.layout import list_checkpoints
+from tilewright.train.checkpoint.reader import read_tensors
 from tilewright.train.data.sampling import TrainingData
 from tilewright.train.trainer import Trainer, TrainingLoss
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tilewright.errors import UserError
 from tilewright.model import Sampling, generate
 from tilewright.train import SampleConfig, TextModel, write_texts
-from tilewright.train.samples import read_prompts
+from tilewright.train.sample import read_prompts
 from tilewright.train.texts import TextStream, continue_texts, encode_prompt
 
 

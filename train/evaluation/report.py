@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ...errors import UserError
 from ...files import require_absent
 from ...tokenizer.text.sources import resolve
-from ..text_model import load_text_model
+from ..pretrained import load_text_model
 from .core import read_bundle, score_core
 from .multiple_choice import score_questions
 from .scoring import Scorer

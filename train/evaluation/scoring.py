@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..device import resolve_dtype
-from ..text_model import TextModel
+from ..pretrained import TextModel
 
 # Requests that are sorted by length at a time, so that those of a batch have about the same.
 _SORTED_REQUESTS = 1024

@@ -15,7 +15,7 @@ from ...model import Generation
 from ...model.prompts import checked_prompt
 from ...tokenizer.chat_template import ChatTemplate
 from ..conversation import encode_conversation
-from ..text_model import TextModel
+from ..pretrained import TextModel
 from ..texts import TextStream, encode_prompt
 from .errors import ApiError
 from .protocol import GenerationRequest, Limits, check_model, read_chat, read_completion

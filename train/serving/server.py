@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ...errors import UserError
 from ...files import read_text
 from ...tokenizer.chat_template import ChatTemplate
-from ..text_model import load_text_model
+from ..pretrained import load_text_model
 from ..texts import make_engine
 from .app import Service, is_loopback, make_app
 from .protocol import Limits

@@ -123,6 +123,9 @@ class Worker:
             while self._wait():
                 for generation in self.engine.step():
                     self._read(generation)
+        except UserError as error:
+            _log.error("%s; the server answers no more requests", error)
+            self.failed = True
         except Exception:
             _log.exception("the model failed: the server answers no more requests")
             self.failed = True

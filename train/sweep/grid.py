@@ -16,9 +16,11 @@ import torch
 
 from ...errors import DivergedError, UserError
 from ...files import write_text
-from ..config import TrainConfig, check_same_run, load_config, save_config, with_options
+from ..bits_per_byte import finite
+from ..config import TrainConfig, load_config, save_config, with_options
+from ..extension import check_same_run
 from ..folder import holds_run
-from ..loop import train
+from ..run import train
 from .plot import plot_sweep
 from .result import SweepPoint, SweepResult, name_of
 
@@ -129,15 +131,15 @@ def _run_point(settings: dict[str, Any], config: TrainConfig) -> SweepPoint | No
     if not math.isfinite(result.valid_loss):
         # Of a run that diverges, `train` says so.
         return None
-    train_loss = result.train_loss if math.isfinite(result.train_loss) else None
     return SweepPoint(
         settings,
         run.name,
         "finished",
         result.valid_loss,
-        train_loss,
+        finite(result.train_loss),
         result.tokens_per_second,
-        valid_bits_per_byte=result.valid_bits_per_byte if math.isfinite(result.valid_bits_per_byte) else None,
+        valid_bits_per_byte=finite(result.valid_bits_per_byte),
+        train_bits_per_byte=finite(result.train_bits_per_byte),
     )
 
 

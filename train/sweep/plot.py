@@ -23,7 +23,7 @@ def _draw_curves(axes: "Axes", result: SweepResult, ranking: list[SetPoint], col
     starts = []
     for i, group in enumerate(ranking):
         for j, point in enumerate(group.points):
-            rows = read_metrics(result.out / point.run)
+            rows = [row for row in read_metrics(result.out / point.run) if "loss" in row]
             colour = colours[name_of(group.settings)]
             axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colour, alpha=0.35, lw=0.8)
             valid = [row for row in rows if row.get("valid_loss") is not None]

@@ -36,6 +36,7 @@ class SweepPoint:
     """Why the run did not finish."""
     valid_bits_per_byte: float | None = None
     """The validation loss in bits per byte of text."""
+    train_bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def sweep_table(result: SweepResult) -> Table:
     table = Table(title=str(result.out))
     short = [name.rpartition(".")[2] for name in axes]
     names = short if len({*short}) == len(short) else axes
-    for name in (*names, "valid loss", *(["spread"] if seeds > 1 else []), "bits/byte", "train loss", "tokens/s", "runs"):
+    spread = ["spread"] if seeds > 1 else []
+    for name in (*names, "valid loss", *spread, "bits/byte", "train loss", "train bits/byte", "tokens/s", "runs"):
         table.add_column(name, justify="right")
 
     def mean(values: list[float | None], form: str) -> str:
@@ -110,6 +112,7 @@ def sweep_table(result: SweepResult) -> Table:
             *([f"{max(losses) - min(losses):.4f}" if losses else "-"] if seeds > 1 else []),
             mean([point.valid_bits_per_byte for point in points], ".4f"),
             mean([point.train_loss for point in points], ".4f"),
+            mean([point.train_bits_per_byte for point in points], ".4f"),
             mean([point.tokens_per_second for point in points], ",.0f"),
             ", ".join(f"{count} {status}" if seeds > 1 else status for status, count in counts.items()),
             style="bold" if i == 0 and group.all_finished else None,

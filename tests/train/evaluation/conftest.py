@@ -4,7 +4,7 @@ import torch
 from tilewright.model import ModelConfig, TransformerLM
 from tilewright.tokenizer import Tokenizer
 from tilewright.train.evaluation import Scorer
-from tilewright.train.text_model import TextModel
+from tilewright.train.pretrained import TextModel
 
 
 @pytest.fixture(scope="session")

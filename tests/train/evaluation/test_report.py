@@ -10,7 +10,7 @@ from tilewright.train import train
 from tilewright.train.evaluation import EvalConfig, Scorer, evaluate
 from tilewright.train.evaluation.tasks import TASKS
 from tilewright.train.evaluation.texts import score_texts
-from tilewright.train.text_model import load_text_model
+from tilewright.train.pretrained import load_text_model
 
 
 @pytest.fixture(scope="module")

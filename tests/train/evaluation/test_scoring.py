@@ -5,7 +5,7 @@ import pytest
 
 from tilewright.errors import UserError
 from tilewright.train.evaluation import Request, Scorer
-from tilewright.train.text_model import TextModel
+from tilewright.train.pretrained import TextModel
 
 
 def random_requests(count, seed=0):

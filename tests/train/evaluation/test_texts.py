@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tilewright.errors import UserError
 from tilewright.train.evaluation import Scorer
 from tilewright.train.evaluation.texts import SlidingWindow, score_texts
-from tilewright.train.text_model import TextModel
+from tilewright.train.pretrained import TextModel
 
 DOCUMENTS = ["the cat sat on a mat and saw one small red bird in that old tree. " * 4, "a bird", "é " * 30, "one"]
 
@@ -79,7 +79,8 @@ def test_rows_of_a_table_are_documents(scorer, tmp_path):
 def test_a_text_is_read_in_blocks(scorer, tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", DOCUMENTS * 20)
     whole = score_texts(scorer, [path])[str(path)]
-    monkeypatch.setattr("tilewright.tokenizer.text.sources.iter_blocks.__kwdefaults__", {"pattern": "gpt2", "block_bytes": 64})
+    defaults = {"pattern": "gpt2", "block_bytes": 64, "document_end": ""}
+    monkeypatch.setattr("tilewright.tokenizer.text.sources.iter_blocks.__kwdefaults__", defaults)
     parts = score_texts(scorer, [path])[str(path)]
     assert parts["nats"] == pytest.approx(whole["nats"], rel=1e-6)
     assert {name: parts[name] for name in ("tokens", "bytes", "documents")} == {
