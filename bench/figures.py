@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_PERCENT = ("share_of", "mfu", "best_mfu", "occupancy", "overhead")
+_PERCENT = ("share_of", "mfu", "best_mfu", "occupancy", "overhead", "host_share")
 # Of the memory predicted; groups of `train.profile`, as shares of a step.
 _SHARES = ("error", "matmul", "attention", "own", "elementwise", "optimizer", "copy", "communication", "idle")
 _HIDDEN = ("table", "stage", "op", "size", "preliminary")

@@ -66,7 +66,8 @@ def _training(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.get("tokens_per_s") and row.get("mfu") and row.get("variant") == "compile + kernels":
             peak = f", {row['peak_gb']:.1f} GB" if row.get("peak_gb") else ""
-            parts.append(f"{row.get('case')}: {row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}{peak}")
+            host = f", the host {row['host_share']:.0%} of a step" if row.get("host_share") else ""
+            parts.append(f"{row.get('case')}: {row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}{peak}{host}")
     return "<br>".join(parts)
 
 

@@ -264,14 +264,18 @@ def _causal_shapes() -> dict[int, Sizes]:
 
 
 def modelled() -> Iterator[tuple[str, Op, Sizes]]:
-    """Yield (name, op, sizes): each op's first shape, attention's at each head dim, and a decoding step, so every kernel."""
-    attention = ALL["attention"]
+    """Yield (name, op, sizes): each op's first shape, and those that launch other kernels, so every kernel.
+
+    These are attention at each head dim, a decoding step, and 8-bit products with a scale for each row.
+    """
+    attention, fp8 = ALL["attention"], ALL["fp8_linear"]
     for op in ALL.values():
         if op is not attention:
             yield op.name, op, op.shapes[0]
     for head_dim, sizes in _causal_shapes().items():
         yield f"attention K{head_dim}", attention, sizes
     yield "decoding", attention, next(s for s in attention.shapes if s["num_queries"] == 1)
+    yield "fp8_linear by rows", fp8, next(s for s in fp8.shapes if s["rowwise"])
 
 
 def model_jobs() -> Iterator[Job]:

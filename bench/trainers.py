@@ -19,6 +19,7 @@ from ..kernels import use_backend
 from ..model import ModelConfig, TransformerLM, transformer
 from ..model.accounting import Policy
 from ..train import TrainConfig, preset
+from ..train.config import Precision
 from ..train.data.sampling import TrainingData
 from ..train.data.token_file import TokenDataset, write_tokens
 from ..train.device import resolve_device
@@ -31,10 +32,18 @@ TORCH_POLICY = dataclasses.replace(OWN_POLICY, ops="eager", loss="whole")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How the step is computed: by this project's kernels or by PyTorch alone, compiled or not."""
+    """How the step is computed: by this project's kernels or by PyTorch alone, compiled or not, as one CUDA graph or not."""
 
     kernels: bool
     compiled: bool
+    graph: bool = False
+    precision: Precision = "auto"
+
+    @property
+    def policy(self) -> Policy:
+        """How the accounting names it."""
+        policy = OWN_POLICY if self.kernels else TORCH_POLICY
+        return policy if self.precision == "auto" else dataclasses.replace(policy, compute=self.precision)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -50,6 +59,9 @@ VARIANTS: Mapping[str, Variant] = {
     "eager": Variant(kernels=False, compiled=False),
     "compile + kernels": Variant(kernels=True, compiled=True),
     "compile": Variant(kernels=False, compiled=True),
+    "compile + kernels + graph": Variant(kernels=True, compiled=True, graph=True),
+    "compile + kernels, fp8": Variant(kernels=True, compiled=True, precision="fp8"),
+    "compile + kernels, fp8_rowwise": Variant(kernels=True, compiled=True, precision="fp8_rowwise"),
 }
 
 

@@ -15,11 +15,12 @@ from ..kernels.device import gpu_of
 from ..model import ModelConfig
 from ..model.accounting import forward_flops_by_group, model_flops, operations, roofline, training_memory
 from ..train import preset
+from ..train.graph import EAGER_STEPS
 from ..train.profile import breakdown, profiled_events
 from ..train.trainer import Trainer
 from .jobs import Job, Row, Rows, clean_up
 from .timing import quantiles
-from .trainers import OWN_POLICY, TORCH_POLICY, VARIANTS, config_for, counted_flops, random_trainer
+from .trainers import OWN_POLICY, VARIANTS, config_for, counted_flops, random_trainer
 
 LAPS = 5
 LAP_SECONDS = 0.2
@@ -40,6 +41,14 @@ def _seconds(trainer: Trainer, steps: int) -> float:
     for _ in range(steps):
         trainer.train_step()
     _synchronise(trainer.device)
+    return time.perf_counter() - start
+
+
+def _host_seconds(trainer: Trainer) -> float:
+    """Return how long the host takes to ask an idle device for a step, whose queue is not yet full."""
+    _synchronise(trainer.device)
+    start = time.perf_counter()
+    trainer.train_step()
     return time.perf_counter() - start
 
 
@@ -79,11 +88,15 @@ class Entrant:
     peak_gb: float | None
     """The most that it held at once, without what others hold; None on a CPU."""
     times_ms: list[float] = dataclasses.field(default_factory=list)
+    host_ms: list[float] = dataclasses.field(default_factory=list)
+    """What the host takes to ask a GPU for a step; nothing of a CPU, which is its own host."""
 
     def lap(self) -> None:
         """Take some steps on the clock."""
         with VARIANTS[self.variant].running():
             self.times_ms.append(1e3 * _seconds(self.trainer, self.lap_steps) / self.lap_steps)
+            if self.trainer.device.type == "cuda":
+                self.host_ms.append(1e3 * _host_seconds(self.trainer))
 
 
 def _allocated(device: torch.device) -> int:
@@ -93,7 +106,8 @@ def _allocated(device: torch.device) -> int:
 @contextmanager
 def entrant(name: str, variant: str, device: torch.device, batch: int) -> Iterator[Entrant]:
     """Make a variant ready for its laps."""
-    config = config_for(name, device, batch, compile=VARIANTS[variant].compiled)
+    entered = VARIANTS[variant]
+    config = config_for(name, device, batch, compile=entered.compiled, cuda_graphs=entered.graph, precision=entered.precision)
     # What is left of one that failed would be freed meanwhile.
     gc.collect()
     start, before = time.perf_counter(), _allocated(device)
@@ -103,8 +117,8 @@ def entrant(name: str, variant: str, device: torch.device, batch: int) -> Iterat
             ready_s = time.perf_counter() - start
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            # The first steps may yet choose algorithms.
-            step_s = min(_seconds(trainer, 1) for _ in range(2))
+            # The first steps may yet choose algorithms, and those before a graph run without it.
+            step_s = min(_seconds(trainer, 1) for _ in range(EAGER_STEPS + 1 if entered.graph else 2))
         peak_gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9 if device.type == "cuda" else None
         yield Entrant(variant, trainer, max(1, math.ceil(LAP_SECONDS / step_s)), ready_s, peak_gb)
 
@@ -114,11 +128,16 @@ def _speed(case: str, entrant: Entrant, measured: str) -> Row:
     batch, model, step_s = config.batch_size, config.model, times.p50_ms * 1e-3
     assert batch != "auto"
     flops, gpu, peak = model_flops(operations(model, batch)), gpu_of(entrant.trainer.device), _peak(entrant.trainer)
-    bound = gpu and roofline(model, gpu, batch, policy=OWN_POLICY)
+    # The least time is that of this project's form, whoever takes it.
+    bound_by = dataclasses.replace(OWN_POLICY, compute=VARIANTS[entrant.variant].policy.compute)
+    bound = gpu and roofline(model, gpu, batch, policy=bound_by)
+    host_ms = quantiles(entrant.host_ms).p50_ms if entrant.host_ms else None
     row: Row = {
         "case": case,
         "variant": entrant.variant,
         **dataclasses.asdict(times),
+        "host_ms": host_ms,
+        "host_share": host_ms and host_ms / times.p50_ms,
         "tokens_per_s": config.tokens_per_step / step_s,
         "formula_tflop": flops / 1e12,
         "counted_tflop": batch * counted_flops(model) / 1e12,
@@ -138,7 +157,7 @@ def _speed(case: str, entrant: Entrant, measured: str) -> Row:
 
 def _peak(trainer: Trainer) -> float | None:
     gpu = gpu_of(trainer.device)
-    return gpu and gpu.peak_flops("bf16" if trainer.dtype == torch.bfloat16 else "fp32")
+    return gpu and gpu.peak_flops(trainer.peak)
 
 
 def _where_the_time_goes(case: str, entrant: Entrant) -> Rows:
@@ -162,7 +181,7 @@ def _free_memory(device: torch.device) -> float:
 
 def fit_together(model: ModelConfig, batch: int, device: torch.device, variants: Sequence[str]) -> bool:
     """Return whether the weights and the optimizer's state of all variants have room beside the activations of one."""
-    policies = [OWN_POLICY if VARIANTS[variant].kernels else TORCH_POLICY for variant in variants]
+    policies = [VARIANTS[variant].policy for variant in variants]
     held = [training_memory(model, batch, policy=policy) for policy in policies]
     states = [memory.weights + memory.master_weights + memory.optimizer_state for memory in held]
     working = max(memory.peak - state for memory, state in zip(held, states, strict=True))
@@ -198,6 +217,7 @@ def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[st
                     each.lap()
                     yield _speed(case, each, "alone") | {"preliminary": True}
                     each.times_ms.clear()
+                    each.host_ms.clear()
         for each in ready * LAPS:
             if each.variant not in failed and each.variant not in too_large:
                 with failing_alone(each.variant):

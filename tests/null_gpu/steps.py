@@ -4,6 +4,7 @@ Of each variant of a run, a turn of the loop lasts from one call of `Trainer.tra
 loop does between them. The first turns compile and make what stays; those that write a line of metrics wait for the device.
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -24,8 +25,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {},
     "accumulate": {"micro_batch_size": 2},
     "cuda graphs": {"cuda_graphs": True},
+    "cuda graphs, accumulate": {"cuda_graphs": True, "micro_batch_size": 2},
+    "cuda graphs, muon": {"cuda_graphs": True, "name": "muon"},
     "muon": {"name": "muon"},
     "checkpointed": {"activation_checkpointing": "block"},
+    "two sources": {"cuda_graphs": True, "names": ("a", "b")},
 }
 NUM_STEPS, WARMUP_STEPS, LOG_EVERY = 24, 8, 4
 LIMIT_S = 300
@@ -51,11 +55,14 @@ def _config(variant: str, folder: Path) -> Any:
     write_stories(files.valid, 0.02, seed=1)
     Tokenizer(*train_bpe(files.train[0], 300, [END_OF_TEXT]), [END_OF_TEXT]).save(files.tokenizer)
     options = dict(VARIANTS[variant])
+    data = files
+    if names := options.pop("names", None):
+        data = dataclasses.replace(files, train=(files.train[0], files.valid), names=names)
     optimizer = OptimizerConfig(name=options.pop("name", "adamw"), warmup_steps=3)
     # Wide enough that every kernel is launched as in a real run; validations and checkpoints come after the last step.
     model = ModelConfig(vocab_size=300, context_length=64, d_model=64, num_layers=2, num_heads=2, d_ff=128)
     return TrainConfig(
-        out=folder / "run", model=model, data=files, steps=NUM_STEPS, batch_size=4, optimizer=optimizer, device="cuda",
+        out=folder / "run", model=model, data=data, steps=NUM_STEPS, batch_size=4, optimizer=optimizer, device="cuda",
         log_every=LOG_EVERY, eval_every=NUM_STEPS, checkpoint_every=NUM_STEPS, eval_sequences=4, **options,
     )  # fmt: skip
 
@@ -97,9 +104,9 @@ def measure(variant: str) -> dict[str, Any]:
 
 def measured(variant: str) -> dict[str, Any]:
     """Return what `measure` gives in a process of its own, which has compiled and captured nothing before."""
-    tests = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Whatever a test's process has set for Triton's interpreter, on this GPU kernels are compiled.
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": tests}
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-P", "-m", f"{__package__}.steps", variant],
         env=variables,

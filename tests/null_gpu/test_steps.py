@@ -11,9 +11,6 @@ pytestmark = pytest.mark.skipif(
     not os.environ.get("NULL_GPU"), reason="needs the null GPU: tests/null_gpu/install.py puts it there, NULL_GPU=1 turns it on"
 )
 
-# Muon waits for the device once a step: it has to know whether the step is skipped.
-WAITS = dict.fromkeys(VARIANTS, 0) | {"muon": 1}
-
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
@@ -26,9 +23,9 @@ def test_every_step_asks_for_the_same(variant):
 
 
 def test_the_host_waits_only_in_a_step_that_logs(variant):
-    name, counts = variant
-    assert counts["step"].get("synchronisations", 0) == WAITS[name]
-    assert counts["step that logs"]["synchronisations"] > WAITS[name]
+    _, counts = variant
+    assert counts["step"].get("synchronisations", 0) == 0
+    assert counts["step that logs"]["synchronisations"] > 0
 
 
 @pytest.mark.parametrize("what", ["allocations", "modules", "faults", "launches: side", "launches: another device"])
