@@ -64,6 +64,10 @@ def test_the_whole_way_from_text_to_text(capsys, folder):
     # The run's own settings need not be given again.
     status, out, err = run(capsys, "train", "stories-cpu", "--out", "runs/one", "--resume", "auto")
     assert status == 0, err
+    # Nor are new ones checked against the preset's, whose warm-up is longer than this.
+    status, out, err = run(capsys, "train", "stories-cpu", "--out=runs/one", "--resume=auto", "--steps", 6, "--extend", 1e-3)
+    assert status == 0, err
+    assert "step 6/6" in err
 
 
 def test_a_tokenizer_is_trained_from_counts_in_several_sizes(capsys, folder):
@@ -98,6 +102,22 @@ def test_decoding_prints_the_text(capfdbinary, folder):
     capfdbinary.readouterr()
     assert main(["tokenizer", "decode", "data/valid.tokens"]) == 0
     assert capfdbinary.readouterr().out == (folder / "data" / "valid.txt").read_bytes()
+
+
+def test_several_texts_are_encoded_to_shards(capsys, folder):
+    assert run(capsys, "tokenizer", "train", "data/valid.txt", "--vocab-size", 280)[0] == 0
+    status, out, err = run(capsys, "tokenizer", "encode", "data/*.txt")
+    assert status == 0, err
+    assert out.startswith("wrote ")
+    assert "data.tokens: " in out
+    assert "tokens in 2 shards as uint16" in out
+    names = sorted(path.name for path in (folder / "data.tokens").iterdir())
+    assert names == ["index.json", "train.txt.tokens", "valid.txt.tokens"]
+    # What is there stays, and the same is said of it.
+    assert run(capsys, "tokenizer", "encode", "data/*.txt") == (0, out, "")
+    status, _, err = run(capsys, "tokenizer", "encode", "data/train.txt", "data/valid.txt")
+    assert status == 2
+    assert "2 texts are given: name a folder for their shards with --out" in err
 
 
 def test_the_embedded_corpus(capsys, folder):
@@ -178,11 +198,11 @@ def test_the_version(capsys):
         (["corpus", "stories", "--seed", "-1"], "a seed is 0 or more, not -1"),
         (["account", "gpt9"], "preset 'gpt9' is unknown: choose one of stories-cpu"),
         (["account", "gpt2-xl", "--batch-size", "auto"], "batch_size auto needs --memory"),
-        (["account", "gpt2-xl", "--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+        (["account", "gpt2-xl", "--batch-size", "0"], "batch_size is 0: it must be from 1 to"),
         (["account", "gpt2-xl", "--batch-size", "auto", "--memory", "80"], "memory '80' is not a size"),
         (["account", "gpt2-xl", "--batch-size", "auto", "--memory", "8GB"], "does not hold one sequence of 1024 tokens"),
-        (["account", "gpt2-xl", "--context-length", "0"], "context_length is 0: it must be at least 1"),
-        (["account", "gpt2-xl", "--gpu", "h200", "--mfu", "1.5"], "mfu is 1.5: it must be above 0 and at most 1"),
+        (["account", "gpt2-xl", "--context-length", "0"], "context_length is 0: it must be from 1 to"),
+        (["account", "gpt2-xl", "--gpu", "h200", "--mfu", "1.5"], "mfu is 1.5: it must be from 1e-06 to 1"),
         (["account", "gpt2-xl", "--gpu", "h200", "--tokens-per-second", "1e9"], "tokens_per_second is 1000000000.0"),
         (["bench", "kernels", "--device", "abacus"], "device 'abacus' is unknown"),
     ],
