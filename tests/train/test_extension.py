@@ -176,7 +176,7 @@ def test_batches_grow_without_another_shape(changed, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 11])
+@pytest.mark.parametrize("every", [pytest.param(3, marks=pytest.mark.long), 23])
 def test_an_extension_killed_before_any_operation_on_a_file_goes_on(growing, corpus, tmp_path, every):
     shutil.copy(corpus / "valid.txt", tmp_path / "more.txt")
     start = growing("wsd", steps=8, checkpoint_every=2)
