@@ -142,7 +142,10 @@ def resume_run(trainer: Trainer, tokenizer: AnyTokenizer, resume: Resume) -> dic
     def update() -> None:
         restore_tokenizer(trainer.config, tokenizer)
         texts = _validation_texts(trainer.valid_data, trainer.sources)
-        write_data_record(run, updated_record(read_data_record(run), texts, tokenizer, trainer.step))
+        record = read_data_record(run)
+        updated = updated_record(record, texts, tokenizer, trainer.step)
+        if updated != record:
+            write_data_record(run, updated)
 
     on_first(update)
     return read_state(folder)["unfinished_row"]
