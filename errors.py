@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """A training run whose loss is not finite, or spikes for too many steps in a row: other settings are needed."""
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error of another library says, in one line; its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

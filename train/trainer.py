@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -102,8 +103,9 @@ class Trainer:
         assert config.activation_checkpointing != "auto"
         self.model.activation_checkpointing = config.activation_checkpointing
         bound = end_of_text if config.data.documents else None
-        self._by_source = sources is not None and sources.trains_apart
-        self.loss = TrainingLoss(self.model, config.z_loss, bound, config.router_loss, self._by_source)
+        self._sources_apart = sources if sources is not None and sources.trains_apart else None
+        by_sequence = self._sources_apart is not None
+        self.loss = TrainingLoss(self.model, config.z_loss, bound, config.router_loss, by_sequence)
         # From here on the parameters are where, and what, they will be.
         self._loss_sum = self._spread_and_compiled()
         self._fp8_scales = None
@@ -219,9 +221,9 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.step)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-        if self.sources is not None and self._by_source:
+        if self._sources_apart is not None:
             numbers = self.train_data.sources(self.world.rows(self.samples(self.step - 1)))
-            metrics |= self.sources.training_losses(by_sequence, batch[1], numbers, self.world)
+            metrics |= self._sources_apart.training_losses(by_sequence, batch[1], numbers, self.world)
         return metrics
 
     def _update(self, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,9 +237,13 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss, grad_norm, by_sequence
 
+    def mean_of_weights(self) -> AbstractContextManager[None]:
+        """Let the model compute with the mean of its weights while the context lasts, where the run keeps one."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.in_place_of_the_weights()
+
     def validate(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
         """Return the validation loss in nats per token; None where it was `interrupted` between two batches."""
-        with contextlib.nullcontext() if self.ema is None else self.ema.in_place_of_the_weights():
+        with self.mean_of_weights():
             return self._validate(self.validation, interrupted)
 
     def validate_sources(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -245,7 +251,7 @@ class Trainer:
         row: dict[str, float] = {}
         if self.sources is None:
             return row
-        with contextlib.nullcontext() if self.ema is None else self.ema.in_place_of_the_weights():
+        with self.mean_of_weights():
             for name, data in self.sources.valid.items():
                 if (loss := self._validate(data, interrupted)) is None:
                     return None

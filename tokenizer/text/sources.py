@@ -250,21 +250,22 @@ def _json_texts(path: Path, column: str) -> Iterator[bytes]:
     with io.BufferedReader(open_stream(path), _JSON_BUFFER) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _json_text(line, column, f"{path}, line {number}")
+                yield encode_utf8(json_text(line, column, f"{path}, line {number}") or "")
 
 
-def _json_text(line: bytes, column: str, place: str) -> bytes:
+def json_text(line: bytes, column: str, place: str) -> str | None:
+    """Return the text in a column of a JSON object; a line without it is a `UserError`, which `place` names."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON in UTF-8, or is cut off: {error}") from None
     if not isinstance(entry, dict) or column not in entry:
         there = ", ".join(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
-        raise UserError(f"{place} has no column {column!r}: it has {there}")
+        raise UserError(f"{place} has no column {column!r}: it has {there}; name the column of the text")
     text = entry[column]
     if not isinstance(text, str | None):
         raise UserError(f"{place} has a {type(text).__name__} in column {column!r}: text is needed")
-    return encode_utf8(text or "")
+    return text
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[bytes]:

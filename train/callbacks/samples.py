@@ -1,6 +1,5 @@
 """Texts that the model writes while it trains, for whoever watches the run."""
 
-import contextlib
 import sys
 
 import torch
@@ -41,8 +40,7 @@ class Samples(Callback):
         """Write the texts, where the step is one to write at."""
         if not pause.finished or not self.is_due(self.every):
             return
-        ema = self.trainer.ema
-        with contextlib.nullcontext() if ema is None else ema.in_place_of_the_weights():
+        with self.trainer.mean_of_weights():
             model = self._whole_model()
             if model is not None:
                 self._write(model)

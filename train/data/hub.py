@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, one_line
 
 PARQUET = ".parquet"
 JSON_LINES = re.compile(r".*\.(jsonl?|ndjson)(\.gz|\.zst)?")
@@ -182,9 +182,9 @@ def hub_errors(repo: str) -> Iterator[None]:
             f"the hub has no dataset {repo!r}, or a private one: check the name, or log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{repo} has no such revision (any more): {_first_line(error)}") from error
+        raise UserError(f"{repo} has no such revision (any more): {one_line(error)}") from error
     except HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a dataset: {_first_line(error)}") from error
+        raise UserError(f"{repo!r} is no name of a dataset: {one_line(error)}") from error
     except Exception as error:
         modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
         known = isinstance(error, HfHubHTTPError | OfflineModeIsEnabled | ConnectionError | TimeoutError)
@@ -193,10 +193,6 @@ def hub_errors(repo: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         limited = "its rate limit is reached: wait, or log in with `hf auth login` for a higher one"
         raise UserError(
-            f"cannot fetch {repo} from the Hugging Face hub: {limited if status == 429 else _first_line(error)};"
+            f"cannot fetch {repo} from the Hugging Face hub: {limited if status == 429 else one_line(error)};"
             " what was fetched so far is kept and the same command resumes; `tilewright corpus stories` makes a corpus offline"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,15 +2,15 @@
 
 import gzip
 import io
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 from ...errors import UserError
+from ...tokenizer.text.sources import json_text
 from .hub import PARQUET, HubFile, hub_errors
 
 # Row groups that are read ahead: the wait for one answer is hidden behind those of others, in bounded memory.
@@ -198,13 +198,14 @@ def _line_units(
 ) -> Iterator[tuple[Place, Iterator[str | None]]]:
     for number, file in enumerate(files):
         lines = enumerate(_lines(reader, file), 1)
-        unit, last = 0, object()
+        unit, last = 0, cast(bytes, object())
         while True:
             texts = [(line, index) for index, line in (next(lines, (0, last)) for _ in range(_LINES)) if line is not last]
             unit += 1
             if unit > skipped or number:
                 behind = Place(number, unit) if len(texts) == _LINES else Place(number + 1, 0)
-                yield behind, (_text_of(line, column, f"line {index} of {file.path} of {reader.repo}") for line, index in texts)
+                place = f"of {file.path} of {reader.repo}"
+                yield behind, (json_text(line, column, f"line {index} {place}") for line, index in texts)
             if len(texts) < _LINES:
                 break
 
@@ -223,17 +224,3 @@ def _lines(reader: HubReader, file: HubFile) -> Iterator[bytes]:
         yield from (line for line in stream if line.strip())
     except (EOFError, gzip.BadGzipFile, ValueError) as error:
         raise UserError(f"{file.path} of {reader.repo} is damaged: {error}") from None
-
-
-def _text_of(line: Any, column: str, place: str) -> str | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not a JSON object: {error}") from None
-    if not isinstance(entry, dict) or column not in entry:
-        there = ", ".join(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
-        raise UserError(f"{place} has no column {column!r}, only {there}: choose one with --column")
-    text = entry[column]
-    if not isinstance(text, str | None):
-        raise UserError(f"{place} has a {type(text).__name__} in column {column!r}: text is needed")
-    return text

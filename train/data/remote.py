@@ -17,7 +17,7 @@ import dacite
 from tqdm import tqdm
 
 from ...caches import user_cache
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ...files import WRITE_ERRORS, locked_folder, make_folder, named_errors, refused_writes, write_text
 
 # The package beside fsspec that reads each of them.
@@ -131,7 +131,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
         options: dict[str, Any] = {"use_listings_cache": False} if scheme in ("s3", "gs", "az", "hf") else {}
         return url_to_fs(url, **options)
     except ImportError as error:
-        raise UserError(f"{url} needs fsspec and {_PACKAGES.get(scheme)}: pip install them ({_one_line(error)})") from None
+        raise UserError(f"{url} needs fsspec and {_PACKAGES.get(scheme)}: pip install them ({one_line(error)})") from None
 
 
 def _listed(filesystem: Any, place: str, url: str) -> _Record:
@@ -241,10 +241,6 @@ def _plain(error: Exception) -> Exception:
     return PermissionError(str(cause)) if status in (401, 403) else error if status in (404, 410) else cause
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @contextmanager
 def _named_errors(url: str) -> Iterator[None]:
     try:
@@ -254,7 +250,7 @@ def _named_errors(url: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{url} does not exist") from None
         if isinstance(error, PermissionError):
-            raise UserError(f"{url} may not be read: {_one_line(error)}") from None
+            raise UserError(f"{url} may not be read: {one_line(error)}") from None
         if not _is_of_network(error):
             raise
-        raise _Unreachable(f"{url} cannot be read ({_one_line(error)}); what was fetched so far is kept") from error
+        raise _Unreachable(f"{url} cannot be read ({one_line(error)}); what was fetched so far is kept") from error
