@@ -8,7 +8,7 @@ TESTS ?= tests
 PARTS ?= own gpu rehearsal
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-long test-oldest test-null-gpu lint bench readme clean help
+.PHONY: demo test test-long test-oldest test-null-gpu lint docs bench readme clean help
 
 demo: .venv/base  ## raw text to a model that writes stories
 	$(BIN)/tilewright demo
@@ -30,6 +30,9 @@ lint: .venv/dev  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: .venv/docs  ## the documentation site, to build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: .venv/bench  ## measure everything that this machine can, beside its peers
 	$(BIN)/tilewright bench all
 	$(BIN)/tilewright bench report
@@ -49,12 +52,16 @@ help:  ## list the targets
 	$(PYTHON) -m venv .venv
 
 .venv/base: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,plot]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ .venv/base
+
+.venv/docs: .venv/dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
 
 .venv/bench: .venv/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'

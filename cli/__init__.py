@@ -1,8 +1,6 @@
-"""The command `tilewright`: one subcommand for each thing a person does, in a file for each kind of thing.
+"""The command `tilewright`; each file holds one subcommand or a few related ones.
 
-Most subcommands are functions whose typed arguments tyro turns into options; those whose options come from dataclasses of
-rooms that import torch parse their arguments themselves. All import what they need when they run, so that neither
-`tilewright --help` nor the help of whatever makes corpora and tokenizers waits for torch.
+Commands import what they need when they run, after their arguments are parsed: help and argument errors import no torch.
 """
 
 from .entry import main

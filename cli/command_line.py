@@ -1,5 +1,6 @@
-"""The table of subcommands, and its usage."""
+"""The table of subcommands, its usage text, and suggestions for unknown commands."""
 
+import difflib
 from collections.abc import Callable, Sequence
 
 from ..errors import UserError
@@ -40,8 +41,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench compare": bench_compare,
     "doctor": doctor,
 }
-# Their options come from dataclasses of rooms that import torch, so they parse their arguments themselves; so does the
-# doctor, without tyro.
+# Commands for words that other tools use.
+SYNONYMS = {
+    "benchmark": "bench",
+    "decode": "tokenizer decode",
+    "download": "corpus fetch",
+    "encode": "tokenizer encode",
+    "evaluate": "eval",
+    "fine-tune": "train --init FOLDER",
+    "finetune": "train --init FOLDER",
+    "flops": "account",
+    "inference": "generate",
+    "pretrain": "train",
+    "profile": "train PRESET --profile",
+    "resume": "train PRESET --resume auto",
+    "sample": "generate",
+    "sft": "train --init FOLDER",
+    "tokenize": "tokenizer encode",
+    "tune": "bench tune",
+}
+# Commands that parse their arguments themselves: their options come from dataclasses, or do not need tyro.
 _PARSE_THEMSELVES = (
     demo,
     train,
@@ -60,13 +79,13 @@ _PARSE_THEMSELVES = (
 
 
 def usage(group: str = "") -> str:
-    """Return the list of commands, or of those of a group."""
+    """Return the list of commands, or the commands of a group."""
     lines = [f"usage: tilewright {group}{' ' if group else ''}COMMAND [OPTIONS]", ""]
     if not group:
         lines += ["Trains Transformer language models, from raw text to generated text.", ""]
     for name, function in COMMANDS.items():
-        if name.startswith(group):
-            summary = (function.__doc__ or "").splitlines()[0]
+        if not group or name.startswith(f"{group} "):
+            summary = (function.__doc__ or "").partition("\n")[0]
             lines.append(f"  {name.removeprefix(group).strip():18} {summary}")
     lines += ["", f"tilewright {group}{' ' if group else ''}COMMAND --help shows the options of a command."]
     if not group:
@@ -74,8 +93,21 @@ def usage(group: str = "") -> str:
     return "\n".join(lines)
 
 
+def suggestions(command: str) -> list[str]:
+    """Return commands near an unknown one: synonyms, commands that end with the word, and similar spellings."""
+    group, _, word = command.rpartition(" ")
+    if not group and word in SYNONYMS:
+        return [SYNONYMS[word]]
+    names = [name for name in COMMANDS if name.startswith(f"{group} ")] if group else list(COMMANDS)
+    ends = [name for name in names if name.split()[-1] == word]
+    known = {name.removeprefix(group).strip(): name for name in names}
+    if not group:
+        known |= SYNONYMS | {name.split()[0]: name.split()[0] for name in names}
+    return ends or [known[near] for near in difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
+
+
 def run(arguments: Sequence[str]) -> None:
-    """Run the subcommand that the arguments, of which there is one at least, begin with."""
+    """Run the subcommand that `arguments`, at least one word, begin with."""
     for words in (2, 1):
         name, rest = " ".join(arguments[:words]), arguments[words:]
         function = COMMANDS.get(name)
@@ -88,5 +120,8 @@ def run(arguments: Sequence[str]) -> None:
     if not rest or rest[0] in ("-h", "--help"):
         print(usage(group))
         return
+    command = " ".join(arguments[:2] if group else [word])
+    if near := suggestions(command):
+        raise UserError(f"command {command!r} is unknown: try {' or '.join(f'`tilewright {name}`' for name in near)}")
     known = [name.removeprefix(group).strip() for name in COMMANDS if name.startswith(group)]
-    raise UserError(f"command {' '.join(arguments[:2] if group else [word])!r} is unknown: choose one of {', '.join(known)}")
+    raise UserError(f"command {command!r} is unknown: choose one of {', '.join(known)}")

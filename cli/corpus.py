@@ -1,4 +1,4 @@
-"""Corpora: made, fetched, split."""
+"""The commands `corpus stories`, `corpus fetch` and `corpus split`."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ def corpus_stories(
     valid_megabytes: float = 2.0,
     seed: int = 0,
 ) -> None:
-    """Write the embedded corpus: children's stories from a seeded generator, as train.txt and valid.txt.
+    """Generate the embedded corpus of children's stories, as train.txt and valid.txt.
 
     Args:
         out: Folder of the two files.
         megabytes: Size of train.txt, in MB.
-        valid_megabytes: Size of valid.txt, in MB; its stories are others.
-        seed: The same seed gives the same bytes.
+        valid_megabytes: Size of valid.txt, in MB; its stories differ from those in train.txt.
+        seed: Seed of the generator; the same seed gives the same bytes.
     """
     from ..files import require_absent
     from ..train.data.corpus import check_stories, write_stories
@@ -43,20 +43,21 @@ def corpus_fetch(
     documents: int | None = None,
     shard_megabytes: float | None = None,
 ) -> None:
-    """Fetch a dataset from the Hugging Face hub, as text to train on and valid.txt; an interrupted fetch goes on.
+    """Fetch a dataset from the Hugging Face hub as training text and valid.txt; an interrupted fetch resumes.
 
     Args:
         name: OWNER/NAME on the hub, or a preset: tinystories, openwebtext, fineweb-edu-10bt, fineweb-10bt, climbmix.
-        out: Folder of the text; by default data/NAME.
-        config: Config of the dataset; by default its card's default.
-        split: Training split; by default train.
-        valid_split: Validation split; by default validation, or, where there is none, every 2000th training document.
-        column: Column of the text; by default text.
-        revision: Branch, tag or commit; by default the newest.
-        files: Glob of the repository's Parquet or JSON lines files, in place of a config.
-        max_gigabytes: End with the document that reaches so much training text.
-        documents: End after so many documents.
-        shard_megabytes: Size of train/00000.txt and so on; by default 1000, but one train.txt of tinystories and openwebtext.
+        out: Folder of the text; default: data/NAME.
+        config: Config of the dataset; default: the default of the dataset card.
+        split: Training split; default: train.
+        valid_split: Validation split; default: validation, or every 2000th training document if there is no such split.
+        column: Column of the text; default: text.
+        revision: Branch, tag or commit; default: the newest commit.
+        files: Glob of Parquet or JSON lines files in the repository, instead of a config.
+        max_gigabytes: Stop after the document that reaches this size of training text.
+        documents: Stop after this number of documents.
+        shard_megabytes: Size of train/00000.txt and so on; default: 1000, and a single train.txt for tinystories and
+            openwebtext.
     """
     from dataclasses import replace
 
@@ -81,12 +82,12 @@ def corpus_fetch(
 
 
 def corpus_split(texts: Positional[tuple[Path, ...]], out: Path, valid_share: float = 0.01) -> None:
-    """Split texts into train.txt and valid.txt, each document by the hash of its own bytes.
+    """Split texts into train.txt and valid.txt; the hash of each document decides its side.
 
     Args:
         texts: Files, folders or globs of UTF-8 text, plain, .gz or .zst, with <|endoftext|> after each document.
         out: Folder of the two files.
-        valid_share: Share of the documents that become validation text.
+        valid_share: Share of the documents that go to valid.txt.
     """
     from ..train.data.corpus_split import split_corpus
 

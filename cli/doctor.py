@@ -1,7 +1,7 @@
-"""What a bug report needs, and what says why Tilewright does not run here.
+"""The command `doctor`: checks the installation and prints what a bug report needs.
 
-It imports nothing but Python's own: not tyro, as it is to run where packages are missing, and not torch, which it leaves to
-a process of its own, as a GPU in trouble may never answer.
+It imports the standard library only, so that it runs where packages are missing. Checks that need torch run in a subprocess,
+because a call to a broken GPU may never return.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from ..errors import UserError
 from .doctor_checks import Finding, caches, compiler, guarded, installed, packages, system, versions
 
 GPU_CHECKS = (sys.executable, "-P", "-m", f"{__package__}.doctor_gpu")
-# There where a driver is loaded, whether or not torch can be imported.
+# Exists if a driver is loaded, even if torch cannot be imported.
 _DRIVER = Path("/dev/nvidiactl")
 
 
-def _records(said: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the process said, but for what libraries print meanwhile and for a line that was cut off."""
-    for line in said.read_text(errors="replace").splitlines():
+def _records(output: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON records in the output of the subprocess; skip output of libraries, and incomplete lines."""
+    for line in output.read_text(errors="replace").splitlines():
         with suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and ("begin" in record or record.keys() == {"status", "check", "text"}):
@@ -37,8 +37,8 @@ def _records(said: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _raising_signals() -> Iterator[None]:
-    """Have signals that would end this process raise, so that what it has started ends too."""
-    # Python sets handlers in its main thread only. What is ignored, as by nohup, stays so; None is a handler set from C.
+    """Turn SIGTERM and SIGHUP into exceptions, so that the subprocess ends with this process."""
+    # Only the main thread can set handlers. Ignored signals, as under nohup, stay ignored; None is a handler set from C.
     is_main = threading.current_thread() is threading.main_thread()
     kept = (signal.SIG_IGN, None)
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(n) not in kept]
@@ -55,78 +55,81 @@ def _raising_signals() -> Iterator[None]:
 
 
 def run_checks(command: Sequence[str], time_limit: float) -> list[Finding]:
-    """Make the checks of another process; one that dies or takes longer than `time_limit` seconds is a finding, too."""
+    """Run checks in a subprocess; a crash, or a run longer than `time_limit` seconds, is a finding."""
     temporary = tempfile.TemporaryDirectory(prefix="tilewright-doctor-", ignore_cleanup_errors=True)
     with _raising_signals(), temporary as folder:
-        # Files, not pipes: what a killed process has started may hold a pipe open.
-        said, complaints = Path(folder, "said"), Path(folder, "complaints")
-        # A cache that is empty, so that the compiler has to work.
+        # Files, not pipes: children of a killed process may keep a pipe open.
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        # An empty cache forces a compilation.
         environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
-        with said.open("wb") as out, complaints.open("wb") as err:
+        with stdout.open("wb") as out, stderr.open("wb") as err:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
             )
         try:
             status = process.wait(time_limit)
         except BaseException as error:
-            # With all that it has started, such as a compiler.
+            # Kill its children too, such as a compiler.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            # A process that hangs in the driver cannot even be killed: it is left behind.
+            # A process that hangs in the driver cannot be killed: leave it.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             status = None
-        records = list(_records(said))
-        last_words = complaints.read_text(errors="replace").strip().splitlines()[-1:]
+        records = list(_records(stdout))
+        last_line = stderr.read_text(errors="replace").strip().splitlines()[-1:]
     findings = [Finding(**record) for record in records if "begin" not in record]
     if status == 0:
         return findings
     begun = next((record["begin"] for record in reversed(records) if "begin" in record), "torch")
     if status is None:
-        text = f"no answer in {time_limit:g} s: `nvidia-smi` and `dmesg` may tell what hangs, or allow more by --time-limit"
+        text = f"no answer in {time_limit:g} s: `nvidia-smi` and `dmesg` may show the cause; --time-limit raises the limit"
         return [*findings, Finding("FAIL", begun, text)]
     how = f"was killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"ended with status {status}"
-    return [*findings, Finding("FAIL", begun, f"its process {how}: {''.join(last_words)[:300] or 'it said nothing'}")]
+    return [*findings, Finding("FAIL", begun, f"its process {how}: {''.join(last_line)[:300] or 'no output on stderr'}")]
 
 
 def gpu_checks(time_limit: float) -> list[Finding]:
-    """Look at the GPUs and compile a kernel, where torch is there to do so."""
+    """Check the GPUs and compile a kernel, if torch is installed."""
     if installed("torch") is None:
-        return [Finding("warning", "gpu", "not looked at, nor a kernel compiled: torch is missing")]
+        return [Finding("warning", "gpu", "not checked, and no kernel compiled: torch is missing")]
     if sys.stderr.isatty():
-        print(f"tilewright: looking at GPUs and compiling a kernel (at most {time_limit:g} s)", file=sys.stderr)
+        print(f"tilewright: checking GPUs and compiling a kernel (at most {time_limit:g} s)", file=sys.stderr)
     return run_checks(GPU_CHECKS, time_limit)
 
 
 def all_findings(time_limit: float) -> Iterator[Finding]:
-    """Make one check after the other, the quick ones first, and yield what they find."""
+    """Run the checks one after the other, quick ones first, and yield their findings."""
     for name, check in (("system", system), ("packages", packages), ("versions", versions)):
         yield from guarded(name, check)
     of_gpu = guarded("gpu", partial(gpu_checks, time_limit))
     yield from of_gpu
-    # One that fails is one, too.
+    # A GPU that fails its check is still a GPU.
     has_gpu = any(finding.check == "gpu" and finding.status != "warning" for finding in of_gpu) or _DRIVER.exists()
     yield from guarded("compiler", partial(compiler, has_gpu))
     yield from guarded("cache", partial(caches, has_gpu))
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """Say what is here and what keeps Tilewright from running; the exit status is 1 where something does."""
+    """Check the installation: packages, GPUs, compiler, caches; exits with status 1 if a check fails."""
     parser = argparse.ArgumentParser(
         "tilewright doctor",
         description=doctor.__doc__,
-        epilog="It prints a line a check, for a bug report: packages and their versions, GPUs, a kernel compiled and run, "
-        "Triton's compiler, caches. A warning is no failure: something is slower, untested, or not there. It runs where "
-        "packages are missing, too.",
+        epilog="Prints one line per check, for a bug report: packages and their versions, GPUs, a kernel compiled and run, "
+        "Triton's compiler, caches. A warning means that something is slower, untested or absent. Needs no packages itself.",
     )
     parser.add_argument(
-        "--time-limit", type=float, default=120.0, metavar="SECONDS", help="for GPUs and the kernel (default: 120)"
+        "--time-limit",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="limit for the checks of GPUs and the kernel (default: 120)",
     )
     time_limit = parser.parse_args(arguments).time_limit
     if not 0 < time_limit < 1e6:
-        raise UserError(f"time_limit is {time_limit:g}: it must be above 0 and below 1e6 seconds")
+        raise UserError(f"time_limit is {time_limit:g}: expected seconds above 0 and below 1e6")
     statuses = []
     for finding in all_findings(time_limit):
         statuses.append(finding.status)

@@ -1,4 +1,4 @@
-"""The doctor's checks that need nothing but Python: packages, versions, the C compiler, caches, the machine.
+"""Checks of the doctor that need only the standard library: packages, versions, the C compiler, caches, the machine.
 
 Packages are looked up, not imported: the doctor runs where they are missing or broken.
 """
@@ -6,7 +6,6 @@ Packages are looked up, not imported: the doctor runs where they are missing or 
 import getpass
 import importlib.metadata
 import importlib.util
-import operator
 import os
 import platform
 import re
@@ -23,9 +22,10 @@ from typing import Literal
 
 from .. import __version__
 from ..caches import machine_code_folders
+from .package_metadata import extras, in_range, numbers, requirements
 
 ROOT = Path(__file__).parents[1]
-# What the suite and the bench have run with, the oldest and the newest.
+# The oldest and the newest versions that the test suite runs with.
 TESTED: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "python": ((3, 11), (3, 13)),
     "torch": ((2, 11), (2, 13)),
@@ -33,28 +33,24 @@ TESTED: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 DISK_BYTES = 1e9
 
-_COMPARE = {
-    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq, "!=": operator.ne,
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has found; it is shown as one line."""
+    """Result of one check, printed as one line."""
 
     status: Literal["ok", "warning", "FAIL"]
     check: str
     text: str
-    """What was found, and what to do about it."""
+    """The finding, and what to do about it."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's kind and message, short enough for a line."""
+    """Return the type and message of an error, in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def guarded(check: str, function: Callable[[], list[Finding]]) -> list[Finding]:
-    """Return what `function` finds; an error that it raises is a finding, too, as the other checks are still to be made."""
+    """Return the findings of `function`; an exception becomes a finding, so that the other checks still run."""
     try:
         return function()
     except Exception as error:
@@ -62,7 +58,7 @@ def guarded(check: str, function: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def output(*command: str | Path, folder: Path | None = None) -> str | None:
-    """Return what a command prints; None where it fails, or does not answer."""
+    """Return the output of a command, or None if it fails or takes longer than 20 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=20)
     except (OSError, subprocess.SubprocessError):
@@ -71,85 +67,71 @@ def output(*command: str | Path, folder: Path | None = None) -> str | None:
 
 
 def installed(name: str) -> str | None:
-    """Return a package's version, or None where it is not installed or what its version belongs to is gone."""
-    # All that Tilewright needs are imported by the names that they are installed by.
+    """Return a package's version, or None if its module or its metadata is missing."""
+    # The base packages have the names of their modules.
     module = name.replace("-", "_")
     try:
         if importlib.util.find_spec(module) is None:
             return None
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        # Under another name, as nightly builds have pytorch-triton.
+        # Nightly builds have another name: pytorch-triton.
         others = importlib.metadata.packages_distributions().get(module)
         return importlib.metadata.version(others[0]) if others else None
     except (ImportError, ValueError):
         return None
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version, without zeros at the end: (2, 13) of 2.13.0+cpu.
-
-    So 2.11.0a0 counts as 2.11: a vendor's own build of torch calls itself so, and is no less new.
-    """
-    found = [int(number) for number in re.findall(r"\d+", (re.match(r"[\d.]*", version) or [""])[0])]
-    while found and found[-1] == 0:
-        found.pop()
-    return tuple(found)
-
-
-def in_range(version: str, specifier: str) -> bool:
-    """Whether a version is in a range such as `>=1.26,<3`."""
-    for clause in filter(None, re.split(r"[,\s]+", specifier)):
-        found = re.fullmatch(r"([<>=!]=|[<>])([\d.]+)", clause)
-        if found is None:
-            raise ValueError(f"range {specifier!r} of versions is unknown: >=, <=, >, <, == and != are known, and numbers")
-        if not _COMPARE[found[1]](numbers(version), numbers(found[2])):
-            return False
-    return True
-
-
-def applies(marker: str) -> bool:
-    """Whether a requirement with this environment marker is one of this machine; those of extras are not."""
-    if "extra" in marker:
-        return False
-    values = {"platform_system": platform.system(), "sys_platform": sys.platform, "platform_machine": platform.machine()}
-    for clause in filter(None, (clause.strip() for clause in marker.split(" and "))):
-        found = re.fullmatch(r"(\w+)\s*([!=]=)\s*[\"']([\w-]*)[\"']", clause)
-        if found is None or found[1] not in values:
-            raise ValueError(f"marker {marker!r} is unknown: {', '.join(values)} are known, ==, != and `and`")
-        if not _COMPARE[found[2]](values[found[1]], found[3]):
-            return False
-    return True
-
-
-def requirements() -> dict[str, str]:
-    """Return the packages that this installation needs on this machine, and the range of each; extras are left out."""
-    found: dict[str, str] = {}
-    for line in importlib.metadata.requires("tilewright") or ():
-        requirement, _, marker = line.partition(";")
-        if applies(marker):
-            name, specifier = re.fullmatch(r"([\w.-]+)\s*\(?([^()]*)\)?\s*", requirement.strip()).groups()  # pyright: ignore
-            found[name] = specifier.strip()
-    return found
-
-
 def packages() -> list[Finding]:
-    """Look for every package that Tilewright needs, in a version that will do."""
+    """Check the packages of the base installation and of each extra, and their versions."""
     try:
         needed = requirements()
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("FAIL", "packages", "tilewright is not installed: `pip install -e .` in its folder, or its wheel")]
+        text = "tilewright is not installed: run `pip install -e .` in its folder, or install its wheel"
+        return [Finding("FAIL", "packages", text)]
     versions = {name: installed(name) for name in needed}
-    missing = [name for name, version in versions.items() if version is None]
-    unfit = [name for name, version in versions.items() if version is not None and not in_range(version, needed[name])]
+    missing, unfit = _missing(versions), _unfit(versions, needed)
     if not missing and not unfit:
-        return [Finding("ok", "packages", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+        text = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return [Finding("ok", "packages", text), _extras()]
     said = [f"missing: {', '.join(missing)}"] if missing else []
-    said += [f"{name} is {versions[name]}, {name}{needed[name]} is needed" for name in unfit]
+    said += [f"{name} is {versions[name]}, expected {name}{needed[name]}" for name in unfit]
     wanted = shlex.join(name + needed[name].replace(" ", "") for name in missing + unfit)
-    offline = f"`pip download -d wheels {wanted}` on a like one that has it, then `pip install --no-index -f wheels {wanted}`"
-    text = f"{'; '.join(said)}: `pip install {wanted}`; on a machine without a network: {offline}"
-    return [Finding("FAIL", "packages", text)]
+    offline = f"`pip download -d wheels {wanted}` on a similar machine, then `pip install --no-index -f wheels {wanted}`"
+    text = f"{'; '.join(said)}: `pip install {wanted}`; without a network: {offline}"
+    return [Finding("FAIL", "packages", text), _extras()]
+
+
+def _extras() -> Finding:
+    complete, incomplete, is_old = [], [], False
+    for extra in extras():
+        needed = requirements(extra)
+        versions = {name: _version(name) for name in needed}
+        missing, unfit = _missing(versions), _unfit(versions, needed)
+        is_old |= bool(unfit)
+        lacks = [f"{name} is missing" for name in missing]
+        lacks += [f"{name} is {versions[name]}, expected {needed[name]}" for name in unfit]
+        incomplete += [f"{extra} ({', '.join(lacks[:2])}{', ...' if len(lacks) > 2 else ''})"] if lacks else []
+        complete += [] if lacks else [extra]
+    text = f"complete: {', '.join(complete) or 'none'}"
+    if incomplete:
+        text += f"; incomplete: {', '.join(incomplete)}: `pip install 'tilewright[EXTRA]'` completes one"
+    return Finding("warning" if is_old else "ok", "extras", text)
+
+
+def _missing(versions: Mapping[str, str | None]) -> list[str]:
+    return [name for name, version in versions.items() if version is None]
+
+
+def _unfit(versions: Mapping[str, str | None], needed: Mapping[str, str]) -> list[str]:
+    return [name for name, version in versions.items() if version is not None and not in_range(version, needed[name])]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _span(name: str) -> str:
@@ -157,32 +139,33 @@ def _span(name: str) -> str:
 
 
 def versions() -> list[Finding]:
-    """Hold the versions of Python, torch and Triton against those that were tested."""
+    """Compare the versions of Python, torch and Triton with the tested versions."""
     found = {"python": platform.python_version(), "torch": installed("torch"), "triton": installed("triton")}
     findings = []
     for name, version in found.items():
         if version is None:
-            continue  # told of by `packages`, where it is needed
+            continue  # `packages` reports it
         oldest, newest = TESTED[name]
         if numbers(version) < oldest:
-            findings.append(Finding("FAIL", name, f"{version} is too old: {_span(name)} were tested"))
+            findings.append(Finding("FAIL", name, f"{version} is too old: tested are {_span(name)}"))
         elif numbers(version)[: len(newest)] > newest:
-            findings.append(Finding("warning", name, f"{version} is untested: {_span(name)} were tested"))
+            findings.append(Finding("warning", name, f"{version} is untested: tested are {_span(name)}"))
         else:
             findings.append(Finding("ok", name, version))
     triton, numpy = found["triton"], installed("numpy")
     if triton and numpy and numbers(triton)[:2] == (3, 6) and numbers(numpy) >= (2, 4):
-        text = f"Triton {triton} does not interpret with NumPy {numpy}, which matters with TRITON_INTERPRET=1 only"
-        text += ": `pip install 'numpy<2.4'`"
+        text = (
+            f"Triton {triton} does not interpret kernels with NumPy {numpy}; for TRITON_INTERPRET=1, `pip install 'numpy<2.4'`"
+        )
         findings.append(Finding("warning", "numpy", text))
     return findings
 
 
 def compiler(has_gpu: bool) -> list[Finding]:
-    """Look for what Triton compiles with: a C compiler, Python's headers, ptxas."""
+    """Check what Triton needs to compile: a C compiler, Python's headers, ptxas."""
     if platform.system() != "Linux":
-        return [Finding("ok", "compiler", "not needed: Triton, which compiles kernels, is there for Linux only")]
-    # As Triton does.
+        return [Finding("ok", "compiler", "not needed: Triton is available on Linux only")]
+    # The same order as in Triton.
     name = os.environ.get("CC")
     path = shutil.which(name) if name is not None else shutil.which("gcc") or shutil.which("clang")
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
@@ -192,7 +175,9 @@ def compiler(has_gpu: bool) -> list[Finding]:
     if path:
         found.append(f"{path} {(output(path, '-dumpfullversion') or output(path, '-dumpversion') or '')}".strip())
     else:
-        missing.append(f"CC is {name!r}, which is no command" if name is not None else "no gcc and no clang: `apt install gcc`")
+        missing.append(
+            f"CC is {name!r}, which is not a command" if name is not None else "no gcc and no clang: `apt install gcc`"
+        )
     if header.is_file():
         found.append(str(header))
     else:
@@ -200,7 +185,7 @@ def compiler(has_gpu: bool) -> list[Finding]:
     if ptxas:
         found.append(f"ptxas {ptxas}")
     elif triton := installed("triton"):
-        missing.append(f"no ptxas, which Triton brings: `pip install --force-reinstall --no-deps triton=={triton}`")
+        missing.append(f"no ptxas, which is part of Triton: `pip install --force-reinstall --no-deps triton=={triton}`")
     if missing:
         advice = " (all of it: `apt install gcc python3-dev`)" if len(missing) > 1 else ""
         return [Finding("FAIL" if has_gpu else "warning", "compiler", "; ".join(missing) + advice)]
@@ -226,23 +211,23 @@ def _user_name() -> str:
 
 
 def cache_folders() -> dict[str, list[Path]]:
-    """Return where Triton, Inductor and Numba keep what they compile; the first that can be written to is used."""
+    """Return the cache folders of Triton, Inductor and Numba; each uses the first that is writable."""
     inductor = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", _user_name()))
     triton = Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache")
     return {
         "Triton": [Path(os.environ.get("TRITON_CACHE_DIR") or triton)],
         "Inductor": [Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor)],
-        # The tokenizer is all that Numba compiles.
+        # Numba compiles the tokenizer only.
         "Numba": machine_code_folders(),
     }
 
 
-def _trouble(folder: Path) -> str | None:
-    """Return why nothing can be written to a folder, which need not be there yet, and is not made."""
+def _unwritable(folder: Path) -> str | None:
+    """Return why a folder is not writable, or None; a missing folder is judged by its parents and not created."""
     try:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        # Not os.access, which promises root what a read-only disk does not keep.
+        # os.access would report a read-only disk as writable for root.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return f"{folder}: {error.strerror}"
@@ -250,33 +235,33 @@ def _trouble(folder: Path) -> str | None:
 
 
 def caches(has_gpu: bool) -> list[Finding]:
-    """See whether what is compiled can be kept, and whether there is room for it."""
+    """Check that the compile caches are writable and have free space."""
     variables = {"Triton": "TRITON_CACHE_DIR", "Inductor": "TORCHINDUCTOR_CACHE_DIR", "Numba": "NUMBA_CACHE_DIR"}
     findings = []
     for name, folders in cache_folders().items():
-        troubles = {folder: _trouble(folder) for folder in folders}
-        used = next((folder for folder, trouble in troubles.items() if trouble is None), None)
+        reasons = {folder: _unwritable(folder) for folder in folders}
+        used = next((folder for folder, reason in reasons.items() if reason is None), None)
         if used is None:
-            # Numba then compiles at every start; Triton and Inductor fail, but a CPU has little use for them.
+            # Without a cache, Numba compiles at every start. Triton and Inductor fail, which matters on a GPU only.
             status = "FAIL" if has_gpu and name != "Numba" else "warning"
-            advice = f"name a folder that can be written to by {variables[name]}"
+            advice = f"set {variables[name]} to a writable folder"
             findings.append(
-                Finding(status, "cache", f"{name} cannot write to {'; '.join(map(str, troubles.values()))}: {advice}")
+                Finding(status, "cache", f"{name} cannot write to {'; '.join(map(str, reasons.values()))}: {advice}")
             )
             continue
         there = next(folder for folder in (used, *used.parents) if folder.exists())
         free = shutil.disk_usage(there).free
         text = f"{name}: {used}, {free / 1e9:,.1f} GB free"
         if free < DISK_BYTES:
-            findings.append(Finding("warning", "cache", f"{text}: make room, or name another disk by {variables[name]}"))
+            findings.append(Finding("warning", "cache", f"{text}: free some space, or set {variables[name]} to another disk"))
         else:
             findings.append(Finding("ok", "cache", text))
     return findings
 
 
 def system() -> list[Finding]:
-    """Tell which Tilewright this is, and what it runs on."""
-    # A copy in site-packages may lie inside the checkout of something else.
+    """Describe this copy of Tilewright and the machine."""
+    # A copy in site-packages may lie inside the checkout of another project.
     commit = output("git", "describe", "--always", "--dirty", "--abbrev=12", folder=ROOT) if (ROOT / ".git").exists() else None
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

@@ -1,7 +1,6 @@
-"""The doctor's checks that need torch: GPUs, and a kernel compiled and run. `tilewright doctor` runs this file as a process.
+"""Checks of the doctor that need torch: GPUs, and a kernel compiled and run. `tilewright doctor` runs this file.
 
-A GPU in trouble can stop whoever asks it for anything, so each check is announced first, for the one that waits to know where
-it ended. Lines are JSON.
+Prints JSON lines: {"begin": NAME} before each check, so that the parent can name a check that hangs, then its findings.
 """
 
 import json
@@ -20,9 +19,9 @@ from ..kernels.inspect import inspect, kernel_case
 from ..kernels.launch import launch, recording
 from .doctor_checks import Finding, guarded, one_line, output
 
-# Of attention's kernels, whose tiles are copied asynchronously and which compute in bfloat16.
+# The attention kernels need asynchronous copies and bfloat16.
 LEAST_CAPABILITY = (8, 0)
-# Compiled for where there is no GPU.
+# Target of the compilation on machines without a GPU.
 ARCHITECTURE = "sm_90"
 
 
@@ -44,17 +43,17 @@ def _driver() -> str | None:
 
 
 def _why_none() -> str:
-    """Return why torch finds no GPU, and what to do."""
+    """Return why torch finds no GPU, and the remedy."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA: where there is a GPU, take a build from https://pytorch.org"
+        return (
+            f"torch {torch.__version__} is built without CUDA: if there is a GPU, install a CUDA build from https://pytorch.org"
+        )
     driver = _driver()
     if driver is None:
-        return (
-            "there is no NVIDIA driver: where there is a GPU, install it, or hand it to the container (docker run --gpus all)"
-        )
+        return "there is no NVIDIA driver: if there is a GPU, install the driver, or start the container with --gpus all"
     try:
         torch.cuda.init()
-        why = "it does not say why"
+        why = "no reason given"
     except (RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split())[:200]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -63,12 +62,12 @@ def _why_none() -> str:
 
 
 def no_gpu() -> list[Finding]:
-    """Tell why there is none."""
-    return [Finding("warning", "gpu", f"torch.cuda finds none, so the PyTorch references run: {_why_none()}")]
+    """Report why torch finds no GPU."""
+    return [Finding("warning", "gpu", f"torch.cuda finds no GPU, so the PyTorch references run: {_why_none()}")]
 
 
 def gpu(index: int) -> list[Finding]:
-    """Tell what a GPU is, and whether the kernels are made for it."""
+    """Describe a GPU and check that it supports the kernels."""
     device = torch.device("cuda", index)
     capability = torch.cuda.get_device_capability(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -77,29 +76,27 @@ def gpu(index: int) -> list[Finding]:
     text += "datasheet peak known" if gpu_of(device) else "datasheet peak unknown, so no MFU is shown"
     if capability < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
-        return [Finding("FAIL", "gpu", f"{text}: attention needs capability {least}, run with --device cpu or on another GPU")]
+        return [Finding("FAIL", "gpu", f"{text}: attention needs capability {least}: use --device cpu or another GPU")]
     return [Finding("ok", "gpu", text)]
 
 
 def run_kernel(device: torch.device) -> list[Finding]:
-    """Compile a kernel for this GPU, run it, and look at its result."""
+    """Compile a kernel for this GPU, run it, and check its result."""
     start = time.perf_counter()
     x = torch.arange(1000, dtype=torch.float32, device=device)
     y = torch.zeros_like(x)
     launch(_kernel, 8, x, y, len(x), block=128)
-    # Computed elsewhere, so that one who computes wrong does not judge himself.
+    # Compare on the CPU: a faulty GPU cannot be trusted to compare.
     is_right = torch.equal(y.cpu(), 2 * torch.arange(1000, dtype=torch.float32) + 1)
     if not is_right:
-        text = (
-            f"a kernel ran on {device} and its result is wrong: is the GPU sound? `nvidia-smi -q -d ECC` and `dmesg` may tell"
-        )
+        text = f"a kernel ran on {device} and its result is wrong: check the GPU with `nvidia-smi -q -d ECC` and `dmesg`"
         return [Finding("FAIL", "kernel", text)]
-    text = f"compiled and run on {device} in {time.perf_counter() - start:.1f} s, and its result is right"
+    text = f"compiled and run on {device} in {time.perf_counter() - start:.1f} s, with the correct result"
     return [Finding("ok", "kernel", text)]
 
 
 def compile_kernel() -> list[Finding]:
-    """Compile the kernel for a GPU that is not there."""
+    """Compile the kernel for sm_90, without a GPU."""
     start = time.perf_counter()
     x = torch.empty(1000, device="meta")
     with recording((9, 0)) as recorded:
@@ -108,24 +105,24 @@ def compile_kernel() -> list[Finding]:
     try:
         report = inspect(case, ARCHITECTURE)
     except Exception as error:
-        # No failure: nothing here would run it.
+        # A warning only: without a GPU the kernel is not needed.
         return [Finding("warning", "kernel", f"a kernel does not compile for {ARCHITECTURE}: {one_line(error)}")]
     seconds = time.perf_counter() - start
-    text = f"compiled for {ARCHITECTURE} in {seconds:.1f} s ({report.registers} registers); not run, as there is no GPU"
+    text = f"compiled for {ARCHITECTURE} in {seconds:.1f} s ({report.registers} registers); not run, because there is no GPU"
     return [Finding("ok", "kernel", text)]
 
 
 def no_kernel() -> list[Finding]:
-    """Tell why none is compiled."""
+    """Report why no kernel is compiled."""
     if interpreting():
-        text = "TRITON_INTERPRET is set, so kernels are interpreted and none is compiled: unset it but for debugging"
+        text = "TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it except for debugging"
     else:
         text = "Triton cannot be imported, so the slower PyTorch references run"
     return [Finding("warning", "kernel", text)]
 
 
 def all_checks() -> list[tuple[str, Callable[[], list[Finding]]]]:
-    """Return the checks to be made here, each with its name."""
+    """Return the checks for this machine, each with its name."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     checks: list[tuple[str, Callable[[], list[Finding]]]] = [("gpu", partial(gpu, index)) for index in range(num_gpus)]
     checks = checks or [("gpu", no_gpu)]
@@ -136,7 +133,7 @@ def all_checks() -> list[tuple[str, Callable[[], list[Finding]]]]:
 
 
 def main() -> None:
-    """Make the checks, and print what they find."""
+    """Run the checks and print their findings."""
     print(json.dumps({"begin": "gpu"}), flush=True)
     for name, check in all_checks():
         print(json.dumps({"begin": name}), flush=True)

@@ -1,4 +1,4 @@
-"""The evaluation of a trained model."""
+"""The command `eval`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +10,22 @@ from .options import Positional, parse
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Measure a model: bits per byte of texts, multiple choice, CORE, lm-eval; see `tilewright eval --help`."""
-    import json
-
-    from ..files import write_text
+    """Evaluate a model: bits per byte of texts, multiple choice, CORE, lm-eval tasks."""
     from ..train.evaluation import EvalConfig
-    from ..train.evaluation import evaluate as make_report
-    from ..train.evaluation.tables import print_report
 
     def command(folder: Positional[Path], config: Annotated[EvalConfig, tyro.conf.arg(name="")]) -> None:
-        """Measure a model: bits per byte of texts, multiple choice, CORE, lm-eval.
+        """Evaluate a model: bits per byte of texts, multiple choice, CORE, lm-eval tasks.
 
         Args:
-            folder: Folder of a run, or of a model in Hugging Face's manner.
-            config: What to measure.
+            folder: Folder of a run, or a Hugging Face model folder.
+            config: What to evaluate.
         """
+        import json
+
+        from ..files import write_text
+        from ..train.evaluation import evaluate as make_report
+        from ..train.evaluation.tables import print_report
+
         report = make_report(folder, config)
         text = json.dumps(report, indent=2)
         print(text) if config.json else print_report(report)

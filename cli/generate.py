@@ -1,4 +1,4 @@
-"""Texts from a model: continued, in conversation, or over HTTP."""
+"""The commands `generate`, `chat` and `serve`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,8 @@ from .options import Positional, parse
 
 
 def generate(arguments: Sequence[str]) -> None:
-    """Let a trained model go on with texts."""
-    import dataclasses
-    import json
-
-    from ..train.pretrained import load_text_model
-    from ..train.sample import SampleConfig, write_texts
+    """Continue prompts with a trained model."""
+    from ..train.options import SampleConfig
 
     def command(
         folder: Positional[Path],
@@ -23,15 +19,21 @@ def generate(arguments: Sequence[str]) -> None:
         json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False,
         device: str = "auto",
     ) -> None:
-        """Let a trained model go on with texts.
+        """Continue prompts with a trained model.
 
         Args:
-            folder: Folder of a run, or of a model in Hugging Face's manner.
-            config: How.
-            json_lines: Print a JSON object a line: prompt, text (what follows the prompt), num_tokens, finish_reason.
+            folder: Folder of a run, or a Hugging Face model folder.
+            config: Options of sampling.
+            json_lines: Print one JSON object per line: prompt, text (without the prompt), num_tokens, finish_reason.
             device: cuda, cpu, or auto.
         """
-        texts = write_texts(load_text_model(folder, device), config)
+        import dataclasses
+        import json
+
+        from ..train.pretrained import load_text_model
+        from ..train.sample import write_texts
+
+        texts = write_texts(load_text_model(folder, device, config.tokenizer), config)
         if json_lines:
             print("\n".join(json.dumps(dataclasses.asdict(text), ensure_ascii=False) for text in texts))
         else:
@@ -41,39 +43,42 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 def chat(arguments: Sequence[str]) -> None:
-    """Talk with a model in the terminal."""
-    from ..train.chat import ChatConfig, run_chat
+    """Chat with a model in the terminal."""
+    from ..train.options import ChatConfig
 
     def command(
         folder: Positional[Path],
         config: Annotated[ChatConfig, tyro.conf.arg(name="")] = ChatConfig(),  # noqa: B008
     ) -> None:
-        """Talk with a model in the terminal: /reset begins anew, Ctrl-C ends an answer, Ctrl-D the chat.
+        """Chat with a model in the terminal. /reset starts over, Ctrl-C stops an answer, Ctrl-D exits.
 
         Args:
-            folder: Folder of a model that has a chat template, in Hugging Face's manner, or of a run that began with one.
-            config: How.
+            folder: A Hugging Face model folder with a chat template, or the folder of a run that was started from one.
+            config: Options of the chat.
         """
+        from ..train.chat import run_chat
+
         run_chat(folder, config)
 
     parse(command, "chat", arguments)
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Serve a model over HTTP as OpenAI's API does: completions and chat."""
-    from ..train.serving.server import ServeConfig
-    from ..train.serving.server import serve as run
+    """Serve a model over HTTP with OpenAI's API for completions and chat."""
+    from ..train.serving.options import ServeConfig
 
     def command(
         folder: Positional[Path],
         config: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig(),  # noqa: B008
     ) -> None:
-        """Serve a model over HTTP as OpenAI's API does: /v1/completions, /v1/chat/completions, /v1/models, /health.
+        """Serve a model over HTTP with OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health.
 
         Args:
-            folder: Folder of a run, or of a model in Hugging Face's manner; chat needs a chat template.
-            config: How.
+            folder: Folder of a run, or a Hugging Face model folder; chat needs a chat template.
+            config: Options of the server.
         """
+        from ..train.serving.server import serve as run
+
         run(folder, config)
 
     parse(command, "serve", arguments)

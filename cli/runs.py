@@ -1,4 +1,4 @@
-"""Runs: trained, and what they leave behind put to use."""
+"""The commands `demo`, `train`, `sweep`, `export` and `checkpoint convert`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +8,24 @@ from .options import Positional, parse
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Turn raw text into a model that writes stories, on any machine, in minutes."""
-    from ..train.demo import DemoConfig, run_demo
+    """Train a small model that writes stories, from raw text, on any machine in minutes."""
+    from ..train.options import DemoConfig
 
-    run_demo(parse(DemoConfig, "demo", arguments, demo.__doc__))
+    config = parse(DemoConfig, "demo", arguments, demo.__doc__)
+    from ..train.demo import run_demo
+
+    run_demo(config)
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train a model by a preset, or fine-tune one with --init FOLDER; any setting can be given anew."""
+    """Train a model from a preset, or fine-tune one with --init FOLDER; options override the preset."""
     from ..train.command import run_train_command
 
     run_train_command(arguments, "tilewright train")
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Train a preset at every point of a grid of options; see `tilewright sweep --help`."""
+    """Train a preset at every point of a grid of options."""
     from ..train.command import run_sweep_command
 
     run_sweep_command(arguments, "tilewright sweep")
@@ -34,13 +37,13 @@ def export(
     out: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Write a run's model and tokenizer as a folder that transformers loads.
+    """Export a run's model and tokenizer as a folder that transformers loads.
 
     Args:
         run: Folder of the run.
-        to: The format; hf is the family of Hugging Face's that holds the model: Llama, Mistral, Qwen or Gemma.
-        out: The new folder; by default hf in the run's.
-        dtype: Of the weights.
+        to: Format; hf is the Hugging Face family that fits the model: Llama, Mistral, Qwen or Gemma.
+        out: Folder to write; default: hf in the run's folder.
+        dtype: Dtype of the weights.
     """
     from ..train.export import export_run
 
@@ -53,13 +56,13 @@ def checkpoint_convert(
     num_shards: int | None = None,
     to: Literal["tilewright", "dcp"] = "tilewright",
 ) -> None:
-    """Write a checkpoint again, as single files, in shards, or for torch.distributed.checkpoint.
+    """Convert a checkpoint to single files, to shards, or to torch.distributed.checkpoint.
 
     Args:
-        folder: A checkpoint, such as RUN/checkpoints/step-00000200, or a folder that `--to dcp` has written.
-        out: The new folder.
-        num_shards: Shards of each file; by default single files.
-        to: The format; dcp is that of torch.distributed.checkpoint.
+        folder: A checkpoint, such as RUN/checkpoints/step-00000200, or a folder written with `--to dcp`.
+        out: Folder to write.
+        num_shards: Number of shards of each file; default: single files.
+        to: Format; dcp is torch.distributed.checkpoint.
     """
     from ..train.checkpoint.convert import convert_checkpoint
 

@@ -1,4 +1,4 @@
-"""Tokenizers: trained, put to use on files, exported, looked at."""
+"""Commands that train, use, export and inspect tokenizers."""
 
 import re
 import sys
@@ -28,21 +28,20 @@ def tokenizer_train(
     """Train a byte-level BPE tokenizer on text.
 
     Args:
-        texts: Files, folders or globs of UTF-8 text, plain, .gz or .zst; .jsonl and .parquet with a document a row.
-        vocab_size: Tokens in all: 256 bytes, merges, special tokens. Of several, each is written, as tokenizer-SIZE.json.
-        special_tokens: Tokens that merges never cross; they separate the documents of plain text.
-        out: Where to write it; by default tokenizer.json beside the first text or the counts.
-        pattern: How text splits into pretokens: gpt2, cl100k, o200k, llama3, qwen2, tekken, deepseek-v3, or a regular
-            expression.
-        ties: Which of several most frequent pairs merges first: the lexicographically greater, or as Hugging Face has it.
-        min_frequency: A pair that occurs less often never merges.
-        max_token_length: Longest token, in bytes.
-        column: Where the text is in .jsonl and .parquet.
-        memory: How much counts may take, such as 500MB or 2GB; what is more is kept on disk beside --out.
-        num_workers: Threads; by default one a core.
-        extend: A tokenizer whose merges come first, under new ids; its pattern and special tokens are used.
-        save_counts: A file for the counts of pretokens, from which other sizes can be trained at once.
-        from_counts: Such a file, in place of text; its pattern and special tokens are used.
+        texts: Files, folders or globs of UTF-8 text: plain, .gz or .zst; .jsonl and .parquet hold one document a row.
+        vocab_size: Number of tokens: 256 bytes, merges, special tokens. Each of several is written to tokenizer-SIZE.json.
+        special_tokens: Tokens that merges never cross. They separate the documents of plain text.
+        out: Output file; by default tokenizer.json in the folder of the first text or of the counts.
+        pattern: Pattern of pretokens: gpt2, cl100k, o200k, llama3, qwen2, tekken, deepseek-v3, or a regular expression.
+        ties: Which of equally frequent pairs merges first: the lexicographically greater, or the one with lower ids.
+        min_frequency: Pairs that occur less often never merge.
+        max_token_length: Maximum length of a token in bytes.
+        column: Column of .jsonl and .parquet files that holds the text.
+        memory: Memory limit for the counts, such as 500MB or 2GB; the rest is spilled to disk, in the folder of --out.
+        num_workers: Number of threads; by default one per core.
+        extend: Tokenizer to extend. Its merges come first, under new ids; its pattern and special tokens are used.
+        save_counts: File to store the pretoken counts in, to train other vocabulary sizes without counting again.
+        from_counts: File from --save-counts to use instead of text. Its pattern and special tokens are used.
     """
     import time
 
@@ -55,22 +54,22 @@ def tokenizer_train(
     from ..tokenizer.text.sources import Files
 
     if bool(texts) == (from_counts is not None):
-        raise UserError("either texts or --from-counts is needed: make a corpus with `tilewright corpus`")
+        raise UserError("expected either texts or --from-counts: make a corpus with `tilewright corpus`")
     base = from_counts or texts[0]
     path = out or (base if base.is_dir() else base.parent) / "tokenizer.json"
     several = len(set(vocab_size)) > 1
     if not vocab_size:
-        raise UserError("--vocab-size has no value: at least one size is needed")
+        raise UserError("--vocab-size has no value: expected at least one size")
     paths = {size: path.with_stem(f"{path.stem}-{size}") if several else path for size in sorted(set(vocab_size))}
     if save_counts and save_counts.resolve() in {each.resolve() for each in paths.values()}:
-        raise UserError(f"--save-counts is {save_counts}, where the tokenizer is to go: name another file")
+        raise UserError(f"--save-counts is {save_counts}, the output file of the tokenizer: choose another file")
     for each in (*paths.values(), *([save_counts] if save_counts else [])):
         require_absent(each)
     known = None
     if extend:
         known = Tokenizer.load(extend)
         if known.ignore_merges:
-            raise UserError(f"{extend} has tokens that no merge makes: merges alone cannot be extended to give its ids")
+            raise UserError(f"cannot extend {extend}: it has tokens that no merge produces")
         known_ids(known.merges)
         pattern, special_tokens = known.pattern, tuple(known.special_tokens)
     rules: dict[str, Any] = {"ties": ties, "min_frequency": min_frequency, "max_token_length": max_token_length}
@@ -78,7 +77,9 @@ def tokenizer_train(
     if from_counts:
         text = counts_file.load_counts(from_counts)
         if known and (text.pattern, {*text.special_tokens}) != (pattern, {*special_tokens}):
-            raise UserError(f"{extend} has another pattern or other special tokens than the counts in {from_counts}")
+            raise UserError(
+                f"{extend} and the counts in {from_counts} differ in pattern or special tokens: count the text with --extend"
+            )
     else:
         check_training(min(paths), special_tokens, **rules)
         check_training(max(paths), special_tokens, num_known=len(known.merges) if known else 0)
@@ -107,7 +108,7 @@ def _parse_bytes(size: str | None) -> int | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
     if found is None:
-        raise UserError(f"memory is {size!r}: a size such as 500MB or 2GB is needed")
+        raise UserError(f"memory is {size!r}: expected a size such as 500MB or 2GB")
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
@@ -119,17 +120,17 @@ def tokenizer_encode(
     pattern: str | None = None,
     special_tokens: tuple[str, ...] = (),
 ) -> None:
-    """Encode a text to a token file, or several to token shards with an index, in parallel; an interrupted encoding goes on.
+    """Encode a text to a token file, or several texts to token shards with an index.
+
+    Several threads encode. An interrupted encoding resumes.
 
     Args:
-        texts: A file of UTF-8 text or of chats, which need a chat template in the tokenizer's folder; or files, folders and
-            globs, as for `tokenizer train`, of which each file becomes a shard.
-        tokenizer: The tokenizer, as for `tokenizer inspect`; by default tokenizer.json beside the first text, or in its folder.
-        out: Where to write the tokens, of several texts a folder; by default beside the text or the folder, with the ending
-            .tokens.
-        num_workers: Threads; by default one a core.
-        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
-        special_tokens: Of the same, in the order of their ids.
+        texts: Files, folders or globs of text or chats, a shard for each file; chats need a chat template beside the tokenizer.
+        tokenizer: Tokenizer in a format of `tokenizer inspect`; by default tokenizer.json in the folder of the first text.
+        out: Output file, or folder for several texts; by default the name of the text or folder with the ending .tokens.
+        num_workers: Number of threads; by default one per core.
+        pattern: Pattern of a tokenizer that stores none (tiktoken's and GPT-2's files), as for training; by default gpt2.
+        special_tokens: Special tokens of such a tokenizer, in the order of their ids.
     """
     import glob
 
@@ -140,11 +141,11 @@ def tokenizer_encode(
     from ..train.data.shard_encoding import default_folder, encode_shards
 
     if not texts:
-        raise UserError("a text to encode is needed: make a corpus with `tilewright corpus`")
+        raise UserError("expected a text to encode: make a corpus with `tilewright corpus`")
     first = texts[0]
     several = len(texts) > 1 or first.is_dir() or (glob.has_magic(str(first)) and not first.exists())
     if len(texts) > 1 and out is None:
-        raise UserError(f"{len(texts)} texts are given: name a folder for their shards with --out")
+        raise UserError(f"cannot encode {len(texts)} texts without --out: name a folder for their shards")
     if several:
         path = out or default_folder(first)
     else:
@@ -173,10 +174,10 @@ def tokenizer_decode(
     """Print the text of a token file.
 
     Args:
-        tokens: A token file.
-        tokenizer: The tokenizer, as for `tokenizer inspect`; by default tokenizer.json beside the tokens.
-        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
-        special_tokens: Of the same, in the order of their ids.
+        tokens: Token file.
+        tokenizer: Tokenizer in a format of `tokenizer inspect`; by default tokenizer.json in the folder of the token file.
+        pattern: Pattern of a tokenizer that stores none (tiktoken's and GPT-2's files), as for training; by default gpt2.
+        special_tokens: Special tokens of such a tokenizer, in the order of their ids.
     """
     from ..tokenizer import read_tokenizer
     from ..tokenizer.chat_template import ChatTemplate
@@ -201,40 +202,42 @@ def tokenizer_export(
     pattern: str | None = None,
     special_tokens: tuple[str, ...] = (),
 ) -> None:
-    """Write a tokenizer in the format of another library; it gives the same ids there.
+    """Write a tokenizer in the format of another library, which then gives the same ids.
 
     Args:
-        source: A run's folder, or a tokenizer in any format that `tokenizer inspect` reads.
-        to: huggingface: one tokenizer.json; tiktoken: its ranks; gpt2: a folder with vocab.json and merges.txt.
-        out: Where to write it; by default beside the file, under the name of the format.
-        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
-        special_tokens: Of the same, in the order of their ids.
+        source: Folder of a run, or a tokenizer in a format of `tokenizer inspect`.
+        to: Format: huggingface writes a tokenizer.json, tiktoken its ranks, gpt2 a folder with vocab.json and merges.txt.
+        out: Output path; by default the name of the format in the folder of the source.
+        pattern: Pattern of a tokenizer that stores none (tiktoken's and GPT-2's files), as for training; by default gpt2.
+        special_tokens: Special tokens of such a tokenizer, in the order of their ids.
     """
     from ..files import require_absent
     from ..tokenizer import Tokenizer
     from ..tokenizer.formats import load_tokenizer, save_gpt2_files, save_huggingface, save_tiktoken, save_tokenizer
 
-    file = _tokenizer_path(source, "name a run's folder or a tokenizer's file")
+    file = _tokenizer_path(source, "name the folder of a run or a tokenizer file")
     names = {"huggingface": "huggingface.json", "tiktoken": "ranks.tiktoken", "gpt2": "gpt2", "tilewright": "tilewright.json"}
     save = {"huggingface": save_huggingface, "tiktoken": save_tiktoken, "gpt2": save_gpt2_files, "tilewright": save_tokenizer}
     path = require_absent(out or (file if file.is_dir() else file.parent) / names[to])
     data = load_tokenizer(file, pattern, special_tokens)
     save[to](path, Tokenizer.of(data).data._replace(training=data.training))
-    apart = f"; it does not hold the pattern, {data.pattern}, nor the special tokens, {data.special_tokens}"
-    print(f"wrote {path}: {len(data.vocab):,} tokens{apart if to in ('tiktoken', 'gpt2') else ''}")
+    omitted = f"; the format stores neither the pattern, {data.pattern}, nor the special tokens, {data.special_tokens}"
+    print(f"wrote {path}: {len(data.vocab):,} tokens{omitted if to in ('tiktoken', 'gpt2') else ''}")
 
 
 def tokenizer_inspect(
     source: Positional[Path], text: Path | None = None, pattern: str | None = None, special_tokens: tuple[str, ...] = ()
 ) -> None:
-    """Show a tokenizer's longest tokens, and how it takes to a text: bytes per token, unused tokens, a split.
+    """Show a tokenizer's longest tokens and, for a text, bytes per token, unused tokens and a split.
+
+    Formats: Tilewright's own file, Hugging Face's tokenizer.json, tiktoken's ranks, or a folder with GPT-2's vocab.json and
+    merges.txt. Tokens that a tokenizer.json adds to every text, such as a begin-of-text, are ignored.
 
     Args:
-        source: A run's folder, or a tokenizer: Tilewright's own file, Hugging Face's tokenizer.json, tiktoken's ranks, or a
-            folder with GPT-2's vocab.json and merges.txt. What a tokenizer.json puts around every text is left out.
-        text: UTF-8 text to look at through it.
-        pattern: Of a tokenizer whose files store none, ranks and GPT-2's: a name or a regular expression; by default gpt2.
-        special_tokens: Of the same, in the order of their ids.
+        source: Folder of a run, or a tokenizer in one of these formats.
+        text: UTF-8 text to encode for the figures and the split.
+        pattern: Pattern of a tokenizer that stores none (tiktoken's and GPT-2's files), as for training; by default gpt2.
+        special_tokens: Special tokens of such a tokenizer, in the order of their ids.
     """
     from rich.console import Console
 
@@ -243,7 +246,7 @@ def tokenizer_inspect(
     from ..tokenizer.formats import load_tokenizer
     from ..tokenizer.inspect import beginning, coloured, report, split_of
 
-    file = _tokenizer_path(source, "name a run's folder or a tokenizer's file")
+    file = _tokenizer_path(source, "name the folder of a run or a tokenizer file")
     if text is not None:
         require_file(text, "text file")
     tokenizer = read_tokenizer(file, pattern=pattern, special_tokens=special_tokens)
@@ -254,12 +257,13 @@ def tokenizer_inspect(
     if text is not None:
         split = split_of(tokenizer, beginning(text))
         console = Console()
+        has_colors = console.color_system is not None and not console.no_color
         print()
-        console.print(coloured(split)) if console.is_terminal else print("|".join(split))
+        console.print(coloured(split)) if has_colors else print("|".join(split))
 
 
 def _tokenizer_path(source: Path, remedy: str) -> Path:
-    """Return the tokenizer's file, or its folder where that holds GPT-2's two; neither raises a `UserError`."""
+    """Return the tokenizer's file, or its folder if that holds GPT-2's two files; otherwise raise a `UserError`."""
     from ..files import require_file
 
     if source.is_dir():

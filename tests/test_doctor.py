@@ -1,4 +1,4 @@
-"""What the doctor finds, in a process of its own where packages are gone, and check by check with what it looks at replaced."""
+"""`tilewright doctor` in processes without some packages, and its report with replaced checks."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tilewright.cli
-from tilewright.cli import doctor, doctor_gpu, main
+from tilewright.cli import doctor, doctor_gpu, main, package_metadata
 from tilewright.cli import doctor_checks as checks
 
 ROOT = Path(tilewright.cli.__file__).parents[1]
@@ -30,7 +30,7 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 
 
 def environment(**more):
-    """This process's, where Triton compiles."""
+    """Return this process's environment variables without TRITON_INTERPRET, so that Triton compiles."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | more
 
 
@@ -55,14 +55,14 @@ def run(capsys, *arguments):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A folder that holds Tilewright as it is installed without its dependencies."""
+    """Return a function that runs a script with Tilewright installed and without its dependencies."""
     (tmp_path / "tilewright").symlink_to(ROOT)
     metadata = importlib.metadata.distribution("tilewright").read_text("METADATA")
     (tmp_path / "tilewright.dist-info").mkdir()
     (tmp_path / "tilewright.dist-info" / "METADATA").write_text(metadata)
 
     def run(script):
-        # Without site-packages, and without those that the environment names.
+        # -I and -S exclude site-packages and PYTHONPATH.
         script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from tilewright.cli import main; {script}"
         command = [sys.executable, "-I", "-S", "-c", script]
         return subprocess.run(command, capture_output=True, text=True, env=environment())
@@ -70,51 +70,51 @@ def bare(tmp_path):
     return run
 
 
-def test_it_runs_where_no_package_is_there_and_names_all_in_one_line(bare):
+def test_without_packages_one_line_lists_all_of_them(bare):
     shown = bare("main(['doctor'])")
     assert shown.returncode == 1
     assert shown.stderr == ""
     [text] = [text for status, check, text in findings_in(shown.stdout) if check == "packages" and status == "FAIL"]
-    names = [*checks.requirements()]
-    assert len(names) >= 10
+    names = [*package_metadata.requirements()]
     assert text.startswith(f"missing: {', '.join(names)}: `pip install ")
     assert "`pip download -d wheels " in text
-    for requirement in ("'torch>=2.11'", "'tyro>=0.9.5'", " regex "):
+    for requirement in ("'torch>=2.11'", "'numpy>=1.26'"):
         assert text.count(requirement) == 3, "to install, to download, to install what was downloaded"
     assert "torch is missing" in next(text for _, check, text in findings_in(shown.stdout) if check == "gpu")
 
 
-def test_other_commands_send_to_the_doctor_where_a_package_is_missing(bare):
+def test_other_commands_name_the_extra_of_a_missing_package(bare):
     for arguments in ([], ["--help"], ["train", "stories-cpu"]):
         shown = bare(f"sys.exit(main({arguments}))")
         assert (shown.returncode, shown.stdout) == (1, "")
-        assert shown.stderr == "tilewright: error: tyro is missing: `tilewright doctor` says how to get what is\n"
+        assert shown.stderr == "tilewright: error: tyro is missing: pip install 'tilewright[train]'\n"
+    shown = bare("sys.exit(main(['tokenizer', 'train']))")
+    assert shown.stderr == "tilewright: error: tyro is missing: pip install 'tilewright[tokenizer]'\n"
 
 
-def test_it_explains_itself_where_no_package_is_there(bare):
+def test_help_needs_no_packages(bare):
     shown = bare("main(['doctor', '--help'])")
     assert shown.returncode == 0
     assert "--time-limit SECONDS" in shown.stdout
 
 
-def test_it_compiles_a_kernel_where_all_but_torch_and_triton_cannot_be_imported(tmp_path):
+def test_a_kernel_compiles_with_only_torch_and_triton(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     command = [sys.executable, "-m", "tilewright", "doctor"]
-    variables = environment(PYTHONPATH=str(tmp_path))
+    variables = environment(PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables)
-    assert shown.returncode == 1, shown.stderr
+    assert shown.returncode == 0, shown.stderr
     assert "Traceback" not in shown.stdout + shown.stderr
     assert "\x1b" not in shown.stdout
     found = findings_in(shown.stdout)
-    [text] = [text for status, check, text in found if check == "packages" and status == "FAIL"]
-    assert {*text.split(": `")[0].removeprefix("missing: ").split(", ")} == {*BLOCKED}
+    assert not [text for status, _, text in found if status == "FAIL"]
     assert {check for _, check, _ in found} >= {"system", "packages", "python", "torch", "gpu", "kernel", "compiler", "cache"}
     if doctor_gpu.HAS_TRITON:
         [(status, _, text)] = [finding for finding in found if finding[1] == "kernel"]
         assert (status, text[:8]) == ("ok", "compiled")
 
 
-def test_the_process_that_prints_imports_nothing_that_may_be_missing(tmp_path):
+def test_the_report_imports_no_optional_packages(tmp_path):
     heavy = ("tyro", "dacite", "rich", "numba", "regex", "tqdm", "matplotlib", "torch", "numpy", "triton", "safetensors")
     script = (
         "import sys, tilewright.cli; from tilewright.cli import doctor_checks as c; "
@@ -136,12 +136,12 @@ def test_it_runs_a_kernel_on_the_gpu():
     assert all("its result is right" in text for _, check, text in found if check == "kernel")
 
 
-# All of it
+# The whole report
 
 
 @pytest.fixture
 def healthy(monkeypatch):
-    """A machine on which each check finds one thing, and all is well; returned is what the GPU's checks find."""
+    """Replace each check with one that returns a single `ok` finding; return the findings of the GPU checks."""
     of_gpu = [checks.Finding("ok", "gpu", "cuda:0"), checks.Finding("ok", "kernel", "right")]
     monkeypatch.setattr(doctor, "_DRIVER", Path("/no/such/device"))
     monkeypatch.setattr(doctor, "gpu_checks", lambda time_limit: of_gpu)
@@ -168,18 +168,18 @@ def test_the_exit_status_is_0_with_warnings_and_1_with_a_failure(healthy, capsys
     assert out.splitlines()[-1] == "1 FAIL, 1 warning, 5 ok"
 
 
-def test_a_check_that_breaks_is_a_failure_and_no_traceback(healthy, capsys, monkeypatch):
+def test_an_exception_in_a_check_is_a_failure_without_a_traceback(healthy, capsys, monkeypatch):
     def broken():
-        raise KeyError("what nobody\nthought of")
+        raise KeyError("an unexpected\nerror")
 
     monkeypatch.setattr(doctor, "packages", broken)
     status, out, err = run(capsys)
     assert (status, err) == (1, "")
-    assert "FAIL     packages  KeyError: 'what nobody\\nthought of'\n" in out
-    assert len(out.splitlines()) == 8, "the others are made nevertheless"
+    assert "FAIL     packages  KeyError: 'an unexpected\\nerror'\n" in out
+    assert len(out.splitlines()) == 8, "the other checks still run"
 
 
-def test_a_gpu_is_there_when_torch_or_the_driver_says_so(healthy, capsys, monkeypatch, tmp_path):
+def test_a_gpu_is_found_through_torch_or_the_driver(healthy, capsys, monkeypatch, tmp_path):
     assert "with a GPU: True" in run(capsys)[1]
     healthy[0] = checks.Finding("FAIL", "gpu", "no answer")
     assert "with a GPU: True" in run(capsys)[1]
@@ -189,7 +189,7 @@ def test_a_gpu_is_there_when_torch_or_the_driver_says_so(healthy, capsys, monkey
     assert "with a GPU: True" in run(capsys)[1]
 
 
-def test_the_time_limit_is_handed_on(healthy, capsys, monkeypatch):
+def test_the_time_limit_is_passed_to_the_gpu_checks(healthy, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(doctor, "gpu_checks", lambda time_limit: seen.append(time_limit) or [])
     run(capsys)

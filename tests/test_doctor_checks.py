@@ -1,4 +1,4 @@
-"""What the doctor finds of packages, versions, the compiler and the caches, with what it looks at replaced."""
+"""The doctor's checks of packages, versions, the compiler and the caches, with a mocked environment."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 import tilewright.cli
 from tilewright.cli import doctor_checks as checks
-from tilewright.cli import doctor_gpu, entry
+from tilewright.cli import doctor_gpu, entry, package_metadata
 
 ROOT = Path(tilewright.cli.__file__).parents[1]
 
@@ -21,44 +21,60 @@ ROOT = Path(tilewright.cli.__file__).parents[1]
 # Packages and versions
 
 
-def test_ranges_are_those_of_packaging():
+def test_version_ranges_match_packaging():
     versions = ["0.9", "0.9.5", "0.9.5.0", "0.10", "1", "1.25.9", "1.26", "1.26.0", "1.26.1", "2.4.6", "2.11.0+cpu", "10.0"]
     for specifier in ("", ">=1.26", ">=0.9.5", "<2", ">1.26", "<=1.26", "==1.26", "!=1.26", ">=1,<2.4", ">=1.26, !=2.4.6"):
         for version in versions:
-            assert checks.in_range(version, specifier) == SpecifierSet(specifier).contains(version), (version, specifier)
-    # Where it differs: a vendor's own build.
-    assert checks.in_range("2.11.0a0+git1234", ">=2.11")
+            found = package_metadata.in_range(version, specifier)
+            assert found == SpecifierSet(specifier).contains(version), (version, specifier)
+    # Unlike `packaging`, accept a vendor's pre-release build.
+    assert package_metadata.in_range("2.11.0a0+git1234", ">=2.11")
     with pytest.raises(ValueError, match=r"range '~=2\.0' of versions is unknown"):
-        checks.in_range("2.0", "~=2.0")
+        package_metadata.in_range("2.0", "~=2.0")
 
 
-def test_what_is_needed_is_what_pip_would_install(monkeypatch):
+def wanted(variables, extra=""):
+    """Return the requirements of the base and an extra, parsed from the metadata with `packaging`."""
+    found = {}
+    for requirement in map(Requirement, importlib.metadata.requires("tilewright")):
+        if requirement.marker is None or requirement.marker.evaluate({**variables, "extra": extra}):
+            if requirement.name == "tilewright":
+                for part in requirement.extras:
+                    found |= wanted(variables, part)
+            else:
+                found[requirement.name] = requirement.specifier
+    return found
+
+
+def test_requirements_match_pip(monkeypatch):
     for system, name in (("Linux", "linux"), ("Darwin", "darwin")):
         monkeypatch.setattr(checks.platform, "system", lambda system=system: system)
         monkeypatch.setattr(checks.sys, "platform", name)
-        variables = {"platform_system": system, "sys_platform": name, "extra": ""}
-        wanted = [Requirement(line) for line in importlib.metadata.requires("tilewright")]
-        wanted = [each for each in wanted if each.marker is None or each.marker.evaluate(variables)]
-        assert {name: SpecifierSet(range) for name, range in checks.requirements().items()} == {
-            each.name: each.specifier for each in wanted
-        }
-        assert ("triton" in checks.requirements()) == (system == "Linux")
+        variables = {"platform_system": system, "sys_platform": name}
+        base = wanted(variables)
+        assert {name: SpecifierSet(range) for name, range in package_metadata.requirements().items()} == base
+        for extra in package_metadata.extras():
+            found = {name: SpecifierSet(range) for name, range in package_metadata.requirements(extra).items()}
+            assert found == {name: range for name, range in wanted(variables, extra).items() if name not in base}, extra
+        assert ("triton" in package_metadata.requirements()) == (system == "Linux")
 
 
-def test_markers_are_read_or_refused():
-    assert checks.applies("")
-    assert not checks.applies('extra == "dev"')
-    assert not checks.applies("sys_platform == 'beos' and platform_system != 'BeOS'")
+def test_markers_are_evaluated_or_rejected():
+    assert package_metadata.applies("")
+    assert not package_metadata.applies('extra == "dev"')
+    assert package_metadata.applies('extra == "dev"', "dev")
+    assert not package_metadata.applies("sys_platform == 'beos' and platform_system != 'BeOS'")
     with pytest.raises(ValueError, match=r"marker .* is unknown"):
-        checks.applies('python_version < "3.12"')
+        package_metadata.applies('python_version < "3.12"')
 
 
 def test_the_packages_of_this_environment_are_found():
-    for name in checks.requirements():
+    for name in package_metadata.requirements():
         assert checks.installed(name) == importlib.metadata.version(name)
     assert checks.installed("no-such-package") is None
-    [finding] = checks.packages()
-    assert finding.status == "ok"
+    finding, extras = checks.packages()
+    assert (finding.status, extras.status) == ("ok", "ok")
+    assert "train" in extras.text.partition(";")[0]
     assert f"torch {importlib.metadata.version('torch')}" in finding.text
 
 
@@ -75,17 +91,17 @@ def test_a_package_may_be_installed_under_another_name(monkeypatch):
 
 
 def test_missing_and_old_packages_are_one_line(monkeypatch):
-    versions = {"regex": None, "tyro": None, "numpy": "1.21.0", "numba": "0.70"}
+    versions = {"torch": None, "numpy": "1.21.0"}
     monkeypatch.setattr(checks, "installed", lambda name: versions.get(name, "99.0"))
-    [finding] = checks.packages()
+    finding, _ = checks.packages()
     assert finding.status == "FAIL"
     assert finding.text.startswith(
-        "missing: regex, tyro; numpy is 1.21.0, numpy>=1.26 is needed: `pip install regex 'tyro>=0.9.5' 'numpy>=1.26'`;"
+        "missing: torch; numpy is 1.21.0, expected numpy>=1.26: `pip install 'torch>=2.11' 'numpy>=1.26'`;"
     )
     assert "\n" not in finding.text
 
 
-def test_it_says_when_tilewright_itself_is_not_installed(monkeypatch):
+def test_a_checkout_that_is_not_installed_is_a_failure(monkeypatch):
     def requires(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -93,12 +109,51 @@ def test_it_says_when_tilewright_itself_is_not_installed(monkeypatch):
     [finding] = checks.packages()
     assert finding.status == "FAIL"
     assert "pip install -e ." in finding.text
-    # Then nothing says what it needs: all but its own modules may be missing.
-    assert entry._is_needed("tyro")
-    assert not entry._is_needed("tilewright.no_such_module")
+    # The requirements are unknown then, so any missing package gets a remedy, but not a module of the project.
+    assert entry._remedy("tyro", "train") is not None
+    assert entry._remedy("tilewright.no_such_module", "train") is None
 
 
-def test_what_is_tested_is_what_the_project_declares():
+def test_extras_lists_complete_and_incomplete_extras(monkeypatch):
+    def version(name):
+        if name in ("numba", "uvicorn"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "matplotlib" else "99.0"
+
+    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    extras = checks._extras()
+    assert extras.status == "warning", "matplotlib is too old"
+    complete, incomplete = extras.text.split("; incomplete: ")
+    assert "hub" in complete
+    assert "train" not in complete
+    for text in ("tokenizer (numba is missing)", "serve (uvicorn is missing)", "plot (matplotlib is 0.1, expected >=3.8)"):
+        assert text in incomplete
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("numba", "tokenizer", "tokenizer"),
+        ("tyro", "train", "train"),
+        ("safetensors.torch", "tokenizer", "train"),
+        ("matplotlib", "account", "plot"),
+        ("huggingface_hub", "corpus", "hub"),
+        ("no_such_package", "train", None),
+    ],
+)
+def test_a_missing_package_names_its_extra(package, command, extra):
+    assert package_metadata.extra_of(package, command) == extra
+
+
+def test_the_extra_all_excludes_development_packages():
+    assert {"torch", "triton", "numpy"} >= package_metadata.requirements().keys()
+    others = {"all", "bench", "dev", "docs", "wandb"}
+    user = {name for extra in package_metadata.extras() if extra not in others for name in package_metadata.requirements(extra)}
+    assert package_metadata.requirements("all").keys() == user
+    assert user < package_metadata.requirements("dev").keys()
+
+
+def test_tested_versions_match_the_project_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pythons = [tuple(map(int, found.split("."))) for found in re.findall(r"Python :: (\d+\.\d+)", str(project["classifiers"]))]
     assert checks.TESTED["python"] == (min(pythons), max(pythons))
@@ -108,7 +163,7 @@ def test_what_is_tested_is_what_the_project_declares():
         oldest, newest = checks.TESTED[name]
         [declared] = [line for line in project["dependencies"] if line.startswith(name)]
         assert declared.startswith(f"{name}>={'.'.join(map(str, oldest))}")
-        assert oldest <= checks.numbers(pinned[name])[:2] <= newest
+        assert oldest <= package_metadata.numbers(pinned[name])[:2] <= newest
 
 
 @pytest.mark.parametrize(
@@ -143,7 +198,7 @@ def test_versions_outside_the_tested_range(monkeypatch, name, version, status):
 @pytest.mark.parametrize(
     ("triton", "numpy", "warned"), [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.0", False)]
 )
-def test_the_interpreter_of_an_old_triton_does_not_know_new_arrays(monkeypatch, triton, numpy, warned):
+def test_old_triton_with_new_numpy_is_a_warning(monkeypatch, triton, numpy, warned):
     monkeypatch.setattr(checks, "installed", {"triton": triton, "numpy": numpy}.get)
     findings = [each for each in checks.versions() if each.check == "numpy"]
     assert [each.status for each in findings] == ["warning"] * warned
@@ -155,7 +210,7 @@ def test_the_interpreter_of_an_old_triton_does_not_know_new_arrays(monkeypatch, 
 
 @pytest.fixture
 def tools(monkeypatch, tmp_path):
-    """A machine on which Triton can compile."""
+    """Mock an environment in which Triton can compile."""
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(checks.platform, "system", lambda: "Linux")
@@ -166,7 +221,7 @@ def tools(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_whole_compiler(tools, monkeypatch):
+def test_a_complete_compiler(tools, monkeypatch):
     [finding] = checks.compiler(True)
     assert finding == checks.Finding("ok", "compiler", f"/bin/gcc 12.8.0, {tools}/Python.h, ptxas 12.8")
     monkeypatch.setattr(checks.shutil, "which", lambda name: "/bin/clang" if name == "clang" else None)
@@ -177,12 +232,12 @@ def test_a_whole_compiler(tools, monkeypatch):
     ("broken", "text"),
     [
         ("compiler", "no gcc and no clang: `apt install gcc`"),
-        ("CC", "CC is 'ccache gcc', which is no command"),
+        ("CC", "CC is 'ccache gcc', which is not a command"),
         ("headers", "Python.h: `apt install python3-dev`"),
         ("ptxas", "no ptxas"),
     ],
 )
-def test_what_the_compiler_lacks_fails_where_there_is_a_gpu(tools, monkeypatch, broken, text):
+def test_an_incomplete_compiler_fails_only_with_a_gpu(tools, monkeypatch, broken, text):
     if broken == "compiler":
         monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     elif broken == "CC":
@@ -197,7 +252,7 @@ def test_what_the_compiler_lacks_fails_where_there_is_a_gpu(tools, monkeypatch, 
         assert text in finding.text
 
 
-def test_a_compiler_of_which_all_is_missing_is_one_command(tools, monkeypatch):
+def test_a_missing_compiler_is_one_install_command(tools, monkeypatch):
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     (tools / "Python.h").unlink()
     assert checks.compiler(True)[0].text.endswith("`apt install gcc python3-dev`)")
@@ -206,11 +261,11 @@ def test_a_compiler_of_which_all_is_missing_is_one_command(tools, monkeypatch):
 
 
 @pytest.mark.skipif(not doctor_gpu.HAS_TRITON, reason="Triton cannot be imported")
-def test_the_assembler_is_the_one_that_triton_takes(monkeypatch):
+def test_ptxas_is_found_as_triton_finds_it(monkeypatch):
     import triton.knobs
 
     assert checks._ptxas() == f"{triton.knobs.nvidia.ptxas.version} ({triton.knobs.nvidia.ptxas.path})"
-    # Triton, too, falls back to its own.
+    # Triton also falls back to its bundled ptxas.
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/no/such/ptxas")
     assert checks._ptxas() == f"{triton.knobs.nvidia.ptxas.version} ({triton.knobs.nvidia.ptxas.path})"
 
@@ -224,7 +279,7 @@ def folders(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_caches_are_found_and_not_made(folders):
+def test_caches_are_found_and_not_created(folders):
     findings = checks.caches(True)
     assert [each.status for each in findings] == ["ok"] * 3
     assert [each.text.split(":")[0] for each in findings] == ["Triton", "Inductor", "Numba"]
@@ -232,13 +287,13 @@ def test_caches_are_found_and_not_made(folders):
     assert not [*folders.iterdir()]
 
 
-def test_a_cache_that_cannot_be_written_fails_where_there_is_a_gpu(folders, monkeypatch):
-    # No folder: what stops root, too.
+def test_an_unwritable_cache_fails_only_with_a_gpu(folders, monkeypatch):
+    # A file in place of the folder also stops root.
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR"):
         (folders / name).touch()
-    assert [each.status for each in checks.caches(True)] == ["FAIL", "FAIL", "ok"], "Numba takes the next"
+    assert [each.status for each in checks.caches(True)] == ["FAIL", "FAIL", "ok"], "Numba uses the next folder"
     assert str(ROOT / "tokenizer" / "compiled" / "__pycache__") in checks.caches(True)[2].text
-    monkeypatch.setattr(checks, "_trouble", lambda folder: f"{folder}: Read-only file system")
+    monkeypatch.setattr(checks, "_unwritable", lambda folder: f"{folder}: Read-only file system")
     assert [each.status for each in checks.caches(True)] == ["FAIL", "FAIL", "warning"]
     assert [each.status for each in checks.caches(False)] == ["warning"] * 3
     for finding, name in zip(checks.caches(True), ("TRITON", "TORCHINDUCTOR", "NUMBA"), strict=True):
@@ -246,14 +301,14 @@ def test_a_cache_that_cannot_be_written_fails_where_there_is_a_gpu(folders, monk
         assert f"{name}_CACHE_DIR" in finding.text.split(": ")[-1]
 
 
-def test_a_full_disk_is_told_of(folders, monkeypatch):
+def test_a_full_disk_is_a_warning(folders, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: usage(10**12, 10**12 - 10**8, 10**8))
     assert [each.status for each in checks.caches(True)] == ["warning"] * 3
-    assert "0.1 GB free: make room" in checks.caches(True)[0].text
+    assert "0.1 GB free: free some space" in checks.caches(True)[0].text
 
 
-def test_the_caches_are_those_of_the_libraries(folders, monkeypatch):
+def test_cache_folders_match_the_libraries(folders, monkeypatch):
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     from tilewright.tokenizer.compiled import store
@@ -265,7 +320,7 @@ def test_the_caches_are_those_of_the_libraries(folders, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(folders))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folders / "user"))
     assert checks.cache_folders()["Numba"] == [folder.parent for folder in store._folders()]
-    place = store.place()
+    place = store.writable_folder()
     assert place is not None
     assert place.parent == folders == checks.cache_folders()["Numba"][0]
     if doctor_gpu.HAS_TRITON:
@@ -276,7 +331,7 @@ def test_the_caches_are_those_of_the_libraries(folders, monkeypatch):
         assert checks.cache_folders()["Triton"] == [Path(triton.knobs.cache.get_triton_dir("cache"))]
 
 
-def test_the_machine(monkeypatch):
+def test_system(monkeypatch):
     [finding] = checks.system()
     assert finding.text.startswith(f"tilewright {tilewright.__version__}, commit ")
     assert re.search(r"\d of \d+ CPUs, [\d.,]+ GB RAM", finding.text)

@@ -1,4 +1,4 @@
-"""The process that looks at GPUs and outlives them, and what it says of GPUs that torch is made to tell of."""
+"""The doctor's subprocess that checks GPUs, and its findings with mocked GPUs."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from tilewright.cli import doctor, doctor_gpu
 from tilewright.cli import doctor_checks as checks
 
-# The process that looks at GPUs
+# The subprocess
 
 
 def child(script):
@@ -25,16 +25,16 @@ def child(script):
 SOUND = 'print(\'{"status": "ok", "check": "gpu", "text": "sound"}\', flush=True)\n'
 
 
-def test_what_the_process_says_is_believed_and_what_it_prints_besides_is_not():
+def test_only_findings_in_the_output_count():
     noise = 'print("a library talks"); print("[1]"); print(\'{"status": 1}\'); print("3")\n'
     assert doctor.run_checks(child(noise + SOUND + 'print(\'{"stat\', end="")'), 60) == [checks.Finding("ok", "gpu", "sound")]
 
 
-def test_a_process_that_dies_is_told_of():
+def test_a_crash_is_a_failure():
     segfault = doctor.run_checks(child(SOUND + "os.kill(os.getpid(), signal.SIGSEGV)"), 60)
     assert segfault == [
         checks.Finding("ok", "gpu", "sound"),
-        checks.Finding("FAIL", "kernel", "its process was killed by signal 11 (Segmentation fault): it said nothing"),
+        checks.Finding("FAIL", "kernel", "its process was killed by signal 11 (Segmentation fault): no output on stderr"),
     ]
     failed = doctor.run_checks(child("raise ImportError('libcudart.so.13: cannot open shared object file')"), 60)
     assert [(each.status, each.check) for each in failed] == [("FAIL", "kernel")]
@@ -43,7 +43,7 @@ def test_a_process_that_dies_is_told_of():
 
 
 class Patient(subprocess.Popen):
-    """A process whose time is up once it has written down its children."""
+    """A process whose timeout expires as soon as it has written its process ids."""
 
     file: Path
 
@@ -65,7 +65,7 @@ os.rename({str(tmp_path / "new")!r}, {str(tmp_path / "pids")!r})
 time.sleep(600)
 """
     findings = doctor.run_checks(child(SOUND + hang), 77)
-    assert findings[0] == checks.Finding("ok", "gpu", "sound"), "what was found before it hung is kept"
+    assert findings[0] == checks.Finding("ok", "gpu", "sound"), "earlier findings are kept"
     assert (findings[1].status, findings[1].check) == ("FAIL", "kernel")
     assert findings[1].text.startswith("no answer in 77 s: ")
     for pid in map(int, (tmp_path / "pids").read_text().split()):
@@ -73,13 +73,13 @@ time.sleep(600)
             time.sleep(0.01)
 
 
-def test_the_limit_of_time_is_kept():
+def test_the_time_limit_ends_the_process():
     findings = doctor.run_checks([sys.executable, "-c", "import time; time.sleep(600)"], 0.2)
     assert [(each.status, each.check) for each in findings] == [("FAIL", "torch")]
     assert findings[0].text.startswith("no answer in 0.2 s")
 
 
-def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch):
+def test_a_process_that_cannot_be_killed_does_not_block(monkeypatch):
     killed = []
 
     class Stuck:
@@ -98,7 +98,7 @@ def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch):
     assert killed == [(12345, signal.SIGKILL)]
 
 
-def test_an_interruption_ends_the_process_too(monkeypatch):
+def test_an_interruption_ends_the_subprocess(monkeypatch):
     killed = []
 
     class Interrupted(subprocess.Popen):
@@ -115,7 +115,7 @@ def test_an_interruption_ends_the_process_too(monkeypatch):
         os.kill(killed[0], 0)
 
 
-def test_a_signal_that_ends_the_doctor_ends_the_process_too(monkeypatch):
+def test_a_signal_to_the_doctor_ends_the_subprocess(monkeypatch):
     started = []
 
     class Signalled(subprocess.Popen):
@@ -135,7 +135,7 @@ def test_a_signal_that_ends_the_doctor_ends_the_process_too(monkeypatch):
         os.kill(started[0], 0)
 
 
-# GPUs and the kernel, with torch made to tell of others
+# GPUs and the kernel, mocked
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_gpu_that_is_too_old(volta):
     assert "attention needs capability 8.0" in finding.text
 
 
-def test_a_gpu_that_will_do(volta, monkeypatch):
+def test_a_supported_gpu(volta, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     [finding] = doctor_gpu.gpu(0)
@@ -162,7 +162,7 @@ def test_a_gpu_that_will_do(volta, monkeypatch):
     assert finding.text.endswith("datasheet peak known")
 
 
-def test_why_there_is_no_gpu(monkeypatch):
+def test_reasons_for_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     [finding] = doctor_gpu.no_gpu()
     assert finding.status == "warning"
@@ -182,7 +182,7 @@ def test_why_there_is_no_gpu(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES is '7'" in text
 
 
-def test_the_driver_is_asked_in_two_ways(monkeypatch, tmp_path):
+def test_the_driver_version_has_two_sources(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor_gpu, "output", lambda *_: "580.65.06\n580.65.06")
     assert doctor_gpu._driver() == "580.65.06"
     (tmp_path / "version").write_text(
@@ -196,10 +196,10 @@ def test_the_driver_is_asked_in_two_ways(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not doctor_gpu.HAS_TRITON, reason="Triton cannot be imported")
-def test_the_kernel_runs_and_its_result_is_looked_at(device, monkeypatch):
+def test_the_result_of_the_kernel_is_checked(device, monkeypatch):
     [finding] = doctor_gpu.run_kernel(device)
     assert finding.status == "ok"
-    assert "its result is right" in finding.text
+    assert "with the correct result" in finding.text
 
     class Wrong:
         def run(self, x, y, size, **launch):
@@ -211,7 +211,7 @@ def test_the_kernel_runs_and_its_result_is_looked_at(device, monkeypatch):
     assert "its result is wrong" in finding.text
 
 
-def test_a_kernel_that_does_not_compile_is_a_warning_where_none_would_run(monkeypatch):
+def test_a_compile_error_without_a_gpu_is_a_warning(monkeypatch):
     def inspect(case, architecture):
         assert architecture == "sm_90"
         raise RuntimeError("Internal Triton PTX codegen error\n`ptxas` stderr:\nfatal")
@@ -226,7 +226,7 @@ def test_a_kernel_that_does_not_compile_is_a_warning_where_none_would_run(monkey
 @pytest.mark.parametrize("has_triton", [True, False])
 @pytest.mark.parametrize("interprets", [True, False])
 @pytest.mark.parametrize("num_gpus", [0, 2])
-def test_which_checks_are_made(monkeypatch, has_triton, interprets, num_gpus):
+def test_the_list_of_checks(monkeypatch, has_triton, interprets, num_gpus):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(doctor_gpu, "HAS_TRITON", has_triton)
@@ -243,7 +243,7 @@ def test_which_checks_are_made(monkeypatch, has_triton, interprets, num_gpus):
     assert made == gpus + kernels
 
 
-def test_an_error_of_cuda_is_a_line_and_the_next_check_is_made(monkeypatch, capsys):
+def test_a_cuda_error_is_a_finding_and_the_next_check_runs(monkeypatch, capsys):
     def broken():
         raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
 

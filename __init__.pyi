@@ -1,0 +1,3 @@
+from .model.patching import apply_to as apply_to
+
+__version__: str
