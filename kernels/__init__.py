@@ -1,8 +1,10 @@
-"""GPU maths on tensors: fused ops as plain functions, each with a Triton kernel or a PyTorch reference behind it.
+"""Fused GPU ops as functions of tensors, each with a Triton kernel, a PyTorch reference, or both.
 
-Knows no module and no model. `set_backend` chooses what runs; by default Triton on CUDA tensors, else the reference.
+Independent of `nn.Module` and of the model package. `set_backend` selects the backend; the default runs Triton on CUDA tensors
+and the reference elsewhere.
 """
 
+from ..rope_scaling import RopeScaling
 from .attention import (
     Documents,
     attention,
@@ -13,7 +15,7 @@ from .attention import (
 )
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .dispatch import get_backend, set_backend, use_backend
-from .flash_reference import tiled_attention
+from .flash_reference import TiledAttention, tiled_attention
 from .fp8_linear import fp8_linear
 from .fp8_reference import AmaxHistory
 from .geglu import geglu
@@ -22,7 +24,7 @@ from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qk, rope_qkv
-from .rope_tables import RopeScaling, rope_tables
+from .rope_tables import rope_tables
 from .swiglu import swiglu
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "CrossEntropyOutput",
     "Documents",
     "RopeScaling",
+    "TiledAttention",
     "add_rms_norm",
     "attention",
     "cross_entropy",

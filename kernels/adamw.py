@@ -1,7 +1,8 @@
-"""AdamW on bfloat16 weights without a float32 copy: computed in float32, rounded stochastically, all parameters in one launch.
+"""AdamW on bfloat16 weights without a float32 copy, for all parameters in one launch.
 
-The random bits of an element depend on the seed, the step, its parameter and its place in it, and on nothing else: they are the
-same however a parameter is sharded along its first dimension, and when a run goes on.
+Updates are computed in float32 and rounded stochastically. The random bits of an element depend only on the seed, the step, the
+parameter and the element's index in it. They are therefore the same for every sharding along the first dimension, and after a
+resume.
 """
 
 from collections.abc import Sequence
@@ -49,51 +50,51 @@ def _adamw_kernel(
     start, first, count = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     stream, seed = tl.load(row + 4), tl.load(row + 5)
     lr, bias1, bias2 = tl.load(rates_ptr), tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
-    # Places in the whole parameter; blocks begin at multiples of 4 of them, shards anywhere.
+    # Blocks begin at multiples of 4 in the full parameter, because Philox yields 4 numbers a call; shards begin anywhere.
     begin = first // 4 * 4
-    place = begin + tl.arange(0, BLOCK)
-    here = place - first
-    mask = (here >= 0) & (here < count)
-    weight = widen(tl.load(weight_ptr + here, mask=mask, other=0))
-    gradient = widen(tl.load(gradient_ptr + start + here, mask=mask, other=0))
-    exp_avg = beta1 * tl.load(exp_avg_ptr + start + here, mask=mask, other=0.0) + rest1 * gradient
-    exp_avg_sq = beta2 * tl.load(exp_avg_sq_ptr + start + here, mask=mask, other=0.0) + rest2 * (gradient * gradient)
+    local = begin + tl.arange(0, BLOCK) - first
+    mask = (local >= 0) & (local < count)
+    weight = widen(tl.load(weight_ptr + local, mask=mask, other=0))
+    gradient = widen(tl.load(gradient_ptr + start + local, mask=mask, other=0))
+    exp_avg = beta1 * tl.load(exp_avg_ptr + start + local, mask=mask, other=0.0) + rest1 * gradient
+    exp_avg_sq = beta2 * tl.load(exp_avg_sq_ptr + start + local, mask=mask, other=0.0) + rest2 * (gradient * gradient)
     update = (exp_avg / bias1) / (tl.sqrt(exp_avg_sq / bias2) + eps)
     weight = weight * (1.0 - lr * weight_decay) - lr * update
     random = random_bits(seed.to(tl.uint64), stream, tl.load(step_ptr), begin, BLOCK)
-    tl.store(weight_ptr + here, round_stochastically(weight, random), mask=mask)
-    tl.store(exp_avg_ptr + start + here, exp_avg, mask=mask)
-    tl.store(exp_avg_sq_ptr + start + here, exp_avg_sq, mask=mask)
+    tl.store(weight_ptr + local, round_stochastically(weight, random), mask=mask)
+    tl.store(exp_avg_ptr + start + local, exp_avg, mask=mask)
+    tl.store(exp_avg_sq_ptr + start + local, exp_avg_sq, mask=mask)
 
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """Contiguous bfloat16 tensors that `adamw_rounded_` steps together, and where each is in its parameter.
+    """Contiguous bfloat16 tensors that `adamw_rounded_` updates together, with their offsets in their parameters.
 
-    The moments and gradients of all lie side by side in this order. The tensors must not move any more.
+    The moments and gradients of all tensors are concatenated in this order. `table` stores addresses: the tensors must not be
+    reallocated.
     """
 
     weights: Sequence[Tensor]
     firsts: Sequence[int]
-    """Place of each tensor's first element in its whole parameter."""
+    """Index of each tensor's first element in its full parameter."""
     streams: Sequence[int]
-    """Number of each parameter."""
+    """Number of each parameter, which selects its random bits."""
     seed: int
 
     def __post_init__(self) -> None:
         for weight in self.weights:
             if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
-                raise ValueError(f"a weight is of {weight.dtype}, strides {weight.stride()}: it must be contiguous bfloat16")
+                raise ValueError(f"weight has dtype {weight.dtype}, strides {weight.stride()}: expected contiguous bfloat16")
 
     def table(self) -> Tensor:
-        """Return, on their device, what each program works on: address, start, first place, count, stream, seed."""
+        """Return one int64 row per program, on the device: address, start, first index, count, stream, seed."""
         rows, start = [], 0
         for weight, first, stream in zip(self.weights, self.firsts, self.streams, strict=True):
             done = 0
             while done < weight.numel():
-                place = first + done
-                count = min(BLOCK - place % 4, weight.numel() - done)
-                rows.append((weight.data_ptr() + 2 * done, start + done, place, count, stream, self.seed))
+                index = first + done
+                count = min(BLOCK - index % 4, weight.numel() - done)
+                rows.append((weight.data_ptr() + 2 * done, start + done, index, count, stream, self.seed))
                 done += count
             start += weight.numel()
         return torch.tensor(rows, dtype=torch.int64).view(-1, _FIELDS).to(self.weights[0].device)
@@ -113,12 +114,12 @@ def adamw_rounded_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Step the weights and moments in place (Loshchilov & Hutter 2019), or nothing where the device finds `skip` true.
+    """Update weights and moments in place (Loshchilov & Hutter 2019); do nothing where `skip` is true on the device.
 
-    `gradient` bfloat16 and both moments float32 (n,), side by side; `table` is that of the weights; `lr` float32, `step`
-    float32 (from 1 on) and `skip` bool are scalars on their device.
+    `gradient` is bfloat16 (n,), both moments are float32 (n,), concatenated over the weights. `table` is `of.table()`. `lr`
+    float32, `step` float32 (from 1 on) and `skip` bool are scalars on the device.
     """
-    # The learning rate, and the corrections of both moments' bias.
+    # The learning rate and the bias corrections of both moments.
     rates = torch.stack([lr, *(1 - beta**step for beta in betas)])
     factors, count = (*betas, *(1 - beta for beta in betas)), step.long()
     if not use_triton(gradient):

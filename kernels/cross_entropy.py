@@ -1,4 +1,4 @@
-"""Cross-entropy of logits: its launches, the registered op and the public function."""
+"""Cross-entropy of logits: launches, registered op and public function."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from .loss_options import LossOptions, Reduction
 from .op import Arguments, Cost, Costs, Op, draw, grid, record
 from .registration import count_no_flops, custom_op
 
-# Columns of a block: 16 a thread, which is 32 bytes of half precision on their way and few enough registers to fill a
-# multiprocessor. A softcap needs more registers, so programs are smaller then, and threads have 32 bytes of float32 too;
-# several options together would spill with more than one vector a thread.
+# Columns of a block: 16 a thread, so that 32 bytes of half precision are in flight and few enough registers are used to fill
+# a multiprocessor. A softcap needs more registers: programs are smaller then, and a thread loads 32 bytes of float32 too.
+# Several options together would spill with more than one vector a thread.
 MAX_BLOCK = 8192
 
 
-def launch_config(width: int, dtype: torch.dtype, options: LossOptions) -> dict[str, int]:
-    """Return the block of columns, its vectors of 16 bytes and the warps that ship for a vocabulary of `width`."""
+def loss_launch_config(width: int, dtype: torch.dtype, options: LossOptions) -> dict[str, int]:
+    """Return the column block, its 16-byte vectors and the warps for a vocabulary of `width`."""
     capped = options.softcap is not None
     several = capped and (options.label_smoothing != 0.0 or options.return_accuracy)
     if several or options.class_weights is not None or options.return_predictions:
@@ -36,7 +36,7 @@ def launch_config(width: int, dtype: torch.dtype, options: LossOptions) -> dict[
 
 
 def _as_batches(logits: Tensor) -> Tensor:
-    # (..., V) -> (outer, inner, V). Two strides of rows let the usual shift, logits[:, :-1], pass without a copy.
+    # (..., V) -> (outer, inner, V). With two row strides the usual shift, logits[:, :-1], needs no copy.
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if logits.dim() < 3:
@@ -45,10 +45,10 @@ def _as_batches(logits: Tensor) -> Tensor:
 
 
 def empty_outputs(targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return uninitialised losses, row_max, log_sum, all (...) float32, and predicted.
+    """Return uninitialized losses, row_max and log_sum, all (...) float32, and predicted.
 
-    `row_max` is the greatest logit of a row and `log_sum` the rest of its lse; their sum alone is too coarse for the gradient.
-    `predicted` is (...) int64 where predictions are asked for, (...) bool where only the accuracy is, else empty.
+    `row_max` is the greatest logit of a row, and lse = row_max + log_sum. They are stored separately, because lse alone is too
+    coarse for the gradient. `predicted` is (...) int64 for predictions, (...) bool for the accuracy alone, else empty.
     """
     losses = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
     shape = targets.shape if options.return_accuracy or options.return_predictions else 0
@@ -56,8 +56,8 @@ def empty_outputs(targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor
     return losses, torch.empty_like(losses), torch.empty_like(losses), torch.empty(shape, dtype=dtype, device=targets.device)
 
 
-def _values(options: LossOptions, unused: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...], dict[str, Any]]:
-    # Class weights and their sum, or tensors that no kernel will read; the numbers; which of them there are.
+def _option_arguments(options: LossOptions, unused: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...], dict[str, Any]]:
+    # Class weights and their sum (or unread tensors), the numeric options, and flags for the options in use.
     weights = options.class_weights
     if weights is None:
         weighted = unused, unused
@@ -73,7 +73,7 @@ def _values(options: LossOptions, unused: Tensor) -> tuple[tuple[Tensor, Tensor]
 
 
 def _is_shifted(logits: Tensor, block: int, vector: int) -> bool:
-    # Whether rows of several blocks begin elsewhere than on a vector.
+    # Whether rows are wider than a block and begin between two vectors.
     steps = [stride for size, stride in zip(logits.shape[:2], logits.stride(), strict=False) if size > 1]
     return logits.shape[2] > block and any(stride % vector != 0 for stride in steps)
 
@@ -96,8 +96,8 @@ def launch_forward(
     options: LossOptions,
 ) -> None:
     """Fill losses, row_max, log_sum and predicted, all contiguous, from logits (outer, inner, V) and contiguous targets."""
-    weights, numbers, present = _values(options, losses)
-    config = launch_config(logits.shape[2], logits.dtype, options)
+    weights, numbers, present = _option_arguments(options, losses)
+    config = loss_launch_config(logits.shape[2], logits.dtype, options)
     if targets.numel() > 0:
         launch(
             cross_entropy_forward, targets.numel(),
@@ -116,13 +116,13 @@ def launch_fused(
     predicted: Tensor,
     options: LossOptions,
 ) -> None:
-    """Do as `launch_forward` and overwrite logits (1, N, V) with the gradient of the sum of the losses."""
-    weights, numbers, present = _values(options, losses)
+    """Run `launch_forward` and overwrite logits (1, N, V) with the gradient of the sum of the losses."""
+    weights, numbers, present = _option_arguments(options, losses)
     launch(
         cross_entropy_fused, targets.numel(),
         logits, targets, losses, row_max, log_sum, predicted, *weights,
         logits.stride(1), logits.shape[2], options.ignore_index, *numbers,
-        **present, **_flags(options), **launch_config(logits.shape[2], logits.dtype, options),
+        **present, **_flags(options), **loss_launch_config(logits.shape[2], logits.dtype, options),
     )  # fmt: skip
 
 
@@ -136,13 +136,13 @@ def launch_backward(
     dlogits: Tensor,
     options: LossOptions,
 ) -> None:
-    """Fill dlogits from logits, both (outer, inner, V); they may be one. One of dlosses and dlse (...) may be None."""
+    """Fill dlogits from logits, both (outer, inner, V); they may share memory. One of dlosses and dlse (...) may be None."""
     targets = targets.contiguous()
     if dlosses is None:
         dlosses = row_max.new_zeros(()).expand(targets.shape)
     dlosses, dlse = dlosses.reshape(-1), None if dlse is None else dlse.reshape(-1)
-    weights, numbers, present = _values(options, row_max)
-    config = launch_config(logits.shape[-1], logits.dtype, options)
+    weights, numbers, present = _option_arguments(options, row_max)
+    config = loss_launch_config(logits.shape[-1], logits.dtype, options)
     block, vector = config["BLOCK"], config["VECTOR"]
     alike = all(n == 1 or a == b for n, a, b in zip(logits.shape, logits.stride(), dlogits.stride(), strict=True))
     shifted = alike and _is_shifted(logits, block, vector)
@@ -172,7 +172,7 @@ def _cross_entropy(
     return_predictions: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = LossOptions.of_schema(
+    options = LossOptions.from_schema(
         class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap,
         return_lse, return_accuracy, return_predictions,
     )  # fmt: skip
@@ -185,7 +185,7 @@ def _cross_entropy(
 @_cross_entropy.register_fake
 def _(logits, targets, *options_and_inplace):
     *options, _ = options_and_inplace
-    return empty_outputs(targets, LossOptions.of_schema(*options))
+    return empty_outputs(targets, LossOptions.from_schema(*options))
 
 
 @custom_op("cross_entropy_backward")
@@ -205,7 +205,7 @@ def _cross_entropy_backward(
 ) -> Tensor:
     batches = _as_batches(logits)
     dlogits = torch.empty(batches.shape, dtype=logits.dtype, device=logits.device)
-    options = LossOptions.of_schema(class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions.from_schema(class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap)
     launch_backward(dlosses, dlse, batches, targets, row_max, log_sum, dlogits, options)
     return dlogits.view(logits.shape)
 
@@ -231,7 +231,7 @@ def _cross_entropy_backward_(
     softcap: float | None,
 ) -> None:
     batches = _as_batches(logits)
-    options = LossOptions.of_schema(class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions.from_schema(class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap)
     launch_backward(dlosses, dlse, batches, targets, row_max, log_sum, batches, options)
     if batches.data_ptr() != logits.data_ptr():
         logits.copy_(batches.view(logits.shape))
@@ -248,7 +248,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, targets, row_max, log_sum, class_weights, z_loss_tensor)
     ctx.numbers, ctx.inplace_backward = numbers, inplace_backward
     ctx.set_materialize_grads(False)
-    # Where lse is asked for, its gradient comes as that of log_sum: row_max counts as a constant there.
+    # A gradient of lse = row_max + log_sum arrives as the gradient of log_sum; row_max counts as a constant.
     ctx.mark_non_differentiable(row_max, predicted, *(() if return_lse else (log_sum,)))
 
 
@@ -262,7 +262,7 @@ def _backward(ctx, dlosses: Tensor | None, _, dlse: Tensor | None, __):
     return _cross_entropy_backward(dlosses, dlse, *saved, *ctx.numbers), *(None,) * 11
 
 
-# No autocast rule: PyTorch's op runs in float32 under autocast, and this one always does, without a float32 copy of the logits.
+# No autocast rule: PyTorch's op runs in float32 under autocast. This op always does, without a float32 copy of the logits.
 _cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)
 
 
@@ -289,34 +289,33 @@ def cross_entropy(
     return_z_loss: bool = False,
     inplace_backward: bool = False,
 ) -> Any:
-    """Negative log-likelihood of `targets` under softmax(logits), in float32.
+    """Return the negative log-likelihood of `targets` under softmax(logits), in float32.
 
-    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none"; a `CrossEntropyOutput` where lse,
-    accuracy, predictions or the z-loss are asked for, which come from the same pass as the loss. Label smoothing as in Szegedy
-    et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l into c tanh(l / c) (Gemma
-    2, section 2). `class_weights` (V) as `weight` of PyTorch's: a token counts as much in its loss and in the mean as its
-    target weighs, its z-loss included; where the weights sum up to 0 the mean is divided by 1. A z-loss that changes from call
-    to call may be a tensor of shape (); as a float, too, it is compiled once.
+    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none". With one of the `return_` options the
+    result is a `CrossEntropyOutput`, computed in the same pass as the loss. Label smoothing follows Szegedy et al. 2016,
+    section 7. The z-loss adds z_loss * lse^2 (PaLM, section 5). A softcap c maps a logit l to c tanh(l / c) (Gemma 2,
+    section 2). `class_weights` (V) is `weight` of PyTorch's op: the weight of the target multiplies the loss of a token, its
+    z-loss included, and counts in the mean; if these weights sum to 0, the mean is divided by 1. A z-loss that changes from
+    call to call may be a float or a tensor of shape (); both compile once.
 
-    Ignored targets do not count in the mean; where nothing counts the mean is 0. The loss and the gradient of an ignored row
-    are 0, whatever its logits hold; its lse (which passes no gradient on) and its prediction are those of its logits. Any other
-    target outside of 0 to V - 1 makes the loss and the gradient of its row NaN, because checking it first would stall the GPU;
-    its lse is that of its logits.
-    A row with a NaN among its logits has the prediction -1 and counts as wrong.
+    Ignored targets do not count in the mean; if nothing counts, the mean is 0. An ignored row has loss and gradient 0, even if
+    its logits are not finite. Its prediction and its lse are computed from its logits, but its lse passes no gradient. Any
+    other target outside 0 to V - 1 gives NaN in the loss and gradient of its row, because checking targets first would stall
+    the GPU; its lse is computed from its logits. A row with a NaN among its logits has prediction -1 and counts as wrong.
 
-    float32, float16, bfloat16, and float64 by the reference; logits of any strides, copied only where the elements of a row
-    are not neighbours. The gradient is new memory. `inplace_backward` writes it over the logits instead, which saves as much
-    as they take; it CORRUPTS every other reader of them after the backward pass, so pass it only where the logits are used
-    nowhere else. ValueError: an argument has another shape, dtype, device or value than these.
+    Supports float32, float16 and bfloat16; float64 runs the reference. Logits may have any strides; they are copied only if
+    the elements of a row are not contiguous. The gradient is a new tensor. `inplace_backward` writes it over the logits
+    instead and so saves their size. It CORRUPTS the logits for every other reader after the backward pass: use it only if
+    nothing else reads them. Raises ValueError for an argument of another shape, dtype, device or value.
     """
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: allowed is (..., V) with V of 1 or more")
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (..., V) with V of 1 or more")
     checks.check_dtype(checks.FLOATING, logits=logits)
     flags = (return_lse, return_accuracy, return_predictions, return_z_loss)
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, class_weights, *flags)
     options.check(targets, logits.shape[:-1], logits.shape[-1], reduction, logits=logits)
     if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("inplace_backward is True for expanded logits: allowed are logits each in memory of its own")
+        raise ValueError("inplace_backward is True for expanded logits: expected logits that do not share memory")
     if not use_triton(logits):
         return reference.cross_entropy(
             logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction, class_weights=class_weights,
@@ -325,7 +324,7 @@ def cross_entropy(
         )  # fmt: skip
     options = options.without_dynamic_floats(logits)
     losses, row_max, log_sum, predicted = _cross_entropy(
-        logits, targets, *options.of_loss(), *options.of_output(), inplace_backward
+        logits, targets, *options.loss_arguments(), *options.output_arguments(), inplace_backward
     )
     lse = row_max + log_sum if return_lse or return_z_loss else None
     return options.output(losses, targets, reduction, lse, predicted)
@@ -359,7 +358,7 @@ record(
         cost=_costs,
         shapes=tuple({"rows": 8192, "vocab_size": vocab_size} for vocab_size in (128_256, 32_000, 50_304, 262_144)),
         examples=({"rows": 6, "vocab_size": 100}, {"rows": 5, "vocab_size": 37, "every_option": True}),
-        # From Llama 2 and GPT-2, padded and as it is, to Gemma.
+        # Llama 2; GPT-2, unpadded and padded; Llama 3; Gemma.
         compiled=tuple(
             grid(
                 rows=(8192,),

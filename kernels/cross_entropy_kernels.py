@@ -1,8 +1,8 @@
-"""The kernels of both cross-entropies: one online pass over the logits for the loss, one read and one write for their gradient.
+"""Kernels of both cross-entropies: one online pass over the logits for the loss, one read and one write for the gradient.
 
-The statistics of a row are kept per group of `VECTOR` neighbouring columns, which one thread loads at once: inside the loop
-there is one exponential a logit, no barrier and no exchange between threads. Options that are not asked for compile away;
-the values of those that are come at run time, so that a schedule compiles nothing.
+Row statistics are kept per group of `VECTOR` neighboring columns, which one thread loads at once. The inner loop therefore has
+one exponential a logit, no barrier and no exchange between threads. Unused options compile away. Option values are run-time
+arguments, so a schedule does not recompile.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from .dispatch import HAS_TRITON, jit, tl
 from .shared import tanh
 
-# What the running maximum begins with: finite, so that a row that begins with -inf gives exp(-inf) and not NaN.
+# Initial running maximum. Finite, so that a row that begins with -inf gives exp(-inf) instead of NaN.
 LOWEST: Any = tl.constexpr(torch.finfo(torch.float32).min) if HAS_TRITON else None
 
-# Arguments whose divisibility helps no load.
+# Arguments whose divisibility does not affect the width of loads.
 SIZES = ("inner_rows", "ignore_index", "dlosses_stride", "dlse_stride")
 
 
@@ -31,7 +31,7 @@ def _columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 @jit
 def _row_start(pointer, offset, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
-    # Rows of an odd vocabulary begin anywhere in a vector of 16 bytes: their blocks begin where that vector does, `shift`
+    # Rows of an odd vocabulary begin anywhere in a 16-byte vector. Their blocks begin at the start of that vector, `shift`
     # columns before the row.
     shift = 0
     if SHIFTED:
@@ -51,7 +51,7 @@ def _whole_vectors(start, shift, end, BLOCK: tl.constexpr, VECTOR: tl.constexpr)
 def _load_ends(
     row_ptr, start, shift, end, other: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    # A block with the first columns of the row, or with the last ones before `end`; vectors that it fills come as vectors.
+    # Load the first block of a row, or the last one before `end`; complete vectors are loaded as vectors.
     places = _columns(start, BLOCK, VECTOR)
     if SHIFTED:
         whole = _whole_vectors(start, shift, end, BLOCK, VECTOR)
@@ -65,7 +65,7 @@ def _load_ends(
 
 @jit
 def _factor(z_loss, Z_LOSS: tl.constexpr):
-    # That of a schedule may be kept on the device.
+    # A schedule may keep the factor on the device.
     if Z_LOSS == "tensor":
         z_loss = tl.load(z_loss).to(tl.float32)
     return z_loss
@@ -88,11 +88,11 @@ def _add_block(
     else:
         x = tl.load(row_ptr + _columns(start, BLOCK, VECTOR)).to(tl.float32)
     if ACCURACY:
-        # Whether one beats the target: NaN does.
+        # Whether a column beats the target; NaN does.
         ahead = ~(x <= target_logit) | ((x == target_logit) & (columns < target))
         best = tl.maximum(best, tl.max(ahead.to(tl.int32), axis=1))
     if PREDICTIONS:
-        # Uncapped, because the cap makes equals of large logits. One NaN makes the prediction -1, and that stays.
+        # Compare uncapped logits, because the cap rounds large ones to equal values. A NaN sets the prediction to -1.
         block_best = tl.max(x, axis=1)
         first = tl.min(tl.where(x == block_best[:, None], columns, 2147483647), axis=1)
         best = tl.where((block_best > best_logit) & (best >= 0), first, best)
@@ -150,7 +150,7 @@ def _row_loss(
     log_sum = tl.log(tl.sum(row_sum * tl.exp(row_max - top), axis=0))
     if SOFTCAP:
         target_logit = softcap * tanh(target_logit * (1.0 / softcap))
-    # Logits relative to their maximum: a small loss does not suffer from large logits, as lse - target_logit would.
+    # Subtract the maximum from logits first: lse - target_logit would lose a small loss among large logits.
     if WEIGHTED:
         weight = tl.load(class_weights_ptr + tl.where(valid, target, 0)).to(tl.float32)
     else:
@@ -186,7 +186,7 @@ def _write_gradient(
 ):  # fmt: skip
     # d loss / d logit_j = p_j - (1 - label_smoothing) [j = target] - label_smoothing / V + 2 z_loss lse p_j, with class
     # weights w (w_target p_j - ...) + label_smoothing / V (sum(w) p_j - w_j), and with a softcap times 1 - tanh^2;
-    # d lse / d logit_j = p_j. Small differences come first. Ignored rows are not read.
+    # d lse / d logit_j = p_j. Small differences are computed first, for accuracy. Ignored rows are not read.
     places = _columns(start, BLOCK, VECTOR)
     columns = places - shift
     inside = columns < width
@@ -263,7 +263,7 @@ def cross_entropy_forward(
     READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss of one row, and what its gradient is computed from."""
+    """Write the loss of one row, and the statistics for its gradient."""
     row = tl.program_id(0)
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
     offset = _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride)
@@ -306,7 +306,7 @@ def cross_entropy_backward(
     offset = _row_offset(row, inner_rows, logits_outer_stride, logits_inner_stride)
     logits, shift = _row_start(logits_ptr, offset, SHIFTED, VECTOR)
     if SHIFTED:
-        # Only where both are laid out alike.
+        # SHIFTED implies that logits and dlogits have the same strides.
         dlogits, _ = _row_start(dlogits_ptr, offset, SHIFTED, VECTOR)
     else:
         dlogits = dlogits_ptr + _row_offset(row, inner_rows, dlogits_outer_stride, dlogits_inner_stride)
@@ -332,8 +332,8 @@ def cross_entropy_fused(
     READ_IGNORED: tl.constexpr, ACCURACY: tl.constexpr, PREDICTIONS: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss of one row, and the gradient in the place of its logits."""
-    # The gradient takes the place of the logits that it is computed from; of a short row the L2 cache serves the second read.
+    """Write the loss of one row, and overwrite its logits with their gradient."""
+    # The L2 cache serves the second read of a short row.
     row = tl.program_id(0)
     target, counted, valid = _load_target(targets_ptr, row, ignore_index, width)
     logits = logits_ptr + tl.cast(row, tl.int64) * logits_row_stride

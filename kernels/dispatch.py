@@ -1,4 +1,4 @@
-"""Which backend runs an op: Triton kernels or the PyTorch reference. The one place that knows whether Triton is there."""
+"""Backend selection: Triton kernels or the PyTorch reference. Only this module checks whether Triton is installed."""
 
 import importlib.util
 import warnings
@@ -25,7 +25,7 @@ if TYPE_CHECKING or HAS_TRITON:
 
     jit: Any = triton.jit
 else:
-    # Stand-ins with which a kernel can be defined, but never launched.
+    # Stand-ins: a kernel can be defined with them, but not launched.
     tl = SimpleNamespace(constexpr=None)
 
     def jit(function=None, **options):
@@ -37,12 +37,12 @@ _backend: Backend = "auto"
 
 
 def get_backend() -> Backend:
-    """Return the backend in force: `auto` runs Triton on CUDA tensors and the reference elsewhere."""
+    """Return the current backend: `auto` runs Triton on CUDA tensors and the reference elsewhere."""
     return _backend
 
 
 def set_backend(backend: Backend) -> None:
-    """Choose the backend for the whole process: `auto`, `triton` or `reference`."""
+    """Set the backend of the whole process: `auto`, `triton` or `reference`."""
     global _backend
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is unknown: choose one of {', '.join(get_args(Backend))}")
@@ -51,7 +51,7 @@ def set_backend(backend: Backend) -> None:
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Run a block under another backend."""
+    """Use another backend inside a `with` block."""
     before = get_backend()
     set_backend(backend)
     try:
@@ -60,7 +60,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
         set_backend(before)
 
 
-# Read once, as `jit` reads it where a kernel is defined.
+# Read once at import, because `jit` reads it when a kernel is defined.
 _INTERPRETING: bool = HAS_TRITON and triton.knobs.runtime.interpret
 
 
@@ -75,18 +75,18 @@ def is_forward_mode() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode AD is under way, which no kernel has a rule for."""
-    # Dynamo traces through the transforms of torch.func itself.
+    """Whether a `torch.func` transform or forward-mode AD is active; kernels support neither."""
+    # Dynamo itself traces through `torch.func` transforms.
     if torch.compiler.is_compiling():
         return False
     return is_forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
-    """Whether the op with these inputs runs its Triton kernel; raises where the forced backend cannot run.
+    """Whether an op with these inputs runs its Triton kernel; raise if the forced backend cannot run.
 
-    The first one's device decides. The reference runs what the kernels do not have: float64, and the transforms of `torch.func`
-    (vmap, grad, jvp) and forward-mode derivatives.
+    The device of the first tensor decides. The reference runs float64, `torch.func` transforms (vmap, grad, jvp) and
+    forward-mode derivatives, because the kernels do not support them.
     """
     if _backend == "reference":
         return False
@@ -99,15 +99,15 @@ def use_triton(*tensors: Tensor | None) -> bool:
     assert x is not None
     if is_transformed():
         if x.is_cuda:
-            warnings.warn("under torch.func or forward-mode AD the slower PyTorch reference runs", stacklevel=3)
+            warnings.warn("torch.func transforms and forward-mode AD run the slower PyTorch reference", stacklevel=3)
         return False
     if _backend == "auto":
         if x.is_cuda and not HAS_TRITON:
-            warnings.warn("Triton cannot be imported: the slower PyTorch reference runs on the GPU", stacklevel=3)
+            warnings.warn("Triton is not installed: the slower PyTorch reference runs on the GPU", stacklevel=3)
         return x.is_cuda and HAS_TRITON
     if not HAS_TRITON:
         raise RuntimeError(
-            "backend 'triton' needs the package triton, which exists for Linux only: choose 'auto' or 'reference'"
+            "backend 'triton' needs the package triton, which is available on Linux only: choose 'auto' or 'reference'"
         )
     if not (x.is_cuda or interpreting()):
         raise RuntimeError(f"backend 'triton' needs a CUDA tensor, or TRITON_INTERPRET=1; got a tensor on {x.device}")
@@ -115,9 +115,9 @@ def use_triton(*tensors: Tensor | None) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which autocast wants products of `x`, or None without it, and for float64."""
+    """Return the dtype that autocast uses for products of `x`; None without autocast, and for float64."""
     kind = x.device.type
-    # Of the devices that hold tensors "meta" alone has no autocast. PyTorch 2.11 cannot compile a question whether one has.
+    # Only "meta" has no autocast. PyTorch 2.11 cannot compile a check for autocast support.
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

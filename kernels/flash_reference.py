@@ -1,6 +1,6 @@
-"""FlashAttention-2 in plain PyTorch: the algorithm of the kernels, readable, a tile at a time.
+"""FlashAttention-2 in plain PyTorch, one tile at a time: a readable form of the kernels' algorithm.
 
-The reference writes the scores out; this form shows why that is not needed. Dao 2023, "FlashAttention-2", algorithms 1 and 2.
+`reference.attention` materializes the scores; this form does not. Dao 2023, "FlashAttention-2", algorithms 1 and 2.
 """
 
 from typing import Any
@@ -10,26 +10,34 @@ from torch import Tensor
 
 
 def _visible(start: int, end: int, keys: slice, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    # Which of the tile's keys its queries may see, (M, N): the causal mask, queries aligned to the end of the keys.
+    # The causal mask of a tile, (M, N), true where a query sees a key; queries are aligned to the end of the keys.
     positions = torch.arange(start, end, device=device) + num_keys - num_queries
     return torch.arange(keys.start, keys.stop, device=device) <= positions[:, None]
 
 
 def _key_tiles(end: int, num_queries: int, num_keys: int, causal: bool, block_n: int) -> list[slice]:
-    # The tiles of keys that queries up to `end` meet: under a causal mask, none beyond the position of the last.
+    # The key tiles that queries before `end` see; with a causal mask, none beyond the position of the last query.
     last = min(num_keys, end + num_keys - num_queries) if causal else num_keys
     return [slice(n, min(n + block_n, num_keys)) for n in range(0, max(last, 0), block_n)]
 
 
 class TiledAttention(torch.autograd.Function):
-    """q (N, T, K), k and v (N, S, K) -> o (N, T, K); saves q, k, v, o and one lse (N, T), where N counts batch and heads."""
+    """q (N, T, K), k and v (N, S, K) -> o (N, T, K), with N = batch * heads. Saves q, k, v, o and lse (N, T)."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, block_m: int, block_n: int
-    ) -> tuple[Tensor, Tensor]:
-        """Algorithm 1: one pass over the keys a tile of queries, rescaling whenever a greater score turns up."""
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        scale: float | None = None,
+        block_m: int = 64,
+        block_n: int = 64,
+    ) -> Tensor:
+        """Algorithm 1: one pass over the keys per query tile; rescale whenever the row maximum grows."""
         num_queries, num_keys = q.shape[1], k.shape[1]
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
         for start in range(0, num_queries, block_m):
             end = min(start + block_m, num_queries)
@@ -38,11 +46,11 @@ class TiledAttention(torch.autograd.Function):
             row_sum = q_tile.new_zeros(q_tile.shape[:2])
             row_max = torch.full_like(row_sum, -torch.inf)
             for keys in _key_tiles(end, num_queries, num_keys, causal, block_n):
-                scores = q_tile @ k[:, keys].mT * scale
+                scores = q_tile @ k[:, keys].mT * factor
                 if causal:
                     scores = scores.masked_fill(~_visible(start, end, keys, num_queries, num_keys, q.device), -torch.inf)
                 new_max = torch.maximum(row_max, scores.amax(dim=-1))
-                # A row that has seen no key yet has nothing to subtract: -inf - -inf would be NaN.
+                # A row without visible keys so far has maximum -inf, and -inf - -inf would be NaN.
                 reference = new_max.masked_fill(new_max == -torch.inf, 0.0)
                 probabilities = torch.exp(scores - reference[..., None])
                 rescale = torch.exp(row_max - reference)
@@ -52,16 +60,14 @@ class TiledAttention(torch.autograd.Function):
             o[:, start:end] = accumulator / row_sum.masked_fill(row_sum == 0, 1.0)[..., None]
             lse[:, start:end] = row_max + torch.log(row_sum)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.options = causal, scale, block_m, block_n
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+        ctx.options = causal, factor, block_m, block_n
+        return o
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Algorithm 2: probabilities come back from lse, a tile at a time."""
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Algorithm 2: recompute the probabilities of each tile from lse."""
         q, k, v, o, lse = ctx.saved_tensors
         causal, scale, block_m, block_n = ctx.options
-        do = gradients[0]
         num_queries, num_keys = q.shape[1], k.shape[1]
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (o * do).sum(dim=-1)
@@ -90,16 +96,16 @@ def tiled_attention(
     block_m: int = 64,
     block_n: int = 64,
 ) -> Tensor:
-    """`attention` by FlashAttention-2 in PyTorch, a tile at a time: q (..., T, K); k, v (..., S, K) -> (..., T, K).
+    """Compute `attention` by FlashAttention-2 in PyTorch, one tile at a time: q (..., T, K); k, v (..., S, K) -> (..., T, K).
 
-    Causal or full; leading dimensions are equal. float16 and bfloat16 are computed as such: for checking, use float32.
+    Supports causal and full attention; leading dimensions must be equal. float16 and bfloat16 are not widened: use float32 to
+    check results.
     """
     if block_m < 1 or block_n < 1:
-        raise ValueError(f"tiles of {block_m} by {block_n}: allowed is 1 or more")
+        raise ValueError(f"block_m is {block_m}, block_n {block_n}: expected 1 or more")
     if k.shape != v.shape or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"{shapes}: allowed are (..., T, K), and (..., S, K) for k and v")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        raise ValueError(f"{shapes}: expected (..., T, K), and (..., S, K) for k and v")
     rows = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
-    o, _ = TiledAttention.apply(*rows, causal, scale, block_m, block_n)  # pyright: ignore[reportGeneralTypeIssues]
+    o = TiledAttention.apply(*rows, causal, scale, block_m, block_n)  # pyright: ignore[reportGeneralTypeIssues]
     return o.view(q.shape)

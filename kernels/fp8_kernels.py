@@ -1,8 +1,8 @@
-"""Rounding of matrices to 8 bits, each with a transposed copy: kernels, launches and what they return.
+"""Quantization of matrices to 8 bits, each with a transposed copy: kernels and launches.
 
-Magnitudes are compared by their bits, which ascend as the values do, with NaN above all: so a NaN reaches the scale, atomic
-maxima need no order, and equal inputs give equal bits. x (M, N) is read once where its scales are known or belong to rows,
-else twice: for the scale, then for the copies.
+Magnitudes are compared as integers, by their bits, which ascend with the values and put NaN above all. A NaN therefore reaches
+the scale, atomic maxima do not depend on their order, and equal inputs give equal bits. x (M, N) is read once if its scales are
+known or belong to rows; otherwise twice, for the scale and for the copies.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .dispatch import interpreting, jit, tl
 from .launch import launch
 
 MAX_ROW = 32768
-"""Longest row that one program holds."""
+"""Longest row that a program holds in registers."""
 
 
 @jit
@@ -26,7 +26,7 @@ def magnitude(x):
 
 @jit
 def scale_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """Return what to multiply by; see `fp8_reference.scales`."""
+    """Return the scale for a largest magnitude; see `fp8_reference.scales`."""
     scale = tl.div_rn(LARGEST, tl.maximum(amax, 1e-12))
     if POWER_OF_TWO:
         scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -35,25 +35,25 @@ def scale_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 @jit
 def rounded(x, dtype: tl.constexpr, LARGEST: tl.constexpr, EMULATED: tl.constexpr):
-    """Return scaled values in 8 bits, cut off at the largest; NaN for what is not finite."""
+    """Round scaled values to 8 bits, clamped to the range; values that are not finite give NaN."""
     finite = tl.abs(x) < float("inf")
     x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     if EMULATED:
-        # Triton's interpreter loses the carry from the mantissa to the exponent, and all below the normal range. By Veltkamp's
-        # split, and by a sum whose last bit is worth the least 8-bit number, the cast has nothing left to round.
+        # The cast of Triton's interpreter loses carries from mantissa to exponent, and all subnormals. Round first, so that the
+        # cast is exact: by Veltkamp's split, or, for subnormals, by a sum whose last bit is the smallest 8-bit number.
         split = 1048577.0 if LARGEST == 448.0 else 2097153.0
         least = 24576.0 if LARGEST == 448.0 else 192.0
         normal = 0.015625 if LARGEST == 448.0 else 6.103515625e-05
         high = x * split
         x = tl.where(tl.abs(x) < normal, (x + least) - least, high - (high - x))
-    # Not every cast of a NaN gives one.
+    # Not every cast keeps a NaN.
     bits = tl.where(finite, x.to(dtype).to(tl.uint8, bitcast=True), 0x7F)
     return bits.to(tl.uint8).to(dtype, bitcast=True)
 
 
 @jit
 def fp8_linear_amax(x_ptr, amax_ptr, known_ptr, numel, num_programs, BLOCK: tl.constexpr):
-    """Raise the bits of amax to the largest magnitude of x, unless a magnitude is known."""
+    """Raise the bits of amax to the largest magnitude of x, unless `known` holds a magnitude."""
     end = numel
     if known_ptr is not None:
         end = tl.where(tl.load(known_ptr) > 0.0, 0, end)
@@ -82,7 +82,7 @@ def fp8_linear_cast(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write one tile in 8 bits, as it is (unless q is None) and transposed, by one scale or one for each column."""
+    """Write one tile in 8 bits, untransposed (unless q is None) and transposed, with one scale or one a column."""
     program = tl.program_id(0)
     rows = (program // num_column_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = (program % num_column_blocks).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -121,7 +121,7 @@ def fp8_linear_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write rows in 8 bits, each by its own scale, and raise the bits of the largest magnitude of each column."""
+    """Write rows in 8 bits, each with its own scale, and raise the bits of the largest magnitude of each column."""
     columns = tl.arange(0, BLOCK_COLUMNS)[None, :]
     seen = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK_ROWS, num_rows, num_programs * BLOCK_ROWS):
@@ -138,12 +138,12 @@ def fp8_linear_rows(
 
 
 class Quantised(NamedTuple):
-    """A matrix (M, N) in 8 bits, with the float32 factors that undo its scales."""
+    """A matrix (M, N) in 8 bits, with its float32 inverse scales."""
 
     rows: Tensor
     """(M, N)."""
     row_inverses: Tensor
-    """(M, 1), or () for the whole matrix."""
+    """(M, 1), or () for one scale."""
     columns: Tensor
     """(N, M), transposed in memory."""
     column_inverses: Tensor
@@ -151,14 +151,14 @@ class Quantised(NamedTuple):
 
 
 def empty_quantised(x: Tensor, dtype: torch.dtype, rowwise: bool) -> Quantised:
-    """Return the memory of the result for x (M, N)."""
+    """Allocate the result for x (M, N)."""
     (m, n), inverse = x.shape, {"dtype": torch.float32, "device": x.device}
     one = torch.empty((), **inverse)
     row, column = (torch.empty(size, 1, **inverse) if rowwise else one for size in (m, n))
     return Quantised(x.new_empty(m, n, dtype=dtype), row, x.new_empty(n, m, dtype=dtype), column)
 
 
-# A tile's rows and columns: both copies are written in runs of 64 or 128 bytes.
+# Tile shape. Both copies are written in runs of 64 or 128 bytes.
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
 AMAX_BLOCK = 4096
 PROGRAMS_PER_SM = 4
@@ -167,9 +167,9 @@ PROGRAMS_PER_SM = 4
 def quantise(
     x: Tensor, dtype: torch.dtype, rowwise: bool, known: Tensor | None = None, seen: Tensor | None = None
 ) -> Quantised:
-    """Round a contiguous x (M, N), and its transpose, by one scale or, `rowwise`, by one for each row of either.
+    """Round a contiguous x (M, N) and its transpose with one scale; with `rowwise`, one scale for each row of either.
 
-    `known` () float32, where it is above 0, is the largest magnitude that the scale is made for; the true one raises `seen`.
+    If `known` () float32 is above 0, the scale is computed from it, and `seen` is raised to the actual largest magnitude.
     """
     out, (m, n) = empty_quantised(x, dtype, rowwise), x.shape
     shared = {"LARGEST": torch.finfo(dtype).max, "EMULATED": interpreting()}

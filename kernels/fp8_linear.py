@@ -1,7 +1,7 @@
 """Linear maps in 8 bits: y = x W^T and its two gradients, with operands rounded by fused kernels (Micikevicius et al. 2022).
 
-x and W are rounded to e4m3; dy to e5m2 where a tensor has one scale, to e4m3 where each row has its own. Tensor cores of
-Hopper take both operands of an 8-bit product along the summed dimension, so that all three are kept transposed as well.
+x and W are rounded to e4m3; dy to e5m2 with one scale a tensor, to e4m3 with one scale a row. Hopper's tensor cores need both
+8-bit operands contiguous along the summed dimension, so all three matrices are also kept transposed.
 """
 
 from typing import Any
@@ -20,16 +20,16 @@ from .op import Arguments, Cost, Costs, Op, draw, record
 from .registration import custom_op
 
 ALIGNMENT = 16
-"""What rows, inputs and outputs must be multiples of, for PyTorch's 8-bit products."""
+"""PyTorch's 8-bit products need multiples of this for rows, inputs and outputs."""
 
 
 def _product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """Return a b^T of 8-bit a (M, K), b (N, K); `fast` sums in the tensor cores' own precision, as torchao does forward."""
+    """Return a b^T of 8-bit a (M, K), b (N, K); `fast` sums in tensor-core precision, as torchao does in the forward pass."""
     if a.is_meta:
         return torch.empty(len(a), len(b), dtype=dtype, device=a.device)
     if not a.is_cuda:
         return fp8_reference.scaled_product(a, b, inverse_a, inverse_b, dtype)
-    # PyTorch's products by rows write bfloat16 alone.
+    # PyTorch's products with rowwise scales write bfloat16 only.
     written = torch.bfloat16 if inverse_a.dim() else dtype
     inverse_b = inverse_b.T if inverse_b.dim() else inverse_b
     multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
@@ -40,8 +40,8 @@ def _product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: 
 def _fp8_linear(
     x: Tensor, weight: Tensor, rowwise: bool, known: Tensor | None, seen: Tensor | None, seen_gradient: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # y (M, N), and what the backward pass needs: x^T and W^T, each with its inverse scales. Between ops 8 bits are uint8:
-    # PyTorch compares no others.
+    # Returns y (M, N), and for the backward pass x^T and W^T, each with its inverse scales. The 8-bit outputs are uint8,
+    # because PyTorch cannot compare float8 tensors.
     operands: list[Quantised] = []
     for i, tensor in enumerate((x, weight)):
         history = (None, None) if known is None or seen is None else (known[i], seen[i])
@@ -109,12 +109,13 @@ def _backward_flops(dy_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
 def fp8_linear(x: Tensor, weight: Tensor, *, rowwise: bool = False, history: AmaxHistory | None = None) -> Tensor:
     """Return x W^T with operands in 8 bits, forward and backward, summed in float32: (..., K), (N, K) -> (..., N).
 
-    All (float32, float16, bfloat16) have one dtype, which results and gradients have too. K, N and the number of rows must be
-    multiples of 16. Scales fill the range of 8 bits by the largest magnitude of the tensor, 448 / amax in float32; `rowwise` by
-    that of each row, and of each column in the transposed operands, rounded down to a power of two, so that an element has the
-    same digits in both. With a `history` the scales are those of the steps before (delayed scaling), what lies beyond is cut
-    off, and what is seen is entered into it. NaN and infinities reach the result as NaN. Kept for the backward pass are
-    8-bit copies of x and W. Needs compute capability 8.9; other devices, and float64, run the reference.
+    x, weight, result and gradients share one dtype (float32, float16 or bfloat16). K, N and the number of rows must be
+    multiples of 16. By default each tensor has one float32 scale, 448 / amax, that maps its largest magnitude to the end of
+    the 8-bit range. With `rowwise`, each row has a scale, and each column in the transposed operands. These scales are rounded
+    down to powers of two, so that an element has the same digits in both copies. With a `history` (delayed scaling), scales
+    come from previous steps, larger values are clamped, and the magnitudes of this step are recorded. NaN and infinities give
+    NaN in the result. The backward pass keeps 8-bit copies of x and W. Needs compute capability 8.9; other devices, and
+    float64, run the reference.
     """
     check_dtype(FLOATING, x=x, weight=weight)
     check_device(x=x, weight=weight)
@@ -132,16 +133,16 @@ def fp8_linear(x: Tensor, weight: Tensor, *, rowwise: bool = False, history: Ama
 
 def _check(x: Tensor, weight: Tensor, rowwise: bool, history: AmaxHistory | None) -> None:
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}: allowed are (..., K) and (N, K)")
+        raise ValueError(f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}: expected (..., K) and (N, K)")
     if x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}: allowed are equal dtypes")
+        raise ValueError(f"x has dtype {x.dtype}, weight {weight.dtype}: expected equal dtypes")
     (n, k), m = weight.shape, x.numel() // max(1, x.shape[-1])
     if m % ALIGNMENT or n % ALIGNMENT or k % ALIGNMENT:
-        raise ValueError(f"x has {m} rows of {k}, weight {n} rows: allowed are multiples of {ALIGNMENT}")
+        raise ValueError(f"x has {m} rows of {k}, weight {n} rows: expected multiples of {ALIGNMENT}")
     if rowwise and max(n, k) > MAX_ROW:
-        raise ValueError(f"weight has shape {(n, k)}: allowed are at most {MAX_ROW} each, where rows have their own scales")
+        raise ValueError(f"weight has shape {(n, k)}: expected at most {MAX_ROW} in each dimension with rowwise")
     if rowwise and history is not None:
-        raise ValueError("history is given where rows have their own scales: allowed is one of the two")
+        raise ValueError("history is given with rowwise: expected only one of the two")
 
 
 def _arguments(device: torch.device, dtype: torch.dtype, rows: int, d_in: int, d_out: int, rowwise: bool = False) -> Arguments:
@@ -149,7 +150,7 @@ def _arguments(device: torch.device, dtype: torch.dtype, rows: int, d_in: int, d
 
 
 def _costs(itemsize: int, rows: int, d_in: int, d_out: int, **_: Any) -> Costs:
-    # Each operand is read once, written twice in 8 bits, and read by its products.
+    # Each operand is read once, written twice in 8 bits, and read by its matrix products.
     x, weight, y = rows * d_in, d_out * d_in, rows * d_out
     flops = 2 * rows * d_in * d_out
     forward = Cost((itemsize + 3) * (x + weight) + itemsize * y, flops)
@@ -163,7 +164,7 @@ record(
         kernels=(fp8_linear_amax, fp8_linear_cast, fp8_linear_rows),
         arguments=_arguments,
         cost=_costs,
-        # The products of Llama 3 8B: to the widened and from it.
+        # The feed-forward products of Llama 3 8B: up (gate and up packed) and down.
         shapes=tuple(
             {"rows": 8192, "d_in": d_in, "d_out": d_out, "rowwise": rowwise}
             for d_in, d_out in ((4096, 28672), (14336, 4096))

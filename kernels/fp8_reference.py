@@ -1,6 +1,6 @@
-"""Linear maps whose operands are rounded to 8 bits, in plain PyTorch: the specification, the CPU path and the oracle.
+"""Linear maps with operands rounded to 8 bits, in plain PyTorch: the specification, the CPU path and the test oracle.
 
-Letters as in `fp8_linear`: `M` rows, `K` inputs, `N` outputs.
+Shapes as in `fp8_linear`: `M` rows, `K` inputs, `N` outputs.
 """
 
 from typing import Any, NamedTuple
@@ -12,29 +12,31 @@ from torch import Tensor
 from .dispatch import is_forward_mode
 
 SMALLEST_AMAX = 1e-12
-"""What a smaller largest magnitude is taken for, so that a tensor of zeros has a scale."""
+"""Lower bound of the largest magnitude, so that the scale of a zero tensor is finite."""
 
 
 class AmaxHistory(NamedTuple):
-    """What delayed scaling knows of a linear map, and what it sees while a step runs; float32."""
+    """Largest magnitudes for delayed scaling of a linear map, float32: from previous steps, and from the current step."""
 
     known: Tensor
-    """(3): the largest magnitudes of x, weight and dy in the steps before; 0: none is known."""
+    """(3): largest magnitudes of x, weight and dy in previous steps; 0 if unknown."""
     seen: Tensor
-    """(2): those of x and weight in this step."""
+    """(2): largest magnitudes of x and weight in the current step."""
     seen_gradient: Tensor
-    """(1): that of dy in this step."""
+    """(1): largest magnitude of dy in the current step."""
 
 
 def gradient_dtype(rowwise: bool) -> torch.dtype:
-    """Return the dtype of dy: e5m2, whose range holds what one scale cannot reach; with a scale for each row e4m3."""
+    """Return the dtype of dy: e5m2, which has the range that a single scale needs; e4m3 with a scale for each row."""
     return torch.float8_e4m3fn if rowwise else torch.float8_e5m2
 
 
 def scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Return what to multiply by, so that magnitudes up to `amax` (float32) fill the range of `dtype`, and its inverse; NaN
-    where `amax` is not finite."""
-    # A number over a tensor would be a product with the reciprocal, which rounds twice.
+    """Return the scale that maps magnitudes up to `amax` (float32) to the range of `dtype`, and its inverse.
+
+    Both are NaN if `amax` is not finite.
+    """
+    # Divide two tensors: number / tensor multiplies by the reciprocal, which rounds twice.
     scale = torch.full_like(amax, torch.finfo(dtype).max) / amax.clamp(min=SMALLEST_AMAX)
     if power_of_two:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -43,10 +45,10 @@ def scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor
 
 
 def quantise(x: Tensor, dtype: torch.dtype, dim: int | None = None, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round x (M, K) to an 8-bit `dtype`; return it and the float32 factor that undoes its scale.
+    """Round x (M, K) to an 8-bit `dtype`; return the rounded tensor and its float32 inverse scale.
 
-    The scale is float32, of the whole tensor; or a power of two, of what lies along `dim`. `known` (), where it is above 0,
-    stands in place of the tensor's own largest magnitude, and what lies beyond is cut off. Infinities become NaN.
+    By default there is one float32 scale. With `dim`, there is a power-of-two scale for each slice along `dim`. If `known` ()
+    is above 0, it replaces the tensor's own largest magnitude, and larger values are clamped. Infinities become NaN.
     """
     wide = x.float()
     amax = wide.abs().amax() if dim is None else wide.abs().amax(dim, keepdim=True)
@@ -58,7 +60,7 @@ def quantise(x: Tensor, dtype: torch.dtype, dim: int | None = None, known: Tenso
 
 
 def scaled_product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a b^T of 8-bit a (M, K), b (N, K), summed in float32; inverse scales of one element, or (M, 1) and (N, 1)."""
+    """Return a b^T of 8-bit a (M, K), b (N, K), summed in float32; inverse scales are () each, or (M, 1) and (N, 1)."""
     return (a.float() @ b.float().T * (inverse_a * inverse_b.reshape(1, -1))).to(dtype)
 
 
@@ -80,7 +82,7 @@ class _Fp8Linear(torch.autograd.Function):
                 record_amax(tensor, seen[i])
             q, inverse = quantise(tensor, torch.float8_e4m3fn, 1 if rowwise else None, before)
             operands += [q, inverse]
-            # Along the rows, which the other product sums, the scales are others.
+            # The backward product sums over rows, so that it needs a scale for each column.
             kept += quantise(tensor, torch.float8_e4m3fn, 0) if rowwise else (q, inverse)
         x_q, x_inverse, w_q, w_inverse = operands
         return scaled_product(x_q, w_q, x_inverse, w_inverse, x.dtype), *kept
@@ -110,13 +112,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, Any]:
 
 
 def _straight_through(x: Tensor, rowwise: bool) -> Tensor:
-    # torch.compile takes no autograd.Function that has forward-mode derivatives as well.
+    # torch.compile does not support an autograd.Function that defines forward-mode derivatives.
     q, inverse = quantise(x.detach().flatten(0, -2), torch.float8_e4m3fn, 1 if rowwise else None)
     return x + ((q.float() * inverse).view_as(x) - x.detach())
 
 
 def fp8_linear(x: Tensor, weight: Tensor, *, rowwise: bool = False, history: AmaxHistory | None = None) -> Tensor:
-    """Return x W^T of operands that are rounded to 8 bits, forward and backward; see `kernels.fp8_linear`."""
+    """Return x W^T with operands rounded to 8 bits, forward and backward; see `kernels.fp8_linear`."""
     if is_forward_mode():
         return F.linear(*(_straight_through(t, rowwise) for t in (x, weight)))
     known, seen, seen_gradient = history or (None, None, None)

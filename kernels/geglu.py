@@ -1,4 +1,4 @@
-"""GEGLU: y = gelu(gate) * up, forward and backward in one pass over memory each, split or packed."""
+"""GEGLU: y = gelu(gate) * up, split or packed, with one pass over memory forward and one backward."""
 
 from functools import partial
 from typing import get_args
@@ -27,8 +27,8 @@ from .gated import (
     halves,
     launch_gated,
     load_tile,
+    needed_gradients,
     store_tile,
-    wanted_halves,
 )
 from .op import Op, record
 from .reference import GeluApproximation
@@ -38,20 +38,20 @@ from .sharding import sharded_as
 
 @jit
 def _gelu(gate, TANH: tl.constexpr):
-    # Returns p and gate * p' where gelu(gate) = gate * p, p the share of a normal distribution below gate.
+    # Returns p and gate * p', with gelu(gate) = gate * p; p is the normal distribution function at gate.
     if TANH:
-        # (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (gate + 0.044715 gate^3); with e = exp(-2 abs(u)) neither the
-        # share nor its slope is a difference of almost equal numbers.
+        # (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (gate + 0.044715 gate^3). With e = exp(-2 abs(u)) neither p nor p'
+        # is a difference of nearly equal numbers.
         square = gate * gate
         double_u = gate * (1.5957691216057308 + 0.07135481282605887 * square)
         e = tl.exp(-tl.abs(double_u))
         inverse = 1.0 / (1.0 + e)
-        share = tl.where(double_u < 0.0, e * inverse, inverse)
+        p = tl.where(double_u < 0.0, e * inverse, inverse)
         slope = gate * e * inverse * inverse * (1.5957691216057308 + 0.2140644384781766 * square)
     else:
-        share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+        p = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
         slope = gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
-    return share, slope
+    return p, slope
 
 
 @jit(do_not_specialize=SIZES)
@@ -73,8 +73,8 @@ def geglu_forward(
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
     up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
-    share, _ = _gelu(gate, TANH)
-    store_tile(y_ptr, rows, y_row_stride, columns, gate * share * up, mask)
+    p, _ = _gelu(gate, TANH)
+    store_tile(y_ptr, rows, y_row_stride, columns, gate * p * up, mask)
 
 
 @jit(do_not_specialize=SIZES)
@@ -96,17 +96,17 @@ def geglu_backward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Write one tile of the gradients; that of gate or of up is None where it is not needed."""
+    """Write one tile of the gradients; dgate or dup is None if it is not needed."""
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
     # With gelu(gate) = gate * p: dup = dy * gate * p, dgate = dy * up * (p + gate * p').
-    share, slope = _gelu(gate, TANH)
+    p, slope = _gelu(gate, TANH)
     if dgate_ptr is not None:
         up = load_tile(up_ptr, rows, up_row_stride, columns, mask)
-        store_tile(dgate_ptr, rows, dgate_row_stride, columns, dy * up * (share + slope), mask)
+        store_tile(dgate_ptr, rows, dgate_row_stride, columns, dy * up * (p + slope), mask)
     if dup_ptr is not None:
-        store_tile(dup_ptr, rows, dup_row_stride, columns, dy * gate * share, mask)
+        store_tile(dup_ptr, rows, dup_row_stride, columns, dy * gate * p, mask)
 
 
 @custom_op("geglu")
@@ -127,7 +127,7 @@ def _geglu_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, approximate: str, needs_gate: bool, needs_up: bool
 ) -> tuple[Tensor, Tensor]:
     gradients = empty_gradients(gate, up, needs_gate, needs_up)
-    outputs = wanted_halves(gradients, up is None, needs_gate, needs_up)
+    outputs = needed_gradients(gradients, up is None, needs_gate, needs_up)
     launch_gated(geglu_backward, (dy, *halves(gate, up)), outputs, TANH=approximate == "tanh")
     return gradients
 
@@ -149,7 +149,7 @@ def _backward(ctx, dy: Tensor):
     return dgate if needs_gate else None, dup if needs_up else None, None
 
 
-# No autocast rule: gelu and mul have none in PyTorch either, they compute in the dtypes that they are given.
+# No autocast rule: PyTorch's gelu and mul have none either; they compute in the dtypes of their inputs.
 _geglu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
@@ -159,14 +159,14 @@ count_no_flops(_geglu, _geglu_backward)
 def geglu(gate: Tensor, up: Tensor | None = None, approximate: GeluApproximation = "tanh") -> Tensor:
     """Return gelu(gate) * up (Shazeer 2020, eq. 7), elementwise, computed in float32 and rounded once.
 
-    approximate="tanh" is the form of GPT-2 and Gemma, "none" the error function, as in torch.nn.functional.gelu (Hendrycks &
-    Gimpel 2016, section 2).
+    approximate="tanh" is the form of GPT-2 and Gemma; "none" uses the error function, as in `torch.nn.functional.gelu`
+    (Hendrycks & Gimpel 2016, section 2).
 
-    gate, up (..., F) -> (..., F); with `up` omitted, `gate` is packed (..., 2F), gate before up, and so is its gradient,
-    which the backward kernel writes in place of a concatenation. float32, float16, bfloat16; where gate and up differ, the
-    result has the dtype that PyTorch promotes both to. float64 runs the reference. Only the inputs are kept for the backward
-    pass, which computes the gradients that are needed. Slices and repeated rows are read in place; rows that no one stride
-    reaches, or whose elements are no neighbours, are copied.
+    gate, up (..., F) -> (..., F); with `up` omitted, `gate` is packed (..., 2F), gate before up. The backward kernel then
+    writes the packed gradient directly, without a concatenation. Supports float32, float16 and bfloat16; if gate and up differ,
+    the result has the dtype that PyTorch promotes both to. float64 runs the reference. Only the inputs are saved for the
+    backward pass, which computes only the gradients that are needed. Copies inputs unless rows are evenly strided and
+    contiguous.
     """
     check_gated(gate, up)
     check_choice("approximate", approximate, get_args(GeluApproximation))

@@ -1,6 +1,6 @@
-"""Linear maps of groups of rows, each group by its own matrix: the products of a mixture of experts.
+"""Grouped linear maps: each group of rows is multiplied by its own matrix, as in a mixture of experts.
 
-The products are PyTorch's own, registered as ops so that FLOP counters know them and torch.compile takes every dtype.
+PyTorch computes the products. They are registered as ops, so that FLOP counters see them and torch.compile supports all dtypes.
 """
 
 import torch
@@ -12,11 +12,11 @@ from . import reference
 from .registration import custom_op
 
 _ALIGNMENT = 16
-"""Bytes that a row must be a multiple of for PyTorch's grouped products."""
+"""PyTorch's grouped products need rows of a multiple of this many bytes."""
 
 
 def _has_kernel(*operands: Tensor) -> bool:
-    # PyTorch computes other dtypes group by group as well, and float64 not at all.
+    # For other dtypes PyTorch loops over the groups too, and it does not support float64.
     return all(x.dtype == torch.bfloat16 and 2 * size % _ALIGNMENT == 0 for x in operands for size in x.shape[-1:])
 
 
@@ -65,7 +65,7 @@ _grouped_linear.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.tilewright.grouped_linear)
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    # Each row meets one matrix, whichever.
+    # Each row is multiplied by exactly one matrix.
     return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
 
 
@@ -77,12 +77,13 @@ def _outer_flops(y_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply each group of rows by its own matrix: x (N, K), weight (E, F, K) -> (N, F).
 
-    Group e is the rows ends[e - 1] to ends[e]; `ends` (E) int32 ascend to N. In bfloat16 with K and F multiples of 8 all groups
-    are one kernel and the host reads nothing back; otherwise it waits for `ends`, and each group is a product.
+    Group e consists of rows ends[e - 1] to ends[e]; `ends` (E) is int32 and ascends to N. In bfloat16 with K and F multiples
+    of 8, one kernel computes all groups without a synchronization. Otherwise the host reads `ends` back and computes one
+    product per group.
     """
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2] or ends.shape != weight.shape[:1]:
         shapes = f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, ends {tuple(ends.shape)}"
-        raise ValueError(f"{shapes}: allowed are (N, K), (E, F, K) and (E)")
+        raise ValueError(f"{shapes}: expected (N, K), (E, F, K) and (E)")
     if x.dtype != weight.dtype or ends.dtype != torch.int32:
-        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}, ends {ends.dtype}: allowed are equal dtypes, and int32")
+        raise ValueError(f"x has dtype {x.dtype}, weight {weight.dtype}, ends {ends.dtype}: expected equal dtypes, and int32")
     return _grouped_linear(x, weight, ends, False)

@@ -1,6 +1,6 @@
-"""Compiles kernels for a named GPU without having one, and says what the compiler made of them.
+"""Compile kernels for a GPU architecture without that GPU, and report registers, spills, shared memory and load widths.
 
-Run as `tilewright bench inspect`. It needs a process without TRITON_INTERPRET, which replaces the compiler.
+Run as `tilewright bench inspect`. TRITON_INTERPRET must not be set, because it replaces the compiler.
 """
 
 import re
@@ -20,13 +20,13 @@ from .dispatch import HAS_TRITON, interpreting
 from .launch import Launch, recording
 from .op import ALL, DTYPES, Op, Sizes
 
-# The arguments of a launch that are the compiler's options and no arguments of the kernel.
+# Launch arguments that are compiler options, not kernel arguments.
 OPTIONS: Mapping[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel as one launch would compile it."""
+    """A kernel with the specialization of one launch."""
 
     name: str
     kernel: Any
@@ -42,14 +42,14 @@ class KernelCase:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor of one GPU generation offers to its programs."""
+    """Resources of a multiprocessor of one GPU generation."""
 
     capability: int
     registers: int
     max_threads: int
     max_programs: int
     shared_bytes: int
-    """Of a multiprocessor."""
+    """Per multiprocessor."""
     shared_bytes_per_program: int
 
 
@@ -64,23 +64,23 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a kernel."""
+    """Resources and instructions of a compiled kernel."""
 
     name: str
     architecture: str
     registers: int
-    """Of a thread."""
+    """Per thread."""
     spilled_bytes: int
-    """Of a thread's local memory."""
+    """Local memory per thread."""
     shared_bytes: int
     programs_per_sm: int
-    """How many of its programs registers and shared memory let run on a multiprocessor at once."""
+    """Programs that a multiprocessor runs at once, as limited by registers and shared memory."""
     occupancy: float
-    """Share of a multiprocessor's threads that registers and shared memory let run at once."""
+    """Share of a multiprocessor's threads that run at once, as limited by registers and shared memory."""
     load_bytes: int
-    """Widest load from global memory of one thread, or 16, the most there is, where tiles are copied asynchronously."""
+    """Widest load of a thread from global memory; 16, the maximum, for asynchronous tile copies."""
     matrix_instruction: str
-    """What multiplies matrices: `wgmma`, `tcgen05`, `mma`, or nothing."""
+    """`wgmma`, `tcgen05` or `mma`; empty without matrix instructions."""
 
 
 _OTHER_TYPES = {
@@ -96,13 +96,13 @@ def _type_of(value: Any) -> str:
         return "fp32"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
-    # A TMA descriptor of tiles, whose layout in shared memory a kernel in Gluon knows.
+    # A TMA descriptor of tiles; in Gluon its type includes the layout in shared memory.
     layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
     return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
 
 
 def kernel_case(launch: Launch, name: str) -> KernelCase:
-    """Return what Triton would compile for a launch: of integers it sees whether they are 1, and whether 16 divides them."""
+    """Return what Triton would compile for a launch. It specializes integers on being 1 and on divisibility by 16."""
     kernel, options = launch.kernel, dict(launch.constants)
     compiler = {option: options.pop(option, default) for option, default in OPTIONS.items()}
     values = dict(zip(kernel.arg_names, launch.args, strict=False)) | options
@@ -114,7 +114,7 @@ def kernel_case(launch: Launch, name: str) -> KernelCase:
             constants[parameter.name] = value
             continue
         types[parameter.name] = _type_of(value)
-        # Tensors without contents have the address 0, as those of PyTorch's allocator begin on 512 bytes.
+        # Meta tensors have address 0, which is aligned like the 512-byte blocks of PyTorch's allocator.
         address = value.data_ptr() if isinstance(value, Tensor) else value
         if specialises and type(address) is int and address % 16 == 0:
             aligned.append(parameter.name)
@@ -122,7 +122,7 @@ def kernel_case(launch: Launch, name: str) -> KernelCase:
 
 
 def launches(op: Op, sizes: Sizes, architecture: str) -> Iterator[KernelCase]:
-    """Yield what a call and its backward pass launch on a GPU of `ARCHITECTURES`, as it ships."""
+    """Yield the kernels that a call and its backward pass launch on a GPU of `ARCHITECTURES`."""
     sizes = dict(sizes)
     name = op.label(sizes)
     with recording(divmod(ARCHITECTURES[architecture].capability, 10)) as recorded:
@@ -136,9 +136,9 @@ def launches(op: Op, sizes: Sizes, architecture: str) -> Iterator[KernelCase]:
 
 
 def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[KernelCase]:
-    """Yield every kernel with every launch that ships for one of `ARCHITECTURES` and matters, each once.
+    """Yield each distinct kernel case of the `compiled` calls of ops on one of `ARCHITECTURES`.
 
-    Of attention's kernels both forms, because a GPU may choose either.
+    Attention yields both forms of its kernels, because a GPU may choose either.
     """
     seen = set()
     for op in ALL.values() if ops is None else ops:
@@ -155,10 +155,10 @@ def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[Ke
 
 
 def _load_bytes(ptx: str) -> int:
-    # ld.global[.cache hints][.v4].b32: so many elements of so many bits.
+    # ld.global[.cache hints][.v4].b32: number of elements, bits of each.
     found = re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
     loaded = [int(elements or 1) * int(bits) // 8 for elements, bits in found]
-    # Straight to shared memory: cp.async.cg.shared.global [to], [from], bytes; and whole tiles through descriptors.
+    # Copies to shared memory: cp.async.cg.shared.global [to], [from], bytes; and tiles through TMA descriptors.
     copied = [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (?:0x)?(\d+)", ptx)]
     described = [16] if "cp.async.bulk.tensor" in ptx else []
     return max(loaded + copied + described, default=0)
@@ -170,13 +170,13 @@ def _matrix_instruction(ptx: str) -> str:
 
 
 def inspect(case: KernelCase, architecture_name: str) -> Report:
-    """Compile `case` for one of `ARCHITECTURES` and read the result with the tools that Triton brings along."""
+    """Compile `case` for one of `ARCHITECTURES` and report on the binary."""
     return report_on(case, architecture_name, compile_case(case, architecture_name))
 
 
 def programs_per_sm(architecture: Architecture, registers: int, shared_bytes: int, num_warps: int) -> int:
     """Return how many programs a multiprocessor runs at once."""
-    # Registers are handed out to warps in units of 256, shared memory in units of 128 bytes with 1 KB kept by the system.
+    # Registers are allocated per warp in units of 256, shared memory in units of 128 bytes; the system reserves 1 KB a program.
     warp_registers = -(-registers * 32 // 256) * 256
     by_registers = architecture.registers // (warp_registers * num_warps)
     by_shared = architecture.shared_bytes // (-(-shared_bytes // 128) * 128 + 1024)
@@ -185,7 +185,7 @@ def programs_per_sm(architecture: Architecture, registers: int, shared_bytes: in
 
 
 def report_on(case: KernelCase, architecture_name: str, compiled: Any) -> Report:
-    """Return what `compile_case` made of a case."""
+    """Report on the result of `compile_case`."""
     architecture = ARCHITECTURES[architecture_name]
     usage = tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # pyright: ignore
@@ -206,11 +206,9 @@ def report_on(case: KernelCase, architecture_name: str, compiled: Any) -> Report
 
 
 def compile_case(case: KernelCase, architecture_name: str) -> Any:
-    """Return what Triton compiles a case to for one of `ARCHITECTURES`: its metadata, and `asm` with the binary."""
+    """Compile a case for one of `ARCHITECTURES`; return Triton's compiled kernel, with `metadata` and `asm`."""
     if not HAS_TRITON or interpreting():
-        raise RuntimeError(
-            "kernels are compiled by Triton, which must be there and must not be interpreting (TRITON_INTERPRET)"
-        )
+        raise RuntimeError("cannot compile kernels: Triton is not installed, or TRITON_INTERPRET is set")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -229,7 +227,7 @@ def compile_case(case: KernelCase, architecture_name: str) -> Any:
 
 
 def tool(name: str, cubin: bytes, *arguments: str) -> str:
-    """Return what one of the tools that Triton brings along says of a binary."""
+    """Return the output of a binary tool that ships with Triton, such as cuobjdump."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -240,7 +238,7 @@ def tool(name: str, cubin: bytes, *arguments: str) -> str:
 
 
 def num_warps_of(ptx: str) -> int:
-    """Return how many warps a program has, those of all partitions among them."""
+    """Return the number of warps of a program, including all warp-specialized partitions."""
     found = re.search(r"\.reqntid (\d+)", ptx)
     assert found is not None
     return int(found[1]) // 32

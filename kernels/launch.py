@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: the one way there, which can also write down what would be launched on a GPU that is not here."""
+"""The single entry point for Triton launches. It can also record launches for a GPU that is not present."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with the arguments of one launch, tensors among them without contents."""
+    """A kernel with the arguments of one recorded launch; its tensors are on the device `meta`."""
 
     kernel: Any
     num_programs: int
@@ -25,7 +25,7 @@ _capability: tuple[int, int] | None = None
 
 @contextmanager
 def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Write down the launches of ops on tensors of the device `meta`, as they would be on a GPU of this compute capability."""
+    """Record the launches of ops on tensors of the device `meta`, for a GPU of this compute capability."""
     global _recorded, _capability
     _recorded, _capability = [], capability
     try:
@@ -35,17 +35,17 @@ def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 def is_recording() -> bool:
-    """Whether launches are written down."""
+    """Whether launches are recorded instead of run."""
     return _recorded is not None
 
 
 def recorded_capability() -> tuple[int, int] | None:
-    """Return the compute capability for which launches are written down, if they are."""
+    """Return the compute capability that launches are recorded for; None while they run."""
     return _capability
 
 
 def launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
-    """Run `num_programs` programs of a kernel on the device of its first tensor, because Triton launches on the current one."""
+    """Run `num_programs` programs of a kernel on the device of its first tensor; Triton itself uses the current device."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, num_programs, args, constants))
         return
@@ -53,10 +53,10 @@ def launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None
         if isinstance(x, Tensor):
             break
     else:
-        raise ValueError("a launch needs a tensor, whose device it runs on")
-    # torch.cuda.current_device would first look whether CUDA is initialised, which a tensor of it says already.
+        raise ValueError("a launch has no tensor argument: expected one, because its device runs the kernel")
+    # `torch.cuda.current_device` would check first that CUDA is initialized, which a CUDA tensor implies.
     if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
-        # What kernel[grid](...) calls, less one call that hands all arguments on.
+        # Same as kernel[grid](...), with one Python call fewer.
         kernel.run(*args, grid=(num_programs,), warmup=False, **constants)
         return
     with torch.cuda.device(x.device):

@@ -1,4 +1,4 @@
-"""LayerNorm, forward and backward in one pass over memory each."""
+"""LayerNorm, with one pass over memory forward and one backward."""
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def layer_norm_forward(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write the normalised rows of one tile, and the mean and 1 / standard deviation of each."""
+    """Write the normalized rows of one tile, with the mean and 1 / standard deviation of each row."""
     normalise_rows(
         x_ptr, None, weight_ptr, bias_ptr, y_ptr, None, mean_ptr, rstd_ptr, x_row_stride, 0,
         num_rows, width, eps, 0.0, False, BLOCK_ROWS, BLOCK_WIDTH, PARTS,
@@ -66,7 +66,7 @@ def layer_norm_backward(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write the gradients of a share of all rows, and the parts of dw and db that they contribute."""
+    """Write dx for the rows of this program, and their partial sums of dw and db."""
     differentiate_rows(
         dy_ptr, None, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, None, dw_partial_ptr, db_partial_ptr,
         dy_row_stride, 0, x_row_stride, num_rows, width, 0.0, BLOCK_ROWS, BLOCK_WIDTH, PARTS,
@@ -115,13 +115,13 @@ def _layer_norm_backward(
     needs_dw: bool,
     db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Returns dx, dw and db; empty tensors for those that are not needed.
+    # Returns dx, dw and db; an empty tensor for a gradient that is not needed.
     rows, dy_rows = as_rows(x), as_rows(dy)
     num_rows, width = rows.shape
     config, programs = backward_config(width, dy.element_size(), x.element_size(), num_sums=2)
     num_programs = min(-(-num_rows // config["BLOCK_ROWS"]), num_sms(x.device) * programs)
     dx = empty_gradient(x, x.dtype if needs_dx else None)
-    # The looped form adds into its partial sums, so those start at zero.
+    # The looped form adds to its partial sums, so they start at zero.
     allocate = torch.empty if config["PARTS"] else torch.zeros
     dw_partial, db_partial = (
         allocate(num_programs, width, dtype=torch.float32, device=x.device) if needed else None
@@ -178,10 +178,10 @@ count_no_flops(_layer_norm, _layer_norm_backward)
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Shift each row of `x` to mean 0 and scale it to variance 1, then by `weight`, then add `bias` (Ba et al. 2016, eq. 4).
 
-    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`, and in float32 under CUDA autocast. float32, float16,
-    bfloat16, which may differ; float64 runs the reference. Statistics and the gradients of weight and bias are summed in
-    float32, in a fixed order; the variance, over D, comes from the deviations themselves, so that a large mean costs no
-    accuracy. Any strides of `x`; rows whose elements are not neighbours are copied.
+    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`, or float32 under CUDA autocast. Supports float32, float16
+    and bfloat16; the inputs may differ in dtype. float64 runs the reference. Statistics and the gradients of weight and bias
+    are summed in float32, in a fixed order. The variance, over D, is computed from the deviations, so that a large mean costs
+    no accuracy. `x` may have any strides; rows are copied if their elements are not contiguous.
     """
     check_norm(x, eps, weight=weight, bias=bias)
     dtype = result_dtype(x)
@@ -191,7 +191,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def _costs(itemsize: int, rows: int, width: int, bias: bool = True) -> Costs:
-    # Read x and write y; read x and dy, write dx; weight, bias and float32 statistics besides.
+    # Forward: read x, write y. Backward: read x and dy, write dx. Plus weight, bias and float32 statistics.
     elements, vectors = rows * width, (1 + bias) * width * itemsize
     forward = Cost(2 * elements * itemsize + vectors + 8 * rows, 6 * elements)
     return Costs.of(forward, Cost(3 * elements * itemsize + width * itemsize + vectors + 8 * rows, 14 * elements))

@@ -1,7 +1,8 @@
-"""Cross-entropy of a linear layer's output that never holds all logits: chunks of rows, loss and gradient at once.
+"""Cross-entropy of a linear layer's output without all logits in memory: loss and gradients one chunk of rows at a time.
 
-For each chunk: logits = x weight^T into one buffer, one kernel turns them into losses and, in place, into their gradient, and
-two more products give the gradients of x and weight. The backward pass only scales those by the gradient of the loss.
+For each chunk, one product writes logits = x weight^T into a buffer, one kernel computes their losses and overwrites them with
+their gradient, and two more products give the gradients of x and weight. The backward pass only scales those gradients by the
+gradient of the loss.
 """
 
 from typing import Any
@@ -64,7 +65,7 @@ def _sum(
     want_dw: bool,
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = LossOptions.of_schema(
+    options = LossOptions.from_schema(
         class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap,
         return_lse, return_accuracy, return_predictions,
     )  # fmt: skip
@@ -78,7 +79,7 @@ def _sum(
 @_sum.register_fake
 def _(x, weight, bias, targets, *options):
     *options, _, accumulate_in_float32, _, want_dx, want_dw, want_db = options
-    losses, *statistics = empty_outputs(targets, LossOptions.of_schema(*options))
+    losses, *statistics = empty_outputs(targets, LossOptions.from_schema(*options))
     dw_dtype = torch.float32 if accumulate_in_float32 else x.dtype
     return losses.sum(), *statistics, *_empty_gradients(x, weight, dw_dtype, torch.float32, want_dx, want_dw, want_db)
 
@@ -87,8 +88,8 @@ def _(x, weight, bias, targets, *options):
 def _sum_backward(
     dloss: Tensor, dx: Tensor, dw: Tensor, db: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # x is passed so that a second differentiation, of which dx and dw know nothing, is an error and not a silent zero.
-    # One rounding, after the scaling. With one dimension dloss takes part in type promotion: the factor is not rounded.
+    # x is an input so that a second differentiation raises an error: dx and dw do not depend on x, and would give zero.
+    # Round once, after scaling. As a 1-D tensor dloss takes part in type promotion, so that it is not rounded first.
     dloss, scaled_dw = dloss.reshape(1), torch.empty(dw.shape, dtype=weight.dtype, device=dw.device)
     scaled_db = torch.empty(db.shape, dtype=db.dtype if bias is None else bias.dtype, device=db.device)
     return (
@@ -113,7 +114,7 @@ def _save_sum(ctx, inputs, output) -> None:
     rows = (targets, row_max, log_sum, class_weights, z_loss_tensor) if return_lse else ()
     ctx.save_for_backward(*gradients, x, weight, bias, *rows)
     ctx.numbers, ctx.chunking, ctx.wanted = numbers, inputs[-6:-3], inputs[-3:]
-    # Else autograd allocates a gradient of zeros for each output, among them one of the size of weight.
+    # Otherwise autograd allocates zeros as the gradient of each output, and one of them has the size of weight.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(row_max, predicted, *gradients, *(() if return_lse else (log_sum,)))
 
@@ -124,13 +125,13 @@ def _backward_of_sum(ctx, dloss: Tensor | None, _, dlse: Tensor | None, *__):
     if dloss is not None:
         gradients = _sum_backward(dloss, dx, dw, db, x, weight, bias)
     if dlse is not None:
-        # What flows into lse is known only now, so that the logits are computed again.
+        # The gradient of lse is known only now, so recompute the logits.
         more = _rows_backward(None, dlse, x, weight, bias, *rows, *ctx.numbers, *ctx.chunking, *ctx.wanted)
         gradients = [b if a is None else a + b for a, b in zip(gradients, more, strict=True)]
-    return _where_wanted(gradients, ctx.wanted, 19)
+    return _select(gradients, ctx.wanted, 19)
 
 
-def _where_wanted(gradients, wanted, num_inputs):
+def _select(gradients, wanted, num_inputs):
     shown = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return *shown, *(None,) * (num_inputs - 3)
 
@@ -157,7 +158,7 @@ def _rows(
     accumulate_in_float32: bool,
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = LossOptions.of_schema(
+    options = LossOptions.from_schema(
         class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap,
         return_lse, return_accuracy, return_predictions,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def _rows(
 
 @_rows.register_fake
 def _(x, weight, bias, targets, *options):
-    return empty_outputs(targets, LossOptions.of_schema(*options[:-3]))
+    return empty_outputs(targets, LossOptions.from_schema(*options[:-3]))
 
 
 @custom_op("linear_cross_entropy_backward")
@@ -193,7 +194,7 @@ def _rows_backward(
     want_dw: bool,
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = LossOptions.of_schema(class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions.from_schema(class_weights, z_loss_tensor, ignore_index, label_smoothing, z_loss, softcap)
     given: Any = [None if t is None else t.reshape(-1) for t in (dlosses, dlse, targets, row_max, log_sum)]
 
     def process(logits: Tensor, rows: slice) -> None:
@@ -225,7 +226,7 @@ def _backward_of_rows(ctx, dlosses: Tensor | None, _, dlse: Tensor | None, __):
     gradients = (None,) * 3
     if dlosses is not None or dlse is not None:
         gradients = _rows_backward(dlosses, dlse, *ctx.saved_tensors, *ctx.numbers, *wanted)
-    return _where_wanted(gradients, wanted, 16)
+    return _select(gradients, wanted, 16)
 
 
 _rows.register_autograd(_backward_of_rows, setup_context=_save_rows)
@@ -251,7 +252,7 @@ def _rows_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.tilewright.linear_cross_entropy_backward)
 def _rows_backward_flops(dlosses_shape, dlse_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    # The logits are computed a second time.
+    # The logits are recomputed.
     *_, want_dx, want_dw, _ = args
     return _product_flops(x_shape, weight_shape, 1 + want_dx + want_dw)
 
@@ -276,24 +277,24 @@ def linear_cross_entropy(
     accumulate_in_float32: bool = True,
     num_classes: int | None = None,
 ) -> Any:
-    """`cross_entropy(x @ weight.T + bias, targets)` that holds at most `memory_budget` bytes of logits, but one row at least.
+    """Compute `cross_entropy(x @ weight.T + bias, targets)` with at most `memory_budget` bytes of logits, or one row.
 
-    x (..., D), weight (V, D), targets (...), bias (V); options and result are those of `cross_entropy`. Products are computed
-    in the dtype of x (under autocast, in autocast's), whatever that of weight and bias; the gradient of weight is summed over
-    the chunks in float32, unless `accumulate_in_float32` is off, and rounded once to the dtype of weight. Rows of weight and
-    bias from `num_classes` on are padding, for products of whole tiles: they are no classes, and their gradient is zero;
-    `class_weights` then has `num_classes` elements.
+    x (..., D), weight (V, D), targets (...), bias (V). Options and result are the same as for `cross_entropy`. Products are
+    computed in the dtype of x (or the autocast dtype), for any dtype of weight and bias. The gradient of weight is summed over
+    chunks in float32 and rounded once to the dtype of weight; without `accumulate_in_float32` it is summed in the dtype of x.
+    Rows of weight and bias from `num_classes` on are padding, which completes tiles of the products: they are not classes, and
+    their gradient is zero. `class_weights` then has `num_classes` elements.
 
-    Gradients of "mean" and "sum" are computed in the forward pass, as far as x, weight and bias require them, and kept for the
-    backward pass: (..., D) in the dtype of x and (V, D) in float32. With reduction="none", and where a gradient flows into the
-    returned lse, the logits are computed again: detach an lse that is only to be shown. What an ignored row of x holds reaches
-    no loss and no gradient of x; the gradient of weight is a product with all rows of x, which must be finite for it.
+    For "mean" and "sum", the forward pass computes the gradients that x, weight and bias require and saves them for the
+    backward pass: (..., D) in the dtype of x, and (V, D) in float32. For "none", and if a gradient flows into the returned lse,
+    the backward pass recomputes the logits: detach an lse that is only logged. The values in an ignored row of x affect no
+    loss and no gradient of x. The gradient of weight is a product with all rows of x, so they must be finite.
     """
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}"
-        raise ValueError(f"{shapes}: allowed are (..., D) and (V, D) with D and V of 1 or more")
+        raise ValueError(f"{shapes}: expected (..., D) and (V, D) with D and V of 1 or more")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}: allowed is ({weight.shape[0]},), one for each row of weight")
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), one for each row of weight")
     checks.check_dtype(checks.FLOATING, x=x, weight=weight, bias=bias)
     checks.check_device(x=x, weight=weight, bias=bias)
     checks.check_int("memory_budget", memory_budget, 1)
@@ -311,7 +312,7 @@ def linear_cross_entropy(
         )  # fmt: skip
     x = x.to(autocast_dtype(x) or x.dtype)
     options = options.without_dynamic_floats(x)
-    flat = *options.of_loss(), *options.of_output(), memory_budget, accumulate_in_float32, classes
+    flat = *options.loss_arguments(), *options.output_arguments(), memory_budget, accumulate_in_float32, classes
     wanted = x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and any(wanted) and reduction != "none":
         losses, row_max, log_sum, predicted, *_ = _sum(x, weight, bias, targets, *flat, *wanted)
@@ -322,7 +323,7 @@ def linear_cross_entropy(
 
 
 def _costs(itemsize: int, rows: int, d_model: int, vocab_size: int) -> Costs:
-    # Three matrix products; x and weight in, their gradients out, no logits. The forward pass computes the gradients.
+    # Three matrix products. Reads x and weight, writes their gradients, no logits. The forward pass computes the gradients.
     moved = 2 * (rows + vocab_size) * d_model * itemsize + 12 * rows
     return Costs(None, None, Cost(moved, 3 * 2 * rows * d_model * vocab_size))
 

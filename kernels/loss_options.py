@@ -1,4 +1,4 @@
-"""What a cross-entropy is asked for: its options, their checks, and how the losses of the rows become what is returned."""
+"""Options of the cross-entropies: checks, conversion to op arguments, and reduction of row losses to the result."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,22 +12,22 @@ Reduction = Literal["none", "mean", "sum"]
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What `cross_entropy` returns where more than the loss is asked for; None stands for what was not."""
+    """Result of `cross_entropy` with one of the `return_` options; a field that was not requested is None."""
 
     loss: Tensor
     lse: Tensor | None
-    """(...) float32: log of the sum of exponentials of the (soft-capped) logits. Differentiable, but not in ignored rows."""
+    """(...) float32: log-sum-exp of the (soft-capped) logits. Differentiable except in ignored rows."""
     accuracy: Tensor | None
-    """Scalar float32: share of the counted targets that are the prediction."""
+    """Scalar float32: share of the counted targets that equal the prediction."""
     predictions: Tensor | None = None
-    """(...) int64: the argmax of the logits, the first one among equals; -1 where a logit is NaN."""
+    """(...) int64: argmax of the logits, the first among equals; -1 if a logit is NaN."""
     z_loss: Tensor | None = None
-    """The part of `loss` that the z-loss is, reduced as `loss` is. Not differentiable."""
+    """The z-loss part of `loss`, reduced in the same way. Not differentiable."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of one call; `cross_entropy` says what each means."""
+    """Options of one call; see `cross_entropy`."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -41,7 +41,7 @@ class LossOptions:
     return_z_loss: bool = False
 
     @classmethod
-    def of_schema(
+    def from_schema(
         cls,
         class_weights: Tensor | None,
         z_loss_tensor: Tensor | None,
@@ -53,42 +53,42 @@ class LossOptions:
         return_accuracy: bool = False,
         return_predictions: bool = False,
     ) -> "LossOptions":
-        """Return the options that a registered op was called with: see `of_loss` and `of_output`."""
+        """Return the options from op arguments, as made by `loss_arguments` and `output_arguments`."""
         factor = z_loss if z_loss_tensor is None else z_loss_tensor
         flags = (return_lse, return_accuracy, return_predictions)
         return cls(ignore_index, label_smoothing, factor, softcap, class_weights, *flags)
 
-    def of_loss(self) -> tuple[Tensor | None, Tensor | None, int, float, float, float | None]:
-        """Return what loss and gradient are computed with, as registered ops take it."""
+    def loss_arguments(self) -> tuple[Tensor | None, Tensor | None, int, float, float, float | None]:
+        """Return the op arguments that loss and gradient depend on."""
         tensor, number = (self.z_loss, 0.0) if isinstance(self.z_loss, Tensor) else (None, self.z_loss)
         return self.class_weights, tensor, self.ignore_index, self.label_smoothing, number, self.softcap
 
-    def of_output(self) -> tuple[bool, bool, bool]:
-        """Return what is asked for beside the loss, as registered ops take it."""
+    def output_arguments(self) -> tuple[bool, bool, bool]:
+        """Return the op arguments for outputs other than the loss."""
         return self.return_lse, self.return_accuracy, self.return_predictions
 
     @property
     def has_z_loss(self) -> bool:
-        """Whether there is a z-loss; that of a tensor is on the device and counts as one."""
+        """Whether there is a z-loss; a tensor counts as one, because its value is on the device."""
         return isinstance(self.z_loss, Tensor) or self.z_loss != 0.0
 
     def without_dynamic_floats(self, like: Tensor) -> "LossOptions":
-        """Return the options as a graph of `torch.compile` wants them: a schedule's z-loss as a tensor.
+        """Return the options with the z-loss as a tensor under `torch.compile`.
 
-        A float would be a constant of the graph, and each value of it a graph of its own.
+        A float would be a constant of the graph, so that a schedule would recompile at each new value.
         """
         if not torch.compiler.is_compiling() or isinstance(self.z_loss, Tensor) or self.z_loss == 0.0:
             return self
         factor = torch.ones((), dtype=torch.float32, device=like.device) * self.z_loss
         return LossOptions(
-            self.ignore_index, self.label_smoothing, factor, self.softcap, self.class_weights, *self.of_output(),
+            self.ignore_index, self.label_smoothing, factor, self.softcap, self.class_weights, *self.output_arguments(),
             self.return_z_loss,
         )  # fmt: skip
 
     def check(self, targets: Tensor, shape: torch.Size, num_classes: int, reduction: str, **first: Tensor) -> None:
-        """Refuse what no loss can be computed from; `shape` is that of the leading dimensions of `first`."""
+        """Raise unless the options are valid; `shape` is the leading shape of `first`, the logits or x by name."""
         if targets.shape != shape:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}: allowed is {tuple(shape)}, the leading dimensions")
+            raise ValueError(f"targets has shape {tuple(targets.shape)}: expected {tuple(shape)}, the leading dimensions")
         factor, number = (self.z_loss, 0.0) if isinstance(self.z_loss, Tensor) else (None, self.z_loss)
         checks.check_dtype(checks.INTEGER, targets=targets)
         checks.check_dtype(checks.FLOATING, class_weights=self.class_weights, z_loss=factor)
@@ -100,17 +100,17 @@ class LossOptions:
         checks.check_number("z_loss", number, 0)
         checks.check_choice("reduction", reduction, ("none", "mean", "sum"))
         if factor is not None and factor.dim() > 0:
-            raise ValueError(f"z_loss has shape {tuple(factor.shape)}: allowed is a number, or a tensor of shape ()")
+            raise ValueError(f"z_loss has shape {tuple(factor.shape)}: expected a number, or a tensor of shape ()")
         if self.class_weights is not None and self.class_weights.shape != (num_classes,):
             raise ValueError(
-                f"class_weights has shape {tuple(self.class_weights.shape)}: allowed is ({num_classes},), one for each class"
+                f"class_weights has shape {tuple(self.class_weights.shape)}: expected ({num_classes},), one for each class"
             )
         for name, x in (("class_weights", self.class_weights), ("z_loss", factor)):
             if x is not None and x.requires_grad:
-                raise ValueError(f"{name} requires a gradient: allowed is a tensor without, because there is none for it")
+                raise ValueError(f"{name} requires a gradient: expected a tensor without, because there is none for it")
 
     def target_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the class weight of each target (...), 0 where it is ignored; None without class weights."""
+        """Return the class weight of each target (...), 0 for ignored targets; None without class weights."""
         if self.class_weights is None:
             return None
         weights = self.class_weights.to(dtype)[targets.long().clamp(0, self.class_weights.shape[0] - 1)]
@@ -119,10 +119,10 @@ class LossOptions:
     def output(
         self, losses: Tensor, targets: Tensor, reduction: Reduction, lse: Tensor | None, predicted: Tensor | None
     ) -> Any:
-        """Return the reduced loss, or a `CrossEntropyOutput` where more is asked for. Nothing is read back to the host.
+        """Return the reduced loss, or a `CrossEntropyOutput` if more is requested. Does not synchronize.
 
-        losses (...), or their sum; lse (...) where it or the z-loss is asked for; predicted (...): the predictions, or, where
-        only the accuracy is asked for, whether they are right.
+        losses (...), or their sum; lse (...) if lse or the z-loss is requested; predicted (...): the predictions, or, for the
+        accuracy alone, whether each one is correct.
         """
         counted = targets != self.ignore_index
         weights = self.target_weights(targets, losses.dtype)
@@ -133,7 +133,7 @@ class LossOptions:
             if reduction == "sum":
                 return x.sum()
             total = (counted if weights is None else weights).sum()
-            # Where nothing counts the mean is 0.
+            # If nothing counts, the mean is 0.
             return x.sum() / (total.clamp(min=1) if weights is None else torch.where(total != 0, total, 1.0))
 
         loss = reduced(losses)

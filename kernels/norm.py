@@ -1,12 +1,11 @@
-"""What RMSNorm and LayerNorm share: what a program does to its rows, the launches that ship, and checks.
+"""Shared code of RMSNorm and LayerNorm: the row computations of a program, launch configurations and checks.
 
-RMSNorm is LayerNorm without a mean. Each op's kernels hand their arguments to one function for each direction; an argument
-that an op or a form of it lacks is None, which Triton compiles away. A row stands in registers as PARTS blocks of
-BLOCK_WIDTH columns each, so that widths such as 5,120 = 5 * 1024 leave no lane idle; a row too wide for registers has no
-PARTS, and is read twice.
+RMSNorm is LayerNorm without a mean. The kernels of both call one function per direction, with None for an argument that
+an op lacks; Triton compiles it away. Registers hold a row as PARTS blocks of BLOCK_WIDTH columns, so that widths such as
+5,120 = 5 * 1024 leave no lane idle. A row that is too wide for registers has PARTS = 0 and is read twice.
 """
 
-# The loops that Triton unrolls, and tuples that grow in them, are no Python that a type checker knows.
+# Type checkers do not understand loops that Triton unrolls, nor the tuples that grow in them.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from functools import cache
@@ -17,7 +16,7 @@ from torch import Tensor
 from .checks import FLOATING, check_device, check_dtype, check_number
 from .dispatch import jit, tl
 
-# It differs from call to call, and no load is wider for its divisors.
+# Not specialized: it changes from call to call, and its divisibility does not affect the width of loads.
 SIZES = ("num_rows",)
 
 
@@ -38,7 +37,7 @@ def _columns(part, BLOCK_WIDTH: tl.constexpr):
 
 @jit
 def _load_row(ptr, rows, row_stride, row_mask, width, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    # All loads stand before what uses them, so that they are under way together.
+    # Issue all loads before their first use, so that they are in flight together.
     parts = ()
     for part in tl.static_range(PARTS):
         columns = _columns(part, BLOCK_WIDTH)
@@ -53,7 +52,7 @@ def _load_vector(ptr, columns, width, offset: tl.constexpr):
 
 @jit
 def _store_total(total_ptr, x, residual, rows, width, columns, mask):
-    # What is normalised is the sum as stored, so that the backward pass, which reads that, agrees.
+    # Normalize the rounded sum, because the backward pass reads the stored one.
     total = (x + residual).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + rows * width + columns, total, mask=mask)
     return total.to(tl.float32)
@@ -93,7 +92,7 @@ def normalise_rows(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write the normalised rows of one tile, their sums with the residual stream, and their statistics."""
+    """Write the normalized rows of one tile, their sums with the residual stream, and their statistics."""
     rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     row_mask = rows < num_rows
     if PARTS > 0:
@@ -112,17 +111,17 @@ def normalise_rows(
                 sums += x[part]
             mean = tl.sum(sums, axis=1)[:, None] / width
             tl.store(mean_ptr + rows, mean, mask=row_mask)
-            # From the deviations themselves: a mean of squares less the square of the mean cancels where the mean is large.
+            # Use the deviations: the mean of squares minus the squared mean cancels for a large mean.
             centred = ()
             for part in tl.static_range(PARTS):
                 centred += (tl.where(_columns(part, BLOCK_WIDTH) < width, x[part] - mean, 0.0),)
             x = centred
-        # Sums begin with their first term: the compiler would keep an addition of zero.
+        # Begin sums with their first term, because the compiler does not remove an addition of zero.
         squares = x[0] * x[0]
         for part in tl.static_range(1, PARTS):
             squares += x[part] * x[part]
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
-        # Now or at the end: where ptxas spills nothing.
+        # Stored here or at the end, whichever ptxas compiles without a spill.
         if mean_ptr is not None:
             tl.store(rstd_ptr + rows, rstd, mask=row_mask)
         for part in tl.static_range(PARTS):
@@ -132,7 +131,7 @@ def normalise_rows(
         if mean_ptr is None:
             tl.store(rstd_ptr + rows, rstd, mask=row_mask)
     else:
-        # Of each lane's own elements, with a mean: their number, mean, and sum of squared deviations (Welford 1962).
+        # For a mean: count, mean and sum of squared deviations of each lane's own elements (Welford 1962).
         counts = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
         means = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
         squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
@@ -157,7 +156,7 @@ def normalise_rows(
             squares += counts * (means - mean) * (means - mean)
         rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / width + eps)
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
-        # A thread may read back a total that another one stored.
+        # A thread may read a total that another thread stored.
         tl.debug_barrier()
         for start in range(0, width, BLOCK_WIDTH):
             columns = start + _columns(0, BLOCK_WIDTH)
@@ -188,7 +187,7 @@ def _store_gradients(dx_ptr, d_residual_ptr, dx, rows, width, columns, mask):
 
 @jit
 def _add_to_partial(partial_ptr, values, width, columns):
-    # The sum of this form is too wide for registers: it lives in memory, where only this program adds to it.
+    # In the looped form the sum is too wide for registers. It is kept in memory, and only this program adds to it.
     pointers = partial_ptr + tl.program_id(0).to(tl.int64) * width + columns
     before = tl.load(pointers, mask=columns < width, other=0.0)
     tl.store(pointers, before + tl.sum(values, axis=0)[None, :], mask=columns < width)
@@ -224,11 +223,11 @@ def differentiate_rows(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write the gradients of a share of all rows, and the parts of dw and db that they contribute."""
+    """Write dx for the rows of this program, and their partial sums of dw and db."""
     # With xhat = (x - mean) * rstd and g = dy * weight: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without the means
     # of x and g for RMSNorm; dw = sum over rows of dy * xhat, db = sum over rows of dy.
-    # Persistent: each program walks over many tiles of rows and writes one partial sum, so that the final sum is short and
-    # its order fixed.
+    # Persistent: each program loops over many row tiles and writes one partial sum, so that the final sum is short and its
+    # order fixed.
     dw = ()
     db = ()
     for _part in tl.static_range(PARTS):
@@ -262,7 +261,7 @@ def differentiate_rows(
                 new_db += (db[part] + dy[part] if db_partial_ptr is not None else db[part],)
             dw = new_dw
             db = new_db
-            # Sums begin with their first term: the compiler would keep an addition of zero.
+            # Begin sums with their first term, because the compiler does not remove an addition of zero.
             products = g[0] * x_hat[0]
             sums = g[0]
             for part in tl.static_range(1, PARTS):
@@ -311,18 +310,18 @@ def differentiate_rows(
         _store_partial(db_partial_ptr, db, width, BLOCK_WIDTH, PARTS)
 
 
-# Elements of a tile of rows of one block: narrow rows share one, so that every warp has 16-byte loads to issue.
+# Elements of a tile if a row is one block; narrow rows share a tile, so that every warp issues 16-byte loads.
 FORWARD_TILE = 4096
 BACKWARD_TILE = 2048
-# Elements of one block of such rows where a row has several.
+# Elements of one block if a row has several.
 PART_TILE = 1024
-# The widest row, by the bytes of its widest elements, that stays in registers between its statistics and its result, on sm_80
-# to sm_100 without a spill by Triton 3.6 or 3.7; a wider one is read twice.
+# The widest row, by the bytes of its widest element, that registers hold without a spill on sm_80 to sm_100 with Triton 3.6
+# and 3.7. A wider row is read twice.
 FORWARD_WIDTH = {2: 32 * 1024, 4: 24 * 1024}
-# The same in bytes of all inputs: the backward pass also holds the sums that become dw and db.
+# The same limit for the backward pass, in bytes of all inputs; it also holds the sums for dw and db.
 BACKWARD_ROW_BYTES = 96 * 1024
 LOOPED = {"BLOCK_ROWS": 1, "BLOCK_WIDTH": 4096, "PARTS": 0, "num_warps": 8}
-# Of a multiprocessor, on all architectures.
+# Per multiprocessor, on all supported architectures.
 REGISTERS = 65536
 
 
@@ -331,23 +330,23 @@ def _power_of_2(least: int) -> int:
 
 
 def _blocks(width: int, most_parts: int) -> tuple[int, int]:
-    # Returns the number and the width of a row's blocks that leave the fewest lanes idle; no block is under 32 columns.
+    # Returns the number and the width of a row's blocks with the fewest idle lanes; a block has at least 32 columns.
     sizes = [(parts, _power_of_2(-(-width // parts))) for parts in range(1, most_parts + 1, 2)]
     return min(((p, block) for p, block in sizes if p == 1 or block >= 32), key=lambda size: (size[0] * size[1], size[0]))
 
 
 @cache
 def forward_config(width: int, *element_sizes: int) -> dict[str, int]:
-    """Return the launch that ships for rows of `width` elements, of so many bytes in each input."""
+    """Return the launch configuration for rows of `width` elements; `element_sizes` has the bytes of each input."""
     parts, block_width = _blocks(width, 7 if len(element_sizes) == 1 else 5)
     if parts * block_width > FORWARD_WIDTH[max(element_sizes)]:
         return dict(LOOPED)
     if parts == 1:
         tile = max(block_width, FORWARD_TILE)
-        # A 16-byte load is 8 elements of half precision, 4 of float32: 4 loads a thread either way, also from two tensors.
+        # A 16-byte load has 8 half-precision or 4 float32 elements: 4 loads a thread for either, and for two tensors.
         thread_elements = 32 if sum(element_sizes) <= 2 else 16
         if element_sizes == (4,) and tile == 8192:
-            # With 16, ptxas spills a few bytes on sm_90 to fit one more program; with 8 all programs fit.
+            # With 16, ptxas spills a few bytes on sm_90 to fit one more program; with 8, all programs fit.
             thread_elements = 8
     else:
         tile, thread_elements = max(block_width, PART_TILE), 16 // min(element_sizes)
@@ -357,13 +356,13 @@ def forward_config(width: int, *element_sizes: int) -> dict[str, int]:
 
 @cache
 def backward_config(width: int, *element_sizes: int, num_sums: int = 1) -> tuple[dict[str, int], int]:
-    """Return the launch that ships, and how many of its programs a multiprocessor holds; `num_sums` is 2 for dw and db."""
+    """Return the launch configuration and its programs per multiprocessor; `num_sums` is 2 for dw and db."""
     parts, block_width = _blocks(width, 5)
     row_bytes = sum(element_sizes)
     if parts == 1:
         tile = max(block_width, BACKWARD_TILE)
-        # 32 elements a thread need the fewest registers in all; float32 inputs, a second sum or several rows leave room for 16,
-        # and float32 from all of three tensors in several rows for 8.
+        # 32 elements a thread need the fewest registers in total. Registers suffice for only 16 with float32 inputs, a second
+        # sum or several rows, and for only 8 with three float32 tensors in several rows.
         if tile > BACKWARD_TILE and row_bytes <= 6 and num_sums == 1:
             thread_elements = 32
         else:
@@ -371,33 +370,31 @@ def backward_config(width: int, *element_sizes: int, num_sums: int = 1) -> tuple
     else:
         tile, thread_elements = max(block_width, PART_TILE), 16 // max(element_sizes)
     num_warps = min(tile // (32 * thread_elements), 16)
-    # The most that a thread uses on any architecture, which its sums say.
+    # The maximum of a thread on any architecture, which depends on its sums.
     sums = parts * tile // (32 * num_warps) * num_sums
     registers = 128 if sums <= 32 else 168 if sums <= 40 else 256
     programs = REGISTERS // (32 * num_warps * registers)
     if programs == 0 or parts * block_width * row_bytes > BACKWARD_ROW_BYTES:
-        # A second sum halves the block and so the registers: the same bytes are under way.
+        # A second sum halves the block, and so the registers; twice as many programs keep the same bytes in flight.
         return {**LOOPED, "BLOCK_WIDTH": LOOPED["BLOCK_WIDTH"] // num_sums}, 2 * num_sums
     config = {"BLOCK_ROWS": tile // block_width, "BLOCK_WIDTH": block_width, "PARTS": parts, "num_warps": num_warps}
     return config, programs
 
 
 def empty_gradient(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the memory of a gradient; of no elements where `dtype` is None, since nothing needs it."""
+    """Allocate a gradient; an empty tensor if `dtype` is None, because nothing needs it."""
     return torch.empty(0 if dtype is None else like.shape, dtype=dtype, device=like.device)
 
 
 def check_norm(x: Tensor, eps: float, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
-    """Refuse what is no x (..., D), residual of its shape, and weight or bias (D), floating and on one device."""
+    """Raise unless x is (..., D), residual has its shape, and vectors are (D), all floating point and on one device."""
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., D) with D of 1 or more")
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., D) with D of 1 or more")
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}: allowed is {tuple(x.shape)}, the shape of x")
+        raise ValueError(f"residual has shape {tuple(residual.shape)}: expected {tuple(x.shape)}, the shape of x")
     for name, vector in vectors.items():
         if vector is not None and vector.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}: allowed is {tuple(x.shape[-1:])}, the last dimension of x"
-            )
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}: expected {tuple(x.shape[-1:])}, the last dimension of x")
     check_number("eps", eps, 0)
     check_dtype(FLOATING, x=x, residual=residual, **vectors)
     check_device(x=x, residual=residual, **vectors)
@@ -405,9 +402,9 @@ def check_norm(x: Tensor, eps: float, residual: Tensor | None = None, **vectors:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of x, or float32 under autocast, as PyTorch's norms do."""
-    # torch.rms_norm of PyTorch 2.13 gives float32 under CUDA autocast, that of 2.11 does not; ours does, without a copy of x.
+    # `torch.rms_norm` gives float32 under CUDA autocast since PyTorch 2.13; ours does on 2.11 too, without a copy of x.
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
 
 
-# Widths that are compiled: a head, GPT-2 small and XL, Llama-3 8B and 405B, 5 * 1024, both sides of each change of a launch.
+# Widths to compile: a head, GPT-2 small and XL, Llama 3 8B and 405B, 5 * 1024, both sides of each configuration change.
 COMPILED_WIDTHS = (64, 768, 1600, 2048, 4096, 5120, 8192, 16384, 32768, 65536)

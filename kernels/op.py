@@ -1,6 +1,6 @@
-"""One record per op: all that benches, costs, profiles, the compiler's gate and the contract of the tests know of it.
+"""One record per op: the data that benches, cost accounting, profiles, the compile gate and the contract tests read.
 
-The file of an op ends with its record. `ALL` holds the records of the ops that `tilewright.kernels` imports.
+The file of an op ends with its record. `ALL` holds the records of all ops that `tilewright.kernels` imports.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 Sizes = Mapping[str, Any]
-"""Named sizes of a call, such as {"rows": 8192, "width": 4096}; those that are no sizes are options of the function."""
+"""Sizes of a call by name, such as {"rows": 8192, "width": 4096}, and options of the function."""
 
-# What the field writes for a size.
+# Usual symbols for sizes.
 SYMBOLS = {
     "batch": "B", "num_queries": "T", "num_keys": "S", "num_tokens": "T", "num_heads": "H", "num_kv_heads": "Hkv",
     "head_dim": "K", "d_model": "D", "vocab_size": "V",
@@ -26,8 +26,8 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", 
 class Cost:
     """Least bytes moved and FLOPs computed by one call.
 
-    Bytes count each input read once and each output written once. FLOPs count what is computed, an exponential or a root as
-    one; for the ops bound by memory they only show that they are.
+    Bytes count each input read once and each output written once. FLOPs count an exponential or a root as one. For
+    memory-bound ops the FLOPs only show that memory is the bound.
     """
 
     bytes: int
@@ -37,12 +37,12 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Return the roofline's time: the longer of moving the bytes and computing the FLOPs (Williams et al. 2009)."""
+        """Return the roofline time: the greater of the memory time and the compute time (Williams et al. 2009)."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
 
 
 class Costs(NamedTuple):
-    """What the directions of an op cost; None for one that cannot be had alone."""
+    """Costs of the passes of an op; None for a pass that cannot run alone."""
 
     forward: Cost | None
     backward: Cost | None
@@ -50,12 +50,12 @@ class Costs(NamedTuple):
 
     @classmethod
     def of(cls, forward: Cost, backward: Cost) -> "Costs":
-        """Return the costs of an op whose backward pass is a pass of its own."""
+        """Return the costs of an op whose backward pass runs separately."""
         return cls(forward, backward, forward + backward)
 
 
 class Arguments(NamedTuple):
-    """One call: what is given by position, tensors above all, of which those that are trained want a gradient; and by name."""
+    """Arguments of one call, by position and by name; trained tensors require a gradient."""
 
     positional: tuple[Any, ...]
     options: dict[str, Any]
@@ -63,38 +63,39 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """What is to be known of one op."""
+    """The record of one op."""
 
     function: Callable[..., Any]
-    """The public function. Its name is the op's."""
+    """The public function; the op has its name."""
     reference: Callable[..., Any]
     """The same in plain PyTorch: specification, CPU path and oracle."""
     kernels: tuple[Any, ...]
-    """Those that it launches; their names begin with that of an op, and say in a trace whose they are."""
+    """The kernels that it launches. Their names begin with the name of an op, which identifies them in a trace."""
     arguments: Callable[..., Arguments]
-    """`arguments(device, dtype, **sizes)` draws the arguments of a call."""
+    """`arguments(device, dtype, **sizes)` returns random arguments of a call."""
     cost: Callable[..., Costs]
-    """`cost(itemsize, **sizes)`."""
+    """`cost(itemsize, **sizes)` returns the costs of a call."""
     shapes: tuple[Sizes, ...]
-    """What is measured, the most telling first."""
+    """Calls that benches measure, the most important first."""
     examples: tuple[Sizes, ...]
-    """What a CPU computes in milliseconds, with every kind of option; the plain form first."""
+    """Calls that a CPU computes in milliseconds, covering all kinds of options; the plain call first."""
     compiled: tuple[Sizes, ...]
     """Calls whose launches must compile without a spill; each has its `dtype`."""
     baseline: Callable[..., Any] | None = None
-    """PyTorch's own form, where it is another than the reference."""
+    """PyTorch's own implementation, where it differs from the reference."""
     over: str = ""
-    """The size over which a table or a plot shows the op."""
+    """The size on the x axis of a plot or in the rows of a table."""
     series: Callable[[Sizes], str | None] | None = None
-    """The name of those shapes that only differ in it, or None for a shape of no such series; without it the op's name."""
+    """Return the series of a shape, or None for a shape of no series. The shapes of a series differ only in `over`. By
+    default all shapes form one series with the name of the op."""
     group: Literal["own", "attention"] = "own"
-    """Where a profile counts its kernels."""
+    """Group of its kernels in a profile."""
     bound_by: Literal["bytes", "flops"] = "bytes"
-    """What limits it at the shapes that are measured."""
+    """Bound of the roofline at the measured shapes."""
     capability: int = 80
-    """The least compute capability that its kernels compile for."""
+    """Minimum compute capability of its kernels."""
     huge: Sizes = field(default_factory=dict)
-    """A call with offsets beyond 2^31, in bfloat16, that fits a GPU of 80 GB; empty where none does."""
+    """A bfloat16 call with offsets beyond 2^31 that fits in 80 GB; empty if there is none."""
 
     @property
     def name(self) -> str:
@@ -102,7 +103,7 @@ class Op:
         return self.function.__name__
 
     def label(self, sizes: Sizes) -> str:
-        """Return the name of a call, such as `attention B1 H16 Hkv16 T8192 S8192 K64`."""
+        """Return the label of a call, such as `attention B1 H16 Hkv16 T8192 S8192 K64`."""
         return " ".join([self.name, *(_shown(name, value) for name, value in sizes.items())])
 
 
@@ -119,7 +120,7 @@ ALL: dict[str, Op] = {}
 
 
 def record(op: Op) -> Op:
-    """Enter an op into `ALL`."""
+    """Add an op to `ALL`."""
     ALL[op.name] = op
     return op
 
@@ -131,6 +132,6 @@ def grid(**values: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
 
 
 def draw(device: torch.device, dtype: torch.dtype, *shape: int, scale: float = 1.0, heads_first: bool = False) -> Tensor:
-    """Return normal values that want a gradient; with `heads_first`, (B, T, H, K) in memory is (B, H, T, K) in shape."""
+    """Return normal values that require a gradient; `heads_first` transposes `shape` (B, T, H, K) to a (B, H, T, K) view."""
     x = torch.randn(shape, dtype=dtype, device=device) * scale
     return (x.transpose(1, 2) if heads_first else x).requires_grad_()

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch, a few lines each: the specification, the CPU path, and the oracle of the tests.
+"""Every op in a few lines of plain PyTorch: the specification, the CPU path and the test oracle.
 
 Half precision is computed in float32 and rounded once, at the end. Shapes: `B` batch, `T` sequence, `D` d_model,
 `H` / `Hkv` query / key-value heads, `K` head dim, `F` d_ff, `V` vocabulary.
@@ -21,7 +21,7 @@ RopeLayout = Literal["interleaved", "half"]
 
 
 def _widen(x: Tensor) -> Tensor:
-    # float64 stays as it is: gradcheck and the oracles need it.
+    # float64 is not narrowed: gradcheck and the oracles need it.
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -53,9 +53,9 @@ def add_rms_norm(
     casting: Casting = "float32",
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream and normalise the sum: (..., D), (..., D) -> (rms_norm(sum), sum).
+    """Add a branch to the residual stream and normalize the sum: (..., D), (..., D) -> (rms_norm(sum), sum).
 
-    The sum has the dtype of `residual`, and is normalised as rounded to it; the first result has the dtype of `x`.
+    The sum is rounded to the dtype of `residual` and then normalized. The first result has the dtype of `x`.
     """
     total = (x + residual).to(residual.dtype)
     return _normalise(_widen(total), weight, eps, casting, offset, x.dtype), total
@@ -64,7 +64,7 @@ def add_rms_norm(
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Shift each row to mean 0 and scale it to variance 1, then by `weight`, then add `bias` (Ba, Kiros & Hinton 2016, eq. 4).
 
-    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`. The variance is that of the row itself, over D.
+    x (..., D), weight (D), bias (D) -> (..., D) in the dtype of `x`. The variance is the mean squared deviation, over D.
     """
     wide = _widen(x)
     centred = wide - wide.mean(dim=-1, keepdim=True)
@@ -89,7 +89,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 def geglu(gate: Tensor, up: Tensor | None = None, approximate: GeluApproximation = "tanh") -> Tensor:
     """Return gelu(gate) * up (Shazeer 2020, eq. 7), elementwise; with `up` omitted, `gate` is packed (..., 2F).
 
-    gate, up (..., F) -> (..., F) in the dtype that PyTorch promotes both to. approximate="none" is the error function.
+    gate, up (..., F) -> (..., F) in the dtype that PyTorch promotes both to. approximate="none" uses the error function.
     """
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
@@ -97,7 +97,7 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: GeluApproximation
 
 
 def _angles(table: Tensor, x: Tensor, positions: Tensor | None, offset: int) -> Tensor:
-    # The rows of cos or sin for tokens of x, (T, R / 2) or (B, 1, ..., 1, T, R / 2).
+    # The rows of cos or sin for the tokens of x: (T, R / 2) or (B, 1, ..., 1, T, R / 2).
     if positions is None:
         return table[offset : offset + x.shape[-2]]
     positions = positions[0] if positions.dim() == 2 and positions.shape[0] == 1 else positions
@@ -115,10 +115,10 @@ def rope(
 ) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
 
-    x (..., T, K); cos, sin (positions, R / 2), which get no gradient, for the first R channels: the others stay as they are.
-    positions (T), (1, T) or, for x (B, ..., T, K), (B, T), by default offset .. offset + T - 1; below 0 is padding and counts
-    as 0, past the tables gives NaN. Pairs are neighbours (2i, 2i + 1) as in RoFormer, or with layout="half" (i, i + R / 2) as
-    in Llama checkpoints.
+    x (..., T, K); cos, sin (positions, R / 2), which get no gradient. The first R channels are rotated, the others are copied.
+    positions (T), (1, T) or, for x (B, ..., T, K), (B, T); default offset .. offset + T - 1. A position below 0 is padding and
+    counts as 0; one past the tables gives NaN. The pairs are neighbors (2i, 2i + 1) as in RoFormer, or, with layout="half",
+    (i, i + R / 2) as in Llama checkpoints.
     """
     cos, sin = (_angles(table.detach(), x, positions, offset) for table in (cos, sin))
     rotary_dim = 2 * cos.shape[-1]
@@ -144,7 +144,7 @@ def rope_qk(
     layout: RopeLayout = "interleaved",
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`rope` of queries (B, H, T, K) and keys (B, Hkv, T, K) by the same angles."""
+    """Apply `rope` to queries (B, H, T, K) and keys (B, Hkv, T, K) with the same angles."""
     return rope(q, cos, sin, positions, layout, offset), rope(k, cos, sin, positions, layout, offset)
 
 
@@ -158,10 +158,10 @@ def rope_qkv(
     layout: RopeLayout = "interleaved",
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Part a packed projection (B, T, (H + 2 Hkv) K) into q (B, H, T, K), k and v (B, Hkv, T, K), and `rope` q and k."""
+    """Split a packed projection (B, T, (H + 2 Hkv) K) into q (B, H, T, K), k and v (B, Hkv, T, K); apply `rope` to q and k."""
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    # A view of v would keep the whole projection alive.
+    # A view of v would keep the projection alive.
     return *rope_qk(q, k, cos, sin, positions, layout, offset), v.clone()
 
 
@@ -169,11 +169,11 @@ Window = int | tuple[int, int] | None
 
 
 def window_sides(window: Window, causal: bool) -> tuple[int, int] | None:
-    """Return how many keys a query sees before its own and behind it, -1 for all; None where a window excludes nothing."""
+    """Return the numbers of keys that a query sees before and after its own key, -1 for all; None if nothing is excluded."""
     if window is None:
         return None
     left, right = (window - 1, 0 if causal else window - 1) if isinstance(window, int) else window
-    # No more, so that its sum with a position, in int64, does not overflow.
+    # Clamp, so that the sum with an int64 position does not overflow.
     return None if left < 0 and right < 0 else (min(left, 2**62), min(right, 2**62))
 
 
@@ -186,12 +186,12 @@ def attention_mask(
     device: torch.device | None = None,
     cache_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Return which keys each query may see, as a boolean (T, S), or (B, 1, T, S) with documents or lengths.
+    """Return a boolean mask, true where a query sees a key: (T, S), or (B, 1, T, S) with documents or lengths.
 
-    Queries are aligned to the end of the keys, as with a cache, and to the end of the first cache_lengths[b] keys of sequence
-    b where `cache_lengths` (B) are given. A window of n keeps a query's own key and the n - 1 before it (and after it, where
-    not causal), (left, right) so many before its own and after it, -1 for all. `document_ids` (B, S) confines attention to one
-    document, a run of equal ids.
+    Queries are aligned to the end of the keys, as with a cache. With `cache_lengths` (B), they are aligned to the end of the
+    first cache_lengths[b] keys of sequence b. A window n keeps a query's own key and the n - 1 keys before it (and after it, if
+    not causal). A window (left, right) keeps that many keys before and after its own, -1 for all. `document_ids` (B, S)
+    confines attention to documents, which are runs of equal ids.
     """
     length = num_keys if cache_lengths is None else cache_lengths.long().clamp(0, num_keys)[:, None, None, None]
     query = torch.arange(num_queries, device=device)[:, None] + (length - num_queries)
@@ -213,9 +213,10 @@ def attention_mask(
 def packed_mask(
     cu_seqlens: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int, causal: bool = True, window: Window = None
 ) -> Tensor:
-    """Return which keys each query may see (T, S): those of its document, whose last query stands at its last key.
+    """Return a boolean mask (T, S), true where a query sees a key of its own document.
 
-    Cumulative lengths (documents + 1) of queries and of keys; those from the last length on are one more document.
+    The last query of a document is aligned to its last key. Cumulative lengths (documents + 1) are given for queries and for
+    keys; tokens after the last length form one more document.
     """
 
     def place(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -238,8 +239,8 @@ def packed_mask(
 
 
 class _MaskedProduct(torch.autograd.Function):
-    # p (..., M, N), 0 where the mask excludes a pair, times x (..., N, K): a row of x that is not finite turns the rows of the
-    # result that see it to NaN, and no other. In a plain product 0 * NaN would reach them all.
+    # p (..., M, N), 0 where the mask excludes a pair, times x (..., N, K). A row of x that is not finite gives NaN only in the
+    # result rows that see it; in a plain product, 0 * NaN would give NaN in all rows.
     generate_vmap_rule = True
 
     @staticmethod
@@ -260,7 +261,7 @@ class _MaskedProduct(torch.autograd.Function):
 
 
 class _MaskedScores(torch.autograd.Function):
-    # q (..., M, K), k (..., N, K) -> q k^T, of which a mask will exclude pairs: their gradient is 0.
+    # q (..., M, K), k (..., N, K) -> q k^T; the gradient of pairs that the mask excludes is 0.
     generate_vmap_rule = True
 
     @staticmethod
@@ -274,13 +275,13 @@ class _MaskedScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, mask = ctx.saved_tensors
-        # Filled, because the derivative of a scale or a softcap makes NaN of a 0 where an excluded score is NaN.
+        # Fill with 0: if an excluded score is NaN, the derivative of a scale or softcap turns its gradient 0 into NaN.
         ds = gradients[0].masked_fill(~mask, 0.0)
         return _masked_product(ds, k, mask), _masked_product(ds.mT, q, mask.mT), None
 
 
 def _masked_product(p: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    # Dynamo traces no Function that has a rule for forward mode, whose product is written out.
+    # Dynamo cannot trace a Function with a forward-mode rule, so forward mode calls the product directly.
     if is_forward_mode():
         return _MaskedProduct.forward(p, x, mask)
     return _MaskedProduct.apply(p, x, mask)  # pyright: ignore[reportReturnType]
@@ -302,21 +303,21 @@ def attention(
     cache_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Softmax attention, softmax(scale * q k^T) v (Vaswani et al. 2017, eq. 1), the scores written out.
+    """Softmax attention, softmax(scale * q k^T) v (Vaswani et al. 2017, eq. 1), with the scores materialized.
 
-    q (B, H, T, K); k (B, Hkv, S, K), v (B, Hkv, S, V) with H a multiple of Hkv -> (B, H, T, V). Scale is 1 / sqrt(K) unless
-    given; softcap c turns a score s into c tanh(s / c). Packed documents come as `document_ids` (B, S), as `Documents`, or as
-    `cu_seqlens` (documents + 1), the cumulative lengths of FlashAttention's varlen form; `cu_seqlens_k` are those of the keys
-    where they differ. `sinks` (H) are scores of one more key whose value is 0; one of -inf is none. Sequence b has the first
-    cache_lengths[b] keys only. A fully masked row gives 0, and -inf in lse (B, H, T), which is the log of the sum of
-    exponentials. What is masked reaches no result, not even as NaN.
+    q (B, H, T, K); k (B, Hkv, S, K), v (B, Hkv, S, V), H a multiple of Hkv -> (B, H, T, V). The default scale is 1 / sqrt(K).
+    A softcap c maps a score s to c tanh(s / c). Packed documents are given as `document_ids` (B, S), as `Documents`, or as
+    `cu_seqlens` (documents + 1), the cumulative lengths of FlashAttention's varlen form; `cu_seqlens_k` gives the lengths of
+    the keys if they differ. `sinks` (H) are the scores of one more key with value 0; -inf means no sink. With `cache_lengths`
+    (B), sequence b has only the first cache_lengths[b] keys. A fully masked row gives 0, and -inf in lse (B, H, T), the
+    log-sum-exp of the scores. Masked values do not reach the result, not even as NaN.
     """
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     if cu_seqlens is not None and cu_seqlens_k is None:
         tokens = torch.arange(num_keys, device=q.device)
         document_ids = torch.searchsorted(cu_seqlens.long(), tokens, right=True).expand(k.shape[0], -1)
     elif isinstance(document_ids, tuple):
-        # Where a document begins is as good an id as any.
+        # The start of a document serves as its id.
         document_ids = document_ids[0]
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (_widen(k), _widen(v)))
@@ -328,7 +329,7 @@ def attention(
     scores = products * (q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # Finite, so that a row with nothing left to attend to has a gradient free of NaN.
+    # Finite, so that the gradient of a fully masked row has no NaN.
     least = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, least)
     sees = mask.any(dim=-1)
@@ -340,7 +341,7 @@ def attention(
     o = _masked_product(probabilities, v, mask).to(q.dtype)
     if not return_lse:
         return o
-    # PyTorch's logsumexp wants one score at least.
+    # PyTorch's logsumexp needs at least one score.
     lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] > 0 else scores.sum(dim=-1)
     return o, lse.masked_fill(~sees, -torch.inf)
 
@@ -350,10 +351,10 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return wide if softcap is None else softcap * torch.tanh(wide / softcap)
 
 
-class _RowsToRead(torch.autograd.Function):
-    """Logits (N, V) with 0 in the rows whose target (N) is -100, and NaN in others that are not `valid` (N).
+class _FillIgnored(torch.autograd.Function):
+    """Fill rows of logits (N, V): 0 if the target (N) is -100, NaN if it is not `valid` (N).
 
-    No gradient comes back from the former. A masked_fill would keep its mask beside the targets, which are kept anyway.
+    Rows with target -100 pass no gradient. A masked_fill would save its mask too; this saves only the targets.
     """
 
     generate_vmap_rule = True
@@ -373,20 +374,20 @@ class _RowsToRead(torch.autograd.Function):
         return gradients[0].masked_fill((ctx.saved_tensors[0] == -100)[:, None], 0.0), None, None
 
 
-def _rows_to_read(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    read = _RowsToRead.forward if is_forward_mode() else _RowsToRead.apply
+def _fill_ignored(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    read = _FillIgnored.forward if is_forward_mode() else _FillIgnored.apply
     return read(logits, targets, valid)  # pyright: ignore[reportReturnType]
 
 
 def _token_losses(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    # logits (N, V), targets (N) -> losses (N), lse (N) or None, predictions (N) or None.
+    # logits (N, V), targets (N) -> losses (N); lse (N) or None; predictions (N) or None.
     counted = targets != options.ignore_index
     valid = (targets >= 0) & (targets < logits.shape[-1])
     predictions = None
     if options.return_accuracy or options.return_predictions:
         predictions = logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
     targets = targets.masked_fill(~valid, 0).masked_fill(~counted, -100)
-    read = _capped(_rows_to_read(logits, targets, valid), options.softcap)
+    read = _capped(_fill_ignored(logits, targets, valid), options.softcap)
     weights, smoothing = options.class_weights, options.label_smoothing
     weights = None if weights is None else weights.to(read.dtype)
     losses = F.cross_entropy(read, targets, weights, label_smoothing=smoothing, reduction="none")
@@ -416,12 +417,13 @@ def cross_entropy(
     return_predictions: bool = False,
     return_z_loss: bool = False,
 ) -> Any:
-    """Negative log-likelihood of `targets` under softmax(logits), in float32.
+    """Return the negative log-likelihood of `targets` under softmax(logits), in float32.
 
-    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none"; a `CrossEntropyOutput` where more is
-    asked for. Ignored targets give 0 and do not count in the mean; where all are ignored the mean is 0. Label smoothing as in
-    Szegedy et al. 2016, section 7; z-loss adds z_loss * lse^2 (PaLM, section 5); softcap c turns a logit l into
-    c tanh(l / c) (Gemma 2, section 2). Class weights as in PyTorch; the z-loss has the weight of the target.
+    logits (..., V), targets (...) integers -> a scalar, or (...) with reduction="none". With one of the `return_` options the
+    result is a `CrossEntropyOutput`. Ignored targets give 0 and do not count in the mean; if all are ignored, the mean is 0.
+    Label smoothing follows Szegedy et al. 2016, section 7. The z-loss adds z_loss * lse^2 (PaLM, section 5). A softcap c maps
+    a logit l to c tanh(l / c) (Gemma 2, section 2). Class weights are as in PyTorch, and the weight of the target also
+    multiplies the z-loss.
     """
     flags = (return_lse, return_accuracy, return_predictions, return_z_loss)
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, class_weights, *flags)
@@ -451,11 +453,11 @@ def linear_cross_entropy(
     memory_budget: int = 512 * 2**20,
     num_classes: int | None = None,
 ) -> Any:
-    """`cross_entropy(x @ weight.T + bias, targets)` that holds the logits of a few rows at a time, in `memory_budget` bytes.
+    """Compute `cross_entropy(x @ weight.T + bias, targets)` in chunks of rows, with `memory_budget` bytes of logits at a time.
 
-    x (..., D), weight (V, D) and bias (V), computed with in the dtype of x, targets (...). Where all logits fit in the budget
-    they are kept for the backward pass; else each chunk of rows is computed again there. Rows of weight from `num_classes` on
-    are padding.
+    x (..., D), weight (V, D), bias (V), targets (...). Weight and bias are cast to the dtype of x. If all logits fit in the
+    budget, they are saved for the backward pass; otherwise the backward pass recomputes each chunk. Rows of weight from
+    `num_classes` on are padding.
     """
     flags = (return_lse, return_accuracy, return_predictions, return_z_loss)
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, class_weights, *flags)

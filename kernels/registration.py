@@ -1,7 +1,7 @@
-"""Ops that PyTorch's dispatcher knows: torch.compile, FLOP counters, selective checkpointing and autograd see each as one.
+"""Register ops with PyTorch's dispatcher, so that torch.compile, FLOP counters, checkpointing and autograd see each as one.
 
-`torch.library.custom_op` does the same and takes the host about 40 us a call, which is more than a GPU needs for a small
-kernel. Here a call on plain tensors that nothing watches does not pass the dispatcher at all.
+`torch.library.custom_op` does the same, but costs the host about 40 us a call, more than a small kernel takes on a GPU. Here, a
+call on plain tensors skips the dispatcher when only autograd needs to see it.
 """
 
 import functools
@@ -19,7 +19,7 @@ from .launch import is_recording
 
 
 def _open_library() -> torch.library.Library:
-    # A second copy of this package, such as pytest makes of a folder that it collects, takes over the ops of the first.
+    # A second copy of this package takes over the ops of the first; pytest makes such copies of folders that it collects.
     namespace = vars(torch.ops.tilewright)
     if "library" in namespace:
         namespace["library"]._destroy()
@@ -32,11 +32,11 @@ _PLAIN = (Tensor, Parameter)
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
-def _is_watched(args: Sequence[Any]) -> bool:
-    """Whether something other than autograd has to see the call, which only the dispatcher tells."""
+def _needs_dispatcher(args: Sequence[Any]) -> bool:
+    """Whether a dispatch mode, a profiler, a tensor subclass or a meta tensor needs the dispatcher."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.profiler._is_profiler_enabled:
         return True
-    # A loop, because a generator costs more than what it yields here.
+    # A loop, because a generator costs more than the loop body.
     for x in args:  # noqa: SIM110
         if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
             return True
@@ -44,7 +44,7 @@ def _is_watched(args: Sequence[Any]) -> bool:
 
 
 class CustomOp:
-    """A function of tensors and plain values, registered as `torch.ops.tilewright.<name>`; made by `custom_op`."""
+    """A function of tensors and plain values, registered as `torch.ops.tilewright.<name>`; see `custom_op`."""
 
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: Sequence[str]) -> None:
         _LIBRARY.define(
@@ -59,11 +59,11 @@ class CustomOp:
         self.register_autograd(None)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what the op returns on tensors that hold nothing."""
+        """Register the function that computes output shapes and dtypes of fake tensors."""
 
         @functools.wraps(fake)
         def on_fakes(*args: Any) -> Any:
-            _tell_inductor(self.overload)
+            _register_inductor_fallback(self.overload)
             return self.function(*args) if is_recording() else fake(*args)
 
         torch.library.register_fake(f"tilewright::{self.name}", on_fakes, lib=_LIBRARY)
@@ -72,9 +72,9 @@ class CustomOp:
     def register_autograd(
         self, backward: Callable[..., Any] | None, *, setup_context: Callable[..., None] | None = None
     ) -> None:
-        """Register the gradient: `setup_context(ctx, inputs, output)` keeps what `backward(ctx, *gradients)` needs.
+        """Register the gradient: `setup_context(ctx, inputs, output)` saves what `backward(ctx, *gradients)` needs.
 
-        `ctx.needs_input_grad` has one more entry than the op has inputs. Without a `backward` the gradient is an error.
+        `ctx.needs_input_grad` has one entry more than the op has inputs. Without a `backward`, differentiation raises an error.
         """
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -95,12 +95,12 @@ class CustomOp:
 
     def __call__(self, *args: Any) -> Any:
         """Run the op."""
-        if torch.compiler.is_compiling() or _is_watched(args):
+        if torch.compiler.is_compiling() or _needs_dispatcher(args):
             return self.overload(*args)
         return self._run(None, args)
 
     def _run(self, keyset: Any, args: Sequence[Any]) -> Any:
-        # `keyset` says what lies below autograd; None, where the dispatcher was not asked.
+        # `keyset` holds the dispatch keys below autograd; None if the call skipped the dispatcher.
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             output = self._differentiable.apply(*args, keyset)
         else:
@@ -111,7 +111,7 @@ class CustomOp:
         return output
 
     def _below_autograd(self, keyset: Any, args: Sequence[Any]) -> Any:
-        # As a compiled graph calls it: nothing below autograd but the device, which spares a second way through the dispatcher.
+        # Only the device key remains below autograd, as in a compiled graph: skip a second dispatch.
         if keyset is None or (keyset & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
             return self.function(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -126,14 +126,13 @@ class CustomOp:
 
 
 def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], CustomOp]:
-    """Register the decorated function as the op `tilewright::<name>`; its schema is that of the annotations."""
+    """Register the decorated function as the op `tilewright::<name>`; its schema comes from the annotations."""
     return lambda function: CustomOp(name, function, mutates_args)
 
 
-def _tell_inductor(op: torch._ops.OpOverload) -> None:
-    # For an op that it does not know, Inductor of PyTorch 2.11 writes a message of all that the arguments are computed from,
-    # each use anew: its length is exponential in the layers below the loss. An op is traced before it is lowered, so that
-    # Inductor can be told of it in time.
+def _register_inductor_fallback(op: torch._ops.OpOverload) -> None:
+    # For an op without a lowering, Inductor of PyTorch 2.11 formats a message that expands all arguments at each use: its
+    # length is exponential in the layers below the loss. An op is traced before it is lowered, so registering here is in time.
     lowering: Any = None if torch.__version__ >= "2.13" else sys.modules.get("torch._inductor.lowering")
     if lowering is not None and op not in lowering.lowerings:
         tag = lowering.get_layout_constraint_tag(op, with_default=True)
@@ -141,5 +140,5 @@ def _tell_inductor(op: torch._ops.OpOverload) -> None:
 
 
 def count_no_flops(*ops: CustomOp) -> None:
-    """Register a formula of 0: FlopCounterMode counts matrix products only, and this says that the ops were not forgotten."""
+    """Register a FLOP formula of 0: FlopCounterMode counts matrix products only, and these ops have none."""
     register_flop_formula([getattr(torch.ops.tilewright, op.name) for op in ops])(lambda *args, **kwargs: 0)

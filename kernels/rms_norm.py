@@ -1,4 +1,4 @@
-"""RMSNorm, alone or fused with the sum of the residual stream, forward and backward in one pass over memory each."""
+"""RMSNorm, alone or fused with the residual sum, with one pass over memory forward and one backward."""
 
 from typing import get_args
 
@@ -48,7 +48,7 @@ def rms_norm_forward(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write the normalised rows of one tile, their sums with the residual stream, and 1 / rms of each."""
+    """Write the normalized rows of one tile, their sums with the residual stream, and 1 / rms of each row."""
     normalise_rows(
         x_ptr, residual_ptr, weight_ptr, None, y_ptr, total_ptr, None, rstd_ptr, x_row_stride, residual_row_stride,
         num_rows, width, eps, offset, ROUND_FIRST, BLOCK_ROWS, BLOCK_WIDTH, PARTS,
@@ -75,7 +75,7 @@ def rms_norm_backward(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write the gradients of a share of all rows, and the part of dw that they contribute."""
+    """Write dx for the rows of this program, and their partial sum of dw."""
     differentiate_rows(
         dy_ptr, d_total_ptr, x_ptr, weight_ptr, None, rstd_ptr, dx_ptr, d_residual_ptr, dw_partial_ptr, None,
         dy_row_stride, d_total_row_stride, x_row_stride, num_rows, width, offset, BLOCK_ROWS, BLOCK_WIDTH, PARTS,
@@ -138,7 +138,7 @@ def _rms_norm_backward(
     d_residual_dtype: torch.dtype | None,
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # `x` is what was normalised. Its gradient is returned once for each dtype that is given, then dw; else empty tensors.
+    # `x` is the normalized input. Returns its gradient in each given dtype, and dw; an empty tensor for None.
     rows, dy_rows = as_rows(x), as_rows(dy)
     d_total_rows = None if d_total is None else as_rows(d_total)
     num_rows, width = rows.shape
@@ -147,7 +147,7 @@ def _rms_norm_backward(
     dx, d_residual = empty_gradient(x, dx_dtype), empty_gradient(x, d_residual_dtype)
     dw_partial = None
     if needs_dw:
-        # The looped form adds into its partial sums, so those start at zero.
+        # The looped form adds to its partial sums, so they start at zero.
         allocate = torch.empty if config["PARTS"] else torch.zeros
         dw_partial = allocate(num_programs, width, dtype=torch.float32, device=x.device)
     if num_rows > 0:
@@ -183,7 +183,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.save_for_backward(x if residual is None else total, weight, rstd)
     ctx.mark_non_differentiable(rstd, *([total] if residual is None else []))
-    # A result that nothing uses has no gradient, rather than one of zeros to be read.
+    # An unused result has gradient None, so that no zeros are read.
     ctx.set_materialize_grads(False)
 
 
@@ -221,7 +221,7 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
     check_norm(x, eps, residual, weight=weight)
     check_number("offset", offset)
     if weight is None and offset != 0.0:
-        raise ValueError(f"offset is {offset}: without a weight to be added to, allowed is 0.0")
+        raise ValueError(f"offset is {offset}: expected 0.0 without a weight")
     check_choice("casting", casting, get_args(Casting))
 
 
@@ -230,12 +230,12 @@ def rms_norm(
 ) -> Tensor:
     """Scale each row of `x` to unit root mean square, then by offset + weight (Zhang & Sennrich 2019, eq. 4).
 
-    x (..., D), weight (D) -> (..., D) in the dtype of `x`, and in float32 under CUDA autocast. float32, float16, bfloat16; x
-    and weight may differ; float64 runs the reference. Statistics and the gradient of `weight` are summed in float32, in a
-    fixed order. Any strides of `x`; rows whose elements are not neighbours are copied.
+    x (..., D), weight (D) -> (..., D) in the dtype of `x`, or float32 under CUDA autocast. Supports float32, float16 and
+    bfloat16; x and weight may differ. float64 runs the reference. Statistics and the gradient of `weight` are summed in
+    float32, in a fixed order. `x` may have any strides; rows are copied if their elements are not contiguous.
 
-    casting="float32" rounds the result once; "llama" rounds also before the weight is applied, as Hugging Face's Llama does.
-    Gemma's weights are deviations from one: offset=1.0.
+    casting="float32" rounds the result once. "llama" also rounds before the weight is applied, as Hugging Face's Llama does.
+    Gemma stores weights as deviations from one: use offset=1.0.
     """
     _check(x, None, weight, eps, casting, offset)
     dtype = result_dtype(x)
@@ -253,11 +253,11 @@ def add_rms_norm(
     casting: Casting = "float32",
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream and normalise the sum, in one kernel forward and one backward.
+    """Add a branch to the residual stream and normalize the sum, with one kernel forward and one backward.
 
-    x, residual (..., D), weight (D) -> (rms_norm(x + residual), x + residual). The first has the dtype of `x`, under autocast
-    too, where the next product wants it; the sum is computed in float32 and has the dtype of `residual`, which may be wider,
-    and is normalised as rounded to it. The options are those of `rms_norm`.
+    x, residual (..., D), weight (D) -> (rms_norm(x + residual), x + residual). The first result has the dtype of
+    `x`, also under autocast, because the next product needs it. The sum is computed in float32, rounded to the dtype of
+    `residual`, which may be wider, and then normalized. Options are the same as for `rms_norm`.
     """
     _check(x, residual, weight, eps, casting, offset)
     if use_triton(x, residual, weight):
@@ -267,7 +267,7 @@ def add_rms_norm(
 
 
 def _costs(itemsize: int, rows: int, width: int, weight_itemsize: int | None = None) -> Costs:
-    # Read x and write y; read x and dy, write dx; weights and float32 statistics besides.
+    # Forward: read x, write y. Backward: read x and dy, write dx. Plus weight and float32 statistics.
     elements, weight = rows * width, width * (weight_itemsize or itemsize)
     forward = Cost(2 * elements * itemsize + weight + 4 * rows, 4 * elements)
     return Costs.of(forward, Cost(3 * elements * itemsize + 2 * weight + 4 * rows, 11 * elements))
@@ -276,7 +276,7 @@ def _costs(itemsize: int, rows: int, width: int, weight_itemsize: int | None = N
 def _add_costs(
     itemsize: int, rows: int, width: int, weight_itemsize: int | None = None, residual_itemsize: int | None = None
 ) -> Costs:
-    # One more stream in and out, and one gradient for both inputs, written twice where x and the residual differ in dtype.
+    # One more input and output. The single gradient is written twice if x and the residual differ in dtype.
     elements, weight = rows * width, width * (weight_itemsize or itemsize)
     residual = elements * (residual_itemsize or itemsize)
     forward = Cost(2 * elements * itemsize + 2 * residual + weight + 4 * rows, 5 * elements)
@@ -294,13 +294,13 @@ def _arguments(
 def _add_arguments(
     device: torch.device, dtype: torch.dtype, rows: int, width: int, stream_dtype: torch.dtype | None = None
 ) -> Arguments:
-    # `stream_dtype` is that of the residual stream and of the weight.
+    # `stream_dtype` is the dtype of the residual stream and the weight.
     stream_dtype = stream_dtype or dtype
     x, residual = draw(device, dtype, rows, width), draw(device, stream_dtype, rows, width)
     return Arguments((x, residual, draw(device, stream_dtype, width)), {})
 
 
-# Fewer rows of the widest: in float64 all of them would take more memory than there is.
+# The widest shapes have fewer rows, so that the float64 oracle fits in memory.
 _SHAPES = [{"rows": 2**16, "width": width} for width in (4096, 768, 1024, 1280, 1600, 2048, 8192)]
 _SHAPES += [{"rows": 2**29 // width, "width": width} for width in (16384, 32768)]
 _HALF, _FULL = torch.bfloat16, torch.float32
@@ -329,7 +329,7 @@ record(
         cost=_add_costs,
         shapes=tuple(shape for shape in _SHAPES if shape["width"] in (4096, 1600, 8192)),
         examples=({"rows": 6, "width": 96},),
-        # A stream in float32 beside bfloat16 is what autocast trains.
+        # Autocast trains with a float32 residual stream and bfloat16 branches.
         compiled=(
             *grid(rows=(8192,), width=COMPILED_WIDTHS, dtype=(_HALF,), stream_dtype=(_HALF, _FULL)),
             *grid(rows=(8192,), width=COMPILED_WIDTHS, dtype=(_FULL,), stream_dtype=(_FULL,)),

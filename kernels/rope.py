@@ -1,7 +1,7 @@
-"""Rotary position embedding of queries and keys in one launch; the backward pass is the same kernel, turning back.
+"""Rotary position embedding of queries and keys in one launch; the backward pass runs the same kernel with inverse angles.
 
-`rope_qkv` also parts a packed projection: values are copied beside, so that the gradients of all three meet in one tensor
-without a concatenation, and nothing keeps the projection alive.
+`rope_qkv` also splits a packed projection. It copies the values too: the gradients of q, k and v can then share one packed
+tensor without a concatenation, and no view keeps the projection alive.
 """
 
 import math
@@ -23,7 +23,7 @@ from .rope_kernel import rope_forward, rotate_heads
 from .rope_tables import rope_tables
 from .sharding import sharded_as
 
-# Which dimension of a tensor is sharded where an op is sharded along the batch, its heads or its tokens.
+# The dimension of each kind of tensor that is sharded when an op is sharded along the batch, heads or tokens.
 SHARDED = {
     "heads": {"batch": 0, "heads": 1, "tokens": 2},
     "packed": {"batch": 0, "tokens": 1},
@@ -33,8 +33,8 @@ SHARDED = {
 
 
 def _sharding(outputs: Sequence[str], inputs: Sequence[str]) -> Callable[..., Any]:
-    # The rule for `sharded_as` of an op of `inputs`, cos, sin, positions and options. Tokens may be parted where each says its
-    # position, heads where they are not packed.
+    # The rule for `sharded_as` of an op with arguments `inputs`, cos, sin, positions and options. Tokens may be sharded if
+    # positions are given, heads if they are not packed.
     def choices(*args: Any) -> Any:
         from torch.distributed.tensor import Replicate, Shard
 
@@ -52,7 +52,7 @@ def _sharding(outputs: Sequence[str], inputs: Sequence[str]) -> Callable[..., An
 
 
 def _is_tokens_first(x: Tensor) -> bool:
-    # The heads of a projection's output, (B, T, H, K) in memory.
+    # Whether x (B, H, T, K) is (B, T, H, K) in memory, as from a projection.
     return x.stride(1) < x.stride(2)
 
 
@@ -72,7 +72,7 @@ def _rope(
     inverse: bool,
     tokens_first: bool,
 ) -> Tensor:
-    """Rotate x (B, H, T, K); the result is laid out as (B, T, H, K) where `tokens_first` says so."""
+    """Rotate x (B, H, T, K); with `tokens_first` the result is (B, T, H, K) in memory."""
     y = _new_like(x, tokens_first)
     rotate_heads([x], [y], cos, sin, positions, offset, interleaved, inverse)
     return y
@@ -90,13 +90,13 @@ def _save_rope(ctx, inputs, output) -> None:
 
 
 def _backward_rope(ctx, dy: Tensor):
-    # A rotation's gradient is the rotation back, which the same op computes; so it can be differentiated again.
+    # The gradient of a rotation is the inverse rotation, computed by the same op; second derivatives work too.
     offset, interleaved, inverse, tokens_first = ctx.options
     dx = _rope(dy, *ctx.saved_tensors, offset, interleaved, not inverse, tokens_first)
     return dx, *(None,) * 7
 
 
-# No autocast rule: x keeps its dtype, as under PyTorch's multiplications.
+# No autocast rule: x keeps its dtype, as in PyTorch's multiplications.
 _rope.register_autograd(_backward_rope, setup_context=_save_rope)
 
 
@@ -113,7 +113,7 @@ def _rope_qk(
     q_tokens_first: bool,
     k_tokens_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q (B, H, T, K) and k (B, Hkv, T, K), as `_rope` does one."""
+    """Rotate q (B, H, T, K) and k (B, Hkv, T, K) like `_rope`."""
     q_out, k_out = _new_like(q, q_tokens_first), _new_like(k, k_tokens_first)
     rotate_heads([q, k], [q_out, k_out], cos, sin, positions, offset, interleaved, inverse)
     return q_out, k_out
@@ -139,7 +139,7 @@ def _backward_rope_qk(ctx, dq: Tensor, dk: Tensor):
 _rope_qk.register_autograd(_backward_rope_qk, setup_context=_save_rope_qk)
 
 
-def _part(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
+def _split_qkv(qkv: Tensor, num_heads: int, num_kv_heads: int) -> list[Tensor]:
     # q, k, v as (B, H or Hkv, T, K) views of a packed (B, T, (H + 2 Hkv) K).
     batch, tokens, width = qkv.shape
     all_heads = num_heads + 2 * num_kv_heads
@@ -158,8 +158,8 @@ def _rope_qkv(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Part a packed projection; each result is laid out as (B, T, H, K)."""
-    xs = _part(qkv, num_heads, num_kv_heads)
+    """Split a packed projection and rotate q and k; each result is (B, T, H, K) in memory."""
+    xs = _split_qkv(qkv, num_heads, num_kv_heads)
     ys = _empty_parts(qkv, cos, sin, positions, offset, interleaved, num_heads, num_kv_heads)
     rotate_heads(xs, ys, cos, sin, positions, offset, interleaved, inverse=False)
     return ys
@@ -179,7 +179,7 @@ def _rope_qkv_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int, interleaved: bool
 ) -> Tensor:
     dqkv = _empty_packed(dq, dk, dv, cos, sin, positions, offset, interleaved)
-    parts = _part(dqkv, dq.shape[1], dk.shape[1])
+    parts = _split_qkv(dqkv, dq.shape[1], dk.shape[1])
     rotate_heads([dq, dk, dv], parts, cos, sin, positions, offset, interleaved, inverse=True)
     return dqkv
 
@@ -218,44 +218,44 @@ def _check(
     layout: RopeLayout,
     offset: int,
 ) -> None:
-    # `shape` is that of the heads of the first of `xs`, (..., T, K).
+    # `shape` is the shape of the heads of the first tensor in `xs`, (..., T, K).
     check_choice("layout", layout, LAYOUTS)
     check_dtype(FLOATING, **xs, cos=cos, sin=sin)
     check_device(**xs, cos=cos, sin=sin, positions=positions)
     if len(shape) < 2 or shape[-1] % 2 or not 0 < shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"{next(iter(xs))} has heads of shape {tuple(shape)}: allowed is (..., T, K), K even and from 2 to {MAX_HEAD_DIM}"
+            f"{next(iter(xs))} has heads of shape {tuple(shape)}: expected (..., T, K), K even and from 2 to {MAX_HEAD_DIM}"
         )
     num_tokens, head_dim, table = shape[-2], shape[-1], cos.shape
     if len(table) != 2 or table != sin.shape or not 0 < table[1] <= head_dim // 2:
         raise ValueError(
-            f"cos has shape {tuple(table)}, sin {tuple(sin.shape)}: allowed is (positions, {head_dim // 2}) for both, "
-            f"or fewer columns where not all {head_dim} channels are rotated"
+            f"cos has shape {tuple(table)}, sin {tuple(sin.shape)}: expected (positions, {head_dim // 2}) for both, "
+            f"or fewer columns to rotate fewer than {head_dim} channels"
         )
     num_positions = table[0]
     if num_positions == 0 and num_tokens > 0:
-        raise ValueError(f"cos has shape {tuple(table)}: allowed is one position or more")
+        raise ValueError(f"cos has shape {tuple(table)}: expected one position or more")
     check_int("offset", offset, 0)
     if positions is None:
         if offset + num_tokens > num_positions:
             raise ValueError(
-                f"offset is {offset} with {num_tokens} tokens: allowed is 0 to {num_positions - num_tokens}, "
+                f"offset is {offset} with {num_tokens} tokens: expected 0 to {num_positions - num_tokens}, "
                 f"because cos and sin have {num_positions} positions"
             )
         return
     if offset != 0:
-        raise ValueError(f"offset is {offset}: with positions it must be 0, they say where each token stands")
+        raise ValueError(f"offset is {offset}: expected 0 with positions, which already place each token")
     check_dtype(INTEGER, positions=positions)
     allowed = [(num_tokens,), (1, num_tokens)] + ([(shape[0], num_tokens)] if len(shape) > 2 else [])
     if tuple(positions.shape) not in allowed:
         allowed = " or ".join(map(str, dict.fromkeys(allowed)))
-        raise ValueError(f"positions has shape {tuple(positions.shape)}: allowed is {allowed}")
+        raise ValueError(f"positions has shape {tuple(positions.shape)}: expected {allowed}")
     if positions.numel() and is_readable(positions):
         last = int(positions.max())
         if last >= num_positions:
             raise ValueError(
-                f"positions holds {last}: allowed is less than {num_positions}, the positions of cos and sin, "
-                "and less than 0 for padding"
+                f"positions contains {last}: expected less than {num_positions}, the positions of cos and sin, "
+                "or less than 0 for padding"
             )
 
 
@@ -269,26 +269,26 @@ def rope(
 ) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, eq. 34).
 
-    x (..., T, K), K even and at most 256; cos, sin (positions, R / 2), as `rope_tables` makes them, R being K unless its
-    `rotary_dim` is less -> (..., T, K) in the dtype of `x`, computed in float32. Pairs are neighbours (2i, 2i + 1) as in
-    RoFormer, or with layout="half" (i, i + K / 2) as in Llama checkpoints.
+    x (..., T, K) -> (..., T, K) in the dtype of `x`, computed in float32; K is even and at most 256. cos and sin
+    (positions, R / 2) come from `rope_tables`; R is K unless `rotary_dim` is less. The pairs are neighbors (2i, 2i + 1) as in
+    RoFormer, or, with layout="half", (i, i + K / 2) as in Llama checkpoints.
 
-    Partial rotary: with R less than K the first R channels are rotated as if they were the whole head; the others are copied
-    (GPT-NeoX, Black et al. 2022, section 3.1; Phi, GLM).
+    Partial rotary: if R is less than K, the first R channels are rotated as if they were the full head, and the others are
+    copied (GPT-NeoX, Black et al. 2022, section 3.1; Phi, GLM).
 
-    Tokens stand at offset .. offset + T - 1, after `offset` cached ones; or at `positions`, int64 or int32 of shape (T), (1, T)
-    or, for x (B, ..., T, K), (B, T). A position below 0 marks padding and counts as 0, so that row and gradient stay finite.
-    A position past the tables is a ValueError on a CPU; on a GPU, where to look would need a synchronisation, and in compiled
+    Tokens have positions offset .. offset + T - 1, after `offset` cached ones; or `positions`, int64 or int32 of shape (T),
+    (1, T) or, for x (B, ..., T, K), (B, T). A position below 0 marks padding and counts as 0, so that its row and gradient are
+    finite. A position past the tables raises ValueError on a CPU. On a GPU, where a check would synchronize, and in compiled
     code it gives NaN in its row.
 
-    cos and sin get no gradient. x may have any strides, as a slice of a packed projection has; only channels that are no
-    neighbours are copied. Where x is (B, T, H, K) in memory, so are the result and the gradient. float64 runs the reference.
-    DTensors are sharded along the batch, the heads, or, with positions, the tokens; cos and sin are replicated.
+    cos and sin get no gradient. x may have any strides, such as a slice of a packed projection; it is copied only if its
+    channels are not contiguous. If x is (B, T, H, K) in memory, so are the result and the gradient. float64 runs the
+    reference. DTensors may be sharded along the batch, the heads, or, with positions, the tokens; cos and sin are replicated.
     """
     _check({"x": x}, x.shape, cos, sin, positions, layout, offset)
     if not use_triton(x):
         return reference.rope(x, cos, sin, positions, layout, offset)
-    # One batch, so that the angles of a token serve all rows, unless sequences have their own.
+    # Use one batch, so that all rows share the angles of a token, unless sequences have their own positions.
     batch = 1 if positions is None or positions.dim() == 1 else positions.shape[0]
     rows = x if x.dim() == 4 else x.reshape(batch, math.prod(x.shape[:-2]) // max(batch, 1), *x.shape[-2:])
     positions = None if positions is None else positions.expand(rows.shape[0], rows.shape[2])
@@ -306,10 +306,10 @@ def rope_qk(
     layout: RopeLayout = "interleaved",
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`rope` of queries (B, H, T, K) and keys (B, Hkv, T, K) in one launch, which loads the angles for both."""
+    """Apply `rope` to queries (B, H, T, K) and keys (B, Hkv, T, K) in one launch, which loads the angles once."""
     _check({"q": q, "k": k}, q.shape, cos, sin, positions, layout, offset)
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (B, H, T, K) and (B, Hkv, T, K)")
+        raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: expected (B, H, T, K) and (B, Hkv, T, K)")
     if not use_triton(q, k):
         return reference.rope_qk(q, k, cos, sin, positions, layout, offset)
     positions = None if positions is None else positions.expand(q.shape[0], q.shape[2])
@@ -327,17 +327,17 @@ def rope_qkv(
     layout: RopeLayout = "interleaved",
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Part a packed projection (B, T, (H + 2 Hkv) K) into q (B, H, T, K), k and v (B, Hkv, T, K), and `rope` q and k.
+    """Split a packed projection (B, T, (H + 2 Hkv) K) into q (B, H, T, K), k and v (B, Hkv, T, K); apply `rope` to q and k.
 
-    The results are tensors of their own, (B, T, H, K) in memory, and their gradients meet in one packed tensor. K is at most
-    256; other arguments are those of `rope`.
+    The results are new tensors, (B, T, H, K) in memory. The backward pass writes their gradients to one packed tensor. K is at
+    most 256. Other arguments are the same as for `rope`.
     """
     check_int("num_heads", num_heads, 1)
     check_int("num_kv_heads", num_kv_heads, 1)
     shape, all_heads = qkv.shape, num_heads + 2 * num_kv_heads
     if len(shape) != 3 or shape[2] % all_heads:
         raise ValueError(
-            f"qkv has shape {tuple(shape)}, with {num_heads} and twice {num_kv_heads} heads: allowed is (B, T, W) "
+            f"qkv has shape {tuple(shape)}, num_heads is {num_heads}, num_kv_heads {num_kv_heads}: expected (B, T, W) "
             f"with W a multiple of {all_heads}"
         )
     heads = (shape[0], num_heads, shape[1], shape[2] // all_heads)
@@ -350,14 +350,14 @@ def rope_qkv(
 
 
 def _costs(itemsize: int, batch: int, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> Costs:
-    # Both directions alike: read and write all heads of q and k together, read cos and sin once.
+    # Both directions cost the same: read and write all heads of q and k, read cos and sin once.
     elements = batch * num_tokens * (num_heads + num_kv_heads) * head_dim
     cost = Cost(2 * elements * itemsize + 4 * batch * num_tokens * head_dim, 3 * elements)
     return Costs.of(cost, cost)
 
 
 def _qkv_costs(itemsize: int, batch: int, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> Costs:
-    # The values are moved along, but not turned.
+    # The values are copied, but not rotated.
     cost, _, _ = _costs(itemsize, batch, num_tokens, num_heads, num_kv_heads, head_dim)
     assert cost is not None
     moved = Cost(2 * batch * num_tokens * num_kv_heads * head_dim * itemsize, 0)
@@ -377,7 +377,7 @@ def _arguments(
     rotary_dim: int | None = None,
     placed: bool = False,
 ) -> Arguments:
-    # The positions of `placed` tokens are given, those of each sequence.
+    # With `placed`, positions are given for each sequence.
     tables = rope_tables(head_dim, num_tokens, rotary_dim=rotary_dim, device=device)
     options: dict[str, Any] = {"layout": layout}
     if placed:
@@ -385,7 +385,7 @@ def _arguments(
     if form == "qkv":
         qkv = draw(device, dtype, batch, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
         return Arguments((qkv, *tables, num_heads, num_kv_heads), options)
-    # As a projection leaves them: (B, T, H, K) in memory, (B, H, T, K) in shape.
+    # As from a projection: (B, T, H, K) in memory, (B, H, T, K) in shape.
     q, k = (draw(device, dtype, batch, num_tokens, h, head_dim, heads_first=True) for h in (num_heads, num_kv_heads))
     return Arguments((q, *tables) if form == "x" else (q, k, *tables), options)
 
@@ -395,7 +395,7 @@ _LLAMA = _ALONE | {"num_kv_heads": 8}
 _SMALL = {"batch": 2, "num_tokens": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 _OPTIONS = {"layout": "half", "rotary_dim": 12, "placed": True}
 _HUGE = {"batch": 1, "num_tokens": 2**19 + 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
-# GPT-2 small and XL, Llama 3 8B, Gemma's head dim and one that is no power of two, and one decoded token.
+# GPT-2 small and XL, Llama 3 8B, Gemma's head dim, a head dim that is not a power of two, and one decoded token.
 _COMPILED = tuple(
     {"batch": 8, "num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim} | other
     for heads, kv_heads, tokens, head_dim in (

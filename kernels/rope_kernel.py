@@ -1,6 +1,6 @@
-"""The kernel behind `rope`, `rope_qk` and `rope_qkv`, and its launch; the backward pass is the same kernel, turning back.
+"""The kernel of `rope`, `rope_qk` and `rope_qkv`, and its launch; the backward pass runs it with inverse angles.
 
-A program holds one block of tokens for one block of heads: the angles are loaded once a token and serve all its heads.
+A program handles one block of tokens and one block of heads. It loads the angles of a token once for all heads of the block.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from .dispatch import jit, tl
 from .launch import launch
 
-# Arguments whose divisibility helps no load: without this, another length or offset could mean another compilation.
+# Arguments whose divisibility does not affect the width of loads. Specialized, a new length or offset could recompile.
 SIZES = (
     "positions_batch_stride", "positions_token_stride", "num_q_heads", "num_k_heads", "num_tokens", "num_positions",
     "num_token_blocks", "offset",
@@ -40,7 +40,7 @@ def _rotate(
     BLOCK_REST: tl.constexpr,
 ):
     if INTERLEAVED:
-        # Whole rows are loaded and parted in registers: a load of every other channel could not be a vector.
+        # Load full rows and split them in registers, because strided loads of every other channel are not vectorized.
         channels = tl.arange(0, BLOCK_ROTARY)[None, None, :]
         mask = row_mask & (channels < ROTARY_DIM)
         x = tl.load(x_rows + channels, mask=mask).to(tl.float32)
@@ -110,8 +110,8 @@ def rope_forward(
     BLOCK_ROTARY: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Turn one block of heads of one block of tokens."""
-    # Blocks of heads of the same tokens run side by side, so that all but the first find their angles in the L2 cache.
+    """Rotate one block of heads for one block of tokens."""
+    # Head blocks of the same tokens have adjacent programs, so that all but the first hit the L2 cache for their angles.
     num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
     num_k_blocks = tl.cdiv(num_k_heads, BLOCK_HEADS)
     num_head_blocks = num_q_blocks
@@ -131,7 +131,7 @@ def rope_forward(
         positions_row = positions_ptr + batch * positions_batch_stride
         positions = tl.load(positions_row + tokens * positions_token_stride, mask=token_mask, other=0).to(tl.int64)
         positions = tl.maximum(positions, 0)
-        # A position past the tables must not be read, and to report it from here would need a synchronisation: NaN shows it.
+        # Mask a position past the tables. Reporting it would need a synchronization, so it gives NaN.
         angle_mask = (positions < num_positions) & (pairs < ROTARY_DIM // 2)
     else:
         positions = tokens + offset
@@ -172,7 +172,7 @@ def rope_forward(
 # Bytes of x that a program and a thread read: two 16-byte loads a thread.
 PROGRAM_BYTES = 8192
 THREAD_BYTES = 32
-# The angles of a token are as many bytes as one of its heads in float32, two in half precision: over 16 heads, little.
+# The angles of a token have the size of one head in float32, of two in half precision: little over 16 heads.
 MAX_BLOCK_HEADS = 16
 
 
@@ -180,8 +180,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch_config(num_heads: int, num_tokens: int, head_dim: int, rotary_dim: int, element_size: int) -> dict[str, int]:
-    """Return the block sizes and warps that ship for `num_heads` heads of q or k, whichever has more."""
+def rope_launch_config(num_heads: int, num_tokens: int, head_dim: int, rotary_dim: int, element_size: int) -> dict[str, int]:
+    """Return the block sizes and warps; `num_heads` is the greater number of heads of q and k."""
     channels = _power_of_two(head_dim)
     heads = min(_power_of_two(num_heads), MAX_BLOCK_HEADS, PROGRAM_BYTES // element_size // channels)
     tokens = min(PROGRAM_BYTES // element_size // (channels * heads), _power_of_two(num_tokens))
@@ -201,7 +201,10 @@ def rotate_heads(
     interleaved: bool,
     inverse: bool,
 ) -> None:
-    """Fill `ys` with `xs`: q, or q and k, turned, or these and v as it is; (B, H, T, K), the channels of `ys` neighbours."""
+    """Rotate `xs` into `ys`, all (B, H, T, K): q; q and k; or q, k and v, where v is copied.
+
+    Channels of `ys` must be contiguous.
+    """
     if all(x.numel() == 0 for x in xs):
         return
     xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
@@ -211,7 +214,7 @@ def rotate_heads(
     if cos.stride() != sin.stride() or cos.stride(1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     rotary_dim, element_size = 2 * cos.shape[1], max(x.element_size() for x in xs)
-    config = launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, rotary_dim, element_size)
+    config = rope_launch_config(max(q.shape[1], k.shape[1]), num_tokens, head_dim, rotary_dim, element_size)
     num_head_blocks = sum(-(-x.shape[1] // config["BLOCK_HEADS"]) for x in xs)
     num_token_blocks = -(-num_tokens // config["BLOCK_TOKENS"])
     launch(

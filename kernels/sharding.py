@@ -1,4 +1,4 @@
-"""How ops take DTensors: which of their tensors are sharded alike. Importing this imports no DTensor."""
+"""DTensor support of ops: which of their tensors share a sharding. Importing this module does not import DTensor."""
 
 import functools
 import sys
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def row_shardings(num_dims: int, outputs: Sequence[str], inputs: Sequence[str | None]) -> list[tuple[list[Any], list[Any]]]:
-    """Return what `register_sharding` of PyTorch asks for: placements of all outputs and inputs, a pair for each choice.
+    """Return the choices for PyTorch's `register_sharding`: pairs of output and input placements.
 
-    Each is one of "rows", sharded along one dimension all alike; "whole", replicated; "sum", of which each process has a part.
-    Rows may be sharded along each of their first `num_dims` dimensions, or everything is replicated. None stands for an
-    input that is no tensor.
+    Each kind is "rows" (all sharded along the same dimension), "whole" (replicated) or "sum" (each process holds a partial
+    sum). Rows may be sharded along each of their first `num_dims` dimensions, or everything is replicated. None marks an
+    input that is not a tensor.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -21,24 +21,24 @@ def row_shardings(num_dims: int, outputs: Sequence[str], inputs: Sequence[str | 
 
 
 def sharded_as(op: Any, rule: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate the fake of `op`, so that the op takes DTensors as `rule` says: a function of the op's arguments.
+    """Decorate the fake of `op`, so that the op accepts DTensors. `rule` maps the op's arguments to its sharding choices.
 
-    To import DTensor takes a second. PyTorch asks an op's fake for the shape of a DTensor before it looks for a rule, so that
-    this is the time to register it.
+    Importing DTensor takes a second, so the rule is registered on the first call of the fake after that import. This is in
+    time, because PyTorch calls the fake for the shape of a DTensor before it looks up the rule.
     """
 
     def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
         is_registered = False
 
         @functools.wraps(fake)
-        def known_to_dtensor(*args: Any, **kwargs: Any) -> Any:
+        def fake_with_sharding(*args: Any, **kwargs: Any) -> Any:
             nonlocal is_registered
             if not is_registered and "torch.distributed.tensor" in sys.modules:
                 is_registered = True
                 _register(op.overload, rule)
             return fake(*args, **kwargs)
 
-        return known_to_dtensor
+        return fake_with_sharding
 
     return decorate
 
@@ -49,6 +49,6 @@ def _register(op: Any, rule: Callable[..., Any]) -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     register_sharding(op)(rule)
-    # Else the choice is remembered without regard to arguments before the first integer: flags, or eps.
+    # Without this, the cache of sharding choices ignores arguments before the first integer, such as flags or eps.
     infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     infos[op] = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)

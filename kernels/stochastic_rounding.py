@@ -1,7 +1,7 @@
-"""Float32 rounded to bfloat16 up or down at random, so that the mean of the results is the value (Gupta et al. 2015).
+"""Stochastic rounding of float32 to bfloat16: the mean of the results is the value (Gupta et al. 2015).
 
-The random bits are Philox's (Salmon et al. 2011), a function of a seed and a counter: for a kernel, and bit for bit the same in
-plain PyTorch. A bfloat16 is written as the int16 of its bits, which Triton's interpreter has as well.
+The random bits come from Philox (Salmon et al. 2011), a function of a seed and a counter. The PyTorch reference gives the same
+bits as the kernel. A bfloat16 is represented by the int16 of its bits, which Triton's interpreter supports.
 """
 
 import torch
@@ -21,16 +21,16 @@ def widen(bits):
 
 @jit
 def round_stochastically(x, random):
-    """Return the bits of float32 `x` rounded to bfloat16, as int16, by the low 16 of `random` (uint32)."""
-    # The low half of the bits is the distance from the next value below in magnitude, of 2^16: added to, it carries in
-    # proportion. Infinity's low half is 0. A NaN's may be anything, and could carry into the sign.
+    """Round float32 `x` to bfloat16 by the low 16 bits of `random` (uint32); return the bits as int16."""
+    # The low 16 bits are the distance from the next bfloat16 toward zero, in units of 2^-16 of the gap: adding 16 random bits
+    # carries with that probability. Infinity has low bits of 0. A NaN could carry into the sign, so a fixed NaN replaces it.
     bits = x.to(tl.int32, bitcast=True) + (random & 0xFFFF).to(tl.int32)
     return tl.where(x == x, bits >> 16, 0x7FC0).to(tl.int16)
 
 
 @jit
 def random_bits(seed, stream, step, first, BLOCK: tl.constexpr):
-    """Return the uint32 of BLOCK elements of a tensor from `first` on, a multiple of 4; `stream` numbers the tensor."""
+    """Return uint32 random bits for the BLOCK elements from `first` (a multiple of 4) of the tensor with number `stream`."""
     groups = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)
     low, high = (groups & 0xFFFFFFFF).to(tl.uint32), (groups >> 32).to(tl.uint32)
     zeros = low * 0
@@ -39,7 +39,7 @@ def random_bits(seed, stream, step, first, BLOCK: tl.constexpr):
 
 
 def random_bits_reference(seed: int, stream: int, step: Tensor, first: int, count: int) -> Tensor:
-    """Return the same numbers of `count` elements from any `first` on, in int64; `step` is an int64 scalar."""
+    """Return the same random bits for `count` elements from any `first` on, as int64; `step` is an int64 scalar."""
     elements = torch.arange(first, first + count, device=step.device)
     groups = elements // 4
     counter = [groups & _LOW, groups >> 32, torch.full_like(groups, stream), step.expand_as(groups)]
@@ -52,13 +52,13 @@ def random_bits_reference(seed: int, stream: int, step: Tensor, first: int, coun
 
 
 def round_stochastically_reference(x: Tensor, random: Tensor) -> Tensor:
-    """Return float32 `x` as bfloat16, rounded by the low 16 bits of `random` (int64)."""
+    """Round float32 `x` to bfloat16 by the low 16 bits of `random` (int64)."""
     bits = x.view(torch.int32) + (random & 0xFFFF).int()
     return torch.where(x.isnan(), 0x7FC0, bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    # The high and the low 32 bits of products of 32 bits each; int64 holds no 64 of them without their sign.
+    # The high and low 32 bits of a product of two 32-bit values. The factor is split, because the product overflows int64.
     low, high = x * (factor & 0xFFFF), x * (factor >> 16)
     middle = (low >> 16) + (high & 0xFFFF)
     return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,4 +1,4 @@
-"""SwiGLU: y = silu(gate) * up, forward and backward in one pass over memory each, split or packed."""
+"""SwiGLU: y = silu(gate) * up, split or packed, with one pass over memory forward and one backward."""
 
 from functools import partial
 
@@ -24,8 +24,8 @@ from .gated import (
     halves,
     launch_gated,
     load_tile,
+    needed_gradients,
     store_tile,
-    wanted_halves,
 )
 from .op import Op, record
 from .registration import count_no_flops, custom_op
@@ -71,7 +71,7 @@ def swiglu_backward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Write one tile of the gradients; that of gate or of up is None where it is not needed."""
+    """Write one tile of the gradients; dgate or dup is None if it is not needed."""
     rows, columns, mask = gated_tile(num_rows, width, num_column_blocks, BLOCK_ROWS, BLOCK_WIDTH)
     dy = load_tile(dy_ptr, rows, dy_row_stride, columns, mask)
     gate = load_tile(gate_ptr, rows, gate_row_stride, columns, mask)
@@ -102,7 +102,7 @@ def _(gate, up):
 @custom_op("swiglu_backward")
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, needs_gate: bool, needs_up: bool) -> tuple[Tensor, Tensor]:
     gradients = empty_gradients(gate, up, needs_gate, needs_up)
-    outputs = wanted_halves(gradients, up is None, needs_gate, needs_up)
+    outputs = needed_gradients(gradients, up is None, needs_gate, needs_up)
     launch_gated(swiglu_backward, (dy, *halves(gate, up)), outputs)
     return gradients
 
@@ -123,7 +123,7 @@ def _backward(ctx, dy: Tensor):
     return dgate if needs_gate else None, dup if needs_up else None
 
 
-# No autocast rule: silu and mul have none in PyTorch either, they compute in the dtypes that they are given.
+# No autocast rule: PyTorch's silu and mul have none either; they compute in the dtypes of their inputs.
 _swiglu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
@@ -133,11 +133,11 @@ count_no_flops(_swiglu, _swiglu_backward)
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up (Shazeer 2020, eq. 6), elementwise, computed in float32 and rounded once.
 
-    gate, up (..., F) -> (..., F); with `up` omitted, `gate` is packed (..., 2F), gate before up, and so is its gradient,
-    which the backward kernel writes in place of a concatenation. float32, float16, bfloat16; where gate and up differ, the
-    result has the dtype that PyTorch promotes both to. float64 runs the reference. Only the inputs are kept for the backward
-    pass, which computes the gradients that are needed. Slices and repeated rows are read in place; rows that no one stride
-    reaches, or whose elements are no neighbours, are copied.
+    gate, up (..., F) -> (..., F); with `up` omitted, `gate` is packed (..., 2F), gate before up. The backward kernel then
+    writes the packed gradient directly, without a concatenation. Supports float32, float16 and bfloat16; if gate and up differ,
+    the result has the dtype that PyTorch promotes both to. float64 runs the reference. Only the inputs are saved for the
+    backward pass, which computes only the gradients that are needed. Copies inputs unless rows are evenly strided and
+    contiguous.
     """
     check_gated(gate, up)
     if use_triton(gate, up):

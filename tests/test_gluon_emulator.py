@@ -1,4 +1,4 @@
-"""The emulator of Gluon kernels, on kernels of a few lines."""
+"""The emulator of Gluon kernels, on minimal kernels."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tilewright.kernels.attention.gluon import fence_async_shared, gl, gluon, mb
 
 
 class Described:
-    """What a launch takes for a TMA descriptor."""
+    """Stand-in for a TMA descriptor in a launch."""
 
     def __init__(self, base, block_shape):
         self.base, self.block_shape = base, block_shape
@@ -61,7 +61,7 @@ def squares(order, early, rows=64):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_products_of_tiles_that_pass_through_one_buffer(order):
+def test_products_of_tiles_in_a_ring_of_one_buffer(order):
     found, expected = squares(order, early=False)
     torch.testing.assert_close(found, expected)
 
@@ -77,15 +77,15 @@ def wait_twice(ready):
 
 
 @gluon.jit
-def nobody_arrives(y_ptr):
+def wait_without_arrival(y_ptr):
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
     gl.warp_specialize([(wait_twice, (ready,)), (wait_twice, (ready,))], [1], [24])
 
 
-def test_a_deadlock_says_who_waits_for_what():
+def test_a_deadlock_names_the_waiting_partitions():
     with pytest.raises(Deadlock, match="wait_twice 0 waits for the end of phase 0 of a barrier; wait_twice 1 waits"):
-        emulate(Launch(nobody_arrives, 1, (torch.zeros(1),), {}), "random")
+        emulate(Launch(wait_without_arrival, 1, (torch.zeros(1),), {}), "random")
 
 
 @gluon.jit
@@ -99,7 +99,7 @@ def store_and_copy(x, FENCE: gl.constexpr, WAIT: gl.constexpr):
         tma.store_wait(0)
 
 
-def test_a_copy_out_of_shared_memory_needs_a_fence_and_a_wait_and_ends_with_the_tensor():
+def test_a_store_from_shared_memory_needs_a_fence_and_a_wait_and_stays_in_bounds():
     x = torch.zeros(20, 16).bfloat16()
 
     def run(**constants):
@@ -145,7 +145,7 @@ def write_in_turn(y_ptr, counter_ptr, LAST_FIRST: gl.constexpr):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_programs_take_turns_and_none_may_wait_for_one_that_begins_later(order):
+def test_a_program_must_not_wait_for_one_that_starts_later(order):
     def written(last_first, at_once):
         y, counter = torch.full((2, 5), -1, dtype=torch.int32)
         counter.zero_()
@@ -154,11 +154,11 @@ def test_programs_take_turns_and_none_may_wait_for_one_that_begins_later(order):
 
     assert written(False, at_once=1) == written(False, at_once=3) == [0, 1, 2, 3, 4]
     assert written(True, at_once=5) == [4, 3, 2, 1, 0]
-    with pytest.raises(Deadlock, match="programs wait for one another, or for one that begins later"):
+    with pytest.raises(Deadlock, match="programs wait for one another, or for one that starts later"):
         written(True, at_once=4)
 
 
-def test_half_precision_is_rounded_to_nearest_even():
+def test_half_precision_rounds_to_nearest_even():
     halves = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -70000.0])
     assert DType("bfloat16", 16).round(halves.numpy()).tolist() == halves.bfloat16().float().tolist()
     assert DType("float16", 16).round(halves.numpy()).tolist() == halves.half().float().tolist()

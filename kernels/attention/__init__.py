@@ -1,4 +1,4 @@
-"""Exact softmax attention that never holds the matrix of scores: forward, backward, and decoding from a cache."""
+"""Exact softmax attention without a stored score matrix: forward, backward, and decoding from a cache."""
 
 from .choice import AttentionKernel, get_attention_kernel, set_attention_kernel, use_attention_kernel
 from .packing import Documents, documents

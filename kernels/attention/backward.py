@@ -1,7 +1,7 @@
-"""The backward pass: one kernel for the gradient of queries, one for that of keys and values (Dao 2023, algorithm 2).
+"""The backward pass: one kernel for dQ and one for dK and dV (Dao 2023, algorithm 2).
 
-Each recomputes the probabilities from lse, and each sums in an order of its own making: no atomic additions, so equal inputs
-give equal bits. The price is that two of seven products are computed twice.
+Both kernels recompute the probabilities from lse. Each sums in a fixed order without atomic additions, so equal inputs give
+equal bits. The cost is two extra products: the scores and dP are computed in both kernels.
 """
 
 from .. import shared
@@ -24,7 +24,7 @@ def attention_backward_q(
     PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dq, and delta for the other kernel, of one tile of queries of one head."""
+    """Write dq of one tile of queries of one head, and delta for the dK/dV kernel."""
     tile, row = program_of(tl.program_id(0), tl.cdiv(num_queries, BLOCK_M), num_rows, rows_at_once, CAUSAL)
     batch = row // num_heads
     head = row % num_heads
@@ -47,12 +47,12 @@ def attention_backward_q(
     o_tile = load_tile(o_base, batch, head, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V, False, True)
 
     statistics = tl.cast(row, tl.int64) * num_queries
-    # sum_j P_ij dP_ij = do_i o_i (Dao 2023, section 3.1); a gradient of lse_i adds P_ij to each dS_ij.
+    # delta_i = sum_j P_ij dP_ij = do_i o_i (Dao 2023, section 3.1). A gradient dlse_i adds P_ij dlse_i to each dS_ij.
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     if DLSE:
         delta -= tl.load(dlse_ptr + statistics + queries, mask=queries < num_queries, other=0.0)
     lse = load_lse(lse_ptr + statistics, queries, num_queries)
-    # Whatever gradient the lse of -inf of a query without keys has, it is nobody's.
+    # A query without keys has an lse of -inf; its gradient reaches no input.
     delta = tl.where(lse == float("inf"), 0.0, delta)
     tl.store(delta_ptr + statistics + queries, delta, mask=queries < num_queries)
 
@@ -62,7 +62,7 @@ def attention_backward_q(
         v_tile = load_tile(v_base, batch, kv_head, n, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, False)
         ds = ds_of(q_tile, k_tile, v_tile, do_tile, lse, delta, n, None, None, scale, softcap, PRECISION, False)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
-    # Only here, so that they occupy no registers in the loop above.
+    # Computed after the first loop to keep the bounds out of its registers.
     low, high = keys_of(queries, mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
@@ -102,9 +102,9 @@ def add_to_dk_dv(
     q, k, v, do, dk, dv, lse_ptr, delta_ptr, start, low, high, num_queries,
     scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries (M, K) from `start` on contribute to dk and dv (N, K), but for the scale of dk."""
+    """Add the contribution of the queries (M, K) from `start` on to dk and dv (N, K). The caller scales dk."""
     queries = start + tl.arange(0, q.shape[0])
-    # Scores are transposed, (N, M): so they multiply do and q from registers, as they come.
+    # Scores are transposed, (N, M), so that they multiply do and q directly from registers.
     products = tl.dot(k, q.T, input_precision=PRECISION)
     if MASKED:
         lse = load_lse(lse_ptr, queries, num_queries)
@@ -136,7 +136,7 @@ def attention_backward_kv(
     PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of one tile of keys of one key-value head, from the `group_size` query heads of one part of its group."""
+    """Write dk and dv of one tile of keys of one key-value head, summed over one part (`group_size` heads) of its group."""
     tile, row = program_of(tl.program_id(0), tl.cdiv(num_keys, BLOCK_N), num_rows, rows_at_once, False)
     part = row % num_parts
     kv_head = row // num_parts % num_kv_heads
@@ -150,7 +150,7 @@ def attention_backward_kv(
     tiles = key_tiles(start, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     left_start, left, full_start, full_end, masked = tiles
     if LENGTHS:
-        # Nobody sees the keys behind the length.
+        # No query sees a key beyond the sequence's length.
         full_end = tl.where(start < mask[1], full_end, full_start)
         masked = tl.where(start < mask[1], masked, 0)
 
@@ -160,7 +160,7 @@ def attention_backward_kv(
     v_tile = load_tile(v_base, batch, kv_head, start, num_keys, v_token_stride, VALUE_DIM, BLOCK_N, BLOCK_V, TMA, True)
     dk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    # The tiles of all query heads in one loop, so that loading runs ahead from head to head.
+    # One loop over the tiles of all query heads, so that prefetching continues across heads.
     full = (full_end - full_start) // BLOCK_M
     for i in range(full * group_size):
         head, place = head_and_place(i, full, first_head, GROUPED)
@@ -174,7 +174,7 @@ def attention_backward_kv(
             q_tile, k_tile, v_tile, do_tile, dk, dv, lse_ptr + statistics, delta_ptr + statistics, m, None, None, num_queries,
             scale, softcap, PRECISION, False,
         )  # fmt: skip
-    # Only here, so that they occupy no registers in the loop above.
+    # Computed after the first loop to keep the bounds out of its registers.
     low, high = queries_of(start + tl.arange(0, BLOCK_N), mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked * group_size):
         head, place = head_and_place(i, masked, first_head, GROUPED)
@@ -199,7 +199,7 @@ def attention_backward_kv(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
     if LENGTHS:
-        # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
+        # No query sees a key beyond the length, but a tile's bounds come only from its first and last key.
         present = start + tl.arange(0, BLOCK_N) < mask[1]
         dk = tl.where(present[:, None], dk, 0.0)
         dv = tl.where(present[:, None], dv, 0.0)

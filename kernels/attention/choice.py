@@ -1,4 +1,4 @@
-"""Which of attention's kernels run on a GPU of Hopper's generation: portable ones, or those in Gluon, two backward or one."""
+"""Select the attention kernels on Hopper: portable Triton, or Gluon with a two-kernel or a fused backward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,28 +11,30 @@ _chosen: AttentionKernel = "auto"
 
 
 def get_attention_kernel() -> AttentionKernel:
-    """Return the choice in force: `auto` runs what the bench found faster on a GPU."""
+    """Return the current choice: `auto` selects the kernels that the benchmark found faster."""
     return _chosen
 
 
 def set_attention_kernel(kernel: AttentionKernel) -> None:
-    """Choose attention's kernels for the whole process: `auto`, `portable`, or, wherever they can serve, `gluon` or `fused`.
+    """Set the attention kernels for the whole process: `auto`, `portable`, `gluon` or `fused`.
 
-    In Gluon there are kernels for Hopper, in half precision, for tensors that TMA can describe and head dims from 33 to 256,
-    of which the backward pass takes those up to 128, and with a softcap dK and dV up to 64; elsewhere the portable ones run,
-    without a message. `fused` is `gluon` with one kernel for all gradients, of causal attention with head dims from 65 to 128,
-    as many queries as keys, and no window, documents, lengths of a cache or softcap; its backward pass holds 4 bytes more for
-    each query, head and channel of 128. A call's backward pass has the choice of the call.
+    The Gluon kernels run on Hopper in half precision, on tensors that TMA can describe. The forward pass supports head dims
+    from 33 to 256. The backward pass supports head dims up to 128; with a softcap, dK and dV up to 64. `fused` is `gluon` with
+    one backward kernel for all gradients. It supports causal attention with head dims from 65 to 128, as many queries as keys,
+    and no window, documents, cache lengths or softcap. It allocates 4 more bytes per query, head and channel (padded to 128).
+
+    Unsupported calls silently fall back to the portable kernels. The backward pass of a call uses the choice that was current
+    in the forward pass.
     """
     global _chosen
     if kernel not in get_args(AttentionKernel):
-        raise ValueError(f"attention kernel {kernel!r} is unknown: choose one of {', '.join(get_args(AttentionKernel))}")
+        raise ValueError(f"attention kernel is {kernel!r}: expected one of {', '.join(get_args(AttentionKernel))}")
     _chosen = kernel
 
 
 @contextmanager
 def use_attention_kernel(kernel: AttentionKernel) -> Iterator[None]:
-    """Run a block with another choice."""
+    """Use another choice within a `with` block."""
     before = get_attention_kernel()
     set_attention_kernel(kernel)
     try:

@@ -1,4 +1,4 @@
-"""Launch configurations, from `configurations.json`: by GPU generation, kernel, kind of product and head dim."""
+"""Launch configurations from `configurations.json`, keyed by GPU generation, kernel, kind of product and head dim."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +22,17 @@ Kernel = Literal["forward", "backward_q", "backward_kv", "backward_fused", "deco
 Kind = Literal["half", "half_softcap", "tf32", "ieee", "gluon", "gluon_softcap"]
 Generation = Literal["sm_80", "sm_86", "sm_90", "sm_100"]
 
-# What the kernels in Gluon compute, by what the portable ones do.
+# From the kind of a portable kernel to the kind of its Gluon counterpart.
 GLUON_KINDS: Mapping[Kind, Kind] = {"half": "gluon", "half_softcap": "gluon_softcap"}
 CONFIGURATIONS = Path(__file__).parent / "configurations.json"
 MAX_HEAD_DIM = 256
-# Whose configurations serve where descriptors cannot: those with the least shared memory, which run everywhere.
+# Fallback where TMA descriptors cannot be used: these configurations need the least shared memory, so they run on every GPU.
 WITHOUT_TMA: Generation = "sm_86"
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The shape of a program: tiles of block_m queries and block_n keys, at most block_k channels wide."""
+    """Tile sizes of a program: block_m queries, block_n keys, and at most block_k channels."""
 
     block_m: int
     block_n: int
@@ -40,13 +40,13 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     tma: bool
-    """Whether tiles come through TMA descriptors where the tensors' addresses and strides allow it."""
+    """Load tiles through TMA descriptors where the tensors' addresses and strides allow it."""
     gluon: bool = False
-    """Whether this is for the kernel in Gluon; of a portable kernel's, whether that one, by its own, ships in its place, and of
-    the fused backward kernel's, whether it ships in the place of two."""
+    """Whether `auto` selects a Gluon kernel. Under a portable kernel's key: use the Gluon counterpart, which has its own entry.
+    Under the fused backward kernel's key: use the fused kernel in place of two. Always true under other Gluon keys."""
 
     def blocks(self, q: Tensor, v: Tensor) -> dict[str, int]:
-        """Return the arguments of a launch with q (B, H, T, K) and v (B, Hkv, S, V)."""
+        """Return the launch arguments of a portable kernel for q (B, H, T, K) and v (B, Hkv, S, V)."""
         head_dim, value_dim = q.shape[-1], v.shape[-1]
         dims = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim}
         widths = {"BLOCK_K": block_k_of(head_dim), "BLOCK_V": block_k_of(value_dim)}
@@ -54,24 +54,24 @@ class LaunchConfig:
         return {**dims, **blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def gluon_blocks(self, q: Tensor, v: Tensor, kept: str) -> dict[str, int]:
-        """Return the arguments of a launch in Gluon, whose groups of four warps keep 64 queries (m) or keys (n) each."""
+        """Return the launch arguments of a Gluon kernel, in which each group of four warps owns 64 queries (m) or keys (n)."""
         rows, looped = (self.block_m, "BLOCK_N") if kept == "m" else (self.block_n, "BLOCK_M")
         shape = {"GROUPS": rows // 64, looped: self.block_n if kept == "m" else self.block_m, "STAGES": self.num_stages}
-        # All warps begin with an equal share of the registers, those that load among them; then the groups divide them anew.
+        # All warps, including those that load, start with an equal share of the registers; the kernel reallocates them later.
         registers = 2**16 // (128 * (rows // 64 + 1)) // 8 * 8
         return {"HEAD_DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], **shape, "num_warps": self.num_warps, "maxnreg": registers}
 
 
 def generation_of(capability: tuple[int, int]) -> Generation:
-    """Return whose configurations serve a GPU of this compute capability.
+    """Return the generation whose configurations a GPU of this compute capability uses.
 
-    What sets generations apart is the matrix instruction and the shared memory of a program: GeForce and L4 / L40S (8.6, 8.9,
-    12.x) have 99 KiB and no warp-group instruction, whatever their year.
+    Generations differ in matrix instructions and in shared memory per program. GeForce and L4 / L40S (8.6, 8.9, 12.x) share one
+    generation: they have 99 KiB and no warp-group instruction.
     """
     major, minor = capability
     if major < 8:
         raise RuntimeError(
-            f"compute capability {major}.{minor}: attention's kernels need 8.0 or more; choose backend 'reference'"
+            f"compute capability is {major}.{minor}: the attention kernels need 8.0 or newer; use the 'reference' backend"
         )
     if major == 8:
         return "sm_80" if minor == 0 else "sm_86"
@@ -79,19 +79,19 @@ def generation_of(capability: tuple[int, int]) -> Generation:
 
 
 def kind_of(dtype: torch.dtype, options: Options) -> Kind:
-    """Return which products a kernel computes, and whether a softcap takes registers from them."""
+    """Return the kind of matrix product. A softcap needs more registers, so it is a kind of its own."""
     if dtype.itemsize == 2:
         return "half" if options.softcap is None else "half_softcap"
     return options.precision
 
 
 def key_of(generation: str, kernel: Kernel, kind: Kind, block_k: int) -> str:
-    """Return the name of a configuration in the file."""
+    """Return the key of a configuration in the file."""
     return f"{generation} {kernel} {kind} {block_k}"
 
 
 def gluon_key(key: str) -> str:
-    """Return the name of the configuration of the kernel in Gluon that may ship in the place of another's."""
+    """Return the key of the Gluon counterpart of a portable kernel's key."""
     generation, kernel, kind, block_k = key.split()
     return " ".join((generation, kernel, GLUON_KINDS[kind], block_k))  # pyright: ignore[reportArgumentType]
 
@@ -101,20 +101,20 @@ def _is_gluon(key: str) -> bool:
 
 
 def _gluon_by_default(key: str) -> bool:
-    # Of the fused backward kernel the file says that it ships, not that it is one in Gluon.
+    # For the fused backward kernel, `gluon` in the file records whether it is the default, since it is always a Gluon kernel.
     return _is_gluon(key) and key.split()[1] != "backward_fused"
 
 
 @cache
 def read_configurations() -> dict[str, LaunchConfig]:
-    """Return all shipped configurations by `key_of`."""
+    """Return all shipped configurations, keyed by `key_of`."""
     entries = json.loads(CONFIGURATIONS.read_text())
     keys = {key: {"block_k": int(key.split()[-1]), "gluon": _gluon_by_default(key)} for key in entries}
     return {key: LaunchConfig(**keys[key] | entry) for key, entry in entries.items()}
 
 
 def write_configurations(configurations: Mapping[str, LaunchConfig]) -> None:
-    """Replace the shipped configurations by these, by `key_of`: one a line, sorted, so that a change shows as one line."""
+    """Replace the shipped configurations, keyed by `key_of`. Writes one sorted entry a line, so that diffs are small."""
     lines = []
     for key, config in sorted(configurations.items()):
         entry = {name: value for name, value in asdict(config).items() if name != "block_k"}
@@ -126,13 +126,16 @@ def write_configurations(configurations: Mapping[str, LaunchConfig]) -> None:
 
 
 def shipped_configuration(key: str) -> LaunchConfig:
-    """Return what ships under `key`: of a portable kernel in whose place one in Gluon ships, the configuration of that."""
+    """Return the default configuration for `key`: the Gluon counterpart's where that kernel is the default."""
     config = read_configurations()[key]
     return read_configurations()[gluon_key(key)] if config.gluon and not _is_gluon(key) else config
 
 
 def with_configuration(key: str, config: LaunchConfig) -> dict[str, LaunchConfig]:
-    """Return which shipped configurations change where another ships under `key`: of one in Gluon two, that it does and how."""
+    """Return the entries to change so that `config` becomes the default for `key`.
+
+    A Gluon configuration under a portable key changes two entries: the flag of the portable key and the Gluon entry.
+    """
     if not config.gluon or _is_gluon(key):
         return {key: config}
     return {key: replace(read_configurations()[key], gluon=True), gluon_key(key): config}
@@ -140,7 +143,7 @@ def with_configuration(key: str, config: LaunchConfig) -> dict[str, LaunchConfig
 
 @contextmanager
 def use_configuration(key: str, config: LaunchConfig) -> Iterator[None]:
-    """Run a block with another configuration, portable or in Gluon, in the place of a shipped one."""
+    """Use `config`, portable or Gluon, as the default for `key` within a `with` block."""
     configurations, changed = read_configurations(), with_configuration(key, config)
     shipped = {key: configurations.get(key) for key in changed}
     configurations.update(changed)
@@ -155,7 +158,7 @@ def use_configuration(key: str, config: LaunchConfig) -> Iterator[None]:
 
 
 def generation_at(device: torch.device) -> Generation:
-    """Return whose configurations serve `device`: interpreted kernels run with those of Hopper, descriptors included."""
+    """Return the generation whose configurations `device` uses. Interpreted kernels use Hopper's, including TMA descriptors."""
     recorded = recorded_capability()
     return _generation_at(device) if recorded is None else generation_of(recorded)
 
@@ -168,9 +171,9 @@ def _generation_at(device: torch.device) -> Generation:
 def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options, output: Tensor | None = None) -> LaunchConfig:
     """Return the configuration for the GPU, dtype and head dim of the tensors (B, H, T, K), and the options.
 
-    It is that of the kernel in Gluon where that is chosen and can serve, which writes `output`; Triton's interpreter does not
-    run Gluon. Where a descriptor cannot describe one of the tensors, as an expanded gradient, it is that of the GPUs without
-    descriptors.
+    Returns a Gluon configuration where Gluon is selected and supports the tensors and the `output` that it writes. Triton's
+    interpreter does not run Gluon. Returns the configuration of `WITHOUT_TMA` if a descriptor cannot describe one of the
+    tensors, such as an expanded gradient.
     """
     q = tensors[0]
     configurations = read_configurations()
@@ -187,15 +190,15 @@ def launch_config(kernel: Kernel, tensors: Sequence[Tensor], options: Options, o
 
 
 def _serves(block_k: int, tensors: Sequence[Tensor], output: Tensor | None) -> bool:
-    # Descriptors have to describe all tensors, in tiles of one width. What is written down or emulated is not interpreted.
+    # All tensors need a TMA descriptor with tiles of the same width. A recorded launch does not run in the interpreter.
     described = all(block_k_of(t.shape[-1]) == block_k and fits_tma(t) for t in tensors)
     return described and (output is None or is_aligned(output)) and (is_recording() or not interpreting())
 
 
 def fused_config(tensors: Sequence[Tensor], options: Options) -> LaunchConfig | None:
-    """Return the configuration of the one kernel for all gradients of q, k, v and do (B, H, T, K), or None where two run.
+    """Return the configuration of the fused backward kernel for q, k, v and do (B, H, T, K), or None if two kernels run.
 
-    It is for causal attention of equal lengths without window, documents, lengths of a cache or softcap.
+    The fused kernel supports causal attention with as many queries as keys and no window, documents, cache lengths or softcap.
     """
     q, k = tensors[:2]
     block_k = block_k_of(max(t.shape[-1] for t in tensors))
@@ -204,16 +207,17 @@ def fused_config(tensors: Sequence[Tensor], options: Options) -> LaunchConfig | 
         return None
     masks = (options.window, options.begins, options.lengths, options.softcap)
     is_plain = options.causal and q.shape[2] == k.shape[2] and all(mask is None for mask in masks)
-    # A program counts the sums of dq, of all heads of its group, in an int32.
+    # A program indexes the dQ sums of all heads of its group with an int32.
     counted = (q.shape[1] // k.shape[1] + 1) * (q.shape[2] + config.block_m) * block_k
     serves = is_plain and counted < 2**31 and q.element_size() == 2 and _serves(block_k, tensors, None)
     return config if serves else None
 
 
 def rows_at_once(x: Tensor, heads: float, num_rows: int) -> int:
-    """Return how many of `num_rows` rows to work on at a time, so that what they load fits in half of the L2 cache.
+    """Return how many of `num_rows` rows to process at a time so that the tensors they load fit in half of the L2 cache.
 
-    A row loads `heads` heads of x (B, H, S, K) and of its like; a part of one where several rows load the same.
+    A row loads `heads` heads of x (B, H, S, K) and of a second tensor of its size. `heads` is below 1 where several rows share
+    a head.
     """
     bytes_of_row = 2 * heads * x.shape[2] * x.shape[3] * x.element_size()
     return min(max(1, int(l2_bytes(x.device) / 2 / max(bytes_of_row, 1))), num_rows)

@@ -1,7 +1,8 @@
-"""The forward pass of a few queries against many keys: the keys are split over programs, and their parts combined.
+"""The forward pass for few queries and many keys: split the keys over programs, then combine the partial results.
 
-One query a head leaves a GPU idle when a program owns all keys of a head. Here each program owns a part of them, for all the
-query heads that share it ("Flash-Decoding", Dao, Haziza, Massa & Sizov 2023). Bound by memory: keys and values are read once.
+With one query a head, a GPU is mostly idle if one program owns all keys of a head. Here each program owns a part of the keys
+of a key-value head, for all query heads that share it ("Flash-Decoding", Dao, Haziza, Massa & Sizov 2023). The kernel is
+memory-bound and reads keys and values once.
 """
 
 import torch
@@ -20,29 +21,29 @@ from .options import Options
 from .scores import lse_in_bits
 from .tiles import SIZES, load_base, load_tile, stride_unit
 
-# Keys of a split at least: fewer would not pay for combining them.
+# Minimum number of keys a split: with fewer, combining costs more than splitting saves.
 MIN_KEYS = 256
-# Enough loads on their way to keep the memory busy: a program of 4 warps has two tiles of keys and of values underway.
+# Enough loads in flight to saturate the memory: a program of 4 warps prefetches two tiles of keys and two of values.
 PROGRAMS_PER_SM = 3
-# Splits that are combined at a time.
+# Number of splits that one loop iteration combines.
 BLOCK_SPLITS = 16
 
 
 @jit
 def group_rows(rows, kv_head, group_size, num_queries):
-    """Return (head, query, present) of rows of a program, which holds all queries of all heads of a key-value head."""
+    """Return (head, query, present) for rows of a program, which owns all queries of all query heads of a key-value head."""
     return kv_head * group_size + rows // num_queries, rows % num_queries, rows < group_size * num_queries
 
 
 @jit
 def rows_offset(head, query, head_stride, token_stride):
-    """Return where rows of a sequence begin, in units of the strides."""
+    """Return the offset of rows within a sequence, in units of the strides."""
     return tl.cast(head, tl.int64) * head_stride + query * token_stride
 
 
 @jit
 def store_group(rows, tile, present, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Store a tile (M, V), each of its rows where `rows` point to."""
+    """Store each row of a tile (M, V) at its pointer in `rows`."""
     columns = tl.arange(0, BLOCK_V)
     mask = present[:, None] & (columns < VALUE_DIM)[None, :]
     tl.store(rows[:, None] + columns[None, :], tile.to(rows.dtype.element_ty), mask=mask)
@@ -59,7 +60,7 @@ def split_of(program, num_splits, num_kv_heads):
 def keys_of_split(
     split, num_splits, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Return (start, end): the keys of one split of those that the queries of a sequence see."""
+    """Return the (start, end) of one split of the keys that the queries of a sequence see."""
     first_low, _ = keys_of(0, mask, CAUSAL, WINDOW, DOCUMENTS)
     _, last_high = keys_of(mask[0] - 1, mask, CAUSAL, WINDOW, DOCUMENTS)
     tiles = tl.cdiv(tl.cdiv(tl.maximum(last_high - first_low, 0), BLOCK_N), num_splits)
@@ -77,7 +78,7 @@ def store_isolated_group(
     LENGTHS: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of a program again: see `isolated.py`; `again` is 1, but the compiler must not know it."""
+    """Recompute and overwrite the output of a program (see `isolated.py`). `again` is 1, but must be opaque to the compiler."""
     mask = mask_of(
         batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr, LENGTHS
     )
@@ -85,7 +86,7 @@ def store_isolated_group(
     q_base = q_ptr + tl.cast(batch, tl.int64) * q_batch_stride * stride_unit(q_ptr)
     k_base = load_base(k_ptr, batch, kv_head, k_batch_stride, k_head_stride, False)
     v_base = load_base(v_ptr, batch, kv_head, v_batch_stride, v_head_stride, False)
-    # Other threads than these have written what comes again.
+    # Other threads wrote the output that is overwritten here.
     tl.debug_barrier()
     for m in tl.range(0, BLOCK_M, ROWS, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         head, query, present = group_rows(m + tl.arange(0, ROWS), kv_head, group_size, num_queries)
@@ -115,9 +116,10 @@ def attention_decode(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write o and lse of one key-value head.
+    """Write o and lse of all query heads of one key-value head.
 
-    SPLIT: of one split of its keys, o (B, H, T, splits, V) float32 and lse (B, H, T, splits), contiguous and without sinks.
+    If SPLIT, cover one split of the keys and ignore sinks; o is (B, H, T, splits, V) float32 and lse (B, H, T, splits), both
+    contiguous.
     """
     split, batch, kv_head = split_of(tl.program_id(0), num_splits, num_heads // group_size)
     mask = mask_of(
@@ -147,7 +149,7 @@ def attention_decode(
         accumulator, row_sum, row_max = add_tile(
             q, k, v, accumulator, row_sum, row_max, n, low, high, scale, softcap, PRECISION, True
         )
-    # The heads of one query see the same keys, and no others are loaded.
+    # With one query, all rows see the same keys and the program loads only those, so no mask can be violated.
     again = 0 if ONE_QUERY else has_nan(accumulator)
     zero = later_zero(again)
     split, batch, kv_head = split_of(tl.program_id(0) | zero, num_splits, num_heads // group_size)
@@ -160,7 +162,7 @@ def attention_decode(
         offsets = tl.cast(batch, tl.int64) * o_batch_stride + rows_offset(head, query, o_head_stride, o_token_stride)
     store_group(o_ptr + offsets, accumulator, present, VALUE_DIM, BLOCK_V)
     tl.store(lse_ptr + part, (row_max + tl.log2(row_sum)) * shared.LN_2, mask=present)
-    if not ONE_QUERY:  # noqa: SIM102 - the former is a constant, of which the compiler keeps one side
+    if not ONE_QUERY:  # noqa: SIM102 - a constant condition, which the compiler removes
         if again > 0:
             store_isolated_group(
                 again, split, batch, kv_head, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, begins_ptr, ends_ptr, lengths_ptr,
@@ -178,7 +180,7 @@ def attention_combine(
     num_heads, num_queries, num_splits,
     SINKS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write o and lse of one query of one head from those of its splits, BLOCK_SPLITS of them at a time."""
+    """Combine the splits of one query of one head into o and lse, BLOCK_SPLITS at a time."""
     row = tl.cast(tl.program_id(0), tl.int64)
     query = row % num_queries
     head = row // num_queries % num_heads
@@ -213,19 +215,19 @@ def attention_combine(
 
 
 def fits_decode(q: Tensor, k: Tensor, options: Options) -> bool:
-    """Whether the queries are so few that splitting the keys pays: one program holds those of a key-value head."""
+    """Whether to split the keys: one program can hold all queries of a key-value head, and there are more keys than queries."""
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     return q.shape[2] < k.shape[2] and rows <= launch_config("decode", (q,), options).block_m
 
 
 def splits_of(num_rows: int, num_keys: int, device: torch.device) -> int:
-    """Return over how many programs to split the keys of each of `num_rows` key-value heads."""
+    """Return the number of programs over which to split the keys of each of `num_rows` key-value heads."""
     wanted = -(-PROGRAMS_PER_SM * num_sms(device) // num_rows)
     return max(1, min(wanted, num_keys // MIN_KEYS))
 
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, options: Options) -> None:
-    """Do what `launch_forward` does, for queries that `fits_decode` allows."""
+    """Fill o and lse as `launch_forward` does; requires `fits_decode`."""
     batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     group_size = num_heads // num_kv_heads
@@ -234,7 +236,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks
     left, right = options.window_of(num_queries, num_keys)
     visible = num_keys if options.window is None else min(num_keys, left + (0 if options.causal else right) + num_queries)
     num_splits = splits_of(batch * num_kv_heads, visible, q.device)
-    # One split writes the results themselves; several write float32, which is combined.
+    # A single split writes o and lse directly. Several splits write float32 buffers, which `attention_combine` reduces.
     part, part_lse = o, lse
     if num_splits > 1:
         part = torch.empty(*o.shape[:3], num_splits, o.shape[3], dtype=torch.float32, device=q.device)

@@ -10,9 +10,9 @@ from .tiles import SIZES, load_base, load_tile, program_of, store_base, store_ti
 
 @jit
 def scores_of(q, k, scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr):
-    """Return scores (M, N) but for a factor, and the factor, which makes them bits."""
+    """Return scores (M, N) and a factor; their product is the scores in bits (units of log2(e))."""
     scores = tl.dot(q, k.T, input_precision=PRECISION)
-    # With a scale above 0, in float32 too, the greatest product has the greatest score, and exp(score) takes one multiply-add.
+    # If the scale is positive in float32 too, the maximum can be taken before scaling, and exp(score) takes one multiply-add.
     DIRECT: tl.constexpr = tl.constexpr(softcap is None and scale > 1e-30)
     factor: tl.constexpr = tl.constexpr(scale * shared.LOG2_E if DIRECT else 1.0)
     if not DIRECT:
@@ -25,13 +25,13 @@ def add_tile(
     q, k, v, accumulator, row_sum, row_max, start, low, high,
     scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys and values from `start` on into the output (M, V), the sum and the greatest score (M) of each query."""
+    """Update the output (M, V) and each query's sum and maximum score (M) with the keys and values from `start` on."""
     scores, factor = scores_of(q, k, scale, softcap, PRECISION)
     if MASKED:
         scores = tl.where(sees(start, low, high, k.shape[0]), scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     if MASKED:
-        # Where a row has seen no key yet, -inf - -inf would be NaN.
+        # A row that has seen no key yet has a maximum of -inf, and -inf - -inf is NaN.
         reference = tl.where(new_max == -float("inf"), 0.0, new_max)
     else:
         reference = new_max
@@ -72,7 +72,7 @@ def attention_forward(
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if SINKS:
-        # A sink is a key that every query sees, with this score and a value of 0.
+        # A sink acts as a key that every query sees, with this score and a value of 0.
         row_max = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * shared.LOG2_E
         row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
@@ -85,7 +85,7 @@ def attention_forward(
         accumulator, row_sum, row_max = add_tile(
             q_tile, k_tile, v_tile, accumulator, row_sum, row_max, n, None, None, scale, softcap, PRECISION, False
         )
-    # Only here, so that they occupy no registers in the loop above.
+    # Computed after the first loop to keep the bounds out of its registers.
     low, high = keys_of(start + tl.arange(0, BLOCK_M), mask, CAUSAL, WINDOW, DOCUMENTS)
     for i in range(masked):
         n = tl.where(i < left, left_start + i * BLOCK_N, full_end + (i - left) * BLOCK_N)
@@ -103,7 +103,7 @@ def attention_forward(
     start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M)
     lse_row = lse_ptr + tl.cast(row, tl.int64) * num_queries
-    # A row that saw no key has a sum of 0: its output is 0 and its lse -inf.
+    # A row that sees no key has a sum of 0, an output of 0 and an lse of -inf.
     accumulator = accumulator * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     o_base = store_base(o_ptr, batch, head, o_batch_stride, o_head_stride)
     store_tile(o_base, accumulator, start, num_queries, o_token_stride, VALUE_DIM, BLOCK_M, BLOCK_V)

@@ -1,4 +1,4 @@
-"""The backward pass of plain causal attention on Hopper by one kernel, with what runs before and after it."""
+"""Launch the fused backward pass of plain causal attention on Hopper, with the kernels that run before and after it."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def launch_fused(
     delta: Tensor,
     options: Options,
 ) -> None:
-    """Fill dq, dk, dv and delta as `launch_backward` does; beside them 4 B H T K bytes hold the sums of dq."""
+    """Fill dq, dk, dv and delta as `launch_backward` does. Allocates a workspace of 4 B H T K bytes for the sums of dQ."""
     batch, num_heads, num_tokens, head_dim = q.shape
     num_kv_heads, value_dim = k.shape[1], v.shape[3]
     group_size = num_heads // num_kv_heads
@@ -46,7 +46,7 @@ def launch_fused(
     counters = q.new_zeros(num_rows * k_tiles, dtype=torch.int32)
     num_parts, parts, part_strides = parts_for(dk, dv, group_size, batch * num_kv_heads * k_tiles)
     kv_rows, part_size = batch * num_kv_heads * num_parts, group_size // num_parts
-    # Beside q and do, programs of a row share the sums, which take as many bytes.
+    # Programs of a row share q and do, and the sums, which take as many bytes: hence the factor 2.
     launch(
         attention_backward_hopper, kv_rows * k_tiles, *as_gluon_tiles((q, k, v, do), [config.block_m, 64, 64, config.block_m]),
         lse, delta, *parts, sums, counters, *parts[0].stride()[-4:-1], *parts[1].stride()[-4:-1],

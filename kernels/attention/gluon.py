@@ -1,4 +1,4 @@
-"""Gluon, Triton's language of layouts, barriers and warp groups, or stand-ins where Triton is not."""
+"""Import Gluon, Triton's language with explicit layouts, barriers and warp groups, or stand-ins if Triton is not installed."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,6 @@ if HAS_TRITON:
         warpgroup_mma_wait,
     )
 else:
-    # With these a kernel can be defined, but never launched.
+    # Enough to define a kernel, but not to launch it.
     gl, gluon = SimpleNamespace(), SimpleNamespace(jit=jit)
     mbarrier = tma = fence_async_shared = warpgroup_mma = warpgroup_mma_wait = None

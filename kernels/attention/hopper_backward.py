@@ -1,7 +1,7 @@
-"""All gradients of causal attention in one kernel for Hopper in Gluon: five products a tile, where two kernels take seven.
+"""The fused backward kernel of causal attention for Hopper, in Gluon: five products a tile; two kernels need seven.
 
-It is `hopper_backward_kv` with one more product: dQ of a tile of queries is summed over the programs that keep its keys, in
-float32, in turn: see `hopper_turns`.
+It is `hopper_backward_kv` with one more product, dQ. The programs that own the keys of a tile of queries add their parts of dQ
+in float32, in a fixed order (see `hopper_turns`).
 """
 
 from ..dispatch import tl
@@ -20,7 +20,7 @@ def add_tile(
     GROUP: tl.constexpr, scale: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, S_LAYOUT: tl.constexpr,
     DK_LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add the i-th tile of queries, the `tile`-th of its head, to dk and dv (N, K) and to dQ, but for the scale."""
+    """Add the contribution of the i-th tile of queries, the `tile`-th of its head, to dk, dv (N, K) and dQ, before scaling."""
     q_tiles, do_tiles, lse_tiles, delta_tiles, ds_tiles = buffers
     q_ready, do_ready, free, ds_ready, dq_free, dq_done = barriers
     BLOCK_M: tl.constexpr = q_tiles.shape[1]
@@ -34,7 +34,7 @@ def add_tile(
     dps = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     lse = lse_tiles.index(stage).load(COLUMNS)
     p, slope = probabilities_of(warpgroup_mma_wait(1, (products,)), lse[None, :], scale, None)
-    # Queries and keys are counted from the program's first key, so that only the first tiles of a head have a mask.
+    # Queries and keys are counted from the program's first key, so only the first tiles of a head need a mask.
     masked = tile * BLOCK_M < 64 * GROUPS
     if masked:
         queries = tile * BLOCK_M + gl.arange(0, BLOCK_M, COLUMNS)
@@ -45,14 +45,14 @@ def add_tile(
     dp = warpgroup_mma_wait(1, (dps,))
     ds = p * (dp - delta_tiles.index(stage).load(COLUMNS)[None, :])
     ds = ds.to(q.dtype)
-    # Each group multiplies dS of all keys by its part of the channels of K, so each hands its own over.
+    # Each group multiplies dS of all keys by its own channels of K, so the groups exchange dS through shared memory.
     slot, turn = stage_of(i, 2)
     ds_tiles.index(slot * GROUPS + GROUP).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_ready.index(slot))
     ds = gl.convert_layout(ds, P_LAYOUT)
     dks = warpgroup_mma(ds, q, dk, is_async=True)
-    # What dV was made of leaves its registers.
+    # Waiting for dV frees the registers of the probabilities.
     dv, probabilities = warpgroup_mma_wait(1, (dvs, probabilities))
     mbarrier.wait(ds_ready.index(slot), turn)
     channels = k_tiles.index(0).slice(GROUP * 64, 64, 1).permute((1, 0))
@@ -62,7 +62,7 @@ def add_tile(
         dqs = warpgroup_mma(channels, ds_tiles.index(slot * GROUPS + other), dqs, is_async=True)
     dk, ds, dq = warpgroup_mma_wait(0, (dks, ds, dqs))
     mbarrier.arrive(free.index(stage))
-    # Of these queries the program has the last keys, so the first turn.
+    # In a masked tile this program owns the last visible keys, so it takes the first turn.
     add_dq(i, dq, sums_ptr, dq_free, dq_done, masked)
     return dk, dv
 
@@ -73,7 +73,7 @@ def consume(
     GROUP: tl.constexpr, scale: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of the 64 keys of one group of warps, and add its part of the channels of dQ."""
+    """Write dk and dv of the 64 keys of one warp group, and add its 64 channels of dQ."""
     BLOCK_K: tl.constexpr = k_tiles.shape[2]
     BLOCK_N: tl.constexpr = 64 * GROUPS
     S_LAYOUT: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -82,7 +82,7 @@ def consume(
     first, first_row, first_head, kv_head, batch = place_of(gl.program_id(0), sizes, BLOCK_N)
     num_tiles = num_tiles_of(first, sizes, BLOCK_M)
     group_size, num_tokens = sizes[3], sizes[4]
-    # Those of the queries before the program's keys, which it passes by in each head.
+    # Sums of the queries before the program's keys, skipped in each head.
     passed = first // BLOCK_M * TILE_SUMS
     sums_ptr += gl.cast(first_row, gl.int64) * (gl.cdiv(num_tokens, BLOCK_M) * TILE_SUMS) + GROUP * 64 * BLOCK_M
 
@@ -91,7 +91,7 @@ def consume(
     dv = gl.zeros([64, BLOCK_K], gl.float32, DK_LAYOUT)
     zeros = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
     mbarrier.wait(kv_ready, 0)
-    # One loop, and a place instead of a pointer: another way takes more registers than there are.
+    # A single loop with an integer offset instead of a pointer: other forms spill registers.
     tile = 0
     place = passed
     for i in range(num_tiles * group_size):
@@ -105,7 +105,7 @@ def consume(
             tile = 0
             place += passed
 
-    # Computed again from arguments, so that nothing of it occupies registers in the loop.
+    # Recomputed from the arguments, so that these values occupy no registers in the loop.
     zero = later_zero(has_nan(dk))
     sizes, strides = opaque(sizes, zero), opaque(strides, zero)
     dk_part_stride, dv_part_stride = opaque(part_strides, zero)
@@ -125,7 +125,7 @@ def produce(
     k_tiles, v_tiles, kv_ready, buffers, barriers, q_desc, k_desc, v_desc, do_desc, statistics, sizes,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Load the keys and values, then the queries tile by tile with what belongs to them."""
+    """Load the keys and values, then q, do, lse and delta tile by tile."""
     q_tiles, do_tiles, lse_tiles, delta_tiles, ds_tiles = buffers
     q_ready, do_ready, free, ds_ready, dq_free, dq_done = barriers
     first, first_row, first_head, kv_head, batch = place_of(gl.program_id(0), sizes, 64 * GROUPS)
@@ -152,7 +152,7 @@ def attention_backward_hopper(
     scale: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of a tile of 64 keys a group of one key-value head, from the query heads of one part, and add to dQ."""
+    """Write dk and dv of one tile of one key-value head, 64 keys a warp group, from the query heads of one part; add to dQ."""
     BLOCK_K: tl.constexpr = q.block_type.shape[3]
     TILE: tl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], q.dtype)
     DS: tl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], q.dtype)
@@ -163,7 +163,7 @@ def attention_backward_hopper(
     v_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, BLOCK_K], TILE)
     q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
     do_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
-    # Of two tiles of queries, by all groups.
+    # Double-buffered: dS of two tiles of queries, one slot a warp group.
     ds_tiles = gl.allocate_shared_memory(q.dtype, [2 * GROUPS, 64, BLOCK_M], DS)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], LINE)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], LINE)
@@ -176,13 +176,13 @@ def attention_backward_hopper(
     dq_done = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
-        # The bytes of the tile, and what came through registers.
+        # One arrival for the TMA copy, one for the statistics copied through registers.
         mbarrier.init(q_ready.index(i), count=2)
         mbarrier.init(do_ready.index(i), count=2)
         mbarrier.init(free.index(i), count=GROUPS)
     for i in gl.static_range(2):
         mbarrier.init(ds_ready.index(i), count=GROUPS)
-        # Both warps that keep the turns.
+        # One arrival from `begin_turns`, one from `end_turns`.
         mbarrier.init(dq_free.index(i), count=2)
         mbarrier.init(dq_done.index(i), count=GROUPS)
 

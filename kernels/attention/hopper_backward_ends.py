@@ -1,4 +1,4 @@
-"""What runs before and after `hopper_backward`: delta, dq from the sums, and what a NaN has reached that a mask excludes."""
+"""Kernels that run before and after `hopper_backward`: compute delta, write dq from the sums, and recompute tiles with NaN."""
 
 from ..dispatch import jit, tl
 from .isolated import has_nan, later_zero, store_isolated_dk_dv, store_isolated_dq
@@ -11,7 +11,7 @@ def attention_backward_delta(
     o_batch_stride, o_head_stride, o_token_stride, do_batch_stride, do_head_stride, do_token_stride, num_heads, num_tokens,
     DLSE: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write delta of a tile of queries: sum_j P_ij dP_ij = do_i o_i (Dao 2023, section 3.1), less the gradient of lse_i."""
+    """Write delta of a tile of queries: do_i o_i = sum_j P_ij dP_ij (Dao 2023, section 3.1), minus the gradient of lse_i."""
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     row = tl.program_id(0) // num_tiles
     start = tl.program_id(0) % num_tiles * BLOCK_M
@@ -36,13 +36,13 @@ def attention_backward_dq(
     dq_batch_stride, dq_head_stride, dq_token_stride, num_heads, group_size, num_tokens,
     scale: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of a tile of queries from its sums, which stand as `hopper_turns.sum_offsets` says."""
+    """Write dq of a tile of queries from its sums, whose layout `hopper_turns.sum_offsets` defines."""
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     row = tl.program_id(0) // num_tiles
     start = tl.program_id(0) % num_tiles * BLOCK_M
     batch, head = row // num_heads, row % num_heads
     places = tl.cast(tl.program_id(0), tl.int64) * (BLOCK_M * BLOCK_K) + tl.arange(0, BLOCK_M * BLOCK_K)
-    # Halves of the channels, queries / 8, channels % 16 / 8, channels / 16, channels % 8, queries % 8.
+    # Axes: channels // 64, queries // 8, channels % 16 // 8, channels % 64 // 16, channels % 8, queries % 8.
     sums = tl.load(sums_ptr + places).reshape(BLOCK_K // 64, BLOCK_M // 8, 2, 4, 8, 8)
     dq = sums.permute(1, 5, 0, 3, 2, 4).reshape(BLOCK_M, BLOCK_K)
     again = has_nan(dq)
@@ -73,7 +73,7 @@ def attention_backward_again(
     num_kv_heads, group_size, num_tokens,
     scale: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of a tile of keys again, row by row of what they see, where they hold a NaN."""
+    """Recompute dk and dv of a tile of keys if they hold a NaN, using only visible pairs (see `isolated`)."""
     num_tiles = tl.cdiv(num_tokens, BLOCK_N)
     row = tl.program_id(0) // num_tiles
     start = tl.program_id(0) % num_tiles * BLOCK_N

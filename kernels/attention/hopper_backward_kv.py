@@ -1,4 +1,4 @@
-"""The gradients of keys and values for Hopper in Gluon: warps as in `hopper_forward`, with four products a tile."""
+"""The dK/dV kernel for Hopper, in Gluon: warps specialize as in `hopper_forward`, with four products a tile."""
 
 from ..dispatch import tl
 from .gluon import gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -23,7 +23,7 @@ def tiles_at(first, mask, CAUSAL, WINDOW, DOCUMENTS, LENGTHS, BLOCK_M: tl.conste
     """Return (left_start, left, full_start, full_end, masked), the tiles of queries that see the keys from `first` on."""
     left_start, left, full_start, full_end, masked = key_tiles(first, mask, CAUSAL, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N)
     if LENGTHS:
-        # Nobody sees the keys behind the length.
+        # No query sees a key beyond the sequence's length.
         full_end = gl.where(first < mask[1], full_end, full_start)
         masked = gl.where(first < mask[1], masked, 0)
     return left_start, left, full_start, full_end, masked
@@ -31,7 +31,7 @@ def tiles_at(first, mask, CAUSAL, WINDOW, DOCUMENTS, LENGTHS, BLOCK_M: tl.conste
 
 @gluon.jit
 def tile_at(i, tiles, group_size, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the head within its group, and the first query, of the i-th tile: those with a mask come first, head by head."""
+    """Return the head within its group and the first query of the i-th tile. Masked tiles of all heads come first."""
     left_start, left, full_start, full_end, masked = tiles
     num_masked = masked * group_size
     if i < num_masked:
@@ -49,7 +49,7 @@ def add_tile(
     scale: tl.constexpr, softcap: tl.constexpr, MASKED: tl.constexpr, HIGH: tl.constexpr, STAGES: tl.constexpr,
     S_LAYOUT: tl.constexpr, DK_LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add what the i-th tile of queries, from `start` on, contributes to dk and dv (N, K), but for the scale of dk."""
+    """Add the contribution of the i-th tile of queries, from `start` on, to dk and dv (N, K). The caller scales dk."""
     q_tiles, do_tiles, lse_tiles, delta_tiles = buffers
     q_ready, do_ready, free = barriers
     COLUMNS: tl.constexpr = gl.SliceLayout(0, S_LAYOUT)
@@ -57,7 +57,7 @@ def add_tile(
     stage, phase = stage_of(i, STAGES)
     q, do = q_tiles.index(stage), do_tiles.index(stage)
     mbarrier.wait(q_ready.index(stage), phase)
-    # Scores are transposed, (N, M): so they multiply do and q from registers, as they come.
+    # Scores are transposed, (N, M), so that they multiply do and q directly from registers.
     products = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(do_ready.index(stage), phase)
     dps = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -87,13 +87,13 @@ def consume(
     DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of the 64 keys of one group of warps."""
+    """Write dk and dv of the 64 keys of one warp group."""
     BLOCK_K: tl.constexpr = k_tiles.shape[2]
     BLOCK_N: tl.constexpr = 64 * GROUPS
     S_LAYOUT: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     DK_LAYOUT: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     ROWS: tl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    # Behind the last query there is none, so that a causal mask by itself has no upper end.
+    # A causal mask alone needs no upper bound: every query from `low` on sees the key.
     HIGH: tl.constexpr = WINDOW or DOCUMENTS > 0
     first, part, kv_head, batch = place_of(gl.program_id(0), sizes, parts[0], BLOCK_N)
     mask = mask_at(batch, sizes, masks, LENGTHS)
@@ -146,7 +146,7 @@ def consume(
         )  # fmt: skip
     else:
         if LENGTHS:
-            # No query sees a key beyond the length, but tiles are only as exact as their first and last key.
+            # No query sees a key beyond the length, but a tile's bounds come only from its first and last key.
             present = (start + gl.arange(0, 64, gl.SliceLayout(1, DK_LAYOUT)) < mask[1])[:, None]
             dk = gl.where(present, dk, 0.0)
             dv = gl.where(present, dv, 0.0)
@@ -214,7 +214,7 @@ def attention_backward_kv_hopper(
     LENGTHS: tl.constexpr, PRECISION: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of a tile of 64 keys a group of one key-value head, from the query heads of one part of its group."""
+    """Write dk and dv of one tile of one key-value head, 64 keys a warp group, from the query heads of one part."""
     BLOCK_K: tl.constexpr = q.block_type.shape[3]
     TILE: tl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], q.dtype)
     LINE: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -231,7 +231,7 @@ def attention_backward_kv_hopper(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
-        # The bytes of the tile, and what came through registers.
+        # One arrival for the TMA copy, one for the statistics copied through registers.
         mbarrier.init(q_ready.index(i), count=2)
         mbarrier.init(do_ready.index(i), count=2)
         mbarrier.init(free.index(i), count=GROUPS)

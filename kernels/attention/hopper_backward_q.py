@@ -1,4 +1,4 @@
-"""The gradient of queries for Hopper in Gluon: warps as in `hopper_forward`, with three products a tile."""
+"""The dQ kernel for Hopper, in Gluon: warps specialize as in `hopper_forward`, with three products a tile."""
 
 from ..dispatch import tl
 from .gluon import gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -16,7 +16,7 @@ def add_tile(
     scale: tl.constexpr, softcap: tl.constexpr, MASKED: tl.constexpr, LOW: tl.constexpr, STAGES: tl.constexpr,
     S_LAYOUT: tl.constexpr, DQ_LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Return dq (M, K) with what the i-th tile of keys, from `start` on, contributes to it, but for the scale."""
+    """Return unscaled dq (M, K) plus the contribution of the i-th tile of keys, from `start` on."""
     k_ready, k_free, v_ready, v_free = barriers
     stage, phase = stage_of(i, STAGES)
     mbarrier.wait(k_ready.index(stage), phase)
@@ -28,7 +28,7 @@ def add_tile(
     mbarrier.arrive(v_free.index(stage))
     ds = p * (dp - delta[:, None]) * slope
     if MASKED:
-        # After the product, because 0 times a dP that is not finite is NaN.
+        # Mask after the multiplication, because 0 times a non-finite dP is NaN.
         keys = (start + gl.arange(0, ds.shape[1], gl.SliceLayout(0, S_LAYOUT)))[None, :]
         seen = keys < high[:, None]
         if LOW:
@@ -60,7 +60,7 @@ def consume(
     DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dq and delta of the 64 queries of one group of warps."""
+    """Write dq and delta of the 64 queries of one warp group."""
     q_tiles, do_tiles, k_tiles, v_tiles = buffers
     q_ready, k_ready, k_free, v_ready, v_free = barriers
     lse_ptr, dlse_ptr, delta_ptr = statistics
@@ -69,7 +69,7 @@ def consume(
     S_LAYOUT: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     DQ_LAYOUT: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     ROWS: tl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    # A causal mask by itself leaves out no key on the left.
+    # A causal mask alone needs no lower bound on the keys.
     LOW: tl.constexpr = WINDOW or DOCUMENTS > 0
     first, row, batch, head, kv_head = place_of(gl.program_id(0), sizes, BLOCK_M, CAUSAL)
     mask = mask_at(batch, sizes, masks, LENGTHS)
@@ -80,11 +80,11 @@ def consume(
     bases, token_strides = bases_of(pointers, strides, batch, head, kv_head)
     delta = gl.convert_layout(delta_of(bases, token_strides, start, mask[0], VALUE_DIM, BLOCK_K), ROWS)
     offsets = gl.cast(row, gl.int64) * mask[0] + queries
-    # A gradient of lse_i adds P_ij to each dS_ij.
+    # A gradient dlse_i adds P_ij dlse_i to each dS_ij.
     if DLSE:
         delta -= gl.load(dlse_ptr + offsets, mask=queries < mask[0], other=0.0)
     lse = load_lse(lse_ptr + gl.cast(row, gl.int64) * mask[0], queries, mask[0])
-    # Whatever gradient the lse of -inf of a query without keys has, it is nobody's.
+    # A query without keys has an lse of -inf; its gradient reaches no input.
     delta = gl.where(lse == float("inf"), 0.0, delta)
     gl.store(delta_ptr + offsets, delta, mask=queries < mask[0])
 
@@ -127,7 +127,7 @@ def consume(
 
 @gluon.jit
 def bases_of(pointers, strides, batch, head, kv_head):
-    """Return where the heads of q, k, v, do, o and dq begin, and how far apart their tokens are."""
+    """Return the base pointers of the heads of q, k, v, do, o and dq, and their token strides."""
     q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr = pointers
     bases = (
         load_base(q_ptr, batch, head, strides[0], strides[1], False),

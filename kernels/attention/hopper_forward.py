@@ -1,8 +1,8 @@
-"""The forward pass for Hopper in Gluon: FlashAttention-3's warp specialisation (Shah et al. 2024, algorithms 1 and 2).
+"""The forward pass for Hopper, in Gluon: FlashAttention-3's warp specialization (Shah et al. 2024, algorithms 1 and 2).
 
-One warp loads tiles of keys and values through TMA into a ring of buffers. Groups of four warps take 64 queries each; within a
-group the softmax of one tile overlaps the product of the tile before with its values, and the groups drift apart, so that one
-multiplies while another computes exponentials. Barriers in shared memory are all that ties them.
+One warp loads tiles of keys and values through TMA into a ring of buffers. Each group of four warps computes 64 queries. Within
+a group, the softmax of a tile overlaps the product of the previous tile's probabilities and values. The groups drift apart, so
+that one multiplies while another computes exponentials. They synchronize only through barriers in shared memory.
 """
 
 from .. import shared
@@ -18,10 +18,13 @@ from .tiles import SIZES, load_base, store_base
 
 @gluon.jit
 def softmax(s, row_max, row_sum, factor: tl.constexpr, MASKED: tl.constexpr):
-    """Return exponentials (M, N) of scores, which are bits times the factor, and each row's new maximum, sum and rescaling."""
+    """Return (p (M, N), row_max, row_sum, rescale): exponentials, and the updated statistics of each row (M).
+
+    `s` times `factor` are the scores in bits.
+    """
     new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
     if MASKED:
-        # Where a row has seen no key yet, -inf - -inf would be NaN.
+        # A row that has seen no key yet has a maximum of -inf, and -inf - -inf is NaN.
         reference = gl.where(new_max == -float("inf"), 0.0, new_max)
     else:
         reference = new_max
@@ -36,7 +39,7 @@ def masked_softmax(
     factor: tl.constexpr, scale: tl.constexpr, softcap: tl.constexpr, DIRECT: tl.constexpr, LOW: tl.constexpr,
     STAGES: tl.constexpr, S_LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Return the `softmax` of the i-th tile, whose keys begin at `start`, under the mask."""
+    """Return the `softmax` of the i-th tile, whose keys begin at `start`, with the mask applied."""
     stage, phase = stage_of(i, STAGES)
     mbarrier.wait(k_ready.index(stage), phase)
     scores = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -53,7 +56,7 @@ def masked_softmax(
 
 @gluon.jit
 def bases_of(pointers, strides, batch, head, kv_head):
-    """Return where the heads of q, k, v and o begin, and how far apart their tokens are."""
+    """Return the base pointers of the heads of q, k, v and o, and their token strides."""
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr = pointers
     bases = (
         load_base(q_ptr, batch, head, strides[0], strides[1], False),
@@ -71,7 +74,7 @@ def consume(
     DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr, SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write o and lse of the 64 queries of one group of warps."""
+    """Write o and lse of the 64 queries of one warp group."""
     q_tiles, k_tiles, v_tiles = buffers
     q_ready, k_ready, k_free, v_ready, v_free = barriers
     BLOCK_K: tl.constexpr = q_tiles.shape[2]
@@ -80,9 +83,9 @@ def consume(
     P_LAYOUT: tl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: tl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: tl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    # A causal mask by itself leaves out no key on the left.
+    # A causal mask alone needs no lower bound on the keys.
     LOW: tl.constexpr = WINDOW or DOCUMENTS > 0
-    # With a scale above 0, in float32 too, the greatest product has the greatest score, and exp(score) takes one multiply-add.
+    # If the scale is positive in float32 too, the maximum can be taken before scaling, and exp(score) takes one multiply-add.
     DIRECT: tl.constexpr = softcap is None and scale > 1e-30  # pyright: ignore
     factor: tl.constexpr = scale * shared.LOG2_E if DIRECT else 1.0  # pyright: ignore
     BLOCK_M: tl.constexpr = 64 * GROUPS
@@ -98,7 +101,7 @@ def consume(
     acc = gl.zeros([64, BLOCK_K], gl.float32, O_LAYOUT)
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     if SINKS:
-        # A sink is a key that every query sees, with this score and a value of 0.
+        # A sink acts as a key that every query sees, with this score and a value of 0.
         row_max = gl.full([64], 0.0, gl.float32, ROWS) + gl.load(pointers[5] + head).to(gl.float32) * shared.LOG2_E
         row_sum = gl.full([64], 1.0, gl.float32, ROWS)
     else:
@@ -117,7 +120,7 @@ def consume(
         mbarrier.wait(v_ready.index(stage), phase)
         acc = warpgroup_mma_wait(0, (warpgroup_mma(p, v_tiles.index(stage), acc, is_async=True),))
         mbarrier.arrive(v_free.index(stage))
-    # The last tile with a mask, or the first of all, is where the loop over those without one begins.
+    # The last masked tile, or the first tile if none is masked, fills the pipeline of the loop over unmasked tiles.
     i = first_full - 1
     p, row_max, row_sum, rescale = masked_softmax(
         i, q, k_tiles, k_ready, k_free, row_max, row_sum, zeros, tile_at(i, tiles, BLOCK_N), low, high,
@@ -162,9 +165,9 @@ def consume(
             scale, softcap, CAUSAL, WINDOW, DOCUMENTS, HEAD_DIM, VALUE_DIM, BLOCK_K,
         )  # fmt: skip
     else:
-        # A row that saw no key has a sum of 0: its output is 0 and its lse -inf.
+        # A row that sees no key has a sum of 0, an output of 0 and an lse of -inf.
         inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
-        # This group alone read its part of q: the output takes its place.
+        # Only this group reads its part of q, so the output can reuse that buffer.
         q.store((acc * gl.convert_layout(inverse, O_ROWS)[:, None]).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [batch, head, start, 0], q)
@@ -177,7 +180,7 @@ def produce(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, LENGTHS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Load the queries, then the keys and values tile by tile, as far ahead as there are buffers."""
+    """Load the queries, then prefetch the keys and values tile by tile, STAGES tiles ahead."""
     first, row, batch, head, kv_head = place_of(gl.program_id(0), sizes, 64 * GROUPS, CAUSAL)
     tiles = query_tiles(first, mask_at(batch, sizes, masks, LENGTHS), CAUSAL, WINDOW, DOCUMENTS, 64 * GROUPS, BLOCK_N)
     q_tiles, k_tiles, v_tiles = buffers
@@ -206,7 +209,7 @@ def attention_forward_hopper(
     LENGTHS: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write o and lse of a tile of 64 queries a group of one head, through descriptors of such parts."""
+    """Write o and lse of one tile of one head, 64 queries a warp group. The descriptors of q and o cover 64 rows."""
     BLOCK_K: tl.constexpr = q.block_type.shape[3]
     TILE: tl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], q.dtype)
     BARRIER: tl.constexpr = mbarrier.MBarrierLayout()
@@ -227,7 +230,7 @@ def attention_forward_hopper(
 
     buffers = (q_tiles, k_tiles, v_tiles)
     barriers = (q_ready, k_ready, k_free, v_ready, v_free)
-    # Each partition makes what it needs from the arguments, which occupy no registers until then.
+    # Each partition derives its values from the arguments, so that they occupy no registers before.
     pointers = (q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr)
     masks = (begins_ptr, ends_ptr, lengths_ptr)
     strides = (
@@ -235,7 +238,7 @@ def attention_forward_hopper(
         v_batch_stride, v_head_stride, v_token_stride, o_batch_stride, o_head_stride, o_token_stride,
     )  # fmt: skip
     sizes = (num_rows, num_heads, group_size, num_queries, num_keys, window_left, window_right, rows_at_once, document_stride)
-    # Written out, because constants stay constants only where they stand in the call.
+    # Spelled out for each group, because constexpr arguments stay constant only if they are literal in the call.
     if GROUPS == 3:
         gl.warp_specialize([
             (consume, (buffers, barriers, o, pointers, masks, strides, sizes, 0, scale, softcap, CAUSAL, WINDOW, DOCUMENTS,

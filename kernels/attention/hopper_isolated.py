@@ -1,7 +1,7 @@
-"""What a mask excludes reaches no result: how the kernels for Hopper compute rows again whose result holds a NaN.
+"""Keep masked values out of the results of the Hopper kernels: recompute rows whose result holds a NaN.
 
-As in `isolated`, from the lse that was written, but without products of matrices: key by key, or query by query, for 16 rows at
-a time. Slow, and short: a NaN in a result is rare, and the end of most training runs.
+As in `isolated`, the recomputation starts from the stored lse, but it uses no matrix products: it goes key by key, or query by
+query, for 16 rows at a time. It is slow and short: a NaN in a result is rare, and ends most training runs.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from .intervals import key_tiles, keys_of, queries_of, query_tiles
 from .scores import load_lse, lse_in_bits, probabilities_of
 from .tiles import stride_unit
 
-# Rows that are taken at a time, by four warps.
+# Rows that four warps process at a time.
 ROWS: Any = tl.constexpr(16) if HAS_TRITON else None
 
 
 @gluon.jit
 def has_nan(x):
-    """Return 1 where a tile (M, N) holds a NaN, else 0, or 1 where infinities of both signs meet in the sum of a row."""
-    # Each warp holds the sums of all 64 rows, so that no loads of some threads only are needed, which occupy registers.
+    """Return 1 if a tile (M, N) holds a NaN, or if infinities of both signs meet in the sum of a row; else 0."""
+    # Each warp holds the sums of all 64 rows, so the reduction needs no predicated loads, which occupy registers.
     sums = gl.convert_layout(gl.sum(x, 1), gl.BlockedLayout([2], [32], [4], [0]))
-    # Reduced as integers, of which the compiler does not know that they are 0 or 1: see `later_zero`.
+    # An integer reduction hides from the compiler that the result is 0 or 1; see `later_zero`.
     return gl.max((sums != sums).to(gl.int32), 0)
 
 
@@ -34,14 +34,14 @@ def load_row(base, row, token_stride, channels, HEAD_DIM: tl.constexpr):
 
 @gluon.jit
 def load_rows(base, rows, end, token_stride, channels, HEAD_DIM: tl.constexpr):
-    """Return rows (ROWS, K) of a head in float32, 0 from row `end` on."""
+    """Return rows (ROWS, K) of a head in float32, with 0 from row `end` on."""
     address = base + (rows.to(gl.int64) * token_stride * stride_unit(base))[:, None] + channels[None, :]
     return gl.load(address, mask=(rows < end)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def store_rows(base, x, rows, end, token_stride, channels, HEAD_DIM: tl.constexpr):
-    """Store rows (ROWS, K) of a head whose stride is in elements, up to row `end`."""
+    """Store rows (ROWS, K) of a head up to row `end`; `token_stride` is in elements."""
     address = base + (rows.to(gl.int64) * token_stride)[:, None] + channels[None, :]
     gl.store(address, x.to(base.dtype.element_ty), mask=(rows < end)[:, None] & (channels < HEAD_DIM)[None, :])
 
@@ -57,7 +57,7 @@ def store_isolated_output(
     q_base, k_base, v_base, o_base = bases
     q_token_stride, k_token_stride, v_token_stride, o_token_stride = token_strides
     channels = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    # Other threads than these have written lse.
+    # Other threads wrote lse.
     tl.debug_barrier()
     for m in range(first, last, ROWS):
         queries = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
@@ -85,7 +85,7 @@ def store_isolated_dq(
     LAYOUT: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     q_base, k_base, v_base, do_base, o_base, dq_base = bases
     channels = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    # Other threads than these have written delta.
+    # Other threads wrote delta.
     tl.debug_barrier()
     for m in range(first, last, ROWS):
         queries = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))

@@ -1,14 +1,15 @@
-"""Which keys a query sees: one interval of them, whatever the mask.
+"""Masks as intervals: under every mask, a query sees one interval of keys.
 
-Causality, a sliding window and packed documents each confine a query to keys [low, high), so their intersection does too;
-seen from a key, the queries that see it are an interval [low, high) as well. Both ends grow with the position. Hence the
-first and the last row of a tile tell which tiles it meets, and which of those need no mask. A position is that of a key;
-queries stand at the end of the keys: query i has the position i + num_keys - num_queries. `num_keys` counts those that a
-sequence has, which may be fewer than there is memory for. DOCUMENTS is 1 where positions have documents; 2 where each query
-and each key has its interval in memory, begins and ends being those of the rows that a kernel asks for.
+Causality, a sliding window and packed documents each restrict a query to keys [low, high), so their intersection is an interval
+too. The queries that see a key also form an interval [low, high). Both bounds are non-decreasing in the position. The first and
+the last row of a tile therefore determine the tiles to visit, and which of them need no mask.
 
-A mask goes from function to function as the tuple `mask` = (num_queries, num_keys, window_left, window_right, begins_ptr,
-ends_ptr) of one sequence, beside the constants that say which parts of it count.
+Positions count keys. Queries are aligned to the end of the keys: query i has position i + num_keys - num_queries. `num_keys` is
+the number of keys of a sequence, which may be fewer than the allocated ones. DOCUMENTS is 1 if begins and ends are indexed by
+position; 2 if they hold an interval for each query (for each key, in the dK/dV kernels).
+
+Functions take the mask of one sequence as the tuple `mask` = (num_queries, num_keys, window_left, window_right, begins_ptr,
+ends_ptr), and constants that select the parts that apply.
 """
 
 from ..dispatch import jit, tl
@@ -19,7 +20,7 @@ def mask_of(
     batch, num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr, document_stride, lengths_ptr,
     LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Return the mask of one sequence, as the functions below take it."""
+    """Return the `mask` tuple of one sequence."""
     if LENGTHS:
         num_keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), num_keys)
     offset = tl.cast(batch, tl.int64) * document_stride
@@ -28,7 +29,7 @@ def mask_of(
 
 @jit
 def keys_of(queries, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Return low and high, like `queries`: the keys [low, high) that each query sees; none where high <= low."""
+    """Return (low, high), shaped like `queries`: each query sees the keys [low, high), none if high <= low."""
     num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr = mask
     positions = queries + (num_keys - num_queries)
     low = positions * 0
@@ -49,9 +50,9 @@ def keys_of(queries, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS
 
 @jit
 def queries_of(keys, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Return low and high, like `keys`: the queries [low, high) that see each key; none where high <= low."""
+    """Return (low, high), shaped like `keys`: the queries [low, high) see each key, none if high <= low."""
     num_queries, num_keys, window_left, window_right, begins_ptr, ends_ptr = mask
-    # Of intervals in memory nothing needs the positions of queries.
+    # Stored intervals are already in terms of queries, not positions.
     shift = 0 if DOCUMENTS == 2 else num_keys - num_queries
     low = keys * 0 + shift
     high = low + num_queries
@@ -70,10 +71,10 @@ def queries_of(keys, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS
 
 @jit
 def tiles_of(first_low, first_high, last_low, last_high, BLOCK: tl.constexpr):
-    """Return (start, left, full_start, full_end, masked): the tiles of `BLOCK` that rows with these intervals meet.
+    """Return (start, left, full_start, full_end, masked): the tiles of size `BLOCK` that intersect the rows' intervals.
 
-    Tiles from full_start to full_end lie within the interval of every row. The other `masked` tiles lie to both sides:
-    `left` of them from start on, the rest from full_end on.
+    Tiles from full_start to full_end lie within the interval of every row and need no mask. The other `masked` tiles lie on
+    both sides: `left` of them from start on, the rest from full_end on.
     """
     start = first_low // BLOCK * BLOCK
     full_start = tl.maximum(tl.cdiv(last_low, BLOCK) * BLOCK, start)
@@ -91,7 +92,7 @@ def query_tiles(
     start, mask,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return `tiles_of` the queries from `start` on."""
+    """Return `tiles_of` for the queries from `start` on: tiles of the keys that they see."""
     last = tl.minimum(start + BLOCK_M, mask[0]) - 1
     first_low, first_high = keys_of(start, mask, CAUSAL, WINDOW, DOCUMENTS)
     last_low, last_high = keys_of(last, mask, CAUSAL, WINDOW, DOCUMENTS)
@@ -103,7 +104,7 @@ def key_tiles(
     start, mask,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return `tiles_of` the keys from `start` on: tiles of the queries that see them."""
+    """Return `tiles_of` for the keys from `start` on: tiles of the queries that see them."""
     last = tl.minimum(start + BLOCK_N, mask[1]) - 1
     first_low, first_high = queries_of(start, mask, CAUSAL, WINDOW, DOCUMENTS)
     last_low, last_high = queries_of(last, mask, CAUSAL, WINDOW, DOCUMENTS)

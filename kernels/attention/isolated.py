@@ -1,10 +1,10 @@
-"""What a mask excludes reaches no result: how a tile is computed again whose result holds a NaN.
+"""Keep masked values out of the results: recompute a tile whose result holds a NaN.
 
-The kernels give an excluded pair the probability 0. In a product of matrices that is not enough, because 0 times a value that
-is not finite is NaN: a later token would reach the queries before it that share its tile. So a program whose result holds a
-NaN computes it again, from the lse that it has written. Here a row that is not finite is 0 in the product, and the probability
-of those who see it NaN. It comes last in a program, and takes few rows at a time, so that it needs fewer registers than
-what comes before it.
+The kernels give a masked pair the probability 0. In a matrix product that is not enough, because 0 times a non-finite value is
+NaN: a later token would reach earlier queries that share its tile. A program whose result holds a NaN therefore recomputes it
+from the stored lse. The recomputation replaces non-finite elements with 0 in the product, and sets the probability to NaN for
+the rows that see them. It runs last in a program and processes few rows at a time, so that it needs fewer registers than the
+main loop.
 """
 
 from typing import Any
@@ -14,49 +14,46 @@ from .intervals import key_tiles, keys_of, queries_of, query_tiles
 from .scores import load_lse, probabilities_of, sees
 from .tiles import load_tile, store_tile, stride_unit
 
-# Queries, and keys, that are taken at a time: the least that a matrix instruction takes.
+# Queries and keys a step: the smallest size of a matrix instruction.
 ROWS: Any = tl.constexpr(16) if HAS_TRITON else None
 
 
 @jit
 def has_nan(x):
-    """Return 1 where a tile (M, N) holds a NaN, else 0."""
+    """Return 1 if a tile (M, N) holds a NaN, else 0."""
     return tl.max((x != x).to(tl.int32))
 
 
 @jit
 def later_zero(again):
-    """Return 0, made from what `has_nan` said of a result.
+    """Return 0, computed from the result of `has_nan`.
 
-    `again` is 0 or 1, but the compiler does not know it. What begins with `x | later_zero(again)`, such as the addresses of the
-    result, it cannot compute before the loops over tiles, where it would occupy registers to the end. A sum would not do: the
-    compiler orders additions anew.
+    `again` is 0 or 1, but the compiler cannot prove it. It therefore cannot hoist `x | later_zero(again)`, such as the
+    addresses of the result, above the loops over tiles, where it would occupy registers. An addition does not work here,
+    because the compiler reassociates additions.
     """
     return again >> 1
 
 
 @jit
 def split_finite(x):
-    """Return a tile (N, K) with 0 in the place of what is not finite, and which of its rows (N) had such elements.
-
-    0 times a value that is not finite is NaN, so that in a product the rows that a mask excludes would reach every result.
-    """
+    """Return a tile (N, K) with non-finite elements replaced by 0, and which of its rows (N) had such elements."""
     finite = tl.abs(x.to(tl.float32)) < float("inf")
     return tl.where(finite, x, 0.0), tl.min(finite.to(tl.int32), 1) == 0
 
 
 @jit
 def rows_from(base, start, end, token_stride):
-    """Return pointers to ROWS rows of a head from token `start` on, and which of them there are."""
+    """Return pointers to ROWS rows of a head from token `start` on, and which of them are before `end`."""
     rows = tl.arange(0, ROWS)
     return base + (tl.cast(start, tl.int64) + rows) * token_stride * stride_unit(base), rows < end - start
 
 
 @jit
 def product_of(a, a_present, b, b_present, width, PRECISION: tl.constexpr):
-    """Return a b^T (ROWS, ROWS) of rows behind pointers, a few channels at a time: whole rows would fill the registers.
+    """Return a b^T (ROWS, ROWS) for pointers to rows, ROWS channels at a time to save registers.
 
-    So would the addresses of all channels, if the compiler knew the width and unrolled the loop.
+    `width` must be opaque to the compiler: unrolling the loop would fill the registers with addresses.
     """
     product = tl.zeros((ROWS, ROWS), tl.float32)
     for channel in tl.range(0, width, ROWS, num_stages=1):
@@ -72,7 +69,7 @@ def isolated_output(
     q, present, lse, low, high, k_base, v_base, k_token_stride, v_token_stride, start, stop, end, head_dim,
     scale: tl.constexpr, softcap: tl.constexpr, PRECISION: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Return the output (ROWS, V) of the queries behind the pointers `q`, with lse in bits, from the keys start to stop."""
+    """Return the output (ROWS, V) of the queries at the pointers `q` over the keys from start to stop; lse is in bits."""
     o = tl.zeros((ROWS, BLOCK_V), tl.float32)
     for n in tl.range(start, stop, ROWS, num_stages=1):
         k, k_present = rows_from(k_base, n, end, k_token_stride)
@@ -91,8 +88,8 @@ def store_isolated_output(
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of queries `first` to `last` of a head again; `again` is 1, which the compiler must not know."""
-    # Other threads than these have written lse, and the output before.
+    """Recompute the output of queries `first` to `last` of a head. `again` is 1, but must be opaque to the compiler."""
+    # Other threads wrote lse and the output that is overwritten here.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         queries = m + tl.arange(0, ROWS)
@@ -114,8 +111,8 @@ def store_isolated_dq(
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of the queries from `first` to `last` of a head again; `again` is 1, but the compiler must not know it."""
-    # Other threads than these have written delta, and dq before.
+    """Recompute dq of the queries from `first` to `last` of a head. `again` is 1, but must be opaque to the compiler."""
+    # Other threads wrote delta and the dq that is overwritten here.
     tl.debug_barrier()
     for m in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         queries = m + tl.arange(0, ROWS)
@@ -147,11 +144,11 @@ def store_isolated_dk_dv(
     scale: tl.constexpr, softcap: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of the keys from `first` to `last` again, from the queries of `group_size` heads.
+    """Recompute dk and dv of the keys from `first` to `last` from the queries of `group_size` heads.
 
-    `again` is 1, but the compiler must not know it.
+    `again` is 1, but must be opaque to the compiler.
     """
-    # Other threads than these have written dk and dv before.
+    # Other threads wrote the dk and dv that are overwritten here.
     tl.debug_barrier()
     for n in tl.range(first, last, ROWS, num_stages=1):  # pyright: ignore
         keys = n + tl.arange(0, ROWS)

@@ -1,4 +1,4 @@
-"""How attention's kernels that train are launched: which of the two forms of each, with what."""
+"""Launch the forward and backward kernels, in portable Triton or in Gluon."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from .operands import aligned, as_gluon_tiles, as_tiles, load_strides
 from .options import Options
 from .parts import parts_for, sum_parts
 
-# The portable form and that in Gluon, and along which axis, queries (m) or keys (n), a program keeps its tile.
+# The portable kernel, the Gluon kernel, and the axis of the tile that a program owns: queries (m) or keys (n).
 KERNELS: Mapping[Kernel, tuple[Any, Any, str]] = {
     "forward": (attention_forward, attention_forward_hopper, "m"),
     "backward_q": (attention_backward_q, attention_backward_q_hopper, "m"),
@@ -33,7 +33,10 @@ def _launch(
     arguments: Sequence[Any],
     constants: Mapping[str, Any],
 ) -> None:
-    """Launch a kernel in the form that `config` is for; its first arguments are tiles of `tensors`, q, k, v and one like q."""
+    """Launch the portable or the Gluon kernel for `config`.
+
+    Its first arguments are tiles of `tensors`: q, k, v and, optionally, one shaped like q.
+    """
     portable, in_gluon, kept = KERNELS[kernel]
     axes = "mnnm"[: len(tensors)]
     q, v = tensors[0], tensors[2]
@@ -47,7 +50,7 @@ def _launch(
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, options: Options) -> None:
-    """Fill o (B, H, T, V), its head dim contiguous, and lse (B, H, T) float32, contiguous."""
+    """Fill o (B, H, T, V), whose head dim is contiguous, and lse (B, H, T), float32 and contiguous."""
     batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     q, k, v = (aligned(t) for t in (q, k, v))
@@ -79,9 +82,9 @@ def launch_backward(
     delta: Tensor,
     options: Options,
 ) -> None:
-    """Fill dq, dk, dv, shaped like q, k, v with a contiguous head dim, and delta (B, H, T) float32: rowsum(o do) - dlse.
+    """Fill dq, dk and dv, shaped like q, k and v, and delta (B, H, T) float32 = rowsum(o do) - dlse.
 
-    lse, dlse and delta are contiguous, and the head dim of the others is.
+    lse, dlse and delta are contiguous. The other tensors have a contiguous head dim.
     """
     batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]

@@ -1,4 +1,4 @@
-"""The registered op and the public function."""
+"""The registered custom op and the public `attention` function."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from .packing import Documents, cross_intervals, documents
 
 
 def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:
-    # Laid out as (B, T, H, K) where x is: the heads of a projection, whose outputs are joined again without a copy.
+    # Keep a (B, T, H, K) memory layout, as projections produce it, so that the heads merge again without a copy.
     batch, heads, tokens, head_dim = shape
     if x.stride(1) < x.stride(2):
         return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
@@ -100,9 +100,9 @@ def _attention_backward(
     delta = torch.empty_like(lse)
     launch_backward(do, dlse, q, k, v, o, lse, dq, dk, dv, delta, options)
     if sinks is not None:
-        # The sink's value is 0, so dP of its column is 0 and dS = -P delta.
+        # A sink's value is 0, so its column of dP is 0 and dS = -P delta.
         weights = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
-        # A query without keys has an output of 0, whatever its gradient.
+        # A query without keys has an output of 0, so its `do` contributes nothing.
         delta = torch.where(o.any(dim=-1), delta, 0.0 if dlse is None else -dlse)
         dsinks = -(weights * delta).sum(dim=(0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
@@ -137,64 +137,64 @@ _attention.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.tilewright.attention)
 def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    # All pairs of queries and keys, whatever the mask: PyTorch's convention for its own. The record counts exactly.
+    # Counts all pairs of queries and keys regardless of the mask, as PyTorch does. `record.py` counts exactly.
     return 2 * q_shape[:3].numel() * k_shape[2] * (q_shape[3] + v_shape[3])
 
 
 @register_flop_formula(torch.ops.tilewright.attention_backward)
 def _backward_flops(do_shape, dlse_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    # Five products, as PyTorch counts: the scores again, dV, dP, dQ, dK. That two of them run twice is not useful work.
+    # Five products, as PyTorch counts them: the recomputed scores, dV, dP, dQ, dK. The two that run twice count once.
     return 2 * q_shape[:3].numel() * k_shape[2] * (3 * q_shape[3] + 2 * v_shape[3])
 
 
 def _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_seqlens_k, cache_lengths) -> None:
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[3]) != k.shape[::3]:
         shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"{shapes}: allowed are (B, H, T, K), (B, Hkv, S, K) and (B, Hkv, S, V)")
+        raise ValueError(f"{shapes}: expected (B, H, T, K), (B, Hkv, S, K) and (B, Hkv, S, V)")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: allowed is a divisor of {q.shape[1]}")
+        raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: expected a divisor of {q.shape[1]}")
     if min(q.shape[3], v.shape[3]) == 0:
-        raise ValueError(f"the head dim is {q.shape[3]}, that of v {v.shape[3]}: allowed is 1 or more")
+        raise ValueError(f"q has head dim {q.shape[3]}, v has head dim {v.shape[3]}: expected 1 or more")
     check_dtype(INTEGER, cache_lengths=cache_lengths)
     check_cu_seqlens(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: allowed is one dtype for all")
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected the same dtype for all")
     if scale is not None:
         check_number("scale", scale)
     if softcap is not None:
         check_number("softcap", softcap, above=0)
     if isinstance(window, tuple | list):
         if len(window) != 2 or None in window:
-            raise ValueError(f"window is {window}: allowed is an integer or two, (left, right)")
+            raise ValueError(f"window is {window}: expected an integer or a pair (left, right)")
         for side in window:
             check_int("a side of the window", side, -1)
     else:
         check_int("window", window, 1)
     if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks has shape {tuple(sinks.shape)}: allowed is ({q.shape[1]},), one a query head")
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}: expected ({q.shape[1]},), one per query head")
     if cu_seqlens is not None and document_ids is not None:
-        raise ValueError("document_ids and cu_seqlens say the same thing: give one of them")
+        raise ValueError("document_ids and cu_seqlens are both given: expected at most one of them")
     if cu_seqlens_k is not None:
         if cu_seqlens is None:
-            raise ValueError("cu_seqlens is None: cu_seqlens_k needs it, the lengths of the queries")
+            raise ValueError("cu_seqlens is None: cu_seqlens_k also needs the cumulative lengths of the queries")
         if cu_seqlens.shape != cu_seqlens_k.shape:
             shapes = f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
-            raise ValueError(f"{shapes}: allowed is one shape, as each document has a length on either side")
+            raise ValueError(f"{shapes}: expected the same shape, since each document has queries and keys")
         if cache_lengths is not None:
-            raise ValueError("cache_lengths and cu_seqlens_k both say how many keys there are: give one of them")
+            raise ValueError("cache_lengths and cu_seqlens_k are both given: expected at most one of them")
     elif (cu_seqlens is not None or document_ids is not None) and q.shape[2] > k.shape[2]:
-        raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} keys: with documents each query needs a key of its own")
+        raise ValueError(f"q has {q.shape[2]} tokens, k has {k.shape[2]}: with documents, expected no more queries than keys")
     ids = document_ids
     if isinstance(ids, Documents):
         ids.check()
         ids = ids.begins
     if ids is not None and not isinstance(ids, Tensor):
-        raise ValueError(f"document_ids is a {type(ids).__name__}: allowed is a tensor (B, S), or what `documents` returns")
+        raise ValueError(f"document_ids is a {type(ids).__name__}: expected a tensor (B, S) or a `Documents`")
     if ids is not None and ids.shape != (k.shape[0], k.shape[2]):
         allowed = (k.shape[0], k.shape[2])
-        raise ValueError(f"document_ids has shape {tuple(ids.shape)}: allowed is {allowed}, one a key")
+        raise ValueError(f"document_ids has shape {tuple(ids.shape)}: expected {allowed}, one per key")
     if cache_lengths is not None and cache_lengths.shape != q.shape[:1]:
-        raise ValueError(f"cache_lengths has shape {tuple(cache_lengths.shape)}: allowed is ({q.shape[0]},), one a sequence")
+        raise ValueError(f"cache_lengths has shape {tuple(cache_lengths.shape)}: expected ({q.shape[0]},), one per sequence")
     packed = {"document_ids": ids, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     check_device(q=q, k=k, v=v, sinks=sinks, cache_lengths=cache_lengths, **packed)
 
@@ -216,34 +216,37 @@ def attention(
     return_lse: bool = False,
     allow_tf32: bool = False,
 ) -> Any:
-    """Softmax attention, softmax(scale * q k^T) v (Vaswani et al. 2017, eq. 1), that never holds the T x S scores.
+    """Compute softmax(scale * q k^T) v (Vaswani et al. 2017, eq. 1) without storing the T x S scores.
 
-    q (B, H, T, K); k (B, Hkv, S, K) and v (B, Hkv, S, V) with H a multiple of Hkv -> o (B, H, T, V), or (o, lse) with lse
-    (B, H, T) float32, the log of the sum of exponentials of a row's scores. Queries are the last T of S positions, as with a
-    cache; one without any key gives 0 and an lse of -inf. Scale is 1 / sqrt(K) unless given; softcap c turns a score s into
-    c tanh(s / c) (Gemma 2, section 2). `sinks` (H) are scores of one more key of value 0 that every query of a head sees (Xiao
-    et al. 2023); one of -inf is none.
+    q (B, H, T, K), k (B, Hkv, S, K) and v (B, Hkv, S, V) with H a multiple of Hkv give o (B, H, T, V). With `return_lse` the
+    result is (o, lse), where lse (B, H, T) float32 is the log-sum-exp of each row of scores. Queries are the last T of S
+    positions, as with a cache. A query that sees no key gives 0 and an lse of -inf. The default scale is 1 / sqrt(K). A softcap
+    c maps a score s to c tanh(s / c) (Gemma 2, section 2). `sinks` (H) holds the score of one extra key with value 0 that every
+    query of a head sees (Xiao et al. 2023); -inf disables it.
 
-    A window of n keeps a query's own key and the n - 1 before it (and after it, where not causal); (left, right) keeps so many
-    keys before its own and after it, -1 for all; where causal none is after it. `cache_lengths` (B) integers: sequence b has
-    its first cache_lengths[b] keys only, at most all, and its queries are the last T of those.
+    A window of n keeps a query's own key and the n - 1 keys before it (also the n - 1 keys after it, if not causal). A window
+    of (left, right) keeps that many keys before and after its own; -1 keeps all, and causal attention keeps none after it.
+    `cache_lengths` (B) integers: sequence b has only its first cache_lengths[b] keys, clamped to S, and its queries are the
+    last T of those.
 
-    Packed documents, between which no tile is visited: `document_ids` (B, S), of which a run of equal ids is a document; or
-    `cu_seqlens`, one more than there are documents, the cumulative lengths of every sequence alike, which do not decrease.
-    What stands before the first length or from the last one on is a document too. Each query is one of the keys, so T is at
-    most S. With `cu_seqlens_k` (no ids or `cache_lengths` beside it) `cu_seqlens` are the lengths of queries only: the keys of
-    a document have a length of their own, and its last query stands at its last key. Layers that share documents share a
-    `Documents`, which `documents` makes of ids or of one `cu_seqlens`.
+    Packed documents do not see each other, and the kernels skip the tiles between them. Give either `document_ids` (B, S),
+    where a run of equal ids is a document, or `cu_seqlens` (documents + 1), non-decreasing cumulative lengths that apply to
+    every sequence. Positions before the first length, and from the last length on, are documents too. Each query is one of the
+    keys, so T is at most S. With `cu_seqlens_k`, `cu_seqlens` counts queries and `cu_seqlens_k` counts keys; the last query of
+    a document is aligned to its last key. `cu_seqlens_k` excludes `document_ids` and `cache_lengths`. Layers with the same
+    documents can share a `Documents` object, which `documents` computes from ids or from `cu_seqlens`.
 
-    What a mask excludes reaches no result and no gradient, not even as NaN; a value that is not finite may turn the rows that
-    see it to NaN as a whole. Where the kernels do not run, causal attention without further options is PyTorch's own, which
-    keeps to that for finite values only.
+    Masked values never reach a result or a gradient, not even as NaN. A non-finite value may turn entire rows that see it to
+    NaN. Without the kernels, causal attention with no other options runs PyTorch's own function, which guarantees this for
+    finite values only.
 
-    float16, bfloat16 and float32, sums in float32, K and V up to 256 in the kernels; float64 runs the reference, lse included.
-    `allow_tf32` rounds float32 factors to TF32. Any strides: copied are tensors whose channels are no neighbours, and those in
-    half precision whose tokens do not begin on 16 bytes. Gradients flow to q, k, v and sinks, and from lse too. Equal calls
-    give equal bits; with few queries against many keys the order of sums follows the batch and the GPU. ValueError: an
-    argument has another shape, dtype, device or value than these.
+    The kernels support float16, bfloat16 and float32 with K and V up to 256, and accumulate in float32. float64 runs the
+    reference, including lse. `allow_tf32` rounds float32 factors to TF32. Strides are arbitrary; the op copies tensors with
+    non-contiguous channels, and half-precision tensors whose tokens are not 16-byte aligned. Gradients flow to q, k, v and
+    sinks, also from lse. Equal calls give equal bits; with few queries and many keys, the summation order depends on the batch
+    size and the GPU.
+
+    Raises ValueError if an argument has an unsupported shape, dtype, device or value.
     """
     check_dtype(FLOATING, q=q, k=k, v=v, sinks=sinks)
     dtype = autocast_dtype(q)
@@ -252,7 +255,7 @@ def attention(
     _check(q, k, v, scale, window, softcap, sinks, document_ids, cu_seqlens, cu_seqlens_k, cache_lengths)
     if not use_triton(q):
         masks = (window, softcap, document_ids, cu_seqlens, sinks, cache_lengths)
-        # One query sees every key, so a decoding step needs no mask; other offsets of queries to keys are not PyTorch's.
+        # A single query sees every key, so a decoding step needs no mask. PyTorch supports no other offset of queries to keys.
         if (
             all(mask is None for mask in masks)
             and not return_lse
@@ -266,11 +269,11 @@ def attention(
             )  # fmt: skip
         options = (causal, scale, window, softcap, document_ids, cu_seqlens, sinks)
         lengths = {"cu_seqlens_k": cu_seqlens_k, "cache_lengths": cache_lengths}
-        # Under autocast its products would be rounded, and its backward pass, which runs without, be given two dtypes.
+        # Autocast would round the products, and give two dtypes to the backward pass, which runs without autocast.
         with nullcontext() if dtype is None else torch.autocast(q.device.type, enabled=False):
             return reference.attention(q, k, v, *options, **lengths, return_lse=return_lse)
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        raise ValueError(f"the head dim is {q.shape[3]}, that of v {v.shape[3]}: allowed is 1 to {MAX_HEAD_DIM}")
+        raise ValueError(f"q has head dim {q.shape[3]}, v has head dim {v.shape[3]}: expected 1 to {MAX_HEAD_DIM}")
     sides = reference.window_sides(window, causal)
     begins = ends = query_begins = query_ends = None
     if cu_seqlens is not None and cu_seqlens_k is not None:
@@ -285,13 +288,13 @@ def attention(
         begins, ends = documents(document_ids, cu_seqlens=cu_seqlens, batch=k.shape[0], num_keys=k.shape[2])
     lengths = cache_lengths
     if lengths is not None and lengths.dtype != torch.int32:
-        # Before the cast, so that none wraps; the kernels do it too.
+        # Clamp before the cast, so that no value overflows int32. The kernels clamp int32 lengths themselves.
         lengths = lengths.clamp(0, k.shape[2]).to(torch.int32)
     lengths = None if lengths is None else lengths.contiguous()
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else float(softcap)
     precision = "tf32" if allow_tf32 else "ieee"
-    # The choice goes along to the backward pass, which may run when another is in force, and in a thread of its own.
+    # Pass the kernel choice to the backward pass, which may run in another thread and after the choice has changed.
     options = (causal, scale, sides, softcap, precision, get_attention_kernel(), lengths, query_begins, query_ends)
     o, lse = _attention(q, k, v, sinks, begins, ends, *options)
     return (o, lse) if return_lse else o

@@ -1,4 +1,4 @@
-"""What an attention call is asked to compute with its queries, keys and values."""
+"""Options of an attention call: the mask, the score function, the precision and the kernel choice."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,55 +12,55 @@ Precision = Literal["ieee", "tf32"]
 
 @dataclass(frozen=True)
 class Options:
-    """The mask, the score function and the precision of one call."""
+    """The mask, the score function, the precision and the kernel choice of one call."""
 
     causal: bool
     scale: float
     """Factor of q k^T."""
     window: tuple[int, int] | None
-    """How many keys a query sees before its own, and behind it, where not causal; -1 for all."""
+    """Number of keys that a query sees before its own and, if not causal, after its own; -1 for all."""
     softcap: float | None
-    """Scores s become softcap tanh(s / softcap)."""
+    """Maps a score s to softcap tanh(s / softcap)."""
     precision: Precision
-    """Of products of float32: `tf32` rounds the factors to 10 bits."""
+    """Precision of float32 products: `tf32` rounds the factors to 10 mantissa bits."""
     kernel: AttentionKernel = "auto"
-    """Which form of the kernels runs on Hopper."""
+    """Kernels to run on Hopper."""
     begins: Tensor | None = None
-    """(B, S) int32: where the document of each position begins; its positions are neighbours in memory."""
+    """(B, S) int32: begin of the document of each position. The last dimension is contiguous."""
     ends: Tensor | None = None
-    """(B, S) int32: where it ends, laid out as `begins`."""
+    """(B, S) int32: end of the document of each position, with the strides of `begins`."""
 
     lengths: Tensor | None = None
-    """(B) int32: how many keys each sequence has; None: all that there is memory for."""
+    """(B) int32: number of keys of each sequence; None for all S."""
 
     query_begins: Tensor | None = None
-    """(B, S) int32: the first query that sees each key; then begins and ends (B, T) are the keys that each query sees, which
-    is the whole mask."""
+    """(B, S) int32: first query that sees each key. If given, begins and ends are (B, T), the interval of keys that each query
+    sees, and there is no other mask."""
     query_ends: Tensor | None = None
-    """(B, S) int32: the query after the last that sees it."""
+    """(B, S) int32: end (exclusive) of the queries that see each key."""
 
     @property
     def document_stride(self) -> int:
-        """Distance of two sequences in begins and ends."""
+        """Stride of the sequences in begins and ends."""
         return 0 if self.begins is None else self.begins.stride(0)
 
     def mask_tensors(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return begins, ends and lengths; a tensor that no kernel will read in the place of those that are None."""
+        """Return begins, ends and lengths, with `unused` in place of each that is None; the kernels do not read it."""
         begins, ends, lengths = (unused if t is None else t for t in (self.begins, self.ends, self.lengths))
         return begins, ends, lengths
 
     def of_keys(self) -> "Options":
-        """Return the options for a kernel that asks which queries see a key."""
+        """Return the options for the dK/dV kernel, whose begins and ends are the queries that see each key."""
         return self if self.query_begins is None else replace(self, begins=self.query_begins, ends=self.query_ends)
 
     def window_of(self, num_queries: int, num_keys: int) -> tuple[int, int]:
-        """Return the window as kernels take it: no greater than what it can leave out, so that no sum with it overflows."""
+        """Return the window for the kernels, clamped to the number of tokens so that no sum with it overflows."""
         most = max(num_queries, num_keys)
         left, right = self.window or (0, 0)
         return most if left < 0 else min(left, most), most if right < 0 else min(right, most)
 
     def constants(self) -> dict[str, Any]:
-        """Return what the kernels take as constants: each combination is compiled once."""
+        """Return the compile-time constants of the kernels. Each combination compiles once."""
         return {
             "scale": self.scale,
             "softcap": self.softcap,

@@ -1,4 +1,4 @@
-"""Where packed documents begin and end."""
+"""Begins and ends of packed documents."""
 
 from typing import NamedTuple
 
@@ -9,21 +9,21 @@ from ..checks import check_cu_seqlens, check_device, check_dtype, check_int
 
 
 class Documents(NamedTuple):
-    """Where the document of each position begins and where it ends, both (B, S) int32: computed once for many layers."""
+    """Begin and end (exclusive) of the document of each position, both (B, S) int32. Compute once and share between layers."""
 
     begins: Tensor
     ends: Tensor
 
     def check(self) -> None:
-        """Refuse what `documents` does not make."""
+        """Raise ValueError unless begins and ends have the same shape and device and dtype int32."""
         begins, ends = self
         if begins.shape != ends.shape:
-            raise ValueError(f"begins has shape {tuple(begins.shape)}, ends {tuple(ends.shape)}: allowed is one shape")
+            raise ValueError(f"begins has shape {tuple(begins.shape)}, ends {tuple(ends.shape)}: expected the same shape")
         check_dtype((torch.int32,), begins=begins, ends=ends)
         check_device(begins=begins, ends=ends)
 
     def in_rows(self) -> tuple[Tensor, Tensor]:
-        """Return begins and ends as kernels read them: positions are neighbours in memory, both have the same strides."""
+        """Return begins and ends with the same strides and contiguous positions, as the kernels expect. Copies if needed."""
         begins, ends = self
         if begins.stride() == ends.stride() and begins.stride(1) == 1:
             return begins, ends
@@ -37,20 +37,20 @@ def documents(
     batch: int | None = None,
     num_keys: int | None = None,
 ) -> Documents:
-    """Return what `attention` takes as `document_ids`, from ids (B, S), or from cumulative lengths.
+    """Return a `Documents` from ids (B, S) or from cumulative lengths; pass it to `attention` as `document_ids`.
 
-    A run of equal ids is a document. `cu_seqlens` hold for each of `batch` sequences of `num_keys` positions; what stands
-    before the first length or from the last one on is a document too.
+    A run of equal ids is a document. `cu_seqlens` applies to each of `batch` sequences of `num_keys` positions. Positions
+    before the first length, and from the last length on, are documents too.
     """
     if (document_ids is None) == (cu_seqlens is None):
-        raise ValueError("document_ids and cu_seqlens: give one of them, and one only")
+        raise ValueError("expected exactly one of document_ids and cu_seqlens")
     if document_ids is not None:
         if not isinstance(document_ids, Tensor) or document_ids.dim() != 2:
             given = tuple(document_ids.shape) if isinstance(document_ids, Tensor) else type(document_ids).__name__
-            raise ValueError(f"document_ids has shape {given}: allowed is (B, S), one a key")
+            raise ValueError(f"document_ids has shape {given}: expected (B, S), one per key")
         return Documents(*document_bounds(document_ids))
     if cu_seqlens is None or batch is None or num_keys is None:
-        raise ValueError(f"batch is {batch}, num_keys {num_keys}: with cu_seqlens both are needed")
+        raise ValueError(f"batch is {batch}, num_keys is {num_keys}: expected both with cu_seqlens")
     check_int("batch", batch, 0)
     check_int("num_keys", num_keys, 0)
     check_cu_seqlens(cu_seqlens=cu_seqlens)
@@ -58,7 +58,7 @@ def documents(
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the document of each position begins and where it ends: two (B, S) int32, from ids (B, S).
+    """Return the begin and the end of the document of each position, both (B, S) int32, from ids (B, S).
 
     A document is a run of equal ids.
     """
@@ -74,7 +74,7 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cu_seqlens_bounds(cu_seqlens: Tensor, batch: int, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Return what `document_bounds` does, (B, S) with a batch stride of 0, from cumulative lengths (documents + 1).
+    """Return the same as `document_bounds`, with a batch stride of 0, from cumulative lengths (documents + 1).
 
     Positions from the last length on are one more document.
     """
@@ -83,9 +83,9 @@ def cu_seqlens_bounds(cu_seqlens: Tensor, batch: int, num_positions: int) -> tup
 
 
 class Intervals(NamedTuple):
-    """Which keys [begins, ends) each query sees, (B, T), and which queries see each key, (B, S), all int32.
+    """The keys [begins, ends) that each query sees, (B, T), and the queries that see each key, (B, S), all int32.
 
-    From row to row neither end decreases, not even where nothing is between them.
+    Both bounds are non-decreasing along the rows, even where an interval is empty.
     """
 
     begins: Tensor
@@ -102,10 +102,10 @@ def cross_intervals(
     num_keys: int,
     window: tuple[int, int] = (-1, -1),
 ) -> Intervals:
-    """Return the mask of documents of which queries and keys have cumulative lengths of their own, (documents + 1) each.
+    """Return the mask of documents whose queries and keys have separate cumulative lengths, (documents + 1) each.
 
-    The last query of a document stands at its last key. A query sees `window` (left, right) keys before its own and behind
-    it, -1 for all.
+    The last query of a document is aligned to its last key. A query sees `window` = (left, right) keys before and after its
+    own; -1 for all.
     """
     queries, keys = _borders(cu_seqlens, num_queries), _borders(cu_seqlens_k, num_keys)
     left, right = window
@@ -114,14 +114,15 @@ def cross_intervals(
 
 
 def _borders(cu_seqlens: Tensor, size: int) -> Tensor:
-    # What stands before the first length, and what stands from the last one on, are documents too. In int64, because a window's
-    # side is added to a position.
+    # Positions before the first length, and from the last length on, are documents too. int64, so that adding a side of the
+    # window to a position does not overflow.
     cu_seqlens = cu_seqlens.long()
     return torch.cat([cu_seqlens.new_zeros(1), cu_seqlens.clamp(max=size), cu_seqlens.new_full((1,), size)])
 
 
 def _intervals(own: Tensor, others: Tensor, size: int, batch: int, before: int = -1, after: int = -1) -> tuple[Tensor, Tensor]:
-    # Of each of `size` rows the other side's rows of its document, so many before the row's own place and after it at most.
+    # For each of `size` rows: the interval of the other side's rows in the same document, cut to `before` and `after` rows
+    # around the row's aligned position.
     rows = torch.arange(size, dtype=own.dtype, device=own.device)
     document = torch.searchsorted(own[1:-1], rows, right=True)
     begins, ends = others[document], others[document + 1]

@@ -1,4 +1,4 @@
-"""Gradients of attention to some of the keys: what ring attention adds up over the processes that have them."""
+"""Gradients of attention over a subset of the keys. Ring attention sums them over the processes."""
 
 import torch
 from torch import Tensor
@@ -12,19 +12,19 @@ from .op import _attention_backward
 def partial_gradients(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, which is a summand of the whole one, and dk, dv.
+    """Return (dq, dk, dv) for a subset of the keys. The full dq is the sum over all subsets.
 
-    k, v (B, Hkv, S, K) are some of the keys of which o (B, H, T, K) and lse (B, H, T) float32 are the output and the log of the
-    sum of exponentials; do is the gradient of o. The other arguments are those of `attention`.
+    k and v (B, Hkv, S, K) are the subset. o (B, H, T, K) and lse (B, H, T) float32 are the results over all keys, and do is the
+    gradient of o. The other arguments are the same as in `attention`.
     """
     if use_triton(q):
-        # It has the probabilities from lse, and needs no key to be there that o is of.
+        # The kernels recompute the probabilities from lse, so they do not need the other keys.
         options = (causal, scale, None, softcap, "ieee", get_attention_kernel(), None, None, None)
         return _attention_backward(do, None, q, k, v, o, lse, None, None, None, *options)[:3]
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         own, own_lse = reference.attention(q, k, v, causal, scale, softcap=softcap, return_lse=True)
-    # The whole is the sum of w_i o_i with w_i = exp(lse_i - lse), which gives the gradients of o_i and lse_i.
+    # o is the sum of w_i o_i over the subsets, with w_i = exp(lse_i - lse). This gives the gradients of o_i and lse_i.
     weight = torch.exp(own_lse.detach() - lse)[..., None]
     weighted = weight * do
     dlse = (weighted * (own.detach() - o)).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""The record of attention: what a call costs under its mask, and which calls are measured and compiled."""
+"""The record of attention: the cost of a call under its mask, and the shapes that are measured and compiled."""
 
 import math
 import random
@@ -29,21 +29,21 @@ def attention_pairs(
     window: int | None = None,
     document_lengths: Sequence[int] | None = None,
 ) -> int:
-    """Return how many pairs of query and key one head computes, under the mask that `attention` describes.
+    """Return the number of (query, key) pairs of one head under the mask, as in `attention`.
 
-    T (T + 1) / 2 for causal self-attention. `document_lengths` are those of packed documents; they sum up to the keys.
+    Causal self-attention has T (T + 1) / 2 pairs. `document_lengths` are the lengths of packed documents; they sum to num_keys.
     """
     lengths = (num_keys,) if document_lengths is None else document_lengths
     if sum(lengths) != num_keys:
-        raise ValueError(f"the documents hold {sum(lengths)} keys: allowed is {num_keys}, as many as there are")
-    # A query at position p sees the keys of its document from p - back to p + ahead.
+        raise ValueError(f"document_lengths sum to {sum(lengths)}: expected {num_keys}, the number of keys")
+    # A query at position p sees the keys p - back to p + ahead of its document.
     back = num_keys if window is None else window - 1
     ahead = 0 if causal else num_queries if window is None else window - 1
     pairs, begin = 0, 0
     for length in lengths:
         first = num_keys - num_queries if document_lengths is None else max(begin, num_keys - num_queries)
         queries = max(0, begin + length - first)
-        # The keys up to p + ahead, less those before p - back: each a sum over p of a count between 0 and the length.
+        # The keys up to p + ahead, minus the keys before p - back. Each is a sum over p of a count between 0 and the length.
         for reach, sign in ((ahead, 1), (-back - 1, -1)):
             before = first - begin + reach
             pairs += sign * (_sum_of_least(before + queries, length) - _sum_of_least(before, length))
@@ -66,15 +66,15 @@ def _costs(
     value_dim: int | None = None,
     cache_lengths: Sequence[int] | None = None,
 ) -> Costs:
-    """Return the costs under the mask, or for `pairs` of query and key that each head computes.
+    """Return the costs under the mask, or for an explicit number of `pairs` of query and key per head.
 
-    Forward: two products; read q, k and v, write o and lse. Backward: five products, the scores again, dV, dP, dQ and dK (Dao
-    2023, algorithm 2); read q, k, v, o, do and lse, write dq, dk and dv. That two kernels compute two of the five twice is
-    no useful work. A decoding step has no backward pass.
+    Forward: two products; read q, k and v, write o and lse. Backward: five products, the recomputed scores, dV, dP, dQ and dK
+    (Dao 2023, algorithm 2); read q, k, v, o, do and lse, write dq, dk and dv. The two products that the two kernels compute
+    twice count once. A decoding step has no backward pass.
     """
     if pairs is None:
         pairs = attention_pairs(num_queries, num_keys, causal, window, document_lengths)
-    # Of the products, q k^T, dQ and dK have the width of q and k, p v, dV and dP that of v.
+    # q k^T, dQ and dK have the width of q and k; p v, dV and dP have the width of v.
     width = value_dim or head_dim
     product, both = 2 * pairs * num_heads * batch, head_dim + width
     queries = batch * num_heads * num_queries * both * itemsize
@@ -101,14 +101,14 @@ def _arguments(
     expanded: bool = False,
     **options: Any,
 ) -> Arguments:
-    """Return q, k, v as projections leave them; no TMA descriptor describes `expanded` keys, which all sequences share."""
+    """Return q, k, v in the layout of a projection's output. `expanded` keys are shared by all sequences and unfit for TMA."""
     q = draw(device, dtype, batch, num_queries, num_heads, head_dim, heads_first=True)
     keys = (1 if expanded else batch, num_keys, num_kv_heads)
     k, v = (draw(device, dtype, *keys, width, heads_first=True) for width in (head_dim, value_dim or head_dim))
     if expanded:
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
     if num_queries < num_keys:
-        # A decoding step is not trained.
+        # A decoding step needs no gradients.
         q, k, v = (t.detach() for t in (q, k, v))
     for name, lengths in (("cu_seqlens", document_lengths), ("cu_seqlens_k", key_lengths)):
         if lengths is not None:
@@ -121,7 +121,7 @@ def _arguments(
 
 
 def draw_lengths(num_tokens: int, median: float = 700.0, sigma: float = 1.2, seed: int = 0) -> tuple[int, ...]:
-    """Return lengths that sum up to `num_tokens`, drawn from a lognormal distribution, as those of web pages are."""
+    """Return document lengths that sum to `num_tokens`, drawn from a lognormal distribution like that of web pages."""
     generator = random.Random(seed)
     lengths: list[int] = []
     while sum(lengths) < num_tokens:
@@ -130,7 +130,7 @@ def draw_lengths(num_tokens: int, median: float = 700.0, sigma: float = 1.2, see
 
 
 def _causal(head_dim: int, num_tokens: int, groups: int = 1, **others: Any) -> dict[str, Any]:
-    # B T is 16,384 and H K is 2,048.
+    # B T is at least 16,384 and H K is 2,048.
     heads = 2048 // head_dim
     sizes = {"batch": max(1, 16_384 // num_tokens), "num_heads": heads, "num_kv_heads": heads // groups}
     return {**sizes, "num_queries": num_tokens, "num_keys": num_tokens, "head_dim": head_dim, **others}
@@ -148,7 +148,7 @@ _PACKED = {"batch": 2, "num_queries": 30, "window": 8, "document_lengths": (12, 
 
 
 def _measured() -> Iterator[dict[str, Any]]:
-    # The first is the shape that CS336's leaderboard ranks.
+    # The shape of the CS336 leaderboard comes first.
     yield {"batch": 1, "num_heads": 16, "num_kv_heads": 16, "num_queries": 16_384, "num_keys": 16_384, "head_dim": 64}
     yield from (_causal(128, tokens) for tokens in (16_384, 8192, 4096, 2048, 1024, 512))
     yield _causal(128, 16_384, window=1024)
@@ -172,7 +172,7 @@ def _compiled() -> Iterator[dict[str, Any]]:
     for head_dims, kind in kinds:
         for head_dim in head_dims:
             yield _causal(head_dim, 2048) | kind
-            # One query of a few heads is the common step; more of them fill the widest program.
+            # One query a head is the common step; 8 queries fill the widest program.
             yield _decoding(8, 8192, head_dim) | kind
             yield _decoding(8, 8192, head_dim, num_queries=8) | kind
     every_option: dict[str, Any] = {"causal": False, "window": 512, "document_lengths": (1000, 1048), "sinks": True}
@@ -190,7 +190,7 @@ def _compiled() -> Iterator[dict[str, Any]]:
 
 
 def _series(sizes: Sizes) -> str | None:
-    """Causal self-attention of as many key-value heads, and nothing more to it, compares along the length."""
+    """Plain causal self-attention without grouped heads forms one series per head dim, over the sequence length."""
     special = sizes.keys() & {"window", "document_lengths"} or sizes["num_heads"] != sizes["num_kv_heads"]
     return None if special or sizes["num_queries"] != sizes["num_keys"] else f"attention K{sizes['head_dim']}"
 

@@ -1,8 +1,9 @@
-"""How tiles reach a program: which one is whose, and how a tile is loaded, through pointers or a TMA descriptor."""
+"""Assign tiles to programs, and load and store them through pointers or TMA descriptors."""
 
 from ..dispatch import jit, tl
 
-# Arguments whose divisibility helps no load: without this, each new length of a growing cache could mean a new compilation.
+# Arguments that Triton must not specialize: their divisibility helps no load, and a growing cache would recompile at new
+# lengths.
 SIZES = (
     "num_rows", "num_heads", "num_kv_heads", "num_queries", "num_keys", "window_left", "window_right", "rows_at_once",
     "num_splits", "num_parts", "document_stride",
@@ -13,8 +14,8 @@ SIZES = (
 def program_of(program, num_tiles, num_rows, rows_at_once, LAST_FIRST: tl.constexpr):
     """Return (tile, row) of a program, where `num_rows` rows (batch and head) have `num_tiles` tiles each.
 
-    Programs that run at the same time share the keys and values of `rows_at_once` rows, which fit in the L2 cache together.
-    Under a causal mask tiles differ in work: the longest begin first, so that the last to end are short.
+    Concurrent programs share the keys and values of `rows_at_once` rows, which fit in the L2 cache together. Under a causal
+    mask the tiles differ in work; LAST_FIRST starts the longest first, which shortens the tail.
     """
     group = program // (rows_at_once * num_tiles)
     first_row = group * rows_at_once
@@ -28,11 +29,11 @@ def program_of(program, num_tiles, num_rows, rows_at_once, LAST_FIRST: tl.conste
 
 @jit
 def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
-    """Return the head that the i-th tile belongs to, and the tile's place there, where heads have `num_tiles` tiles each."""
+    """Return the head of the i-th tile and the tile's index within it, where each head has `num_tiles` tiles."""
     head = first_head
     place = i
     if GROUPED:
-        # The pipeline may compute the first of these even where there is none.
+        # The pipeline may evaluate this even if there are no tiles, so avoid a division by 0.
         head += i // tl.maximum(num_tiles, 1)
         place = i % tl.maximum(num_tiles, 1)
     return head, place
@@ -40,13 +41,13 @@ def head_and_place(i, num_tiles, first_head, GROUPED: tl.constexpr):
 
 @jit
 def stride_unit(source):
-    """Return in how many elements the strides of a tensor that is loaded are given: see `load_strides`."""
+    """Return the number of elements per unit of the strides from `load_strides`."""
     return 8 if source.dtype.element_ty.primitive_bitwidth == 16 else 1
 
 
 @jit
 def load_base(source, batch, head, batch_stride, head_stride, TMA: tl.constexpr):
-    """Return where a head of one sequence begins; a descriptor has no pointer and stays what it is."""
+    """Return a pointer to one head of one sequence; return a TMA descriptor unchanged."""
     if not TMA:
         offset = tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
         source = source + offset * stride_unit(source)
@@ -58,15 +59,15 @@ def load_tile(
     base, batch, head, start, end, token_stride,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load (ROWS, WIDTH) of a head from token `start` on; 0 beyond the head dim and, if MASKED, from token `end` on."""
+    """Load (ROWS, WIDTH) of a head from token `start` on, with 0 beyond the head dim and, if MASKED, from token `end` on."""
     if TMA:
-        # The hardware fills what lies outside with 0.
+        # The hardware fills out-of-bounds elements with 0.
         tile = base.load([batch, head, start, 0]).reshape(ROWS, WIDTH)
     else:
         rows = tl.arange(0, ROWS)[:, None]
         columns = tl.arange(0, WIDTH)[None, :]
         stride = token_stride * stride_unit(base)
-        # 64 bits once a tile; within it 32 bits do, and keep the registers.
+        # One 64-bit base per tile; 32-bit offsets within the tile save registers.
         address = base + tl.cast(start, tl.int64) * stride + rows * stride + columns
         if HEAD_DIM < WIDTH:
             mask = columns < HEAD_DIM
@@ -82,7 +83,7 @@ def load_tile(
 
 @jit
 def store_base(target, batch, head, batch_stride, head_stride):
-    """Return where a head of one sequence begins in a tensor to be written, whose strides are in elements."""
+    """Return a pointer to one head of one sequence of an output tensor, whose strides are in elements."""
     return target + tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
 
 

@@ -1,17 +1,17 @@
-"""Runs warp-specialised Gluon kernels in NumPy, from their own source, with the order of everything that is free chosen here.
+"""Run warp-specialized Gluon kernels in NumPy, from their own source, under a controlled order of asynchronous events.
 
-A partition of warps is one thread, and one thread runs at a time: at each barrier, copy and product it gives way, and a seeded
-choice says who goes on. What is asynchronous on the hardware is an event of its own. A TMA copy makes its target NaN at once
-and fills it later; a product reads its operands in shared memory at some time between its issue and its wait. Of the orders
-`early` lets events happen at once, `late` when nobody else can go on, `random` at any time. A buffer that is freed, read or
-overwritten too early gives wrong numbers in one of them, and a wrong phase a `Deadlock`. A few programs run at a time. They
-begin in order, and one gives way to another where it changes global memory, or waits for another to.
+Each warp partition is a thread, and one thread runs at a time. A thread yields at each barrier, copy and product; a seeded
+choice selects the next thread. Asynchronous operations of the hardware are separate events: a TMA copy fills its target with
+NaN at once and with data later; a product reads its operands in shared memory at any time between its issue and its wait. There
+are three orders: `early` runs events at once, `late` runs them when no thread can continue, `random` runs them at any time. A
+buffer that is freed, read or overwritten too early gives wrong numbers in at least one order; a wrong phase raises `Deadlock`.
+A few programs run concurrently. They start in order, and yield to each other before they write or poll global memory.
 
-What it proves: barriers and their phases, buffers, the order of products, what is masked, every sum, and that nobody waits for
-a program that begins later. bfloat16 is rounded to nearest even, sums of products are float32, and a generic write to shared
-memory that a product or a TMA copy reads without `fence_async_shared` in between is an error. What it does not prove, and tests
-on a GPU must: layouts (the compiler checks that they fit), the encoding of descriptors and their swizzling, memory ordering
-within a partition, between its warps and between programs, that a GPU begins programs in order, registers.
+The emulator verifies barriers and their phases, buffers, the order of products, masks, all sums, and that no program waits for
+one that starts later. It rounds bfloat16 to nearest even and accumulates in float32. A generic write to shared memory without
+`fence_async_shared` before a product or a TMA copy reads it is an error. Only tests on a GPU can verify layouts (the compiler
+checks that they fit), the encoding and the swizzling of descriptors, memory ordering within a partition, between its warps and
+between programs, the start order of programs on a GPU, and register usage.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,10 +25,10 @@ from tilewright.kernels import launch as launching
 from .grid import Grid
 from .language import Descriptor
 from .program import ORDERS, Deadlock
-from .translate import Mutation, translate
+from .translate import Mutation, StaleMutation, translate
 from .values import DType, Pointer
 
-__all__ = ["ORDERS", "DType", "Deadlock", "Mutation", "emulate", "emulating"]
+__all__ = ["ORDERS", "DType", "Deadlock", "Mutation", "StaleMutation", "emulate", "emulating"]
 
 
 def _memory(x: torch.Tensor) -> Pointer:
@@ -44,9 +44,9 @@ def emulate(
     replaced: Mapping[str, Any] = {},
     at_once: int = 3,
 ) -> None:
-    """Run all programs of a launch on tensors of the CPU, in its place, so many at once.
+    """Run all programs of a launch on CPU tensors, in place, `at_once` programs at a time.
 
-    Functions with the names in `replaced` are those.
+    `replaced` maps names of device functions to Python functions that replace them.
     """
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | dict(launch.constants)
@@ -58,6 +58,8 @@ def emulate(
         elif hasattr(x, "block_shape"):
             x = Descriptor(x.base.detach(), x.block_shape)
         arguments.append(x)
+    if mutation is not None and mutation.kernel != launch.kernel.__name__:
+        mutation = None
     run = translate(launch.kernel, {}, mutation, replaced)
     Grid(order, seed, launch.num_programs, at_once).run(lambda: run(*arguments))
 
@@ -83,7 +85,7 @@ def emulating(
     replaced: Mapping[str, Any] = {},
     at_once: int = 3,
 ) -> Iterator[list[launching.Launch]]:
-    """Run what is launched on tensors of the CPU as on a Hopper GPU: Gluon kernels here, Triton's interpreted."""
+    """Run launches on CPU tensors as on a Hopper GPU: Gluon kernels in the emulator, Triton kernels in the interpreter."""
     launches = _Emulated(order, seed, mutation, replaced, at_once)
     launching._recorded, launching._capability = launches, (9, 0)
     try:

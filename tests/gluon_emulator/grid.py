@@ -1,4 +1,4 @@
-"""The programs of a launch: so many at a time, begun in order, taking turns where they change memory or wait for a change."""
+"""The programs of a launch: a few at a time, started in order, which yield before they write or poll global memory."""
 
 import random
 import threading
@@ -11,10 +11,10 @@ MOST_POLLS = 10_000
 
 
 class Grid:
-    """Programs that run at the same time, one step at a time: in the order `early` the first goes on, in `late` the last."""
+    """Concurrent programs, of which one runs at a time. The order `early` prefers the first, `late` the last."""
 
     current: ClassVar["Grid"]
-    """The one that runs."""
+    """The running grid."""
 
     def __init__(self, order: str, seed: int, num_programs: int, at_once: int) -> None:
         self.order, self.seed, self.random = order, seed, random.Random(seed)
@@ -62,7 +62,7 @@ class Grid:
 
     def _choose(self) -> None:
         programs = list(self.turns)
-        # Now and then any, so that nobody waits for ever.
+        # Sometimes choose any program, so that none starves.
         fair = self.order == "random" or self.random.random() < 0.1
         self.turns[self.random.choice(programs) if fair else programs[0 if self.order == "early" else -1]].release()
 
@@ -74,15 +74,15 @@ class Grid:
                 turn.release()
 
     def before_write(self) -> None:
-        """Let other programs go on before the one that runs changes global memory."""
+        """Yield to other programs before a write to global memory."""
         self.polls = 0
         self._give_way()
 
     def poll(self) -> None:
-        """Let other programs go on before the one that runs looks again whether one of them has changed global memory."""
+        """Yield to other programs before a read of a counter in global memory that they may change."""
         self.polls += 1
         if self.polls > MOST_POLLS:
-            raise Deadlock("programs wait for one another, or for one that begins later")
+            raise Deadlock("programs wait for one another, or for one that starts later")
         self._give_way()
 
     def _give_way(self) -> None:

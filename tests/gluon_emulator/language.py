@@ -1,10 +1,10 @@
-"""What Gluon and Triton call inside a kernel, on NumPy arrays.
+"""The builtins of Gluon and Triton, on NumPy arrays.
 
-One more builtin of `gl` or `tl` is an entry of `_language`, one that kernels import by its own name an entry of `BUILTINS`. It
-takes `raw` of its arguments and returns a `Value`. What happens later on the hardware is a function in the program's `copies`
-or `products`. After what others can see it calls `give_way`, with a condition and a reason where it waits; where the hardware
-reads shared memory, `check_fences`; before it changes global memory, `Grid.before_write`. A test in `test_gluon_emulator.py`
-leaves out the wait that it needs.
+To add a builtin of `gl` or `tl`, add an entry to `_language`; for one that kernels import by name, add it to `BUILTINS`. A
+builtin unwraps its arguments with `raw` and returns a `Value`. Put an asynchronous operation as a function into the program's
+`copies` or `products`. Call `give_way` after every visible effect, with a condition and a reason if the builtin waits. Call
+`check_fences` where the hardware reads shared memory, and `Grid.before_write` before a write to global memory. Add a test to
+`test_gluon_emulator.py` that leaves out the necessary wait.
 """
 
 import types
@@ -20,7 +20,7 @@ from .values import DTYPES, OF_TORCH, DType, Pointer, Value, function, load, raw
 
 
 def _warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
-    # Operands in registers are values; those in shared memory are read when the product runs.
+    # Operands in registers are copied now; operands in shared memory are read when the product runs.
     held = None if isinstance(a, Shared) else a.data.copy()
     before = acc if use_acc else None
 
@@ -87,7 +87,7 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(shape=list(block_shape), nbytes=nbytes)
 
     def inside(self, place: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Return which part of the tensor a tile at `place` covers, and which part of the tile that is."""
+        """Return the slices of the tensor that a tile at `place` covers, and the matching slices of the tile."""
         begins = [int(x) for x in place]
         assert all(begin >= 0 for begin in begins), f"a tile at {begins}"
         sizes = [max(0, min(b, n - x)) for x, b, n in zip(begins, self.block_type.shape, self.tensor.shape, strict=True)]
@@ -106,7 +106,7 @@ class _Tma:
             barrier.bytes -= descriptor.block_type.nbytes
             barrier.end_of_phase()
 
-        # What was there is gone at once: a reader that still needs it shall see that.
+        # Overwrite the buffer at once, so that a reader that still needs the old data fails.
         result.data[...] = np.nan
         if Program.current.order == "early":
             arrive()
@@ -168,7 +168,7 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
 
 
 def _inline_asm(asm: str, constraints: str, arguments: Sequence[Any], dtype: DType, is_pure: bool, pack: int) -> Any:
-    """Read a counter in global memory, which another program may advance."""
+    """Read a counter in global memory that another program may increment."""
     assert asm == "ld.acquire.gpu.global.b32 $0, [$1];", asm
     Grid.current.poll()
     Program.current.give_way(polling=True)
@@ -181,7 +181,7 @@ class _Language(types.SimpleNamespace):
 
 
 def _language() -> Any:
-    """Return what `gl` and `tl` become."""
+    """Return the replacement for the modules `gl` and `tl`."""
     unary = {name: function(getattr(np, name)) for name in ("exp2", "log2", "sqrt", "abs")}
     layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout")
     return _Language(

@@ -1,4 +1,4 @@
-"""One program: partitions of warps that take turns, shared memory, barriers, and what is under way."""
+"""One program: warp partitions that run in turn, shared memory, barriers, and pending asynchronous operations."""
 
 import random
 import threading
@@ -13,15 +13,15 @@ ORDERS = ("early", "late", "random")
 
 
 class Deadlock(Exception):
-    """Nobody can go on."""
+    """No partition or program can continue."""
 
 
 class Aborted(BaseException):
-    """Another partition, or another program, has failed."""
+    """Another partition or program has failed."""
 
 
 class Shared:
-    """A buffer in shared memory, or a part or another view of one."""
+    """A buffer in shared memory, or a view of one."""
 
     def __init__(self, data: np.ndarray, dtype: DType, unfenced: set[Any] | None = None) -> None:
         self.data, self.dtype = data, dtype
@@ -50,17 +50,17 @@ class Shared:
         return Value(self.data.copy())
 
     def read_by_hardware(self) -> np.ndarray:
-        """Return what a product sees."""
+        """Return the data for a product, after checking fences."""
         self.check_fences()
         return self.data
 
     def check_fences(self) -> None:
-        """Refuse to be read through the asynchronous proxy before a fence has followed every generic write."""
+        """Fail unless a fence follows every generic write; call before a read through the asynchronous proxy."""
         assert not self.unfenced, "a generic write is read through the asynchronous proxy without fence_async_shared"
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived and all expected bytes are there."""
+    """An mbarrier: a phase ends after all arrivals and all expected bytes."""
 
     def __init__(self) -> None:
         self.count = self.left = self.phase = self.bytes = 0
@@ -75,7 +75,7 @@ class Barrier:
 
 
 class Product:
-    """A product under way, which reads its operands in shared memory when it runs."""
+    """A pending product, which reads its operands in shared memory when it runs."""
 
     def __init__(self, compute: Callable[[], Value]) -> None:
         self.compute, self.value = compute, None
@@ -86,10 +86,10 @@ class Product:
 
 
 class Program:
-    """What one program's partitions share: who runs, what is under way."""
+    """The shared state of a program's partitions: the schedule and the pending operations."""
 
     current: ClassVar["Program"]
-    """The one that runs."""
+    """The running program."""
 
     def __init__(self, order: str, seed: int, place: int, num_programs: int) -> None:
         self.order, self.random = order, random.Random(seed)
@@ -97,7 +97,7 @@ class Program:
         self.buffers: list[Shared] = []
         self.copies: list[Callable[[], None]] = []
         self.stores: dict[Any, list[Callable[[], None]]] = {}
-        """Those of the copies that leave shared memory, by partition."""
+        """Copies from shared to global memory, by partition."""
         self.products: dict[Any, list[Product]] = {}
         self.ready: dict[Any, Callable[[], bool]] = {}
         self.waits_for: dict[Any, str] = {}
@@ -118,11 +118,11 @@ class Program:
         event()
 
     def _next(self) -> Any:
-        """Let events happen until a partition is chosen to go on; None where no partition is left."""
+        """Run events until a partition can continue and is chosen; return None if no partition is left."""
         while self.ready:
             able = [partition for partition, ready in self.ready.items() if ready()]
             events = self._events()
-            # Who looks at memory again and again holds up nothing.
+            # A polling partition does not delay events.
             if events and (self.polling.issuperset(able) or (self.order == "random" and self.random.random() < 0.5)):
                 self._happen(self.random.choice(events))
             elif able:
@@ -132,10 +132,10 @@ class Program:
         return None
 
     def give_way(self, ready: Callable[[], bool] = lambda: True, reason: str = "its turn", polling: bool = False) -> None:
-        """Let others go on, and return once this partition may, where `ready` holds."""
+        """Yield to the other partitions; return when this one is chosen and `ready` holds."""
         me = self.me()
         if me not in self.turns:
-            # Outside of partitions there is nobody else.
+            # Outside warp_specialize there is only one thread.
             while not ready():
                 self._happen(self._events()[0])
             return
@@ -160,7 +160,7 @@ class Program:
             self.turns[chosen].release()
 
     def run(self, partitions: Sequence[tuple[Callable[..., None], Sequence[Any]]]) -> None:
-        """Run partitions to their ends."""
+        """Run the partitions until all of them end."""
 
         def body(function: Callable[..., None], arguments: Sequence[Any]) -> None:
             self.turns[self.me()].acquire()

@@ -1,4 +1,4 @@
-"""Kernels as Python functions, from their own source."""
+"""Translate kernels to Python functions."""
 
 import builtins
 import inspect
@@ -22,11 +22,16 @@ def _range(*arguments: Any) -> range:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault to put into a kernel's function: `old` becomes `new` in its source."""
+    """A fault to inject into a kernel's function: replaces `old` with `new` in its source."""
 
+    kernel: str
     function: str
     old: str
     new: str
+
+
+class StaleMutation(Exception):
+    """The source does not have the text that a mutation replaces, or has it more than once."""
 
 
 def _code(source: Any, mutation: Mutation | None) -> types.CodeType:
@@ -34,16 +39,17 @@ def _code(source: Any, mutation: Mutation | None) -> types.CodeType:
         return source.__code__
     text = textwrap.dedent(inspect.getsource(source))
     text = text[text.index("def ") :]
-    assert text.count(mutation.old) == 1, f"{mutation.old!r} stands {text.count(mutation.old)} times in {mutation.function}"
-    # Annotations of arguments would be evaluated, in a scope that does not have their names.
+    if text.count(mutation.old) != 1:
+        raise StaleMutation(f"{mutation.old!r} occurs {text.count(mutation.old)} times in {mutation.function}: expected once")
+    # The scope has no names for annotations, so they must not be evaluated.
     module = compile("from __future__ import annotations\n" + text.replace(mutation.old, mutation.new), source.__name__, "exec")
     return next(c for c in module.co_consts if isinstance(c, types.CodeType) and c.co_name == source.__name__)
 
 
 def translate(kernel: Any, known: dict[int, Any], mutation: Mutation | None, replaced: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a kernel as a Python function: what it calls is translated too, and the languages are those of this module.
+    """Return a kernel as a Python function that uses the emulated builtins; translates the functions that it calls.
 
-    `known` are the translations so far, by the identity of what they translate.
+    `known` caches the translations by the id of the kernel.
     """
     if kernel.fn.__name__ in replaced:
         return replaced[kernel.fn.__name__]

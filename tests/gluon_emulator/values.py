@@ -1,4 +1,4 @@
-"""Tensors in registers, the types of their elements, and pointers to memory."""
+"""Tensors in registers, element types, and pointers to global memory."""
 
 import types
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import torch
 
 
 class DType:
-    """An element type: how many bits, and how a float32 is rounded to it."""
+    """An element type: its number of bits and its rounding."""
 
     def __init__(self, name: str, bits: int, numpy: Any = None) -> None:
         self.name, self.primitive_bitwidth, self.numpy = name, bits, numpy
         self.element_ty = self
 
     def round(self, data: Any) -> Any:
-        """Return `data` as elements of this type; those of half precision stay in float32."""
+        """Return `data` rounded to this type; half-precision values are stored as float32."""
         if self.name == "bfloat16":
             return torch.from_numpy(np.array(data, np.float32)).bfloat16().float().numpy()
         if self.name == "float16":
@@ -77,7 +77,7 @@ def raw(x: Any) -> Any:
 def _operator(name: str) -> Callable[[Value, Any], Value]:
     def method(self: Value, other: Any) -> Value:
         if "div" in name or "mod" in name:
-            # NumPy rounds down, Triton towards zero.
+            # NumPy rounds down, Triton toward zero.
             whole = [x for x in map(np.asarray, (self.data, raw(other))) if x.dtype.kind == "i"]
             assert len(whole) < 2 or all((x >= 0).all() for x in whole), f"{name} of negative integers"
         with np.errstate(all="ignore"):
@@ -93,7 +93,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "r
 
 
 class Pointer:
-    """A place in a tensor's memory, or a tensor of such places."""
+    """A pointer into a tensor's memory, or a tensor of pointers."""
 
     def __init__(self, memory: torch.Tensor, offset: Any = 0) -> None:
         self.memory, self.offset = memory, offset
@@ -107,10 +107,10 @@ class Pointer:
 
 
 def _places(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    # Which elements of the memory lanes take, and which lanes do. PyTorch refuses those behind its end by itself.
+    # Return the element offset of each lane, and which lanes are active. PyTorch's indexing checks the upper bound.
     offset = torch.as_tensor(np.asarray(pointer.offset), dtype=torch.int64)
     seen = torch.from_numpy(np.broadcast_to(True if mask is None else raw(mask), offset.shape).copy())
-    assert (offset[seen] >= 0).all(), "a place before the beginning of the memory"
+    assert (offset[seen] >= 0).all(), "a pointer precedes the memory of its tensor"
     return offset, seen
 
 

@@ -14,7 +14,7 @@ from tilewright.kernels.stochastic_rounding import random_bits_reference, round_
 OPTIONS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def drawn(device, shapes=((3, 700), (5,), (1, 1, 1029)), firsts=(0, 3, 6)):
+def random_inputs(device, shapes=((3, 700), (5,), (1, 1, 1029)), firsts=(0, 3, 6)):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes]
     of = RoundedWeights(weights, firsts, range(len(weights)), seed=2**62 + 3)
@@ -24,7 +24,7 @@ def drawn(device, shapes=((3, 700), (5,), (1, 1, 1029)), firsts=(0, 3, 6)):
     return of, gradient, *moments
 
 
-def stepped(of, gradient, mean, square, skip=False, step=7.0):
+def run_step(of, gradient, mean, square, skip=False, step=7.0):
     device = gradient.device
     scalars = torch.tensor(1e-3, device=device), torch.tensor(step, device=device), torch.tensor(skip, device=device)
     adamw_rounded_(of, of.table(), gradient, mean, square, *scalars, **OPTIONS)
@@ -33,34 +33,34 @@ def stepped(of, gradient, mean, square, skip=False, step=7.0):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 @pytest.mark.parametrize("skip", [False, True])
-def test_the_kernel_is_the_reference(device, skip):
+def test_kernel_equals_reference(device, skip):
     with use_backend("triton"):
-        found = stepped(*drawn(device), skip=skip)
+        found = run_step(*random_inputs(device), skip=skip)
     with use_backend("reference"):
-        expected = stepped(*drawn(device), skip=skip)
-    # A GPU fuses products with sums, so that a value may come to lie on the other side of its random bits.
+        expected = run_step(*random_inputs(device), skip=skip)
+    # A GPU contracts multiply-adds, so that a value may round to the other side.
     exact = device.type == "cpu"
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 2**-7, "atol": 1e-6}
     torch.testing.assert_close(found, expected, **tolerance)
-    of, _, mean, square = drawn(device)
+    of, _, mean, square = random_inputs(device)
     unchanged = all(map(torch.equal, found, [*of.weights, mean, square]))
     assert unchanged == skip
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_nan_of_any_bits_stays_one(device, backend):
-    of, gradient, mean, square = drawn(device)
-    # That of NVIDIA's GPUs, and one that is infinity but for its last bit.
+def test_any_nan_gives_nan(device, backend):
+    of, gradient, mean, square = random_inputs(device)
+    # The NaN of NVIDIA's GPUs, and the NaN that differs from infinity in one bit.
     mean[:2800:2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     mean[1:2800:2] = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)
     with use_backend(backend):
-        *weights, _, _ = stepped(of, gradient, mean, square)
+        *weights, _, _ = run_step(of, gradient, mean, square)
     assert weights[0].isnan().all()
 
 
-def test_it_is_adamw_as_far_as_bfloat16_goes():
-    of, gradient, *_ = drawn(torch.device("cpu"))
+def test_equals_adamw_to_bfloat16_rounding():
+    of, gradient, *_ = random_inputs(torch.device("cpu"))
     mean, square = torch.zeros_like(gradient.float()), torch.zeros_like(gradient.float())
     sizes = [weight.numel() for weight in of.weights]
     expected = [torch.nn.Parameter(weight.float()) for weight in of.weights]
@@ -68,23 +68,23 @@ def test_it_is_adamw_as_far_as_bfloat16_goes():
     for parameter, part in zip(expected, gradient.float().split(sizes), strict=True):
         parameter.grad = part.view(parameter.shape)
     theirs.step()
-    stepped(of, gradient, mean, square, step=1.0)
+    run_step(of, gradient, mean, square, step=1.0)
     for weight, parameter in zip(of.weights, expected, strict=True):
-        # Between the two neighbours of the exact value.
+        # The rounded value is one of the two neighbors of the exact value.
         torch.testing.assert_close(weight.float(), parameter.detach(), rtol=2**-7, atol=1e-6)
     assert torch.equal(mean, torch.cat([theirs.state[p]["exp_avg"].flatten() for p in expected]))
 
 
-def test_shards_are_rounded_as_the_whole_is():
-    whole, gradient, mean, square = drawn(torch.device("cpu"), shapes=((7, 9),), firsts=(0,))
+def test_shards_round_like_the_full_parameter():
+    whole, gradient, mean, square = random_inputs(torch.device("cpu"), shapes=((7, 9),), firsts=(0,))
     rows = [whole.weights[0][:3].clone(), whole.weights[0][3:].clone()]
     parts = [tensor.split([27, 36]) for tensor in (gradient, mean, square)]
     for row, first, *columns in zip(rows, (0, 27), *parts, strict=True):
-        stepped(RoundedWeights([row], [first], [0], whole.seed), columns[0], columns[1].clone(), columns[2].clone())
-    assert torch.equal(torch.cat(rows), stepped(whole, gradient, mean, square)[0])
+        run_step(RoundedWeights([row], [first], [0], whole.seed), columns[0], columns[1].clone(), columns[2].clone())
+    assert torch.equal(torch.cat(rows), run_step(whole, gradient, mean, square)[0])
 
 
-def test_the_mean_of_what_is_rounded_is_the_value():
+def test_mean_of_rounded_values_is_the_value():
     values = torch.tensor([1.0 + 2**-9, -1.0 - 2**-10, 3.3e-5, -0.7, 1.0, float("inf")])
     count = 1 << 14
     random = random_bits_reference(5, 1, torch.tensor(3), 0, count * len(values)).view(count, -1)
@@ -93,13 +93,13 @@ def test_the_mean_of_what_is_rounded_is_the_value():
     nan = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
     assert round_stochastically_reference(nan, torch.tensor([0xFFFF, 0])).isnan().all()
     assert (rounded[:, 4] == 1).all()
-    # Up or down by a gap at most 2^-7 of the value: a deviation of at most half of it a draw.
+    # Neighbors differ by at most 2^-7 of the value, so the standard deviation of a draw is at most half of that.
     error = (rounded.double().mean(0)[:-1] - values.double()[:-1]).abs() / values.double()[:-1].abs()
     assert (error < 4 * 2**-8 / count**0.5).all()
     assert all(len(rounded[:, i].unique()) == 2 for i in range(4))
 
 
-def test_random_bits_are_philoxs_and_differ_by_seed_stream_step_and_place():
+def test_random_bits_are_philox_and_depend_on_seed_stream_step_and_index():
     def bits(seed=0, stream=0, step=0, first=0):
         return random_bits_reference(seed, stream, torch.tensor(step), first, 8)
 
@@ -110,8 +110,8 @@ def test_random_bits_are_philoxs_and_differ_by_seed_stream_step_and_place():
     assert torch.equal(bits(first=3)[:5], bits()[3:])
 
 
-def test_weights_of_another_dtype_are_refused():
-    with pytest.raises(ValueError, match=r"a weight is of torch.float32, strides \(1,\): it must be contiguous bfloat16"):
+def test_other_dtypes_raise():
+    with pytest.raises(ValueError, match=r"weight has dtype torch.float32, strides \(1,\): expected contiguous bfloat16"):
         RoundedWeights([torch.zeros(2)], [0], [0], 0)
 
 
@@ -126,18 +126,17 @@ with torch.device("meta"), recording((9, 0)) as launches:
     flat = torch.empty(4096)
     adamw_rounded_(of, table, flat.bfloat16(), flat, flat, scalar, scalar, scalar.bool(), betas=(0.9, 0.95), eps=1e-8,
                    weight_decay=0.1)
-report = inspect(kernel_case(launches[0], "adamw"), sys.argv[1])
-print(json.dumps([report.spilled_bytes, report.registers]))
+reports = [inspect(kernel_case(launches[0], "adamw"), architecture) for architecture in ("sm_80", "sm_90", "sm_100")]
+print(json.dumps([[report.spilled_bytes, report.registers] for report in reports]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_it_compiles_without_a_spill(architecture):
+def test_compiles_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    shown = subprocess.run([sys.executable, "-c", SCRIPT, architecture], capture_output=True, text=True, env=environment)
-    assert shown.returncode == 0, shown.stderr[-2000:]
-    spilled, registers = json.loads(shown.stdout)
-    assert spilled == 0
-    assert registers <= 128
+    process = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    for spilled, registers in json.loads(process.stdout):
+        assert spilled == 0
+        assert registers <= 128

@@ -19,14 +19,13 @@ PLAIN = Options(causal=True, scale=1.0, window=None, softcap=None, precision="ie
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 80, 128])
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("head_dim", "splits"), [(16, 1), (80, 2), (128, 5), (80, 1), (16, 5)])
 def test_decoding_equals_the_reference(dtype, head_dim, splits):
     with tiles(16, 32, splits=splits):
         check(draw_case((4, 2), (1, 150), head_dim, dtype=dtype))
 
 
-@some(max_examples=20)
+@some(max_examples=14)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
     batch=st.integers(1, 2),
@@ -57,7 +56,7 @@ def test_decoding_equals_the_full_pass(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_the_last_queries_of_a_full_pass():
+def test_decoding_equals_the_last_queries_of_a_full_pass():
     case = draw_case((4, 2), (60, 60), 32, batch=2)
     with use_backend("triton"), tiles(16, 16, splits=3):
         whole = attention(case.q, case.k, case.v, window=40)
@@ -74,8 +73,8 @@ def test_caches_of_any_memory(memory):
         check(draw_case((4, 2), (2, 45), 20, batch=2, memory=memory, sinks=True))
 
 
-def test_a_cache_with_room_for_more():
-    # As generation holds it: keys up to now are a slice of a longer buffer.
+def test_a_cache_with_free_space():
+    # As in generation: the keys are a slice of a longer buffer.
     cache = torch.full((2, 2, 2, 80, 16), torch.nan, device=DEVICE)
     cache[..., :50, :] = torch.randn(2, 2, 2, 50, 16, device=DEVICE)
     k, v = cache[..., :50, :]
@@ -86,7 +85,7 @@ def test_a_cache_with_room_for_more():
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-def test_more_splits_than_are_combined_at_a_time(sinks):
+def test_more_splits_than_one_iteration_combines(sinks):
     with tiles(16, 16, splits=2 * decode.BLOCK_SPLITS + 3):
         check(draw_case((2, 1), (2, 500), 16, sinks=sinks, window=450))
 

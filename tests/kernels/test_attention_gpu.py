@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes in bfloat16, memory, CUDA graphs, compilation by Inductor, offsets beyond 32 bits."""
+"""Attention on a GPU: real sizes in bfloat16, peak memory, CUDA graphs, compilation by Inductor, 64-bit offsets."""
 
 from unittest import mock
 
@@ -18,14 +18,14 @@ GLUON, FUSED = (
     pytest.param(form, marks=pytest.mark.skipif(not IS_HOPPER, reason="Gluon kernels are for Hopper"))
     for form in ("gluon", "fused")
 )
-# In the place of both forms.
+# These override the parameters of the fixture `kernel`.
 all_forms = pytest.mark.parametrize("kernel", [PORTABLE, GLUON, FUSED], indirect=True)
 only_fused = pytest.mark.parametrize("kernel", [FUSED], indirect=True)
 
 
 @pytest.fixture(autouse=True, params=[PORTABLE, GLUON])
 def kernel(request):
-    """Run each test with both forms of the kernels; the fused one of these has tests that say so."""
+    """Run each test with the portable and the Gluon kernels. Marked tests also run with the fused backward kernel."""
     with use_attention_kernel(request.param):
         yield request.param
 
@@ -67,7 +67,7 @@ def test_every_option(heads, lengths, head_dim, options):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_only_those_who_see_it_are_reached(name, bad):
+def test_non_finite_values_reach_only_visible_rows(name, bad):
     check_isolation(name, bad, lambda case: case.run(attention))
 
 
@@ -84,7 +84,7 @@ def test_float32_is_exact_unless_tf32_is_asked_for(allow_tf32):
 @all_forms
 @pytest.mark.parametrize("window", [None, 4096])
 def test_64k_tokens_on_a_sample_of_rows(window):
-    # Rows of the output and of dq need one row of scores each, rows of dk and dv one column: exact in float64, a few at a time.
+    # A row of o or dq needs one row of scores, a row of dk or dv one column, so float64 results fit in memory for a few rows.
     torch.manual_seed(0)
     num_tokens, head_dim = 65_536, 128
     q, k, v, do = randn(4, 1, 1, num_tokens, head_dim).unbind()
@@ -130,7 +130,7 @@ def test_64k_tokens_on_a_sample_of_rows(window):
 
 @all_forms
 @pytest.mark.parametrize("options", [{}, {"window": 500, "softcap": 20.0}])
-def test_equal_bits_at_real_sizes(options):
+def test_results_are_deterministic_at_real_sizes(options):
     torch.manual_seed(0)
     q, do = randn(2, 2, 8, 2000, 128)
     k, v = randn(2, 2, 2, 2000, 128)
@@ -144,13 +144,13 @@ def test_equal_bits_at_real_sizes(options):
     ("heads", "num_tokens", "head_dim"),
     [((1, 1), 1, 128), ((8, 2), 300, 96), ((2, 1), 320, 128), ((2, 1), 1000, 80), ((4, 4), 4096, 128), ((8, 1), 4096, 128)],
 )
-def test_one_backward_kernel(heads, num_tokens, head_dim):
+def test_fused_backward(heads, num_tokens, head_dim):
     memory = ["tokens first", "packed", "heads first", "packed"]
     check(draw_case(heads, (num_tokens, num_tokens), head_dim, batch=2, dtype=torch.bfloat16, memory=memory))
 
 
 @only_fused
-def test_one_backward_kernel_of_many_more_programs_than_run_at_once():
+def test_fused_backward_with_more_programs_than_run_at_once():
     torch.manual_seed(0)
     inputs, do = randn(3, 4, 32, 4000, 128).unbind(), randn(4, 32, 4000, 128)
     first = gradients(inputs, do)
@@ -163,7 +163,7 @@ def test_one_backward_kernel_of_many_more_programs_than_run_at_once():
 
 
 @only_fused
-def test_one_backward_kernel_inside_a_cuda_graph():
+def test_fused_backward_inside_a_cuda_graph():
     q, do = randn(2, 2, 4, 500, 128)
     k, v = randn(2, 2, 2, 500, 128)
     assert_replays(lambda: gradients((q, k, v), do))
@@ -172,7 +172,7 @@ def test_one_backward_kernel_inside_a_cuda_graph():
 @only_fused
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_only_those_who_see_it_are_reached_by_one_backward_kernel(name, bad):
+def test_non_finite_values_reach_only_visible_rows_in_fused_backward(name, bad):
     check_isolation(name, bad, lambda case: case.run(attention), 128, documents=False)
 
 
@@ -192,13 +192,13 @@ def test_peak_memory_is_linear_in_the_length():
 
     small, large = peak(4096), peak(32_768)
     assert large <= 8.1 * small
-    # o, dq, dk, dv in bfloat16, and lse and delta in float32: no more than a copy beyond.
+    # o, dq, dk, dv and at most one copy in bfloat16; lse and delta in float32.
     assert large <= 2 * 32_768 * (5 * 64 * 2 + 2 * 4) + 2**22
 
 
 @pytest.mark.parametrize("memory", ["heads first", "tokens first"])
-def test_more_elements_than_32_bits_count(memory):
-    # Zeros in all heads but the last, which then has an output of its own; more than 2^31 elements lie before it.
+def test_offsets_exceed_32_bits(memory):
+    # All heads but the last are 0. More than 2^31 elements precede the last head.
     heads, num_tokens, head_dim = 130, 2**17, 128
     shape = (1, heads, num_tokens, head_dim)
     x = torch.zeros(shape if memory == "heads first" else (1, num_tokens, heads, head_dim), device="cuda", dtype=torch.bfloat16)
@@ -217,7 +217,7 @@ def test_more_elements_than_32_bits_count(memory):
 @pytest.mark.parametrize("options", [{}, {"window": 200}, {"causal": False, "softcap": 20.0}])
 def test_descriptors_and_pointers_give_equal_results(kernel, options):
     if kernel == "gluon":
-        pytest.skip("without descriptors the portable kernels run, whose sums have another order")
+        pytest.skip("without descriptors the portable kernels run, which sum in another order")
     torch.manual_seed(0)
     q, do = randn(2, 2, 4, 777, 128)
     k, v = randn(2, 2, 2, 777, 128)
@@ -231,10 +231,10 @@ def test_descriptors_and_pointers_give_equal_results(kernel, options):
 @pytest.mark.skipif(not IS_HOPPER, reason="Hopper's configurations")
 def test_hopper_loads_through_descriptors(kernel):
     if kernel == "gluon":
-        pytest.skip("without descriptors there is no kernel in Gluon")
+        pytest.skip("Gluon kernels always use descriptors")
     descriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
     q, k, v, do = randn(4, 1, 2, 512, 128).unbind()
-    # Triton keeps the class that it finds at its first launch, so the class itself stays.
+    # Triton caches the class at its first launch, so patch the method and not the class.
     with mock.patch.object(descriptor, "__init__", autospec=True, side_effect=descriptor.__init__) as described:
         o = attention(q.requires_grad_(), k, v)
         assert described.call_count == 3

@@ -1,4 +1,4 @@
-"""What a mask excludes reaches no result and no gradient, not even where it is no number; on every backend."""
+"""Masked values reach no result and no gradient, not even as NaN or infinity, on every backend."""
 
 import math
 from typing import Any
@@ -27,16 +27,22 @@ MASKS = {
 
 
 def reached(mask, name, place):
-    """Return which queries and which keys may see a value of `name` at `place`, directly or through a query."""
+    """Return the queries that see a value of `name` at `place`, and the keys whose gradients it reaches through them."""
     queries = mask[:, place] if name in ("k", "v") else torch.arange(mask.shape[0]) == place
     return queries, mask[queries].any(dim=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask_name", MASKS)
-@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_only_those_who_see_it_are_reached(backend, mask_name, name, bad):
+# Each input has each value under some mask, and each mask each value in some input.
+@pytest.mark.parametrize(
+    ("mask_name", "name", "bad"),
+    [
+        (mask_name, name, (math.nan, math.inf)[(i + j) % 2])
+        for i, mask_name in enumerate(MASKS)
+        for j, name in enumerate(("q", "k", "v", "do"))
+    ],
+)
+def test_non_finite_values_reach_only_visible_rows(backend, mask_name, name, bad):
     options: dict[str, Any] = {
         key: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for key, x in MASKS[mask_name].items()
     }
@@ -66,7 +72,7 @@ def test_only_those_who_see_it_are_reached(backend, mask_name, name, bad):
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"cu_seqlens": [0, 5, 11]}, {"cache_lengths": [6]}], ids=str)
-def test_forward_mode_keeps_apart_what_is_masked_too(options):
+def test_masked_values_reach_no_tangent_in_forward_mode(options):
     options = {key: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for key, x in options.items()}
     case = draw_case((2, 1), (12, 12), 16)
     v = case.v.clone()
@@ -83,7 +89,7 @@ def test_forward_mode_keeps_apart_what_is_masked_too(options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 def test_plain_causal_attention(backend, name):
-    # Without kernels PyTorch's own attention runs, which does not keep them apart; the specification does.
+    # Without the kernels PyTorch's own attention runs, which lets masked NaN through; the reference does not.
     attend = attention if backend == "triton" else reference.attention
 
     def gradients():
@@ -107,7 +113,7 @@ def test_plain_causal_attention(backend, name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("decoding", [True, False])
-def test_a_cache_whose_free_places_hold_anything(backend, decoding):
+def test_unused_cache_entries_reach_no_result(backend, decoding):
     case = draw_case((4, 2), (3, 60), 16, batch=2, cache_lengths=torch.tensor([41, 18], device=DEVICE))
     case.k[0, :, 41:], case.v[0, :, 41:], case.k[1, :, 18:], case.v[1, :, 18:] = torch.nan, torch.inf, torch.inf, torch.nan
     case.v[0, :, 40] = torch.nan
@@ -126,7 +132,7 @@ def test_a_cache_whose_free_places_hold_anything(backend, decoding):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(1, 700), (30, 20)])
-def test_a_sink_of_minus_infinity_is_none(backend, lengths):
+def test_a_sink_of_minus_infinity_has_no_effect(backend, lengths):
     case = draw_case((2, 1), lengths, 16)
     both = Case(case.q, case.k, case.v, case.do, case.dlse, torch.tensor([-torch.inf, 0.3], device=DEVICE))
     with use_backend(backend), tiles(16, 32, splits=2):
@@ -143,7 +149,7 @@ def test_a_sink_of_minus_infinity_is_none(backend, lengths):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dlse", [False, True])
 def test_the_gradient_of_an_output_without_keys_reaches_no_sink(backend, dlse):
-    # The first 20 queries see none.
+    # The first 20 queries see no key.
     case = draw_case((2, 1), (40, 20), 16, sinks=True, dlse=dlse)
     with use_backend(backend), tiles(16, 16):
         expected = case.run(attention)

@@ -1,4 +1,4 @@
-"""What every op promises, whatever it computes: an op that enters `ALL` is held to all of it."""
+"""The contract of every op in `ALL`, checked on the examples of its record."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,30 +24,30 @@ every_example = pytest.mark.parametrize(("op", "sizes"), EXAMPLES)
 every_op = pytest.mark.parametrize("op", OPS)
 
 
-def drawn_like(results: Sequence[Tensor]) -> list[Tensor]:
-    """Return the same random gradients each time."""
+def random_like(results: Sequence[Tensor]) -> list[Tensor]:
+    """Return random tensors like `results`, the same in each call."""
     generator = torch.Generator(results[0].device).manual_seed(1)
     return [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in results]
 
 
 class Call:
-    """A call of an op with drawn arguments."""
+    """A call of an op with random arguments."""
 
     def __init__(self, op: Op, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.op = op
         positional, self.options = op.arguments(device, dtype, **sizes)
-        # Sinks are an option that is trained.
+        # Options may be trained too: attention sinks.
         self.values = [*positional, *self.options.values()]
         self.num_positional = len(positional)
 
     @property
     def trained(self) -> list[Tensor]:
-        """The tensors that want a gradient."""
+        """The tensors that require a gradient."""
         return [x for x in self.values if isinstance(x, Tensor) and x.requires_grad]
 
     def run(self, *values: Any, function: Any = None) -> tuple[Tensor, ...]:
-        """Return the results, for `values` in the place of those drawn."""
+        """Return the results, with `values` instead of the random arguments if given."""
         values = values or tuple(self.values)
         options = dict(zip(self.options, values[self.num_positional :], strict=True))
         results = (function or self.op.function)(*values[: self.num_positional], **options)
@@ -55,9 +55,9 @@ class Call:
         return tuple(y for y in results if y is not None)
 
     def gradients(self, results: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
-        """Return the gradients of the differentiable results by all that is trained."""
+        """Return the gradients of the differentiable results with respect to the trained tensors."""
         results = [y for y in results if y.requires_grad]
-        return torch.autograd.grad(results, self.trained, drawn_like(results), **options)
+        return torch.autograd.grad(results, self.trained, random_like(results), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +72,13 @@ def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def close(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """Whether tensors differ by rounding only."""
+    """Assert that tensors differ by rounding only."""
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-class Seen(TorchDispatchMode):
-    """Keeps the calls of the project's ops."""
+class RecordOps(TorchDispatchMode):
+    """Record the calls of ops of this package."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ def test_every_public_op_has_a_record():
 
 
 @every_op
-def test_pytorchs_own_form_computes_the_same(op, device):
-    # The bench takes the error that it allows from it.
+def test_baseline_equals_reference(op, device):
+    # The bench derives its error bound from the baseline.
     if op.baseline is None:
         pytest.skip("the reference is measured")
     positional, options = op.arguments(device, torch.float32, **op.examples[0])
@@ -111,7 +111,7 @@ def test_pytorchs_own_form_computes_the_same(op, device):
 
 
 @every_op
-def test_a_trace_says_whose_a_kernel_is(op):
+def test_kernel_names_identify_their_op(op):
     names = tuple(ALL)
     assert op.kernels
     for kernel in op.kernels:
@@ -120,7 +120,7 @@ def test_a_trace_says_whose_a_kernel_is(op):
 
 
 @every_op
-def test_costs_are_those_of_the_sizes(op):
+def test_costs_of_all_shapes(op):
     for sizes in op.shapes:
         forward, backward, both = op.cost(2, **sizes)
         assert both.bytes > 0
@@ -132,7 +132,7 @@ def test_costs_are_those_of_the_sizes(op):
 
 
 @every_example
-def test_it_launches_its_kernels_and_no_other(op, sizes, device):
+def test_launches_only_recorded_kernels(op, sizes, device):
     launched = set()
     kernels = {kernel.__name__: kernel for other in ALL.values() for kernel in other.kernels}
     hooks = {name: lambda *args, name=name, **kwargs: launched.add(name) for name in kernels}
@@ -150,21 +150,24 @@ def test_it_launches_its_kernels_and_no_other(op, sizes, device):
 
 @pytest.mark.slow
 @every_example
-def test_its_ops_are_registered_as_pytorch_asks(op, sizes, device):
+def test_opcheck(op, sizes, device):
     call = Call(op, sizes, device)
-    with Seen() as seen:
+    with RecordOps() as seen:
         call.gradients(call.run())
     assert seen.calls
-    for function, args in seen.calls:
-        torch.library.opcheck(function, tuple(x.detach() if isinstance(x, Tensor) else x for x in args))
-    forward, args = seen.calls[0]
+    (forward, args), *others = seen.calls
     trained = {id(x) for x in call.trained}
-    leaves = (x.detach().requires_grad_() if isinstance(x, Tensor) and id(x) in trained else x for x in args)
+    leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and id(x) in trained else x for x in args]
+    assert any(x.requires_grad for x in leaves if isinstance(x, Tensor))
     torch.library.opcheck(forward, tuple(leaves))
+    for function, args in others:
+        # AOTAutograd has traced these as part of the backward pass of `forward`.
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @every_example
-def test_results_that_hold_nothing_have_the_layout_of_real_ones(op, sizes, device):
+def test_fake_results_have_the_layout_of_real_ones(op, sizes, device):
     call = Call(op, sizes, device)
     real = call.run()
     real_gradients = call.gradients(real)
@@ -179,7 +182,7 @@ def test_results_that_hold_nothing_have_the_layout_of_real_ones(op, sizes, devic
 
 
 @every_example
-def test_on_the_device_meta(op, sizes, device):
+def test_meta_device(op, sizes, device):
     with use_backend("auto"):
         call, real = Call(op, sizes, torch.device("meta")), Call(op, sizes, device)
         for own, right in zip(call.run(), real.run(), strict=True):
@@ -190,9 +193,11 @@ def test_on_the_device_meta(op, sizes, device):
 @pytest.mark.slow
 @every_example
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_compiled_as_one_graph_it_gives_the_same(op, sizes, device, backend):
+def test_compiles_to_one_graph(op, sizes, device, backend):
     call = Call(op, sizes, device)
-    compiled = torch.compile(call.op.function, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    # The reference is PyTorch's own operations, which AOTAutograd need not trace here.
+    compiler = "eager" if backend == "reference" else "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(call.op.function, fullgraph=True, backend=compiler)
     with use_backend(backend):
         expected, actual = call.run(), call.run(function=compiled)
         close(actual, expected)
@@ -200,7 +205,7 @@ def test_compiled_as_one_graph_it_gives_the_same(op, sizes, device, backend):
 
 
 @every_example
-def test_equal_calls_give_equal_bits(op, sizes, device):
+def test_calls_are_bitwise_repeatable(op, sizes, device):
     call = Call(op, sizes, device)
     first, second = call.run(), call.run()
     assert equal(first, second)
@@ -208,38 +213,38 @@ def test_equal_calls_give_equal_bits(op, sizes, device):
 
 
 @every_example
-def test_a_second_derivative_is_an_error_and_no_zero(op, sizes, device):
+def test_second_derivative_raises(op, sizes, device):
     call = Call(op, sizes, device)
     gradients = call.gradients(call.run(), create_graph=True)
     total = sum((gradient.square().sum() for gradient in gradients), torch.zeros((), device=device))
     if not total.requires_grad:
-        # A linear op, whose gradient does not depend on its inputs.
+        # The gradient of a linear op does not depend on its inputs.
         return
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(total, call.trained)
 
 
 @every_example
-def test_forward_mode_gives_the_tangents_of_the_reference(op, sizes, device):
+def test_forward_mode_equals_reference(op, sizes, device):
     call = Call(op, sizes, device)
-    at = [i for i, x in enumerate(call.values) if isinstance(x, Tensor) and x.requires_grad]
+    indices = [i for i, x in enumerate(call.values) if isinstance(x, Tensor) and x.requires_grad]
 
-    def of_trained(*trained: Tensor) -> tuple[Tensor, ...]:
+    def function_of_trained(*trained: Tensor) -> tuple[Tensor, ...]:
         values = list(call.values)
-        for i, x in zip(at, trained, strict=True):
+        for i, x in zip(indices, trained, strict=True):
             values[i] = x
         return tuple(y for y in call.run(*values) if y.is_floating_point())
 
     primals = tuple(x.detach() for x in call.trained)
     tangents = tuple(torch.randn_like(x) for x in primals)
-    _, actual = torch.func.jvp(of_trained, primals, tangents)
+    _, actual = torch.func.jvp(function_of_trained, primals, tangents)
     assert any(tangent.abs().max() > 0 for tangent in actual)
     with use_backend("reference"):
-        close(actual, torch.func.jvp(of_trained, primals, tangents)[1])
+        close(actual, torch.func.jvp(function_of_trained, primals, tangents)[1])
 
 
 @every_example
-def test_the_transforms_of_torch_func(op, sizes, device):
+def test_torch_func_transforms(op, sizes, device):
     calls = [Call(op, sizes, device, seed=seed) for seed in (0, 1)]
     first = calls[0]
     tensors = [isinstance(x, Tensor) for x in first.values]
@@ -255,7 +260,7 @@ def test_the_transforms_of_torch_func(op, sizes, device):
 
 
 @every_example
-def test_nothing_at_all(op, sizes, device):
+def test_empty_inputs(op, sizes, device):
     first = next(iter(sizes))
     for backend in ("triton", "reference"):
         with use_backend(backend):
@@ -266,22 +271,22 @@ def test_nothing_at_all(op, sizes, device):
 
 
 @every_example
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(op, sizes, device, use_reentrant):
+def test_activation_checkpointing(op, sizes, device):
     call = Call(op, sizes, device)
     results = call.run()
-    again = checkpoint(call.run, *call.values, use_reentrant=use_reentrant)
-    assert equal(again, results)
     expected = call.gradients(results)
-    for x in call.trained:
-        x.grad = None
-    differentiable = [y for y in again if y.requires_grad]
-    torch.autograd.backward(differentiable, drawn_like(differentiable))
-    assert equal([x.grad for x in call.trained], expected)
+    for use_reentrant in (False, True):
+        again = checkpoint(call.run, *call.values, use_reentrant=use_reentrant)
+        assert equal(again, results)
+        for x in call.trained:
+            x.grad = None
+        differentiable = [y for y in again if y.requires_grad]
+        torch.autograd.backward(differentiable, random_like(differentiable))
+        assert equal([x.grad for x in call.trained], expected)
 
 
 @every_example
-def test_products_alone_are_counted_as_flops(op, sizes, device):
+def test_flop_counter_counts_only_matrix_products(op, sizes, device):
     call = Call(op, sizes, device)
     with FlopCounterMode(display=False) as counter:
         call.gradients(call.run())
@@ -289,38 +294,38 @@ def test_products_alone_are_counted_as_flops(op, sizes, device):
 
 
 @every_example
-def test_tensors_of_two_devices_are_refused(op, sizes, device):
+def test_tensors_on_two_devices_raise(op, sizes, device):
     call = Call(op, sizes, device)
     for backend in ("triton", "reference"):
         for i, x in enumerate(call.values[1:], 1):
             if isinstance(x, Tensor):
                 values = list(call.values)
                 values[i] = x.detach().to("meta")
-                with use_backend(backend), pytest.raises(ValueError, match="on meta: allowed is"):
+                with use_backend(backend), pytest.raises(ValueError, match="on meta: expected"):
                     call.run(*values)
 
 
 @every_example
-def test_float64_runs_the_reference_and_integers_are_refused(op, sizes, device):
+def test_float64_runs_reference_and_integers_raise(op, sizes, device):
     call = Call(op, sizes, device, torch.float64)
     results = call.run()
     with use_backend("reference"):
         assert equal(results, call.run())
     for backend in ("triton", "reference"):
-        with use_backend(backend), pytest.raises(ValueError, match=r"dtype torch\.int64: allowed is torch\.float32"):
+        with use_backend(backend), pytest.raises(ValueError, match=r"dtype torch\.int64: expected torch\.float32"):
             call.run(call.values[0].detach().long(), *call.values[1:])
 
 
 @pytest.mark.gpu
 @every_example
-def test_it_runs_inside_a_cuda_graph_without_synchronising(op, sizes, device):
+def test_cuda_graph_without_synchronization(op, sizes, device):
     call = Call(op, sizes, device, torch.bfloat16)
-    drawn = drawn_like([y for y in call.run() if y.requires_grad])
+    upstream = random_like([y for y in call.run() if y.requires_grad])
 
     def step() -> tuple[Tensor, ...]:
         results = call.run()
         differentiable = [y for y in results if y.requires_grad]
-        return *(y.detach() for y in results), *torch.autograd.grad(differentiable, call.trained, drawn)
+        return *(y.detach() for y in results), *torch.autograd.grad(differentiable, call.trained, upstream)
 
     oracle.assert_replays(step)
 
@@ -330,7 +335,7 @@ def test_it_runs_inside_a_cuda_graph_without_synchronising(op, sizes, device):
 def test_more_elements_than_32_bits_count(op):
     device = torch.device("cuda")
     call = Call(op, op.huge, device, torch.bfloat16)
-    # The last of the first dimension alone: what comes before it must not matter.
+    # Check only the last slice of the first dimension, which has the largest offsets.
     result = call.run()[0]
     (gradient, *_) = call.gradients([result])
     assert result.numel() > 2**31 or call.values[0].numel() > 2**31

@@ -1,4 +1,4 @@
-"""What cross-entropy returns beside the loss, and its options: lse, accuracy, predictions, z-loss, class weights, schedules."""
+"""Outputs and options of cross-entropy: lse, accuracy, predictions, z-loss, class weights, schedules."""
 
 import math
 import sys
@@ -15,12 +15,12 @@ from tilewright.kernels.dispatch import HAS_TRITON
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
-    # NumPy, with which Triton interprets, remarks on log(0) and inf - inf.
+    # NumPy, which runs Triton's interpreter, warns about log(0) and inf - inf.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
 ]
 
 
-def test_an_ignored_row_has_a_true_lse(device):
+def test_ignored_row_has_correct_lse(device):
     logits = torch.randn(1, 20, device=device)
     with use_backend("triton"):
         output = cross_entropy(logits, torch.tensor([-100], device=device), return_lse=True)
@@ -38,7 +38,7 @@ def test_accuracy_counts_the_first_argmax_of_counted_rows(device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loss_of_lse_alone_has_its_gradient_except_in_ignored_rows(device, backend):
+def test_lse_gradient_except_in_ignored_rows(device, backend):
     logits, targets = draw((4,), 30, device)
     with use_backend(backend):
         lse = cross_entropy(logits.requires_grad_(), targets, return_lse=True).lse
@@ -51,7 +51,7 @@ def test_a_loss_of_lse_alone_has_its_gradient_except_in_ignored_rows(device, bac
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_class_weights_are_those_of_pytorch(device, backend, label_smoothing, reduction):
+def test_class_weights_match_pytorch(device, backend, label_smoothing, reduction):
     logits, targets = draw((6,), 30, device)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     weights = torch.rand(30, device=device)
@@ -64,7 +64,7 @@ def test_class_weights_are_those_of_pytorch(device, backend, label_smoothing, re
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_where_all_targets_weigh_nothing_the_mean_is_zero(device, backend):
+def test_mean_is_zero_if_all_target_weights_are_zero(device, backend):
     with use_backend(backend):
         weights = torch.tensor([1.0, 0, 0], device=device)
         loss = cross_entropy(torch.randn(2, 3, device=device), torch.tensor([1, 2], device=device), class_weights=weights)
@@ -74,7 +74,7 @@ def test_where_all_targets_weigh_nothing_the_mean_is_zero(device, backend):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_z_loss_apart_is_what_it_adds_to_the_loss(device, backend, reduction, weighted):
+def test_returned_z_loss_is_its_part_of_the_loss(device, backend, reduction, weighted):
     logits, targets = draw((5,), 30, device)
     options = {"reduction": reduction, "class_weights": torch.rand(30, device=device) if weighted else None}
     with use_backend(backend):
@@ -85,7 +85,7 @@ def test_the_z_loss_apart_is_what_it_adds_to_the_loss(device, backend, reduction
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_z_loss_on_the_device_is_as_a_number(device, backend):
+def test_tensor_z_loss_equals_float_z_loss(device, backend):
     logits, targets = draw((5,), 30, device)
     results = []
     for z_loss in (0.25, torch.tensor(0.25, device=device), torch.tensor(0.25, device=device, dtype=torch.float64)):
@@ -114,7 +114,7 @@ def test_predictions_are_the_first_argmax(device, backend, softcap):
 
 @pytest.mark.parametrize("column", [0, 3, 4, 299])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_with_nan_counts_as_wrong_and_has_no_prediction(device, backend, column):
+def test_row_with_nan_is_wrong_and_has_prediction_minus_one(device, backend, column):
     logits = torch.zeros(2, 300, device=device)
     logits[:, 4] = 9.0
     logits[0, column] = math.nan
@@ -127,7 +127,7 @@ def test_a_row_with_nan_counts_as_wrong_and_has_no_prediction(device, backend, c
 
 @pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_ignored_row_of_nan_gives_exact_zeros(device, backend, options):
+def test_ignored_row_of_nan_gives_zeros(device, backend, options):
     logits = torch.randn(3, 20, device=device)
     logits[1] = math.nan
     logits[2, 3] = math.inf
@@ -142,7 +142,7 @@ def test_an_ignored_row_of_nan_gives_exact_zeros(device, backend, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_target_of_no_class_spoils_its_loss_alone(device, backend):
+def test_invalid_target_affects_only_its_loss(device, backend):
     logits, options = torch.randn(3, 20, device=device), {"z_loss": 0.1, "return_lse": True, "return_z_loss": True}
     with use_backend(backend):
         good, bad = (
@@ -156,7 +156,7 @@ def test_a_target_of_no_class_spoils_its_loss_alone(device, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_class_weights_below_0_average_as_in_pytorch(device, backend):
+def test_negative_class_weights_match_pytorch(device, backend):
     logits, targets = torch.randn(2, 3, device=device), torch.tensor([0, 1], device=device)
     weights = torch.tensor([-1.0, -2.0, -1.0], device=device)
     with use_backend(backend):
@@ -165,20 +165,20 @@ def test_class_weights_below_0_average_as_in_pytorch(device, backend):
 
 
 @pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "softcap"])
-def test_another_value_of_an_option_is_not_another_kernel(device, monkeypatch, option):
-    module, seen = sys.modules["tilewright.kernels.cross_entropy"], []
+def test_option_values_do_not_recompile_kernels(device, monkeypatch, option):
+    module, launched = sys.modules["tilewright.kernels.cross_entropy"], []
     launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda *args, **constants: seen.append(constants) or launch(*args, **constants))
+    monkeypatch.setattr(module, "launch", lambda *args, **constants: launched.append(constants) or launch(*args, **constants))
     logits, targets = draw((3,), 30, device)
     for value in (0.25, 0.5):
         with use_backend("triton"):
             cross_entropy(logits.requires_grad_(), targets, **{option: value}).backward()
-    assert len(seen) == 4
-    assert seen[:2] == seen[2:]
+    assert len(launched) == 4
+    assert launched[:2] == launched[2:]
 
 
 @pytest.mark.slow
-def test_a_schedule_of_the_z_loss_compiles_one_graph_more(device):
+def test_z_loss_schedule_compiles_at_most_two_graphs(device):
     logits, targets = draw((4,), 40, device)
     graphs = []
 

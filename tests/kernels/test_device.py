@@ -4,7 +4,7 @@ import torch
 from tilewright.kernels.device import device_name, gpu_of, l2_bytes, num_sms
 
 
-def test_peaks_are_of_the_exact_product(monkeypatch):
+def test_gpu_of_finds_the_exact_product(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     gpu = gpu_of("cuda")
     assert gpu is not None
@@ -13,12 +13,12 @@ def test_peaks_are_of_the_exact_product(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H100", "NVIDIA H200 NVL", "Tesla T4", ""])
-def test_an_unknown_product_has_no_peak(monkeypatch, name):
+def test_unknown_product_gives_none(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert gpu_of("cuda") is None
 
 
-def test_a_cpu_has_no_peak_but_the_sizes_that_launches_ask_for():
+def test_cpu_has_launch_sizes_but_no_datasheet():
     assert gpu_of("cpu") is None
     assert device_name("cpu") == "CPU"
     assert num_sms(torch.device("cpu")) >= 1

@@ -1,4 +1,4 @@
-"""FlashAttention-2 in PyTorch, against the reference that writes the scores out."""
+"""FlashAttention-2 in PyTorch, compared with the reference that materializes the scores."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k, v: tiled_attention(q, k, v, block_m=2, block_n=3), (q, k, v))
 
 
-def test_one_log_sum_exp_is_kept_and_nothing_of_the_size_of_the_scores():
+def test_saved_tensors_exclude_the_scores():
     kept = []
     q, k, v = torch.randn(3, 4, 50, 8, requires_grad=True).unbind()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
@@ -78,9 +78,9 @@ def test_large_scores_and_queries_before_the_first_key():
         (((1, 4, 8), (1, 4, 8), (1, 5, 8)), {}, r"v \(1, 5, 8\)"),
         (((2, 4, 8), (1, 4, 8), (1, 4, 8)), {}, r"q has shape \(2, 4, 8\)"),
         (((1, 4, 8), (1, 4, 7), (1, 4, 7)), {}, r"k \(1, 4, 7\)"),
-        (((1, 4, 8), (1, 4, 8), (1, 4, 8)), {"block_n": 0}, "64 by 0"),
+        (((1, 4, 8), (1, 4, 8), (1, 4, 8)), {"block_n": 0}, "block_m is 64, block_n 0"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(shapes, blocks, message):
+def test_bad_arguments_are_errors(shapes, blocks, message):
     with pytest.raises(ValueError, match=message):
         tiled_attention(*map(torch.ones, shapes), **blocks)

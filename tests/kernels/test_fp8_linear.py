@@ -12,8 +12,8 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be impor
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def spread(rows, width, dtype=torch.float32, device="cpu"):
-    """Rows of magnitudes from 1e-6 to 100, a row of zeros among them."""
+def scaled_rows(rows, width, dtype=torch.float32, device="cpu"):
+    """Return random rows with scales from 1e-6 to 100, and one row of zeros."""
     torch.manual_seed(0)
     x = torch.randn(rows, width) * torch.logspace(-6, 2, rows)[:, None]
     x[3] = 0
@@ -21,7 +21,7 @@ def spread(rows, width, dtype=torch.float32, device="cpu"):
 
 
 def equal(a, b):
-    """Whether 8-bit or other tensors are equal, NaN included."""
+    """Whether tensors of any dtype are equal; NaN equals NaN."""
     return torch.equal(a.float().nan_to_num(-1.0), b.float().nan_to_num(-1.0))
 
 
@@ -30,8 +30,8 @@ def equal(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("rowwise", [False, True])
-def test_kernels_round_as_the_reference_does(eight, dtype, bad, rowwise, device):
-    x = spread(80, 144, dtype, device)
+def test_kernels_round_like_reference(eight, dtype, bad, rowwise, device):
+    x = scaled_rows(80, 144, dtype, device)
     x[5, 7] = bad
     actual = quantise(x, eight, rowwise)
     rows, inverses = reference.quantise(x, eight, 1 if rowwise else None)
@@ -45,8 +45,8 @@ def test_kernels_round_as_the_reference_does(eight, dtype, bad, rowwise, device)
 
 @needs_triton
 @pytest.mark.parametrize("known", [0.0, 0.5, 1000.0])
-def test_a_known_magnitude_stands_in_place_of_the_tensors_own(known, device):
-    x, known, seen = spread(48, 80, device=device), torch.tensor(known, device=device), torch.zeros((), device=device)
+def test_known_magnitude_replaces_the_tensors_own(known, device):
+    x, known, seen = scaled_rows(48, 80, device=device), torch.tensor(known, device=device), torch.zeros((), device=device)
     actual = quantise(x, torch.float8_e4m3fn, False, known, seen)
     expected, inverse = reference.quantise(x, torch.float8_e4m3fn, None, known)
     assert equal(actual.rows, expected)
@@ -58,7 +58,7 @@ def test_a_known_magnitude_stands_in_place_of_the_tensors_own(known, device):
 
 @pytest.mark.parametrize("eight", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [None, 0, 1])
-def test_the_error_is_half_a_digit_of_8_bits(eight, dim):
+def test_rounding_error_is_half_a_unit(eight, dim):
     x = torch.randn(64, 96)
     q, inverse = reference.quantise(x, eight, dim)
     digit, least = torch.finfo(eight).eps, torch.finfo(eight).smallest_normal * torch.finfo(eight).eps
@@ -70,9 +70,9 @@ def test_the_error_is_half_a_digit_of_8_bits(eight, dim):
 
 
 @pytest.mark.parametrize("eight", DTYPES, ids=str)
-def test_the_reference_multiplies_as_pytorchs_product_of_8_bits(eight):
+def test_reference_product_matches_scaled_mm(eight):
     (a, a_inverse), (b, b_inverse) = (
-        reference.quantise(spread(32, 64), eight),
+        reference.quantise(scaled_rows(32, 64), eight),
         reference.quantise(torch.randn(48, 64), DTYPES[0]),
     )
     expected = torch._scaled_mm(a, b.T, a_inverse, b_inverse, out_dtype=torch.float32)
@@ -82,7 +82,7 @@ def test_the_reference_multiplies_as_pytorchs_product_of_8_bits(eight):
 
 
 def step(x, weight, dy, **options):
-    """y and both gradients."""
+    """Return y and both gradients."""
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
     y = fp8_linear(x, weight, **options)
     return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
@@ -113,7 +113,7 @@ def test_results_and_gradients_are_products_of_rounded_operands(rowwise):
 
 @needs_triton
 @pytest.mark.parametrize("form", ["current", "rowwise", "delayed", "delayed later"])
-def test_kernels_give_what_the_reference_gives(form, device):
+def test_kernels_equal_reference(form, device):
     results, seen = [], []
     for backend in ("triton", "reference"):
         known = torch.full((3,), 2.0 if form == "delayed later" else 0.0, device=device)
@@ -127,7 +127,7 @@ def test_kernels_give_what_the_reference_gives(form, device):
     assert (seen[0] > 0).all() == ("delayed" in form)
 
 
-def test_torchaos_emulation_is_the_same():
+def test_matches_torchao_emulation():
     config = pytest.importorskip("torchao.float8")
     from torchao.float8.float8_linear import Float8Linear
 
@@ -147,16 +147,16 @@ def test_torchaos_emulation_is_the_same():
 @pytest.mark.parametrize(
     ("shapes", "options", "named"),
     [
-        (((24, 32), (16, 32)), {}, "x has 24 rows of 32, weight 16 rows: allowed are multiples of 16"),
+        (((24, 32), (16, 32)), {}, "x has 24 rows of 32, weight 16 rows: expected multiples of 16"),
         (((16, 40), (16, 40)), {}, "rows of 40"),
         (((16, 32), (24, 32)), {}, "weight 24 rows"),
-        (((16, 32), (16, 48)), {}, r"allowed are \(\.\.\., K\) and \(N, K\)"),
+        (((16, 32), (16, 48)), {}, r"expected \(\.\.\., K\) and \(N, K\)"),
         (((16, 65536), (16, 65536)), {"rowwise": True}, "at most 32768"),
-        (((16, 32), (16, 32)), {"rowwise": True, "history": AmaxHistory(*torch.zeros(3, 3))}, "history is given"),
+        (((16, 32), (16, 32)), {"rowwise": True, "history": AmaxHistory(*torch.zeros(3, 3))}, "history is given with rowwise"),
     ],
 )
-def test_bad_arguments(shapes, options, named):
+def test_bad_arguments_raise(shapes, options, named):
     with pytest.raises(ValueError, match=named):
         fp8_linear(*(torch.zeros(shape) for shape in shapes), **options)
-    with pytest.raises(ValueError, match="allowed are equal dtypes"):
+    with pytest.raises(ValueError, match="expected equal dtypes"):
         fp8_linear(torch.zeros(16, 16), torch.zeros(16, 16).half())

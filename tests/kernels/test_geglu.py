@@ -28,14 +28,14 @@ def check(inputs, dy, approximate):
     exact = gradients(reference.geglu, [x.double() for x in inputs], dy.double(), approximate)
     names = ("y", "dgate", "dup") if len(inputs) == 2 else ("y", "dgate_up")
     for what, *tensors in zip(names, actual, expected, exact, strict=True):
-        # In float64 too PyTorch's 1 + tanh cancels, to an error of 1e-14 where ours has none.
+        # PyTorch's 1 + tanh cancels in float64 too, with an error of 1e-14 that the kernel does not have.
         assert_accurate(*tensors, what=what, slack=1e-12)
 
 
 @pytest.mark.parametrize(("packed", "approximate"), FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 127, 1024, 2049])
-def test_forward_and_backward_equal_the_reference(device, dtype, width, packed, approximate):
+def test_forward_and_backward_equal_reference(device, dtype, width, packed, approximate):
     torch.manual_seed(width)
     gate_up = 3 * torch.randn(2, 3, 2 * width, dtype=dtype, device=device)
     dy = torch.randn(2, 3, width, dtype=dtype, device=device)
@@ -63,7 +63,7 @@ def test_any_shape_and_scale(num_rows, width, form, approximate, seed, scale):
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_it_is_pytorchs_gelu_times_up(device, backend, approximate):
+def test_equals_pytorch_gelu_times_up(device, backend, approximate):
     torch.manual_seed(0)
     gate, up = torch.randn(2, 4, 50, device=device)
     expected = F.gelu(gate, approximate=approximate) * up
@@ -80,8 +80,8 @@ def test_large_gates_saturate(device, approximate):
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_negative_tails_keep_their_digits_where_pytorchs_cancel(device, approximate):
-    # There 1 + tanh and 1 + erf are differences of almost equal numbers.
+def test_negative_tails_are_accurate(device, approximate):
+    # Here PyTorch's 1 + tanh and 1 + erf cancel.
     gate = torch.linspace(-4.0, -2.0, 33, device=device)
     up = torch.ones_like(gate)
     exact = reference.geglu(gate.double(), up.double(), approximate)
@@ -116,7 +116,7 @@ def test_leading_shapes(device, shape):
 
 
 @pytest.mark.parametrize(("gate_dtype", "up_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)])
-def test_different_dtypes_are_promoted_as_pytorch_does(device, gate_dtype, up_dtype):
+def test_mixed_dtypes_are_promoted_like_pytorch(device, gate_dtype, up_dtype):
     gate, up = torch.randn(4, 20, device=device).to(gate_dtype), torch.randn(4, 20, device=device).to(up_dtype)
     check([gate, up], torch.randn(4, 20, device=device), "tanh")
     with use_backend("triton"):
@@ -125,25 +125,25 @@ def test_different_dtypes_are_promoted_as_pytorch_does(device, gate_dtype, up_dt
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
-def test_only_what_is_needed_is_differentiated(device, approximate, wanted):
+def test_computes_only_needed_gradients(device, approximate, wanted):
     torch.manual_seed(0)
     inputs = torch.randn(2, 4, 33, device=device)
 
     def grads(function):
-        leaves = [x.detach().requires_grad_(wants) for x, wants in zip(inputs, wanted, strict=True)]
+        leaves = [x.detach().requires_grad_(is_wanted) for x, is_wanted in zip(inputs, wanted, strict=True)]
         function(*leaves, approximate).sin().sum().backward()
         return [x.grad for x in leaves]
 
     with use_backend("triton"), poisoned_memory():
         actual = grads(geglu)
-    for wants, a, b in zip(wanted, actual, grads(reference.geglu), strict=True):
-        assert (a is not None) == wants
-        if wants:
+    for is_wanted, a, b in zip(wanted, actual, grads(reference.geglu), strict=True):
+        assert (a is not None) == is_wanted
+        if is_wanted:
             torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_the_reference_passes_gradcheck(approximate):
+def test_reference_passes_gradcheck(approximate):
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda *inputs: reference.geglu(*inputs, approximate=approximate), (gate, up))
     assert torch.autograd.gradcheck(lambda gate: reference.geglu(gate, approximate=approximate), (gate,))
@@ -161,13 +161,13 @@ def test_the_reference_passes_gradcheck(approximate):
         ((torch.ones(2, 8), None, "sigmoid"), "approximate is 'sigmoid': choose 'none' or 'tanh'"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(device, backend, arguments, message):
+def test_bad_arguments_raise(device, backend, arguments, message):
     arguments = [x.to(device) if isinstance(x, torch.Tensor) and not x.is_meta else x for x in arguments]
     with use_backend(backend), pytest.raises(ValueError, match=message):
         geglu(*arguments)
 
 
-def test_float64_runs_the_reference(device):
+def test_float64_runs_reference(device):
     gate, up = torch.randn(2, 8, dtype=torch.float64, device=device), torch.randn(2, 8, device=device)
     with use_backend("triton"):
         assert torch.equal(geglu(gate, up, "none"), reference.geglu(gate, up, "none"))

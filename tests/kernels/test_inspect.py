@@ -1,4 +1,4 @@
-"""The shipped launch configurations, compiled for GPUs that are not here. In a process of its own: there Triton compiles."""
+"""Compile the shipped launch configurations for GPU architectures, in a subprocess where Triton does not interpret."""
 
 import json
 import os
@@ -20,7 +20,7 @@ for case in all_cases(sys.argv[1]):
     if re.match(sys.argv[2], case.name):
         print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
 """
-# Of each op the first call that is measured.
+# The first measured call of each op.
 FIRST = """
 import dataclasses, json, sys, torch
 from tilewright.kernels import use_attention_kernel
@@ -33,24 +33,24 @@ for form, sizes in zip(("gluon", "fused"), ALL["attention"].shapes):
 for case in cases:
     print(json.dumps(dataclasses.asdict(inspect(case, sys.argv[1]))), flush=True)
 """
-# sm_86 has the instructions of sm_80 and less shared memory, which only the widest tiles ask for. All its
-# kernels would take the compiler some minutes more; `tilewright bench inspect` shows them.
+# sm_86 has the instructions of sm_80 and less shared memory, which matters only for the widest tiles. Compiling all kernels
+# for it takes minutes more; `tilewright bench inspect` does that.
 CHOSEN = {"sm_80": "", "sm_86": r"attention_(forward|backward_\w+) .* K(128|256) ", "sm_90": "", "sm_100": ""}
 PORTABLE = {portable.__name__ for portable, _, _ in launches.KERNELS.values()}
 IN_GLUON = {in_gluon.__name__ for _, in_gluon, _ in launches.KERNELS.values()} | {"attention_backward_hopper"}
 FOR_HOPPER = IN_GLUON | {kernel.__name__ for kernel in FUSED_KERNELS}
 KERNELS = {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
-# What multiplies matrices of half precision in attention's kernels.
+# Matrix instructions that attention kernels use in half precision.
 MATRIX_INSTRUCTIONS = {"sm_80": {"mma"}, "sm_86": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}}
 
 
 def compile_kernels(*arguments):
-    """Return the reports that a script prints."""
+    """Run a script and return the reports that it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", *arguments]
-    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert shown.returncode == 0, shown.stderr[-2000:]
-    return [json.loads(line) for line in shown.stdout.splitlines()]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
 @pytest.mark.long
@@ -58,21 +58,21 @@ def compile_kernels(*arguments):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_kernel_spills_or_asks_for_too_much(architecture):
+def test_all_kernels_fit_without_spills(architecture):
     reports = compile_kernels(SCRIPT, architecture, CHOSEN[architecture])
     kernels = PORTABLE if CHOSEN[architecture] else KERNELS if architecture == "sm_90" else KERNELS - FOR_HOPPER
-    there_is = ARCHITECTURES[architecture].capability
-    too_new = {kernel.__name__ for op in ALL.values() for kernel in op.kernels if op.capability > there_is}
+    capability = ARCHITECTURES[architecture].capability
+    too_new = {kernel.__name__ for op in ALL.values() for kernel in op.kernels if op.capability > capability}
     assert {report["name"].split()[0] for report in reports} == kernels - too_new
     assert_fits(reports, architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
-def test_the_first_call_of_each_op_compiles_without_a_spill():
+def test_first_call_of_each_op_compiles_without_spills():
     reports = compile_kernels(FIRST, "sm_90")
-    of_later_shapes = {"attention_decode", "attention_combine", "fp8_linear_rows"}
-    assert {report["name"].split()[0] for report in reports} == KERNELS - of_later_shapes
+    only_in_later_shapes = {"attention_decode", "attention_combine", "fp8_linear_rows"}
+    assert {report["name"].split()[0] for report in reports} == KERNELS - only_in_later_shapes
     assert_fits(reports, "sm_90")
 
 
@@ -87,7 +87,7 @@ def assert_fits(reports, architecture):
             assert report["matrix_instruction"] in MATRIX_INSTRUCTIONS[architecture], report
 
 
-def test_programs_of_a_multiprocessor_by_hand():
+def test_programs_per_sm_by_hand():
     sm_90 = ARCHITECTURES["sm_90"]
     # 64 registers of 128 threads: 8 programs of 8,192 registers fill the file.
     assert programs_per_sm(sm_90, 64, 0, 4) == 8
@@ -106,7 +106,7 @@ def test_programs_of_a_multiprocessor_by_hand():
         ("ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r9 ];", 0),
     ],
 )
-def test_the_width_of_loads_is_read_from_ptx(ptx, width):
+def test_load_width_from_ptx(ptx, width):
     assert _load_bytes(ptx) == width
 
 
@@ -130,7 +130,7 @@ assert names == ["swiglu_forward", "swiglu_backward"], names
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
-def test_what_is_compiled_is_what_a_call_launches():
+def test_cases_match_the_launches_of_a_call():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    shown = subprocess.run([sys.executable, "-c", TYPES], capture_output=True, text=True, env=environment)
-    assert shown.returncode == 0, shown.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", TYPES], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be importe
 EPS = 1e-5
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# Odd, of one, three and five blocks, and wider than the registers hold in the backward pass, and in both.
+# Odd; one, three and five blocks; too wide for registers in the backward pass, and in both passes.
 WIDTHS = [7, 64, 127, 320, 1000, 8193, 33000]
 
 
@@ -38,17 +38,17 @@ def check(x, weight, bias, dy):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_forward_and_backward_equal_the_reference(device, dtype, width):
+def test_forward_and_backward_equal_reference(device, dtype, width):
     torch.manual_seed(width)
     x, dy = torch.randn(2, 5, 3, width, dtype=dtype, device=device)[:, :, 0]
     weight, bias = torch.randn(2, width, dtype=dtype, device=device)
     check(x, weight, bias, dy)
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=25)
 @given(
     num_rows=st.integers(1, 70),
-    # Of fewer elements, a gradient may cancel to less than the rounding of its terms, which the oracle does not forgive.
+    # With fewer elements a gradient may cancel to less than the rounding of its terms, which the oracle does not tolerate.
     width=st.integers(8, 300),
     scale=st.sampled_from([1e-2, 1.0, 1e3]),
     mean=st.sampled_from([0.0, 1.0, -20.0]),
@@ -70,7 +70,7 @@ def test_any_shape_scale_and_form(num_rows, width, scale, mean, dtype, weight_dt
 
 @pytest.mark.parametrize("width", [64, 1280, 8192, 70_000])
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e6])
-def test_a_large_mean_costs_no_more_than_in_pytorch(device, width, mean):
+def test_large_mean_is_as_accurate_as_pytorch(device, width, mean):
     torch.manual_seed(width)
     x = torch.randn(4, width, device=device) + mean
     exact = F.layer_norm(x.double(), (width,), eps=EPS)
@@ -80,7 +80,7 @@ def test_a_large_mean_costs_no_more_than_in_pytorch(device, width, mean):
 
 
 @pytest.mark.parametrize("width", [64, 70_000])
-def test_one_large_element_costs_no_more_than_in_pytorch(device, width):
+def test_large_element_is_as_accurate_as_pytorch(device, width):
     torch.manual_seed(width)
     x = torch.randn(4, width, device=device)
     x[:, 0] = 1e5
@@ -91,7 +91,7 @@ def test_one_large_element_costs_no_more_than_in_pytorch(device, width):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_it_is_pytorchs(device, backend):
+def test_equals_pytorch(device, backend):
     torch.manual_seed(0)
     x = 3 + torch.randn(4, 5, 33, device=device)
     weight, bias = torch.randn(2, 33, device=device)
@@ -127,42 +127,49 @@ def test_leading_shapes(device, shape):
     check(x, weight, bias, dy)
 
 
-def test_constant_rows_become_the_bias(device):
+def test_constant_rows_give_the_bias(device):
     x, bias = torch.full((4, 16), 7.0, device=device), torch.randn(16, device=device)
     with use_backend("triton"):
         torch.testing.assert_close(layer_norm(x, bias=bias), bias.expand(4, -1))
 
 
-@pytest.mark.parametrize("width", [16, 40_000])
-@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
-def test_only_what_is_needed_is_differentiated(device, wanted, width):
+@pytest.mark.parametrize(
+    ("wanted", "width"),
+    [
+        *((wanted, 16) for wanted in list(product([False, True], repeat=3))[1:]),
+        ((True, False, False), 40_000),
+        ((False, True, False), 40_000),
+        ((False, False, True), 40_000),
+    ],
+)
+def test_computes_only_needed_gradients(device, wanted, width):
     torch.manual_seed(0)
     tensors = [torch.randn(4, width), torch.randn(width), torch.randn(width).half()]
 
     def grads(function):
-        leaves = [t.to(device).requires_grad_(wants) for t, wants in zip(tensors, wanted, strict=True)]
+        leaves = [t.to(device).requires_grad_(is_wanted) for t, is_wanted in zip(tensors, wanted, strict=True)]
         function(*leaves).sin().sum().backward()
         return [t.grad for t in leaves]
 
     with use_backend("triton"), poisoned_memory():
         actual = grads(layer_norm)
-    for wants, a, b in zip(wanted, actual, grads(reference.layer_norm), strict=True):
-        assert (a is not None) == wants
-        if wants:
+    for is_wanted, a, b in zip(wanted, actual, grads(reference.layer_norm), strict=True):
+        assert (a is not None) == is_wanted
+        if is_wanted:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [65, 40_000])
-def test_gradients_are_bitwise_repeatable(device, width):
+@pytest.mark.parametrize(("rows", "width"), [(30, 65), (5, 40_000)])
+def test_gradients_are_bitwise_repeatable(device, rows, width):
     torch.manual_seed(0)
-    x, dy = torch.randn(2, 30, width, device=device)
+    x, dy = torch.randn(2, rows, width, device=device)
     weight, bias = torch.randn(2, width, device=device)
     with use_backend("triton"):
         first, second = (gradients(layer_norm, (x, weight, bias), dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_reference_passes_gradcheck():
+def test_reference_passes_gradcheck():
     x, weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (5,), (5,)))
     assert torch.autograd.gradcheck(reference.layer_norm, (x, weight, bias))
 
@@ -175,19 +182,19 @@ def test_the_reference_passes_gradcheck():
         ((torch.ones(2, 8), None, torch.ones(1)), r"bias has shape \(1,\).*\(8,\)"),
         ((torch.ones(()),), r"x has shape \(\).*\(\.\.\., D\)"),
         ((torch.ones(2, 0),), r"x has shape \(2, 0\)"),
-        ((torch.ones(2, 8, dtype=torch.int64),), "x has dtype torch.int64: allowed is .*torch.float64"),
+        ((torch.ones(2, 8, dtype=torch.int64),), "x has dtype torch.int64: expected .*torch.float64"),
         ((torch.ones(2, 8), torch.ones(8), torch.ones(8, dtype=torch.bool)), "bias has dtype torch.bool"),
-        ((torch.ones(2, 8), None, None, "1e-5"), "eps is '1e-5': allowed is a finite number"),
-        ((torch.ones(2, 8), torch.ones(8, device="meta")), "weight is on meta: allowed is c"),
+        ((torch.ones(2, 8), None, None, "1e-5"), "eps is '1e-5': expected a finite number"),
+        ((torch.ones(2, 8), torch.ones(8, device="meta")), "weight is on meta: expected c"),
     ],
 )
-def test_bad_arguments_are_refused(device, backend, arguments, message):
+def test_bad_arguments_raise(device, backend, arguments, message):
     arguments = [t.to(device) if isinstance(t, torch.Tensor) and not t.is_meta else t for t in arguments]
     with use_backend(backend), pytest.raises(ValueError, match=message):
         layer_norm(*arguments)
 
 
-def test_float64_runs_the_reference(device):
+def test_float64_runs_reference(device):
     x, weight = torch.randn(2, 8, device=device), torch.randn(8, device=device)
     with use_backend("triton"):
         for inputs in ((x.double(), weight), (x, weight.double()), (x, None, weight.double())):
@@ -206,8 +213,8 @@ def test_autocast_gives_float32_like_pytorch(backend):
     torch.testing.assert_close(y, expected)
 
 
-def test_a_float32_result_of_half_precision_has_gradients_in_half(device):
-    # What autocast asks of the op, on any device.
+def test_float32_result_of_half_input_has_half_gradients(device):
+    # The dtypes that autocast requests, on any device.
     torch.manual_seed(0)
     x, dy = torch.randn(2, 5, 40, device=device)
     x, weight = x.half().requires_grad_(), torch.randn(40, device=device)

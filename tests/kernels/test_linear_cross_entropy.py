@@ -15,7 +15,7 @@ from tilewright.kernels.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
-    # NumPy, with which Triton interprets, remarks on log(0) of rows that are not read.
+    # NumPy, which runs Triton's interpreter, warns about log(0) in rows that are not read.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
 ]
 
@@ -42,7 +42,7 @@ def check(x, weight, targets, dloss=None, dlse=None, bias=None, **options):
         reference.linear_cross_entropy, x.double(), weight.double(), targets, dloss, dlse, wide, **options
     )
     for what, *tensors in zip(("loss", "lse", "accuracy", "dx", "dweight", "dbias"), actual, expected, exact, strict=False):
-        if what != "accuracy":  # the argmax of rounded logits may be another than that of exact ones
+        if what != "accuracy":  # rounded logits may have another argmax than exact ones
             assert_accurate(*tensors, what=what)
 
 
@@ -56,7 +56,7 @@ def draw(shape, width, vocabulary, device, dtype=torch.float32, weight_dtype=Non
 
 
 def peak_bytes(function):
-    """Return the most bytes that tensors made by `function` held at once, those inside of ops included."""
+    """Return the peak bytes of tensors that `function` allocates, including temporaries inside ops."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
@@ -71,7 +71,7 @@ def peak_bytes(function):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_and_gradients_equal_the_reference(device, dtype, options, reduction):
+def test_loss_and_gradients_equal_reference(device, dtype, options, reduction):
     x, weight, targets = draw((2, 7), 16, 130, device, dtype)
     budget = 4 * 192 * dtype.itemsize  # four chunks, the last one of two rows
     check(x, weight, targets, memory_budget=budget, reduction=reduction, **options)
@@ -98,7 +98,7 @@ def test_any_shape_and_budget(num_rows, width, vocabulary, biased, weighted, lse
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_class_weights_and_a_loss_of_lse(device, dtype, reduction):
+def test_bias_class_weights_and_lse_gradient(device, dtype, reduction):
     x, weight, targets = draw((2, 7), 16, 130, device, dtype)
     bias, class_weights = torch.randn(130, device=device).to(dtype), torch.rand(130, device=device)
     dlse = torch.randn(7, 2, device=device).T
@@ -109,7 +109,7 @@ def test_bias_class_weights_and_a_loss_of_lse(device, dtype, reduction):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_all_results_are_those_of_the_two_steps(device, backend, reduction):
+def test_results_equal_linear_then_cross_entropy(device, backend, reduction):
     x, weight, targets = draw((2, 7), 16, 130, device)
     bias, class_weights = torch.randn(100, device=device), torch.rand(100, device=device)
     flags = {"return_lse": True, "return_accuracy": True, "return_predictions": True, "return_z_loss": True}
@@ -126,7 +126,7 @@ def test_all_results_are_those_of_the_two_steps(device, backend, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_bias_alone_may_train(device, reduction):
+def test_gradient_of_bias_only(device, reduction):
     x, weight, targets = draw((5,), 8, 20, device)
     bias = torch.zeros(20, device=device, requires_grad=True)
     for backend in BACKENDS:
@@ -136,7 +136,7 @@ def test_a_bias_alone_may_train(device, reduction):
         torch.testing.assert_close(dbias, expected)
 
 
-def test_an_lse_that_is_only_shown_costs_no_product(device):
+def test_unused_lse_adds_no_matrix_product(device):
     x, weight, targets = draw((5,), 8, 20, device)
     with use_backend("triton"), FlopCounterMode(display=False) as counter:
         output = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets, return_lse=True)
@@ -151,7 +151,7 @@ def test_an_lse_that_is_only_shown_costs_no_product(device):
     reduction=st.sampled_from(["none", "mean", "sum"]),
     every_option=st.booleans(),
 )
-def test_rows_that_pad_the_weight_are_no_classes(num_classes, memory_budget, reduction, every_option):
+def test_padding_rows_of_weight_are_not_classes(num_classes, memory_budget, reduction, every_option):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, weight, targets = draw((5,), 8, 64, device)
     targets = torch.where(targets < 0, targets, targets % num_classes)
@@ -167,7 +167,7 @@ def test_rows_that_pad_the_weight_are_no_classes(num_classes, memory_budget, red
 
 @pytest.mark.parametrize("accumulate_in_float32", [True, False])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)])
-def test_weight_and_activations_of_other_dtypes(device, dtype, weight_dtype, accumulate_in_float32):
+def test_weight_and_input_of_different_dtypes(device, dtype, weight_dtype, accumulate_in_float32):
     inputs = draw((10,), 16, 60, device, dtype, weight_dtype)
     with use_backend("triton"):
         actual = loss_and_gradients(
@@ -179,8 +179,8 @@ def test_weight_and_activations_of_other_dtypes(device, dtype, weight_dtype, acc
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-3, atol=2e-3)
 
 
-def test_the_weight_gradient_is_summed_in_float32(device):
-    # Each of 64 chunks adds 2^-12 to what began as 1, which float16 would not notice.
+def test_weight_gradient_is_summed_in_float32(device):
+    # Each of 64 chunks adds 2^-12 to 1, which float16 rounds away.
     x = torch.full((65, 1), 2.0**-11, dtype=torch.float16, device=device)
     x[0] = 2.0
     weight, targets = torch.zeros(2, 1, device=device), torch.zeros(65, dtype=torch.long, device=device)
@@ -212,7 +212,7 @@ def test_strided_inputs(device, view):
     check(x, weight, targets, memory_budget=1000)
 
 
-def test_a_gradient_for_each_row(device):
+def test_upstream_gradient_per_row(device):
     x, weight, targets = draw((3, 4), 8, 50, device)
     dloss = torch.randn(4, 3, device=device).T
     check(x, weight, targets.int(), dloss, reduction="none", memory_budget=1000)
@@ -227,7 +227,7 @@ def test_no_rows_and_no_counted_rows(device):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("trains", [(True, False), (False, True), (False, False)])
-def test_only_what_is_needed_is_differentiated(device, trains, reduction):
+def test_computes_only_needed_gradients(device, trains, reduction):
     x, weight, targets = draw((5,), 8, 20, device)
     x.requires_grad_(trains[0])
     weight.requires_grad_(trains[1])
@@ -240,7 +240,7 @@ def test_only_what_is_needed_is_differentiated(device, trains, reduction):
     assert counter.get_total_flops() == 2 * 5 * 8 * 20 * (1 + sum(trains) + recomputed)
 
 
-def test_flops_of_training_are_three_products_and_none_of_them_is_in_the_backward_pass(device):
+def test_forward_computes_all_three_products(device):
     x, weight, targets = draw((5,), 8, 20, device)
     with use_backend("triton"), FlopCounterMode(display=False) as counter:
         loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets)
@@ -249,7 +249,7 @@ def test_flops_of_training_are_three_products_and_none_of_them_is_in_the_backwar
     assert forward == counter.get_total_flops() == 3 * 2 * 5 * 8 * 20
 
 
-def test_without_gradients_there_is_no_work_for_them(device):
+def test_no_grad_computes_one_product(device):
     x, weight, targets = draw((5,), 8, 20, device)
     weight.requires_grad_()
     with use_backend("triton"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -271,8 +271,8 @@ def test_chunks_stay_within_the_budget(num_rows, vocabulary, itemsize, budget):
     assert rows * columns * itemsize <= budget or rows <= 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the memory of CPU tensors; a test below counts the GPU's")
-def test_logits_within_the_budget_and_gradients_are_all_the_memory_there_is():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures CPU memory; another test measures GPU memory")
+def test_peak_memory_is_budget_plus_gradients():
     num_rows, width, vocabulary = 24, 64, 1024
     budget = 4 * vocabulary * 4
     x, weight, targets = draw((num_rows,), width, vocabulary, torch.device("cpu"))
@@ -286,7 +286,7 @@ def test_logits_within_the_budget_and_gradients_are_all_the_memory_there_is():
             return peak_bytes(lambda: linear_cross_entropy(*inputs, memory_budget=memory_budget))
 
     assert peak(False, False) <= budget + slack
-    # In the backward pass the scaled gradient stands beside the one that was kept.
+    # The backward pass holds the saved gradient and the scaled one.
     assert peak(True, False) <= max(budget, dx_bytes) + 2 * dx_bytes + slack < dw_bytes
     assert peak(True, True) <= max(budget, dx_bytes + dw_bytes) + dx_bytes + dw_bytes + slack
     assert peak(False, False, memory_budget=2**30) >= num_rows * vocabulary * 4
@@ -318,7 +318,7 @@ def test_backward_may_run_twice(device):
         torch.testing.assert_close(2 * a, b)
 
 
-def test_the_reference_passes_gradcheck():
+def test_reference_passes_gradcheck():
     x, weight = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     targets = torch.tensor([0, -100, 2])
 
@@ -332,30 +332,30 @@ def test_the_reference_passes_gradcheck():
     ("change", "message"),
     [
         ({"weight": torch.randn(20, 7)}, r"x has shape \(2, 8\) and weight \(20, 7\)"),
-        ({"weight": torch.randn(8)}, r"allowed are \(\.\.\., D\) and \(V, D\)"),
+        ({"weight": torch.randn(8)}, r"expected \(\.\.\., D\) and \(V, D\)"),
         ({"weight": torch.randn(0, 8)}, "V of 1 or more"),
         ({"x": torch.randn(2, 0), "weight": torch.randn(20, 0)}, "D and V of 1 or more"),
-        ({"bias": torch.randn(8)}, r"bias has shape \(8,\): allowed is \(20,\)"),
+        ({"bias": torch.randn(8)}, r"bias has shape \(8,\): expected \(20,\)"),
         ({"bias": torch.zeros(20, dtype=torch.long)}, "bias has dtype torch.int64"),
         ({"bias": torch.zeros(20, device="meta")}, "bias is on meta"),
-        ({"weight": torch.randn(20, 8, device="meta")}, "weight is on meta: allowed is .*, the device of x"),
+        ({"weight": torch.randn(20, 8, device="meta")}, "weight is on meta: expected .*, the device of x"),
         ({"targets": torch.zeros(2, dtype=torch.long, device="meta")}, "targets is on meta"),
-        ({"class_weights": torch.ones(20), "num_classes": 19}, r"class_weights has shape \(20,\): allowed is \(19,\)"),
+        ({"class_weights": torch.ones(20), "num_classes": 19}, r"class_weights has shape \(20,\): expected \(19,\)"),
         ({"softcap": float("inf")}, "softcap is inf"),
-        ({"num_classes": 1.5}, "num_classes is 1.5: allowed is an integer"),
+        ({"num_classes": 1.5}, "num_classes is 1.5: expected an integer"),
         ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \(3,\).*\(2,\)"),
         ({"x": torch.zeros(2, 8, dtype=torch.long)}, "x has dtype torch.int64"),
         ({"weight": torch.zeros(20, 8, dtype=torch.long)}, "weight has dtype torch.int64"),
         ({"memory_budget": 0}, "memory_budget is 0"),
-        ({"num_classes": 21}, "num_classes is 21: allowed is an integer, 1 to 20"),
+        ({"num_classes": 21}, "num_classes is 21: expected an integer, 1 to 20"),
         ({"num_classes": 0}, "num_classes is 0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"reduction": "median"}, "reduction is 'median': choose 'none', 'mean' or 'sum'"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_arguments_are_refused(device, backend, change, message):
+def test_bad_arguments_raise(device, backend, change, message):
     arguments = {"x": torch.randn(2, 8), "weight": torch.randn(20, 8), "targets": torch.tensor([1, 2])} | change
     for key, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
@@ -364,7 +364,7 @@ def test_bad_arguments_are_refused(device, backend, change, message):
         linear_cross_entropy(**arguments)
 
 
-def test_float64_runs_the_reference(device):
+def test_float64_runs_reference(device):
     x, weight, targets = draw((3,), 8, 20, device, torch.float64)
     with use_backend("triton"):
         loss = linear_cross_entropy(x, weight, targets)
@@ -374,12 +374,12 @@ def test_float64_runs_the_reference(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight_trains", [True, False])
-def test_peak_memory_on_the_gpu_is_the_budget_and_the_gradients(weight_trains):
+def test_peak_gpu_memory_is_budget_plus_gradients(weight_trains):
     budget = 64 * 2**20
     x, weight, targets = draw((4096,), 256, 50257, torch.device("cuda"), torch.bfloat16)
     x.requires_grad_()
     weight.requires_grad_(weight_trains)
-    linear_cross_entropy(x[:1], weight, targets[:1])  # cuBLAS takes its workspace
+    linear_cross_entropy(x[:1], weight, targets[:1])  # allocate the cuBLAS workspace
     peak = peak_on_gpu(lambda: linear_cross_entropy(x, weight, targets, memory_budget=budget).backward(), x.device)
     gradients = 2 * x.nbytes + (3 * weight.nbytes if weight_trains else 0)
     assert peak <= budget + gradients + 2**20

@@ -12,7 +12,7 @@ def costs(name, itemsize, **sizes):
     return ALL[name].cost(itemsize, **sizes)
 
 
-def test_the_roofline_is_the_slower_of_bytes_and_flops():
+def test_roofline_is_the_slower_of_bytes_and_flops():
     assert Cost(100, 10).seconds(bytes_per_second=10, flops_per_second=10) == 10
     assert Cost(10, 100).seconds(10, 10) == 10
     assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
@@ -39,13 +39,13 @@ def test_bytes_by_hand():
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.booleans(), st.none() | st.integers(1, 14))
-def test_pairs_are_those_of_the_references_mask(num_queries, num_keys, causal, window):
+def test_attention_pairs_equal_the_reference_mask(num_queries, num_keys, causal, window):
     mask = attention_mask(num_queries, num_keys, causal, window)
     assert attention_pairs(num_queries, num_keys, causal, window) == mask.sum().item()
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 30), st.booleans(), st.none() | st.integers(1, 7))
-def test_pairs_of_packed_documents_are_those_of_the_references_mask(lengths, num_queries, causal, window):
+def test_attention_pairs_of_documents_equal_the_reference_mask(lengths, num_queries, causal, window):
     num_keys = sum(lengths)
     num_queries = min(num_queries, num_keys)
     document_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -57,7 +57,7 @@ def test_pairs_in_closed_form():
     assert attention_pairs(2**40, 2**40) == 2**40 * (2**40 + 1) // 2
     assert attention_pairs(1, 1000) == 1000
     assert attention_pairs(1, 1000, window=64) == 64
-    with pytest.raises(ValueError, match="the documents hold 7 keys: allowed is 8"):
+    with pytest.raises(ValueError, match="document_lengths sum to 7: expected 8"):
         attention_pairs(8, 8, document_lengths=(3, 4))
 
 
@@ -69,7 +69,7 @@ def test_attention_by_hand():
     assert backward == Cost(4 * queries + 4 * keys + lse, 10 * 16 * 10 * 8 * 2)
 
 
-def test_lengths_of_documents_are_drawn_alike():
+def test_document_lengths_are_deterministic():
     lengths = draw_lengths(16_384)
     assert lengths == draw_lengths(16_384) != draw_lengths(16_384, seed=1)
     assert sum(lengths) == 16_384
@@ -77,14 +77,14 @@ def test_lengths_of_documents_are_drawn_alike():
     assert len(lengths) > 5
 
 
-def test_a_call_is_named_by_its_sizes():
+def test_label_lists_the_sizes():
     sizes = {"batch": 1, "num_heads": 16, "num_queries": 8192, "document_lengths": (1, 2), "dtype": torch.bfloat16}
     assert ALL["attention"].label(sizes) == "attention B1 H16 T8192 2 document_lengths bf16"
     assert ALL["rms_norm"].label({"rows": 8, "width": 64}) == "rms_norm rows 8 width 64"
     assert list(grid(rows=(8,), width=(1, 2))) == [{"rows": 8, "width": 1}, {"rows": 8, "width": 2}]
 
 
-def test_drawn_values_are_leaves_of_the_layout_that_is_asked_for():
+def test_draw_returns_leaves_with_the_requested_layout():
     x = draw(torch.device("cpu"), torch.float16, 2, 5, 3, 8, heads_first=True, scale=0.0)
     assert x.is_leaf
     assert x.requires_grad

@@ -1,4 +1,4 @@
-"""The gradients of attention to some of the keys, added up, against those of attention to all."""
+"""The summed gradients of attention over parts of the keys equal the gradients over all keys."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from tilewright.kernels.attention.partial import partial_gradients
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_gradients_of_parts_of_the_keys_add_up(backend, softcap):
+def test_gradients_of_key_subsets_sum_to_the_full_gradients(backend, softcap):
     torch.manual_seed(0)
     q = torch.randn(2, 4, 16, 16, requires_grad=True)
     k, v = (torch.randn(2, 2, 48, 16, requires_grad=True) for _ in range(2))
     do = torch.randn(2, 4, 16, 16)
     with kernels.use_backend(backend):
-        # The queries are the last 16 positions: they see all of the first keys, and their own causally.
+        # The queries have the last 16 positions: they see all earlier keys, and their own keys causally.
         o, lse = kernels.attention(q, k, v, softcap=softcap, return_lse=True)
         expected = torch.autograd.grad(o, (q, k, v), do)
         plain = [x.detach() for x in (do, q, o, lse)]

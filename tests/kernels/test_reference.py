@@ -23,7 +23,7 @@ def tables(num_positions, head_dim):
     return angles.cos(), angles.sin()
 
 
-def test_rms_norm_is_pytorchs():
+def test_rms_norm_equals_pytorch():
     x, weight = torch.randn(3, 7), torch.randn(7)
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (7,), weight, 1e-5))
 
@@ -68,14 +68,14 @@ def test_rope_positions_per_sequence():
     torch.testing.assert_close(rotated[0, :, 3:], rope(x[:1, :, 3:], cos, sin)[0])
 
 
-def test_rope_refuses_an_unknown_layout():
+def test_rope_unknown_layout_raises():
     with pytest.raises(ValueError, match=r"'diagonal'.*'interleaved' or 'half'"):
         rope(torch.randn(1, 4), *tables(1, 4), layout="diagonal")  # pyright: ignore
 
 
 @pytest.mark.parametrize("function", [attention, reference.attention])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(6, 6), (1, 6), (3, 6)])
-def test_attention_is_sdpa_with_queries_at_the_end(function, num_queries, num_keys):
+def test_attention_equals_sdpa_with_queries_at_the_end(function, num_queries, num_keys):
     q, k, v = torch.randn(2, 4, num_queries, 8), torch.randn(2, 2, num_keys, 8), torch.randn(2, 2, num_keys, 8)
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -114,7 +114,7 @@ def test_softcap_bounds_the_scores():
 
 def test_fully_masked_rows_give_zero_and_no_gradient():
     q, k, v = double(1, 1, 3, 2), double(1, 1, 1, 2), double(1, 1, 1, 2)
-    out = reference.attention(q, k, v)  # the first two queries stand before the only key
+    out = reference.attention(q, k, v)  # the first two queries precede the only key
     assert out[0, 0, :2].eq(0).all()
     out.sum().backward()
     assert q.grad is not None
@@ -127,11 +127,11 @@ def test_attention_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k, v: reference.attention(q, k, v, window=2, softcap=3.0), inputs)
 
 
-def test_attention_refuses_what_makes_no_sense():
+def test_attention_bad_arguments_raise():
     q, k = torch.randn(1, 3, 4, 2), torch.randn(1, 2, 4, 2)
     with pytest.raises(ValueError, match="3 heads, k has 2"):
         attention(q, k, k)
-    with pytest.raises(ValueError, match="4 queries for 2 keys"):
+    with pytest.raises(ValueError, match="q has 4 tokens, k has 2: with documents, expected no more queries than keys"):
         attention(q, q[:, :, :2], q[:, :, :2], document_ids=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="one of them"):
         attention(q, q, q, document_ids=torch.zeros(1, 4), cu_seqlens=torch.tensor([0, 4]))
@@ -139,7 +139,7 @@ def test_attention_refuses_what_makes_no_sense():
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_cross_entropy_is_pytorchs(reduction, label_smoothing):
+def test_cross_entropy_equals_pytorch(reduction, label_smoothing):
     logits, targets = torch.randn(4, 5, 11), torch.randint(0, 11, (4, 5))
     targets[0, 2] = -100
     expected = F.cross_entropy(logits.mT, targets, reduction=reduction, label_smoothing=label_smoothing)
@@ -155,7 +155,7 @@ def test_cross_entropy_options_by_hand():
     assert cross_entropy(logits, target, softcap=3.0).item() == pytest.approx(expected)
 
 
-def test_cross_entropy_of_nothing_is_zero():
+def test_cross_entropy_of_ignored_targets_is_zero():
     logits = torch.randn(3, 4, requires_grad=True)
     loss = cross_entropy(logits, torch.full((3,), -100))
     loss.backward()
@@ -164,7 +164,7 @@ def test_cross_entropy_of_nothing_is_zero():
     assert logits.grad.eq(0).all()
 
 
-def test_cross_entropy_survives_huge_and_equal_logits():
+def test_cross_entropy_of_huge_and_equal_logits():
     assert cross_entropy(torch.tensor([[1e4, -1e4]]), torch.tensor([0])).item() == 0
     assert cross_entropy(torch.zeros(1, 8), torch.tensor([3])).item() == pytest.approx(math.log(8))
     assert cross_entropy(torch.tensor([[0.0, -math.inf]]), torch.tensor([0])).item() == 0
@@ -179,7 +179,7 @@ def test_cross_entropy_passes_gradcheck():
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("memory_budget", [1, 4 * 11 * 3, 2**30])
-def test_linear_cross_entropy_equals_the_two_steps(reduction, memory_budget):
+def test_linear_cross_entropy_equals_linear_then_cross_entropy(reduction, memory_budget):
     x, weight = double(2, 5, 4), double(11, 4)
     targets = torch.randint(0, 11, (2, 5))
     targets[1, 1] = -100
@@ -193,7 +193,7 @@ def test_linear_cross_entropy_equals_the_two_steps(reduction, memory_budget):
         torch.testing.assert_close(a, b)
 
 
-def test_an_unknown_reduction_is_refused():
+def test_unknown_reduction_raises():
     for function in (
         cross_entropy,
         lambda logits, *rest, **options: linear_cross_entropy(logits, torch.eye(3), *rest, **options),

@@ -1,4 +1,4 @@
-"""How ops are known to PyTorch, and when a call does not ask it."""
+"""Registration of ops with PyTorch, and calls that skip the dispatcher."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ square.register_fake(torch.empty_like)
 count_no_flops(twice, add_one_, square)
 
 
-class Seen(TorchDispatchMode):
+class RecordOps(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = []
@@ -53,7 +53,7 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("call", [twice, torch.ops.tilewright.twice_of_a_test])
-def test_both_ways_to_call_an_op_give_the_same(call):
+def test_direct_and_dispatched_calls_agree(call):
     x = torch.randn(3, requires_grad=True)
     (gradient,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
     assert gradient.tolist() == [2, 2, 2]
@@ -64,35 +64,35 @@ def test_both_ways_to_call_an_op_give_the_same(call):
         assert torch.equal(call(x), 2 * x)
 
 
-def test_what_watches_sees_the_op():
+def test_modes_profiler_and_subclasses_see_the_op():
     x = torch.randn(3)
-    with Seen() as seen:
+    with RecordOps() as recorded:
         twice(x)
-    assert seen.names == ["tilewright::twice_of_a_test"]
+    assert recorded.names == ["tilewright::twice_of_a_test"]
     with torch.profiler.profile() as profiler:
         twice(x)
     assert "tilewright::twice_of_a_test" in {event.name for event in profiler.events()}
     subclass = torch.nn.Buffer(x).as_subclass(type("Sub", (Tensor,), {}))
-    with Seen() as seen:
+    with RecordOps() as recorded:
         twice(subclass)
-    assert seen.names == ["tilewright::twice_of_a_test"]
+    assert recorded.names == ["tilewright::twice_of_a_test"]
 
 
-def test_meta_tensors_and_fakes_never_reach_the_function():
+def test_meta_tensors_and_fakes_do_not_call_the_function():
     CALLS.clear()
     assert twice(torch.empty(3, device="meta")).is_meta
     assert CALLS == []
     assert empty_twice(torch.ones(3)).shape == (3,)
 
 
-def test_an_op_without_a_gradient_says_so_when_it_is_asked_for_one():
+def test_op_without_gradient_raises():
     x = torch.randn(3, requires_grad=True)
     for call in (square, torch.ops.tilewright.square_of_a_test):
         with pytest.raises(NotImplementedError, match="square_of_a_test has no gradient"):
             call(x).sum().backward()
 
 
-def test_forward_mode_is_an_error_and_no_zero():
+def test_forward_mode_raises():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones(3), torch.ones(3))
         with pytest.raises(NotImplementedError, match=r"no forward-mode derivative: use_backend\('reference'\) has"):
@@ -100,7 +100,7 @@ def test_forward_mode_is_an_error_and_no_zero():
 
 
 @pytest.mark.parametrize("call", [add_one_, torch.ops.tilewright.add_one_of_a_test])
-def test_a_tensor_that_is_written_over_is_not_used_for_a_gradient(call):
+def test_mutated_tensor_fails_in_backward(call):
     x = torch.ones(3, requires_grad=True)
     y = x.exp()
     z = y.square()
@@ -109,13 +109,13 @@ def test_a_tensor_that_is_written_over_is_not_used_for_a_gradient(call):
         z.sum().backward()
 
 
-def test_no_message_of_what_leads_to_an_op_is_written_for_inductor(monkeypatch):
-    # Such a message doubles with each use of a result: with 12 layers below the loss it never ended.
+def test_inductor_formats_no_missing_operator_message(monkeypatch):
+    # The message doubles with each use of a result: with 12 layers below the loss, formatting did not finish.
     from torch._inductor.exc import OperatorIssue
 
-    written = []
-    monkeypatch.setattr(OperatorIssue, "operator_str", staticmethod(lambda *args: written.append(args) or ""))
+    messages = []
+    monkeypatch.setattr(OperatorIssue, "operator_str", staticmethod(lambda *args: messages.append(args) or ""))
     x = torch.randn(4)
     with torch.compiler.config.patch(force_disable_caches=True):
         torch.testing.assert_close(torch.compile(lambda x: twice(x), fullgraph=True)(x), 2 * x)
-    assert written == []
+    assert messages == []

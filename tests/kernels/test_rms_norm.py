@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be importe
 EPS = 1e-5
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# Odd, prime, a power of two, more than a tile of narrow rows, and wider than one block of the backward and forward pass.
+# Odd; prime; a power of two; more than a tile of narrow rows; wider than a block in the backward pass, and in both passes.
 WIDTHS = [7, 64, 127, 1000, 8193, 33000]
-# Of fewer elements, a gradient may cancel to less than the rounding of its terms, which the oracle does not forgive.
+# With fewer elements a gradient may cancel to less than the rounding of its terms, which the oracle does not tolerate.
 ROW_WIDTHS = st.integers(8, 300)
 
 
 def gradients(function, inputs, upstream, **options):
-    """Return the results and the gradient of every input that is a tensor; an upstream gradient of None is left out."""
+    """Return the results and the gradient of every input that is a tensor; skip results whose upstream gradient is None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     results = function(*leaves, EPS, **options)
     results = results if isinstance(results, tuple) else (results,)
@@ -53,7 +53,7 @@ def check_sum(x, residual, weight, dy, d_total, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_forward_and_backward_equal_the_reference(device, dtype, width):
+def test_forward_and_backward_equal_reference(device, dtype, width):
     torch.manual_seed(width)
     x, dy = torch.randn(2, 5, 3, width, dtype=dtype, device=device)[:, :, 0]
     check(x, torch.randn(width, dtype=dtype, device=device), dy)
@@ -71,7 +71,7 @@ def test_forward_and_backward_equal_the_reference(device, dtype, width):
     ],
 )
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_fused_sum_equals_the_reference(device, dtype, residual_dtype, width):
+def test_fused_sum_equals_reference(device, dtype, residual_dtype, width):
     torch.manual_seed(width)
     x, dy = torch.randn(2, 5, width, dtype=dtype, device=device)
     residual, d_total = torch.randn(2, 5, width, dtype=residual_dtype, device=device)
@@ -93,7 +93,7 @@ def draw(num_rows, width, seed, dtype):
 
 
 def draw_weight(width, seed, dtype, offset):
-    """Return a weight and the options that it allows."""
+    """Return a weight, or None, with a valid offset."""
     if dtype is None:
         return None, {"offset": 0.0}
     return draw(1, width, seed, dtype)[0], {"offset": offset}
@@ -133,7 +133,7 @@ def test_rows_of_few_elements(device, width):
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
-def test_weight_and_activations_of_other_dtypes(device, weight_dtype):
+def test_weight_and_input_of_different_dtypes(device, weight_dtype):
     torch.manual_seed(0)
     x, dy = torch.randn(2, 6, 40, dtype=torch.float16, device=device)
     check(x, torch.randn(40, dtype=weight_dtype, device=device), dy)
@@ -158,7 +158,7 @@ def test_strided_inputs_and_gradients(device, view):
     check_sum(x, residual, weight, dy, d_total)
 
 
-def test_gradients_expanded_from_a_sum(device):
+def test_expanded_upstream_gradients(device):
     torch.manual_seed(0)
     x, residual = torch.randn(2, 5, 24, device=device)
     one = torch.ones((), device=device).expand(5, 24)
@@ -178,36 +178,36 @@ def test_leading_shapes(device, shape):
 
 
 @pytest.mark.parametrize("width", [3, 40_000])
-def test_zero_rows_of_any_form(device, width):
+def test_no_rows(device, width):
     empty = torch.randn(0, width, device=device)
     check_sum(empty, empty, torch.randn(width, device=device), empty, empty)
 
 
-def test_zero_rows_stay_zero_and_finite(device):
+def test_rows_of_zeros(device):
     check(torch.zeros(4, 16, device=device), torch.ones(16, device=device), torch.randn(4, 16, device=device))
 
 
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16])
-def test_only_what_is_needed_is_differentiated(device, wanted, residual_dtype):
+def test_computes_only_needed_gradients(device, wanted, residual_dtype):
     torch.manual_seed(0)
     tensors = [torch.randn(4, 16), torch.randn(4, 16, dtype=residual_dtype), torch.randn(16)]
 
     def grads(function):
-        leaves = [t.to(device).requires_grad_(wants) for t, wants in zip(tensors, wanted, strict=True)]
+        leaves = [t.to(device).requires_grad_(is_wanted) for t, is_wanted in zip(tensors, wanted, strict=True)]
         y, total = function(*leaves)
         (y.sin().sum() + total.float().sin().sum()).backward()
         return [t.grad for t in leaves]
 
     with use_backend("triton"), poisoned_memory():
         actual = grads(add_rms_norm)
-    for wants, a, b in zip(wanted, actual, grads(reference.add_rms_norm), strict=True):
-        assert (a is not None) == wants
-        if wants:
+    for is_wanted, a, b in zip(wanted, actual, grads(reference.add_rms_norm), strict=True):
+        assert (a is not None) == is_wanted
+        if is_wanted:
             torch.testing.assert_close(a, b)
 
 
-def test_an_unused_result_costs_no_kernel(device):
+def test_unused_result_launches_no_backward_kernel(device):
     x, residual = torch.randn(2, 4, 16, device=device, requires_grad=True)
     with use_backend("triton"), profile() as profiler:
         _, total = add_rms_norm(x, residual)
@@ -215,7 +215,7 @@ def test_an_unused_result_costs_no_kernel(device):
     assert not [event.key for event in profiler.key_averages() if "rms_norm_backward" in event.key]
 
 
-def test_the_gradient_of_both_addends_is_one_tensor_that_may_be_accumulated_into(device):
+def test_shared_gradient_of_both_addends_can_be_accumulated(device):
     x, residual = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
     with use_backend("triton"):
         for _ in range(2):
@@ -226,7 +226,7 @@ def test_the_gradient_of_both_addends_is_one_tensor_that_may_be_accumulated_into
     torch.testing.assert_close(residual.grad, 2 * once)
 
 
-def test_the_sum_is_rounded_to_the_residual_and_normalised_as_rounded(device):
+def test_sum_is_rounded_to_the_residual_dtype_before_normalization(device):
     torch.manual_seed(0)
     x = torch.randn(5, 33, device=device)
     residual = torch.randn(5, 33, device=device, dtype=torch.float16)
@@ -246,7 +246,7 @@ def test_llama_casting_rounds_before_the_weight(device):
     with use_backend("triton"):
         actual = rms_norm(x, weight, EPS, casting="llama")
         assert not torch.equal(rms_norm(x, weight, EPS), expected)
-    # A sum in another order may turn a rounding here and there.
+    # Another order of summation may change a few roundings.
     assert (actual == expected).float().mean() > 0.99
 
 
@@ -258,7 +258,7 @@ def test_gemma_offset_is_one_plus_the_weight(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"casting": "llama"}, {"offset": 1.0}])
-def test_the_reference_passes_gradcheck(options):
+def test_reference_passes_gradcheck(options):
     x, residual, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (3, 5), (5,)))
     assert torch.autograd.gradcheck(partial(reference.rms_norm, **options), (x, weight))
     assert torch.autograd.gradcheck(partial(reference.add_rms_norm, **options), (x, residual, weight))
@@ -271,23 +271,23 @@ def test_the_reference_passes_gradcheck(options):
         ((torch.ones(()),), {}, r"x has shape \(\).*\(\.\.\., D\)"),
         ((torch.ones(2, 0),), {}, r"x has shape \(2, 0\)"),
         ((torch.ones(2, 8),), {"casting": "gemma"}, "'gemma'.*'float32' or 'llama'"),
-        ((torch.ones(2, 8),), {"offset": 1.0}, r"offset is 1\.0.*allowed is 0\.0"),
-        ((torch.ones(2, 8),), {"eps": None}, "eps is None: allowed is a finite number, 0 or more"),
+        ((torch.ones(2, 8),), {"offset": 1.0}, r"offset is 1\.0.*expected 0\.0"),
+        ((torch.ones(2, 8),), {"eps": None}, "eps is None: expected a finite number, 0 or more"),
         ((torch.ones(2, 8),), {"eps": -1e-5}, "eps is -1e-05"),
-        ((torch.ones(2, 8), torch.ones(8)), {"offset": True}, "offset is True: allowed is a finite number"),
-        ((torch.ones(2, 8), torch.ones(8, device="meta")), {}, "weight is on meta: allowed is c"),
-        ((torch.ones(2, 8, dtype=torch.int64),), {}, "x has dtype torch.int64: allowed is .*torch.float64"),
+        ((torch.ones(2, 8), torch.ones(8)), {"offset": True}, "offset is True: expected a finite number"),
+        ((torch.ones(2, 8), torch.ones(8, device="meta")), {}, "weight is on meta: expected c"),
+        ((torch.ones(2, 8, dtype=torch.int64),), {}, "x has dtype torch.int64: expected .*torch.float64"),
         ((torch.ones(2, 8), torch.ones(8, dtype=torch.int32)), {}, "weight has dtype torch.int32"),
     ],
 )
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_bad_arguments_are_refused(device, arguments, options, message, backend):
+def test_bad_arguments_raise(device, arguments, options, message, backend):
     arguments = [t if t.is_meta else t.to(device) for t in arguments]
     with use_backend(backend), pytest.raises(ValueError, match=message):
         rms_norm(*arguments, **options)
 
 
-def test_float64_runs_the_reference(device):
+def test_float64_runs_reference(device):
     x, residual, weight = torch.randn(2, 8, device=device), torch.randn(2, 8, device=device), torch.randn(8, device=device)
     with use_backend("triton"):
         for inputs in ((x.double(), weight), (x, weight.double())):
@@ -308,7 +308,7 @@ def test_float64_runs_the_reference(device):
         (torch.ones(2, 8, device="meta"), "residual is on meta"),
     ],
 )
-def test_a_bad_residual_is_refused(device, backend, residual, message):
+def test_bad_residual_raises(device, backend, residual, message):
     residual = residual if residual.is_meta else residual.to(device)
     with use_backend(backend), pytest.raises(ValueError, match=message):
         add_rms_norm(torch.ones(2, 8, device=device), residual)
@@ -320,7 +320,7 @@ def test_autocast_gives_float32_like_pytorch(backend):
     x, weight = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), torch.randn(64, device="cuda")
     with use_backend(backend), torch.autocast("cuda", torch.bfloat16):
         y = rms_norm(x, weight)
-        # PyTorch 2.13 takes x to float32 itself, which 2.11 does not.
+        # PyTorch 2.13 casts x to float32 under autocast, 2.11 does not.
         expected = torch.nn.functional.rms_norm(x.float(), (64,), weight, 1e-5)
         fused, total = add_rms_norm(x, x, weight)
     assert y.dtype == expected.dtype == torch.float32
@@ -329,8 +329,8 @@ def test_autocast_gives_float32_like_pytorch(backend):
     torch.testing.assert_close(fused, torch.nn.functional.rms_norm(total.float(), (64,), weight, 1e-5).bfloat16())
 
 
-def test_a_float32_result_of_half_precision_has_gradients_in_half(device):
-    # What autocast asks of the op, on any device.
+def test_float32_result_of_half_input_has_half_gradients(device):
+    # The dtypes that autocast requests, on any device.
     torch.manual_seed(0)
     x, dy = torch.randn(2, 5, 40, device=device)
     x, weight = x.half().requires_grad_(), torch.randn(40, device=device)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be importe
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 LAYOUTS = ["interleaved", "half"]
 BACKENDS = ["triton", "reference"]
-# The memory that logical (B, H, T, K) heads are found in: as attention returns them, as a projection does, and as a part of
-# a packed projection of queries, keys and values.
+# Memory layouts of (B, H, T, K) heads: as attention returns them, as a projection returns them, and as a slice of a packed
+# projection of queries, keys and values.
 MEMORY = {
     "heads first": lambda b, h, t, k: torch.randn(b, h, t, k),
     "tokens first": lambda b, h, t, k: torch.randn(b, t, h, k).transpose(1, 2),
@@ -52,7 +52,7 @@ def check(xs, cos, sin, dys, **options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [2, 64, 80, 256])
-def test_forward_and_backward_equal_the_reference(device, dtype, head_dim, layout):
+def test_forward_and_backward_equal_reference(device, dtype, head_dim, layout):
     torch.manual_seed(head_dim)
     q, dq = torch.randn(2, 2, 5, 7, head_dim, dtype=dtype, device=device)
     k, dk = torch.randn(2, 2, 1, 7, head_dim, dtype=dtype, device=device)
@@ -90,7 +90,7 @@ def test_more_tokens_and_heads_than_a_block(device, layout):
     check([q, k], *tables(70, 16, device), [dq, dk], layout=layout)
 
 
-def test_queries_and_keys_of_different_dtypes_keep_theirs(device):
+def test_queries_and_keys_keep_their_dtypes(device):
     torch.manual_seed(0)
     q, dq = torch.randn(2, 1, 4, 5, 8, device=device)
     k, dk = torch.randn(2, 1, 2, 5, 8, device=device).half()
@@ -100,7 +100,7 @@ def test_queries_and_keys_of_different_dtypes_keep_theirs(device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 16), (80, 32), (10, 8)])
-def test_partial_rotary_equals_the_reference(device, dtype, head_dim, rotary_dim, layout):
+def test_partial_rotary_equals_reference(device, dtype, head_dim, rotary_dim, layout):
     torch.manual_seed(head_dim)
     q, dq = torch.randn(2, 2, 5, 7, head_dim, dtype=dtype, device=device)
     k, dk = torch.randn(2, 2, 1, 7, head_dim, dtype=dtype, device=device)
@@ -109,10 +109,10 @@ def test_partial_rotary_equals_the_reference(device, dtype, head_dim, rotary_dim
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_partial_rotary_turns_the_first_channels_as_a_head_of_their_own(device, layout, backend):
+def test_partial_rotary_rotates_the_first_channels_as_a_head(device, layout, backend):
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(2, 3, 5, 80, device=device), tables(5, 32, device)
-    # Copied bit by bit, whatever it holds.
+    # Channels that are not rotated are copied bit by bit, also infinities.
     x[..., 40:50] = torch.inf
     with use_backend(backend):
         y, alone = (rope(t, cos, sin, layout=layout) for t in (x, x[..., :32]))
@@ -121,7 +121,7 @@ def test_partial_rotary_turns_the_first_channels_as_a_head_of_their_own(device, 
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 3, 5, 8), (2, 2, 3, 5, 8)])
-def test_a_single_tensor_of_any_leading_shape(device, shape):
+def test_leading_shapes(device, shape):
     torch.manual_seed(0)
     x, dy = torch.randn(2, *shape, device=device)
     check([x], *tables(5, 8, device), [dy])
@@ -134,7 +134,7 @@ def test_a_single_tensor_of_any_leading_shape(device, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(3, 5, 8), (3, 2, 5, 8), (3, 2, 2, 5, 8)])
-def test_each_sequence_stands_at_its_own_positions(device, shape, backend):
+def test_positions_per_sequence(device, shape, backend):
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(shape, device=device), tables(9, 8, device)
     positions = torch.randint(0, 9, (3, 5), device=device)
@@ -168,7 +168,7 @@ def test_strided_tables_and_positions(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (0, 3, 4), (0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (0, 2, 3, 3, 4)])
-def test_nothing_at_all(device, shape):
+def test_empty_inputs(device, shape):
     x = torch.randn(shape, device=device)
     check([x], *tables(3, 4, device), [x])
     check([x], *tables(3, 4, device), [x], positions=torch.zeros(1, shape[-2], dtype=torch.long, device=device))
@@ -180,7 +180,7 @@ def test_nothing_at_all(device, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
-def test_a_packed_projection_of_nothing(device, shape, backend):
+def test_empty_packed_projection(device, shape, backend):
     qkv = torch.randn(shape, device=device, requires_grad=True)
     with use_backend(backend):
         q, k, v = rope_qkv(qkv, *tables(5, 4, device), 2, 1)
@@ -189,7 +189,7 @@ def test_a_packed_projection_of_nothing(device, shape, backend):
     assert dqkv.shape == shape
 
 
-def test_no_heads_of_one_of_the_two(device):
+def test_no_query_heads_or_no_key_heads(device):
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 5, 4, device=device), torch.randn(2, 0, 5, 4, device=device)
     check([q, k], *tables(5, 4, device), [q, k])
@@ -197,7 +197,7 @@ def test_no_heads_of_one_of_the_two(device):
 
 
 @pytest.mark.parametrize("memory", ["tokens first", "packed"])
-def test_results_and_gradients_keep_the_order_of_a_projection(device, memory):
+def test_results_and_gradients_keep_the_memory_layout(device, memory):
     x = MEMORY[memory](2, 3, 5, 8).to(device)
     with use_backend("triton"):
         y, dx = gradients(rope, [x], *tables(5, 8, device), [torch.randn(2, 3, 5, 8, device=device)])
@@ -205,17 +205,17 @@ def test_results_and_gradients_keep_the_order_of_a_projection(device, memory):
         assert t.transpose(1, 2).is_contiguous()
 
 
-def test_the_inputs_are_not_kept_for_the_backward_pass(device):
-    kept = []
+def test_inputs_are_not_saved_for_backward(device):
+    saved = []
     q, k = torch.randn(2, 2, 3, 5, 8, device=device, requires_grad=True)
     cos, sin = tables(5, 8, device)
-    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rope_qk(q, k, cos, sin)
-    assert {t.data_ptr() for t in kept} == {cos.data_ptr(), sin.data_ptr()}
+    assert {t.data_ptr() for t in saved} == {cos.data_ptr(), sin.data_ptr()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_tables_get_no_gradient(device, backend):
+def test_tables_get_no_gradient(device, backend):
     cos, sin = (table.requires_grad_() for table in tables(5, 8, device))
     x = torch.randn(1, 1, 5, 8, device=device, requires_grad=True)
     with use_backend(backend):
@@ -225,7 +225,7 @@ def test_the_tables_get_no_gradient(device, backend):
     assert sin.grad is None
 
 
-def test_a_loss_of_the_queries_only(device):
+def test_loss_of_queries_only(device):
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 5, 8, device=device, requires_grad=True)
     cos, sin = tables(5, 8, device)
@@ -235,7 +235,7 @@ def test_a_loss_of_the_queries_only(device):
     torch.testing.assert_close(dq, expected)
 
 
-def test_a_gradient_can_be_differentiated_again(device):
+def test_second_derivative(device):
     torch.manual_seed(0)
     x = torch.randn(1, 2, 5, 8, device=device, requires_grad=True)
     cos, sin = tables(5, 8, device)
@@ -249,7 +249,7 @@ def test_a_gradient_can_be_differentiated_again(device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_stands_at_position_0(device, backend):
+def test_padding_has_position_0(device, backend):
     torch.manual_seed(0)
     qkv, (cos, sin) = torch.randn(2, 4, 32, device=device), tables(5, 8, device)
     grads = [torch.randn(2, n, 4, 8, device=device) for n in (2, 1, 1)]
@@ -261,8 +261,8 @@ def test_padding_stands_at_position_0(device, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_left_padding_leaves_the_gradients_of_real_rows_finite(device, backend):
-    # Padded rows take part in attention's matrix products, where NaN times 0 would reach real rows.
+def test_left_padding_keeps_gradients_finite(device, backend):
+    # Padded rows enter attention's matrix products, where NaN times 0 would reach real rows.
     torch.manual_seed(0)
     qkv = torch.randn(2, 9, 4 * 16, device=device, requires_grad=True)
     mask = torch.arange(9, device=device) >= torch.tensor([[3], [0]], device=device)
@@ -275,12 +275,12 @@ def test_left_padding_leaves_the_gradients_of_real_rows_finite(device, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_positions_past_the_tables_are_an_error_where_they_can_be_seen(device, backend):
+def test_positions_past_the_tables_raise_or_give_nan(device, backend):
     x, (cos, sin) = torch.ones(1, 1, 4, 8, device=device), tables(5, 8, device)
     positions = torch.tensor([4, 5, -1, 2**40], device=device)
     with use_backend(backend):
         if device.type == "cpu":
-            with pytest.raises(ValueError, match=r"positions holds 1099511627776: allowed is less than 5"):
+            with pytest.raises(ValueError, match=r"positions contains 1099511627776: expected less than 5"):
                 rope(x, cos, sin, positions)
         else:
             y = rope(x, cos, sin, positions)
@@ -296,7 +296,7 @@ def test_positions_past_the_tables_are_an_error_where_they_can_be_seen(device, b
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_reference_passes_gradcheck(layout):
+def test_reference_passes_gradcheck(layout):
     q, k = (torch.randn(2, h, 3, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1))
     cos, sin = (table.double() for table in tables(5, 2))
     assert torch.autograd.gradcheck(lambda q, k: reference.rope_qk(q, k, cos, sin, layout=layout, offset=2), (q, k))
@@ -321,21 +321,21 @@ def test_the_reference_passes_gradcheck(layout):
         ({"sin": torch.ones(8, 4)}, r"sin \(8, 4\).*for both"),
         ({"offset": 5}, r"offset is 5 with 5 tokens.*0 to 4.*9 positions"),
         ({"offset": -1}, r"offset is -1"),
-        ({"offset": 1.5}, r"offset is 1\.5: allowed is an integer"),
-        ({"offset": 1, "positions": torch.arange(5)}, r"offset is 1.*must be 0"),
+        ({"offset": 1.5}, r"offset is 1\.5: expected an integer"),
+        ({"offset": 1, "positions": torch.arange(5)}, r"offset is 1: expected 0 with positions"),
         ({"positions": torch.arange(4)}, r"positions has shape \(4,\).*\(5,\) or \(1, 5\)"),
         ({"positions": torch.ones(5)}, r"positions has dtype torch\.float32.*torch\.int64"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_arguments_are_refused_by_name(change, message, backend):
+def test_bad_arguments_raise(change, message, backend):
     arguments = {"q": torch.ones(1, 2, 5, 8), "k": torch.ones(1, 2, 5, 8), "cos": torch.ones(9, 4), "sin": torch.ones(9, 4)}
     with use_backend(backend), pytest.raises(ValueError, match=message):
         rope_qk(**arguments | change)
 
 
 @pytest.mark.gpu
-def test_autocast_changes_no_dtype():
+def test_autocast_keeps_dtypes():
     x = torch.randn(1, 2, 5, 8, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         assert rope(x, *tables(5, 8, "cuda")).dtype == torch.float32
@@ -354,10 +354,10 @@ def packed_gradients(function, qkv, cos, sin, num_heads, num_kv_heads, grads, **
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "rotary_dim"), [(3, 3, 16, 16), (20, 5, 10, 10), (4, 1, 64, 64), (4, 2, 24, 6)]
 )
-def test_a_packed_projection_is_parted_and_rotated(device, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, layout):
+def test_packed_projection_is_split_and_rotated(device, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, layout):
     torch.manual_seed(head_dim)
     heads = num_heads + 2 * num_kv_heads
-    # A slice of something wider, and gradients laid out either way.
+    # A slice of a wider tensor, and gradients in both memory layouts.
     qkv = torch.randn(2, 9, heads * head_dim + 8, dtype=dtype, device=device)[..., 8:]
     grads = [torch.randn(2, n, 9, head_dim, dtype=dtype, device=device) for n in (num_heads, num_kv_heads)]
     grads.append(torch.randn(2, 9, num_kv_heads, head_dim, dtype=dtype, device=device).transpose(1, 2))
@@ -374,7 +374,7 @@ def test_a_packed_projection_is_parted_and_rotated(device, dtype, num_heads, num
     assert all(part.transpose(1, 2).is_contiguous() for part in actual[:3])
 
 
-def test_a_packed_projection_at_given_positions_of_each_sequence():
+def test_packed_projection_with_positions():
     qkv, (cos, sin) = torch.randn(2, 5, 4 * 8), tables(30, 8)
     for positions in torch.randint(0, 30, (2, 5)), torch.randint(0, 30, (1, 5)):
         with use_backend("triton"):
@@ -384,13 +384,13 @@ def test_a_packed_projection_at_given_positions_of_each_sequence():
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((2, 5, 33), (2, 1)), ((5, 32), (2, 1)), ((2, 5, 0), (2, 1))])
-def test_a_packed_projection_of_another_width_is_refused(shape, heads):
+def test_packed_projection_of_wrong_width_raises(shape, heads):
     with pytest.raises(ValueError, match=r"qkv has (heads of )?shape \("):
         rope_qkv(torch.zeros(shape), *tables(5, 8), *heads)
 
 
-def test_numbers_of_heads_are_integers_above_0():
-    with pytest.raises(ValueError, match=r"num_kv_heads is 0: allowed is an integer, 1 or more"):
+def test_bad_numbers_of_heads_raise():
+    with pytest.raises(ValueError, match=r"num_kv_heads is 0: expected an integer, 1 or more"):
         rope_qkv(torch.zeros(2, 5, 32), *tables(5, 8), 2, 0)
     with pytest.raises(ValueError, match=r"num_heads is 2\.0"):
         rope_qkv(torch.zeros(2, 5, 32), *tables(5, 8), 2.0, 1)  # pyright: ignore

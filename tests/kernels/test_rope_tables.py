@@ -9,7 +9,7 @@ import torch
 from tilewright.kernels import RopeScaling, rope, rope_tables
 
 needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed, which is compared with"
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
 SCALINGS = [
     RopeScaling("linear", 4.0),
@@ -20,14 +20,14 @@ SCALINGS = [
     RopeScaling("yarn", 40.0, 4096, mscale=0.707),
     RopeScaling("yarn", 16.0, 1024, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3, truncate=False),
     RopeScaling("yarn", 1.0, 64),
-    # The ramp lies past the last channel, and before the first.
+    # Ramps past the last channel and before the first.
     RopeScaling("yarn", 2.0, 2**40),
     RopeScaling("yarn", 2.0, 2),
 ]
 
 
 def frequencies_of(cos, sin):
-    """Return the frequencies, and the factor on cos and sin, that row 1 of the tables tells."""
+    """Return the frequencies and the factor of cos and sin, from row 1 of the tables."""
     return torch.atan2(sin[1].double(), cos[1].double()), torch.hypot(sin[1].double(), cos[1].double())
 
 
@@ -35,7 +35,7 @@ def frequencies_of(cos, sin):
 @pytest.mark.parametrize("rotary_dim", [128, 32])
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-def test_scaled_frequencies_are_those_of_hugging_face(scaling, theta, rotary_dim):
+def test_scaled_frequencies_match_hugging_face(scaling, theta, rotary_dim):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     options = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
@@ -45,7 +45,7 @@ def test_scaled_frequencies_are_those_of_hugging_face(scaling, theta, rotary_dim
     expected, factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, torch.device("cpu"))
     cos, sin = rope_tables(128, 100, theta, scaling, rotary_dim=rotary_dim)
     frequencies, factors = frequencies_of(cos, sin)
-    # Theirs are computed in float32.
+    # Hugging Face computes in float32.
     torch.testing.assert_close(frequencies, expected.double(), rtol=3e-6, atol=0)
     torch.testing.assert_close(factors, torch.full_like(factors, factor), rtol=1e-6, atol=0)
     angles = torch.outer(torch.arange(100).double(), expected.double())
@@ -65,13 +65,13 @@ def test_tables_by_hand():
     assert rope_tables(4, 5, device="meta")[0].device.type == "meta"
 
 
-def test_far_positions_keep_their_precision():
+def test_far_positions_are_accurate():
     cos, sin = rope_tables(2, 2**20)
     assert cos[-1].item() == pytest.approx(math.cos(2**20 - 1), abs=1e-7)
     assert sin[-1].item() == pytest.approx(math.sin(2**20 - 1), abs=1e-7)
 
 
-def test_linear_scaling_puts_the_factors_multiples_where_whole_positions_were():
+def test_linear_scaling_maps_multiples_of_the_factor_to_positions():
     for stretched, table in zip(rope_tables(16, 21, scaling=RopeScaling("linear", 4.0)), rope_tables(16, 6), strict=True):
         torch.testing.assert_close(stretched[::4], table)
 
@@ -86,7 +86,7 @@ def test_llama3_keeps_high_frequencies_and_divides_low_ones():
     assert ((scaled < plain) & (scaled > plain / 8))[between].all()
 
 
-def test_yarns_attention_factor():
+def test_yarn_attention_factor():
     def factor(**options):
         return frequencies_of(*rope_tables(8, 2, scaling=RopeScaling("yarn", 40.0, 4096, **options)))[1].mean().item()
 
@@ -95,7 +95,7 @@ def test_yarns_attention_factor():
     assert factor(attention_factor=1.25) == pytest.approx(1.25)
 
 
-def test_rotary_dim_is_what_rope_rotates():
+def test_rope_rotates_rotary_dim_channels():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 16)
     y = rope(x, *rope_tables(16, 5, rotary_dim=4))
@@ -107,13 +107,13 @@ def test_rotary_dim_is_what_rope_rotates():
     ("options", "message"),
     [
         ({"kind": "dynamic"}, r"kind is 'dynamic': choose 'default', 'linear', 'llama3' or 'yarn'"),
-        ({"kind": "linear", "factor": 0.5}, r"factor is 0\.5: allowed is a finite number, 1 or more"),
+        ({"kind": "linear", "factor": 0.5}, r"factor is 0\.5: expected a finite number, 1 or more"),
         ({"kind": "linear", "factor": math.nan}, r"factor is nan"),
         ({"kind": "linear", "factor": True}, r"factor is True"),
         ({"kind": "linear", "factor": math.inf}, r"factor is inf"),
-        ({"factor": 2.0}, r"factor is 2\.0: kind 'default' reads none"),
+        ({"factor": 2.0}, r"factor is 2\.0: kind 'default' reads no options"),
         ({"kind": "linear", "beta_fast": 8.0}, r"beta_fast is 8\.0: kind 'linear' reads factor"),
-        ({"kind": "llama3", "factor": 8.0}, r"original_max_position_embeddings is None: kind 'llama3' needs it"),
+        ({"kind": "llama3", "factor": 8.0}, r"original_max_position_embeddings is None: kind 'llama3' requires it"),
         ({"kind": "yarn", "original_max_position_embeddings": 0}, r"original_max_position_embeddings is 0"),
         ({"kind": "llama3", "original_max_position_embeddings": 9, "low_freq_factor": 4.0}, r"low_freq_factor is 4\.0"),
         ({"kind": "yarn", "original_max_position_embeddings": 9, "beta_slow": 33.0}, r"beta_slow is 33\.0, beta_fast 32\.0"),
@@ -121,7 +121,7 @@ def test_rotary_dim_is_what_rope_rotates():
         ({"kind": "yarn", "original_max_position_embeddings": 9, "mscale": 0.0}, r"mscale is 0\.0"),
     ],
 )
-def test_bad_scalings_are_refused_by_name(options, message):
+def test_bad_scalings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         RopeScaling(**options)
 
@@ -129,18 +129,18 @@ def test_bad_scalings_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_dim": 7}, r"head_dim is 7: allowed is an even number"),
-        ({"head_dim": 0}, r"head_dim is 0: allowed is an integer, 2 or more"),
-        ({"rotary_dim": 10}, r"rotary_dim is 10: allowed is an integer, 2 to 8"),
-        ({"rotary_dim": 3}, r"rotary_dim is 3: allowed is an even number"),
+        ({"head_dim": 7}, r"head_dim is 7: expected an even number"),
+        ({"head_dim": 0}, r"head_dim is 0: expected an integer, 2 or more"),
+        ({"rotary_dim": 10}, r"rotary_dim is 10: expected an integer, 2 to 8"),
+        ({"rotary_dim": 3}, r"rotary_dim is 3: expected an even number"),
         ({"num_positions": -1}, r"num_positions is -1"),
         ({"num_positions": 2.5}, r"num_positions is 2\.5"),
-        ({"theta": "1e4"}, "theta is '1e4': allowed is a finite number above 0"),
-        ({"scaling": "yarn"}, "scaling is 'yarn': allowed is a RopeScaling"),
-        ({"theta": 0.0}, r"theta is 0\.0: allowed is a finite number above 0"),
-        ({"theta": 1.0, "scaling": RopeScaling("yarn", 2.0, 64)}, r"theta is 1\.0: allowed is a finite number above 1"),
+        ({"theta": "1e4"}, "theta is '1e4': expected a finite number above 0"),
+        ({"scaling": "yarn"}, "scaling is 'yarn': expected a RopeScaling"),
+        ({"theta": 0.0}, r"theta is 0\.0: expected a finite number above 0"),
+        ({"theta": 1.0, "scaling": RopeScaling("yarn", 2.0, 64)}, r"theta is 1\.0: expected a finite number above 1"),
     ],
 )
-def test_bad_sizes_are_refused_by_name(change, message):
+def test_bad_sizes_raise(change, message):
     with pytest.raises(ValueError, match=message):
         rope_tables(**{"head_dim": 8, "num_positions": 4} | change)

@@ -1,4 +1,4 @@
-"""What the ops share."""
+"""Math functions that kernels share."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def _tanh_of(x: Tensor) -> Tensor:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-def test_tanh_is_right_to_a_few_units_in_the_last_place_however_small_its_argument(device: torch.device) -> None:
+def test_tanh_is_accurate_to_4_units_in_the_last_place(device: torch.device) -> None:
     tiny, middle = torch.logspace(-37, 0, 4096), torch.linspace(-12.0, 12.0, 61_440)
     x = torch.cat([tiny, middle]).to(device)
     exact = torch.tanh(x.double())
@@ -33,7 +33,7 @@ def test_tanh_is_right_to_a_few_units_in_the_last_place_however_small_its_argume
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-def test_tanh_of_what_is_infinite_huge_zero_or_no_number(device: torch.device) -> None:
+def test_tanh_of_infinite_huge_zero_and_nan(device: torch.device) -> None:
     values = torch.tensor([float("inf"), -float("inf"), 3e38, -3e38, 100.0, -100.0, 0.0, -0.0, float("nan")], device=device)
     y = _tanh_of(values.repeat(1024)[:1024])[: len(values)]
     assert y[:-1].tolist() == [1, -1, 1, -1, 1, -1, 0, 0]

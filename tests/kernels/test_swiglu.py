@@ -6,17 +6,17 @@ from hypothesis import strategies as st
 from oracle import assert_accurate, poisoned_memory
 from tilewright.kernels import reference, swiglu, use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
-from tilewright.kernels.gated import launch_config
+from tilewright.kernels.gated import gated_launch_config
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported"),
-    # exp(-gate) is meant to overflow to infinity; only the interpreter's numpy says so.
+    # exp(-gate) overflows to infinity on purpose; only the interpreter's NumPy warns.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 
 # bfloat16 arithmetic is wrong in Triton's interpreter, so it is tested on GPUs only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# 1, prime, a power of two, odd and wider than a block, and wider than one by little.
+# 1, prime, a power of two, odd and wider than a block, and slightly wider than a block.
 WIDTHS = [1, 127, 1024, 2049, 4100]
 
 
@@ -39,7 +39,7 @@ def check(inputs, dy):
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_forward_and_backward_equal_the_reference(device, dtype, width, packed):
+def test_forward_and_backward_equal_reference(device, dtype, width, packed):
     torch.manual_seed(width)
     gate_up = 3 * torch.randn(2, 3, 2 * width, dtype=dtype, device=device)
     check([gate_up] if packed else gate_up.chunk(2, dim=-1), torch.randn(2, 3, width, dtype=dtype, device=device))
@@ -82,20 +82,21 @@ def test_strided_inputs_and_gradients(device, view):
     check([gate], dy[..., : gate.shape[-1] // 2])
 
 
-def test_the_gradient_of_a_sum_is_one_number_expanded(device):
+def test_expanded_upstream_gradient(device):
     gate, up = torch.randn(2, 5, 33, device=device)
     check([gate, up], torch.ones((), device=device).expand(5, 33))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 1, 1, 8)])
-def test_leading_shapes_and_nothing_at_all(device, shape):
+def test_leading_shapes_and_empty_inputs(device, shape):
     torch.manual_seed(0)
     dy = torch.randn(shape, device=device)
     check([torch.randn(shape, device=device), torch.randn(shape, device=device)], dy)
     check([torch.randn((*shape[:-1], 2 * shape[-1]), device=device)], dy)
 
 
-def test_a_single_number(device):
+def test_scalars(device):
+    torch.manual_seed(0)
     gate, up, dy = torch.randn(3, device=device)
     check([gate, up], dy)
 
@@ -108,7 +109,7 @@ def test_a_single_number(device):
         pytest.param(torch.bfloat16, torch.float16, torch.float32, marks=pytest.mark.gpu),
     ],
 )
-def test_different_dtypes_are_promoted_as_pytorch_does(device, gate_dtype, up_dtype, expected):
+def test_mixed_dtypes_are_promoted_like_pytorch(device, gate_dtype, up_dtype, expected):
     gate, up = torch.randn(4, 20, device=device).to(gate_dtype), torch.randn(4, 20, device=device).to(up_dtype)
     check([gate, up], torch.randn(4, 20, device=device))
     with use_backend("triton"):
@@ -120,27 +121,27 @@ def test_large_gates_saturate(device):
     check([gate, torch.ones_like(gate)], torch.ones_like(gate))
 
 
-def test_the_packed_gradient_is_one_tensor_and_only_the_inputs_are_kept(device):
-    kept = []
+def test_packed_gradient_is_contiguous_and_only_inputs_are_saved(device):
+    saved = []
     gate_up = torch.randn(4, 64, device=device, requires_grad=True)
-    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = swiglu(gate_up)
         (gradient,) = torch.autograd.grad(y.sum(), gate_up)
-    assert [t.data_ptr() for t in kept] == [gate_up.data_ptr()]
+    assert [t.data_ptr() for t in saved] == [gate_up.data_ptr()]
     assert gradient.is_contiguous()
 
 
 @pytest.mark.parametrize("width", [1, 100, 1024, 3072, 6400, 11008, 14336, 2**31])
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_blocks_fit_the_rows(width, element_size):
-    config = launch_config(1 << 20, width, element_size)
+    config = gated_launch_config(1 << 20, width, element_size)
     block_rows, block_width = config["BLOCK_ROWS"], config["BLOCK_WIDTH"]
     assert block_rows * block_width * element_size == 8192
     idle = -(-width // block_width) * block_width / width - 1
     assert idle <= 1 / 16 or block_width <= 1024
 
 
-def test_the_reference_passes_gradcheck():
+def test_reference_passes_gradcheck():
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(reference.swiglu, (gate, up))
     assert torch.autograd.gradcheck(reference.swiglu, (gate,))
@@ -159,7 +160,7 @@ def test_the_reference_passes_gradcheck():
         ((torch.ones(2), torch.ones(2, device="meta")), "up is on meta.*c"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(device, backend, arguments, message):
+def test_bad_arguments_raise(device, backend, arguments, message):
     arguments = [t if t.is_meta else t.to(device) for t in arguments]
     with use_backend(backend), pytest.raises(ValueError, match=message):
         swiglu(*arguments)
@@ -167,7 +168,7 @@ def test_bad_arguments_are_refused_by_name(device, backend, arguments, message):
 
 @pytest.mark.parametrize("layout", ["contiguous", "halves", "packed"])
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
-def test_only_what_is_needed_is_differentiated(device, layout, wanted):
+def test_computes_only_needed_gradients(device, layout, wanted):
     torch.manual_seed(0)
     halves = torch.randn(4, 66, device=device).chunk(2, dim=-1)
     inputs = (
@@ -175,21 +176,21 @@ def test_only_what_is_needed_is_differentiated(device, layout, wanted):
     )
 
     def grads(function):
-        leaves = [x.detach().requires_grad_(wants) for x, wants in zip(inputs, wanted, strict=False)]
+        leaves = [x.detach().requires_grad_(is_wanted) for x, is_wanted in zip(inputs, wanted, strict=False)]
         if any(x.requires_grad for x in leaves):
             function(*leaves).sin().sum().backward()
         return [x.grad for x in leaves]
 
     with use_backend("triton"), poisoned_memory():
         actual = grads(swiglu)
-    for wants, a, b in zip(wanted, actual, grads(reference.swiglu), strict=False):
-        assert (a is not None) == (b is not None) == wants
-        if wants:
+    for is_wanted, a, b in zip(wanted, actual, grads(reference.swiglu), strict=False):
+        assert (a is not None) == (b is not None) == is_wanted
+        if is_wanted:
             torch.testing.assert_close(a, b)
 
 
 @pytest.mark.gpu
-def test_autocast_changes_no_dtype_like_pytorch():
+def test_autocast_keeps_dtypes_like_pytorch():
     for dtype in (torch.float32, torch.float16):
         gate, up = torch.randn(2, 4, 64, device="cuda", dtype=dtype)
         with torch.autocast("cuda", torch.bfloat16):
