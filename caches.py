@@ -1,6 +1,6 @@
-"""Where this user's caches are: the tokenizer's machine code, asked for by its compiler and by the doctor, and remote files.
+"""The folders of this user's caches: the tokenizer's machine code, and remote files.
 
-It needs no package, because the doctor runs where they are missing.
+The module imports no third-party package: `tilewright doctor` uses it when packages are missing.
 """
 
 import os
@@ -14,10 +14,10 @@ _PACKAGE = Path(__file__).parent
 
 
 def machine_code_folders() -> list[Path]:
-    """Return the folders that machine code is looked for in; the first that can be written to takes what is compiled.
+    """Return the folders to search for machine code; the first writable one stores new code.
 
-    They are the one that NUMBA_CACHE_DIR names, the package's own, the user's cache, and one under the temporary folder,
-    which is there where a container has a read-only package and a user without a home.
+    They are `NUMBA_CACHE_DIR`, the package's own folder, the user's cache, and a folder in the temporary directory. The last
+    one serves a container with a read-only package and a user without a home.
     """
     folders = [Path(os.environ["NUMBA_CACHE_DIR"])] if os.environ.get("NUMBA_CACHE_DIR") else []
     folders.append(_PACKAGE / "tokenizer" / "compiled" / "__pycache__")
@@ -25,7 +25,7 @@ def machine_code_folders() -> list[Path]:
 
 
 def user_cache() -> Path:
-    """Return the folder of this user's caches, or one under the temporary folder where the user has no home."""
+    """Return this user's cache folder, or one in the temporary directory if the user has no home."""
     return next(iter(_user_caches()), temporary_folder())
 
 
@@ -34,19 +34,19 @@ def _user_caches() -> list[Path]:
         if sys.platform == "darwin":
             return [Path.home() / "Library" / "Caches" / "tilewright"]
         return [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright"]
-    except RuntimeError:  # a user whom the system does not know has no home
+    except RuntimeError:  # a user without an entry in the password database has no home
         return []
 
 
 def temporary_folder() -> Path:
-    """Return the folder of this user under the system's temporary one."""
+    """Return this user's folder in the system's temporary directory."""
     return Path(tempfile.gettempdir(), f"tilewright-{os.getuid() if hasattr(os, 'getuid') else 'user'}")
 
 
 def is_private(folder: Path) -> bool:
-    """Whether a folder is there that nobody writes to but this user, root, and who owns the package: that code is run anyway.
+    """Return whether only this user, root or the package's owner can write to a folder: all run code on this machine.
 
-    A link is none, as who made it may turn it elsewhere.
+    A symbolic link is not private, because its owner can redirect it.
     """
     try:
         found = folder.lstat()
@@ -64,7 +64,10 @@ def _owners() -> set[int]:
 
 
 def make_private(folder: Path) -> bool:
-    """Make a folder that only this user writes to, and others read unless it is temporary; return whether it is there."""
+    """Make a folder that only this user can write to; return whether it exists, is private and writable.
+
+    Others can read it, except in the temporary directory.
+    """
     mode = 0o700 if temporary_folder() in (folder, *folder.parents) else 0o755
     try:
         if folder.parent == temporary_folder() and not make_private(folder.parent):
@@ -72,9 +75,9 @@ def make_private(folder: Path) -> bool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             folder.mkdir(mode)
-            # As a mask would have it otherwise: group members may not write, and those who use an image may read.
+            # Override the umask: the group must not write, and users of an image must be able to read.
             folder.chmod(mode)
-        # Not os.access, which promises root what a read-only disk does not keep.
+        # Not os.access: for root it reports a read-only disk as writable.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return False

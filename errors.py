@@ -1,18 +1,18 @@
-"""The one exception that means: a value from outside is wrong, and here is what to do about it."""
+"""Exceptions for invalid input from outside the program."""
 
 
 class UserError(Exception):
-    """A file, an option or a text that cannot be used.
+    """A file, an option or a text is invalid.
 
-    The message is one line, names the value and says what is allowed. The command prints it without a traceback and
-    exits with status 2. Wrong arguments between functions stay plain `ValueError` and `TypeError`.
+    The message is one line. It names the value and what is allowed. The command line prints it without a traceback and exits
+    with status 2. Wrong arguments between functions raise `ValueError` or `TypeError`.
     """
 
 
 class DivergedError(UserError):
-    """A training run whose loss is not finite, or spikes for too many steps in a row: other settings are needed."""
+    """The loss of a training run is not finite, or spikes for too many consecutive steps: change the settings."""
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error of another library says, in one line; its name where it says nothing."""
+    """Return the message of another library's error on one line, or the name of its class if it is empty."""
     return " ".join(str(error).split()) or type(error).__name__

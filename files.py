@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, synced, then renamed."""
+"""Write files atomically: under a temporary name, synced, then renamed."""
 
 import errno
 import os
@@ -11,18 +11,17 @@ from typing import BinaryIO
 
 from .errors import UserError
 
-# What a write meets: a full disk, a quota, a limit of the process, a broken disk.
+# Errors of a write that the path does not cause: a full disk, a quota, a process limit, a broken disk.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name under which this process makes what becomes `path`: `.NAME.PID.tmp` in the same folder."""
-    # A rename is atomic only within one file system.
+    """Return the temporary name for writing `path` in this process: `.NAME.PID.tmp` in the same folder."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, would outlive a crash of the machine."""
+    """Flush a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,7 +30,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, so that a crash of the machine does not forget them."""
+    """Make a folder and its missing parents, and sync them so that they survive a crash of the machine."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -39,20 +38,20 @@ def make_folder(path: Path) -> None:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Sync everything in the folder `temporary`, then give it the name `path`, which must be free."""
+    """Sync every file and folder in `temporary`, then rename it to `path`, which must not exist."""
     for folder, _, files in os.walk(temporary, topdown=False):
         for name in files:
             sync(Path(folder, name))
         sync(Path(folder))
     temporary.rename(path)
-    # Without this a crash of the machine can forget the rename itself.
+    # Without this, a crash of the machine can undo the rename.
     sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill in the middle leaves nothing under its name, only a `.*.tmp` beside it.
+    """Remove a folder atomically: a kill in the middle leaves only a `.*.tmp` folder.
 
-    So does a file that cannot be removed yet, such as one that another process reads over NFS.
+    The same holds for a file that cannot be removed yet, such as one that another process reads over NFS.
     """
     temporary = temporary_name(path)
     path.rename(temporary)
@@ -62,7 +61,7 @@ def remove_folder(path: Path) -> None:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Let an `OSError` of writing, which names no file, name `path`."""
+    """Add `path` to an `OSError` of a write that names no file."""
     try:
         yield
     except OSError as error:
@@ -73,19 +72,19 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def refused_writes(path: Path) -> Iterator[None]:
-    """Let a place where nothing can be written be a `UserError` that names `path`, and not a temporary file."""
+    """Turn an error for a path that is not writable into a `UserError` that names `path`, not the temporary file."""
     try:
         yield
     except OSError as error:
         if error.errno in WRITE_ERRORS:
             raise
         reason = f"{error.filename} is not a folder" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"{path} cannot be written: {reason}") from None
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 @contextmanager
 def locked_folder(folder: Path, waiting_for: str) -> Iterator[None]:
-    """Keep other processes that ask for the same out of `folder`; say so on stderr where this one has to wait."""
+    """Hold an exclusive lock on `folder`; print `waiting for ...` to stderr if another process holds it."""
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -96,7 +95,7 @@ def locked_folder(folder: Path, waiting_for: str) -> Iterator[None]:
             print(f"waiting for {waiting_for}", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            raise UserError(f"{folder} cannot be locked ({error.strerror}): name a folder of another disk") from error
+            raise UserError(f"cannot lock {folder}: {error.strerror}; choose a folder on another disk") from error
         yield
     finally:
         os.close(descriptor)
@@ -106,8 +105,8 @@ def locked_folder(folder: Path, waiting_for: str) -> Iterator[None]:
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends, and is removed when the block raises.
 
-    An existing file at `path` is replaced only then; missing parent folders are made. A place that cannot be written to raises
-    a `UserError`.
+    An existing file at `path` is replaced only at the end. Missing parent folders are made. A path that is not writable
+    raises a `UserError`.
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -130,7 +129,7 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends, and is removed when the block raises.
 
-    `path` must not exist yet; missing parent folders are made.
+    `path` must not exist. Missing parent folders are made.
     """
     path = Path(path)
     if path.exists():
@@ -153,7 +152,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def require_file(path: Path | str, what: str, remedy: str = "") -> Path:
-    """Return `path` if it is a file with something in it; else raise a `UserError` that names it and says what to do."""
+    """Return `path` if it is a file that is not empty; otherwise raise a `UserError` that includes `remedy`."""
     path = Path(path)
     advice = f": {remedy}" if remedy else ""
     if not path.is_file():
@@ -164,7 +163,10 @@ def require_file(path: Path | str, what: str, remedy: str = "") -> Path:
 
 
 def read_text(path: Path | str, what: str, remedy: str = "") -> str:
-    """Return the text of a file that `require_file` accepts, without a byte order mark; what is not UTF-8 is a `UserError`."""
+    """Return the text of a file that passes `require_file`, without a byte order mark.
+
+    A file that is not UTF-8 raises a `UserError`.
+    """
     path = require_file(path, what, remedy)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -173,7 +175,7 @@ def read_text(path: Path | str, what: str, remedy: str = "") -> str:
 
 
 def require_absent(path: Path | str, remedy: str = "remove it or name another with --out") -> Path:
-    """Return `path` if nothing stands there; else raise a `UserError`, so that nothing is overwritten."""
+    """Return `path` if it does not exist; otherwise raise a `UserError`, so that nothing is overwritten."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already: {remedy}")

@@ -1,4 +1,4 @@
-"""Where machine code may be kept: what is private, what is made, and what a container without a home has."""
+"""Cache folders: their order, their permissions, and the fallback for a user without a home folder."""
 
 import os
 import stat
@@ -20,7 +20,7 @@ def mode(folder):
     return stat.S_IMODE(folder.stat().st_mode)
 
 
-def test_the_named_folder_comes_first_and_the_temporary_one_last(monkeypatch, temporary):
+def test_numba_cache_dir_is_first_and_the_temporary_folder_last(monkeypatch, temporary):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/named")
     monkeypatch.setenv("XDG_CACHE_HOME", "/user")
     monkeypatch.setattr(caches.sys, "platform", "linux")
@@ -35,7 +35,7 @@ def test_the_named_folder_comes_first_and_the_temporary_one_last(monkeypatch, te
     assert machine_code_folders()[1] == Path("/home/someone/Library/Caches/tilewright")
 
 
-def test_a_user_without_a_home_has_the_temporary_folder(monkeypatch, temporary):
+def test_a_user_without_a_home_uses_the_temporary_folder(monkeypatch, temporary):
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -50,7 +50,7 @@ def test_a_user_without_a_home_has_the_temporary_folder(monkeypatch, temporary):
     assert make_private(code)
 
 
-def test_other_folders_can_be_read_by_those_who_use_an_image(temporary, tmp_path):
+def test_other_folders_are_readable_by_all(temporary, tmp_path):
     mask = os.umask(0o002)
     try:
         assert make_private(tmp_path / "cache" / "machine-code")
@@ -60,7 +60,7 @@ def test_other_folders_can_be_read_by_those_who_use_an_image(temporary, tmp_path
 
 
 @pytest.mark.parametrize("wrong", ["link", "file", "writable", "foreign"])
-def test_a_temporary_folder_that_somebody_else_has_made_is_not_used(monkeypatch, temporary, tmp_path, wrong):
+def test_a_temporary_folder_of_another_user_is_not_used(monkeypatch, temporary, tmp_path, wrong):
     if wrong == "link":
         (tmp_path / "elsewhere").mkdir()
         temporary.symlink_to(tmp_path / "elsewhere")

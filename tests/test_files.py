@@ -7,7 +7,7 @@ from tilewright.errors import UserError
 from tilewright.files import atomic_file, atomic_folder, make_folder, remove_folder, require_absent, require_file, write_text
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "file.bin"
     with atomic_file(path) as file:
         file.write(b"half")
@@ -26,7 +26,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
-def test_a_folder_appears_when_it_is_whole(tmp_path):
+def test_a_folder_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "checkpoints" / "one"
     with atomic_folder(path) as temporary:
         (temporary / "a").write_text("1")
@@ -49,7 +49,7 @@ def test_a_folder_is_never_replaced(tmp_path):
 
 @pytest.fixture
 def synced(monkeypatch):
-    """What was synced or renamed, in order; what is renamed by its new name."""
+    """Return the list of synced paths and of "renamed NEW", in order."""
     done = []
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(Path(os.readlink(f"/proc/self/fd/{file}"))), fsync(file)))
@@ -72,13 +72,13 @@ def test_a_folder_is_synced_before_it_appears_and_its_name_after(tmp_path, synce
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the names of open files are read from /proc")
-def test_every_parent_that_is_made_is_synced(tmp_path, synced):
+def test_new_parent_folders_are_synced(tmp_path, synced):
     write_text(tmp_path / "a" / "b" / "c", "1")
     assert [tmp_path, tmp_path / "a"] == synced[:2]
     assert synced[-1] == tmp_path / "a" / "b"
 
 
-def test_a_removal_that_is_cut_short_leaves_nothing_under_the_name(tmp_path, monkeypatch):
+def test_an_interrupted_removal_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a").write_text("1")
     with monkeypatch.context() as patch:

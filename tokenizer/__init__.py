@@ -1,7 +1,7 @@
-"""Byte-level BPE: train a vocabulary on a file, encode text and whole files, decode ids, store the result.
+"""Byte-level BPE: train a vocabulary, encode text and files to ids, decode ids to text, and store tokenizers.
 
-Names and results follow CS336: the GPT-2 pattern cuts text into pretokens, merges never cross a pretoken, special tokens
-are hard boundaries. The room knows no torch, so that its worker processes start fast.
+Names and results follow CS336: the GPT-2 pattern splits text into pretokens, merges never cross a pretoken, and special
+tokens are hard boundaries. The package does not import torch, so that its worker processes start fast.
 """
 
 from .counting.count_text import count_text

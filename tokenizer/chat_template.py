@@ -1,6 +1,6 @@
-"""Chat templates: the Jinja program that a folder in Hugging Face's manner has to turn messages into one text.
+"""Chat templates: the Jinja program that renders messages as text, in the format of Hugging Face's transformers.
 
-Templates come from outside: they run in Jinja's sandbox, which lets them neither reach Python nor change what they are given.
+Templates are untrusted input. They run in Jinja's sandbox, which blocks access to Python and changes to the arguments.
 """
 
 import hashlib
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 Message = Mapping[str, Any]
-"""`role` (system, user, assistant, ...) and `content`, and whatever else a template reads."""
+"""`role` (system, user, assistant, ...), `content`, and any other field that a template reads."""
 Span = tuple[int, int]
-"""Where a part of a text begins and ends, in characters."""
+"""Start and end of a part of a text, in characters."""
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 ASSISTANT = "assistant"
-# Around the parts that {% generation %} marks while spans are looked for: noncharacters (Unicode 16, section 23.7), which
-# no text has that is meant for others.
+# Markers around {% generation %} blocks during the search for spans. They are noncharacters (Unicode 16, section 23.7), which
+# text for interchange does not contain.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 
 
 class ChatTemplate:
-    """A template and what it reads besides the messages, such as `bos_token`."""
+    """A template and the variables it reads besides the messages, such as `bos_token`."""
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, name: str = "the chat template") -> None:
-        """Compile `source`; a mistake in it is a `UserError` that calls it by its `name`."""
+        """Compile `source`; a syntax error raises a `UserError` that starts with `name`."""
         self.source, self.name = source, name
         self.variables = dict(variables or {})
         with self._named_errors():
             self._plain = _compile(source, lambda body: body)
-            # Whether the template says itself which parts the model writes.
-            self._marked = _compile(source, _mark) if "generation" in source else None
+            # The template with markers, if it may have {% generation %} blocks.
+            self._marked = _compile(source, _add_markers) if "generation" in source else None
 
     @classmethod
     def load(cls, folder: Path | str, file: Path | None = None) -> "ChatTemplate | None":
-        """Return the template of a folder, from `chat_template.jinja` or `tokenizer_config.json`; None where it has none.
+        """Return the template of a folder, from `chat_template.jinja` or `tokenizer_config.json`, or None.
 
-        Of several with names the one called "default" is taken. A `file` of the template alone goes before all of these. One
-        that cannot be read is a `UserError`.
+        Of several named templates, the one named "default" is used. `file` is a template file that overrides the folder's. A
+        template that cannot be read raises a `UserError`.
         """
         folder = Path(folder)
         config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -56,35 +56,37 @@ class ChatTemplate:
             source = read_text(path, "chat template")
         else:
             path = folder / CONFIG_FILE
-            source = _default(config.get("chat_template"), path)
+            source = _default_template(config.get("chat_template"), path)
         if source is None:
             return None
         return cls(source, _special_tokens(config), f"the chat template of {path}")
 
     @property
     def fingerprint(self) -> str:
-        """The sha256, in hex, of everything that decides which text a conversation gets."""
+        """The sha256, in hex, of everything that determines the text of a conversation."""
         return hashlib.sha256(json.dumps([self.source, self.variables], sort_keys=True).encode()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes compile it for themselves.
+        # Compiled templates cannot be pickled: worker processes compile the source again.
         return type(self), (self.source, self.variables, self.name)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Return the text of a conversation, with the beginning of the assistant's next turn where that is asked for.
+        """Return the text of a conversation, with the start of the assistant's next turn if requested.
 
-        What the template refuses, by `raise_exception` or by failing, is a `UserError`.
+        A conversation that the template rejects, with `raise_exception` or by failing, raises a `UserError`.
         """
         return self._render(self._plain, messages, add_generation_prompt)
 
     def render_with_spans(self, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
-        """Return the texts that teach what the assistant wrote, each with the places where it stands, ends of turns included.
+        """Return the texts to train on, each with the spans that the assistant wrote.
 
-        Mostly that is one text, of the whole conversation. Where the template has {% generation %} blocks, they are the spans.
-        Otherwise a turn reaches from the end of the text that asks for it, `render(messages[:i], add_generation_prompt=True)`,
-        to that of `render(messages[:i + 1])`. A turn that the whole conversation has in another form, such as Qwen 3's without
-        its thoughts, comes in a text of its own, which ends with it: that is how the model is to write it. Where a turn does
-        not go on from the text that asks for it, that is a `UserError`.
+        Usually the result is one text, the whole conversation. The {% generation %} blocks of the template are its spans.
+        Without such blocks, turn i spans from the end of `render(messages[:i], add_generation_prompt=True)` to the end of
+        `render(messages[:i + 1])`; this includes the end-of-turn token.
+
+        Some templates render an earlier turn differently in the whole conversation. Qwen 3's, for example, omits its
+        thoughts. Such a turn becomes a separate text that ends with it, because the model generates the turn in that form. A
+        turn that does not continue its prompt raises a `UserError`.
         """
         if self._marked is not None:
             text, spans = self._marked_spans(messages)
@@ -97,8 +99,8 @@ class ChatTemplate:
             asked, answered = self.render(messages[:i], add_generation_prompt=True), self.render(messages[: i + 1])
             if not answered.startswith(asked):
                 raise UserError(
-                    f"{self.name} does not write message {i + 1} behind the text that asks for it, so that it cannot be told "
-                    "what the assistant writes: put {% generation %} and {% endgeneration %} around that"
+                    f"{self.name} does not render message {i + 1} as a continuation of its prompt: mark the assistant's text "
+                    "with {% generation %} and {% endgeneration %}"
                 )
             span = len(asked), len(answered)
             if whole.startswith(answered):
@@ -109,7 +111,7 @@ class ChatTemplate:
 
     def _marked_spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         if (found := json.dumps(list(messages), ensure_ascii=False, default=str)) and (_BEGIN in found or _END in found):
-            raise UserError("a message has the character U+FDD0 or U+FDD1, which mark the assistant's parts: remove it")
+            raise UserError("a message contains the character U+FDD0 or U+FDD1, which is reserved for marking spans: remove it")
         assert self._marked is not None
         pieces, spans, length, start = [], [], 0, 0
         for part in self._render(self._marked, messages, False).split(_BEGIN):
@@ -138,20 +140,20 @@ class ChatTemplate:
         try:
             yield
         except TemplateSyntaxError as error:
-            raise UserError(f"{self.name} has a mistake in line {error.lineno}: {error.message}") from error
+            raise UserError(f"{self.name} has a syntax error in line {error.lineno}: {error.message}") from error
         except TemplateError as error:
-            raise UserError(f"{self.name} refuses this conversation: {error}") from error
+            raise UserError(f"{self.name} rejects this conversation: {error}") from error
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-            # A template is a program: it meets whatever a program meets.
+            # A template is a program and can raise any of these.
             raise UserError(f"{self.name} fails on this conversation: {error}") from error
 
 
-def _mark(body: str) -> str:
+def _add_markers(body: str) -> str:
     return f"{_BEGIN}{body}{_END}"
 
 
 def _compile(source: str, generation: Callable[[str], str]) -> "Template":
-    """Compile a template whose {% generation %} blocks become what `generation` makes of their text."""
+    """Compile a template; `generation` transforms the text of its {% generation %} blocks."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -174,7 +176,7 @@ def _compile(source: str, generation: Callable[[str], str]) -> "Template":
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    # As in transformers, whose templates these are: blocks leave no blank lines, and JSON is not escaped for HTML.
+    # As in transformers: blocks leave no blank lines, and JSON is not escaped for HTML.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
@@ -192,7 +194,7 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _default(value: Any, path: Path) -> str | None:
+def _default_template(value: Any, path: Path) -> str | None:
     """Return the template of a `chat_template` entry: a string, or a list of {"name", "template"}."""
     if value is None or isinstance(value, str):
         return value
@@ -202,12 +204,12 @@ def _default(value: Any, path: Path) -> str | None:
     source = named.get("default")
     if not isinstance(source, str):
         names = ", ".join(map(str, named)) or "none"
-        raise UserError(f"{path} has chat templates named {names}: a string, or one named default, is needed")
+        raise UserError(f"{path} has chat templates named {names}: expected a string or a template named default")
     return source
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return `bos_token` and its like; each is a string, or an object with its `content`."""
+    """Return the special tokens, such as `bos_token`; each is a string or an object with a `content`."""
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -1,4 +1,4 @@
-"""Chats as JSON lines: which ids each conversation has, and which of them the assistant wrote."""
+"""Chats in JSON lines: the ids of each conversation, and the tokens that the assistant wrote."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,24 +14,24 @@ from .reading import AnyTokenizer
 from .text.streams import open_stream
 
 BEGINS, SCORED = np.uint8(1), np.uint8(2)
-"""Marks of a token, bits of one byte: it begins a conversation; a model learns to write it."""
+"""Flags of a token: it begins a conversation; it is scored, that is, part of the training loss."""
 
 _ENDINGS = (".jsonl", ".ndjson")
-# What a worker encodes at a time.
+# Bytes that a worker encodes at a time.
 _GROUP_BYTES = 1 << 18
 
 
 class ChatLines(NamedTuple):
-    """Some lines of a file, with their ends."""
+    """Consecutive lines of a file, with their line ends."""
 
     path: Path
     first: int
-    """Number of the first line, from 1."""
+    """Number of the first line, counted from 1."""
     lines: list[bytes]
 
 
 def holds_chats(path: Path) -> bool:
-    """Return whether a file is one of JSON lines, and the first of them has `messages`."""
+    """Return whether a file is in JSON lines and its first line has `messages`."""
     plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
     if plain.suffix.lower() not in _ENDINGS or not path.is_file():
         return False
@@ -47,19 +47,20 @@ def holds_chats(path: Path) -> bool:
 def encode_conversation(
     messages: Sequence[Message], tokenizer: AnyTokenizer, template: ChatTemplate
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a conversation, (n,) unsigned, and their marks, (n,) uint8.
+    """Return the ids of a conversation, (n,) unsigned, and their flags, (n,) uint8.
 
-    They are those of one text after the other, where the template makes several of it.
+    If the template renders it as several texts, the ids of the texts are concatenated.
     """
     parts = [_encode_text(tokenizer, text, spans) for text, spans in template.render_with_spans(messages)]
-    return _joined(parts)
+    return _concatenate(parts)
 
 
 def _encode_text(tokenizer: AnyTokenizer, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and marks of a text whose `spans` the assistant wrote.
+    """Return the ids and flags of a text whose `spans` the assistant wrote.
 
-    It is encoded in one, as transformers does. A token is scored where it has a character of the assistant's part, up to the
-    last special token in it: ChatML's line break behind that is the template's, and no model has to write it.
+    The text is encoded at once, as in transformers. A token is scored if it overlaps a span. Scoring stops at the last
+    special token if only white space follows it in the span: ChatML's newline after a turn belongs to the template, and no
+    model has to generate it.
     """
     ids, offsets = tokenizer.encode_with_offsets(text, "characters")
     marks = np.zeros(len(ids), np.uint8)
@@ -70,17 +71,17 @@ def _encode_text(tokenizer: AnyTokenizer, text: str, spans: Sequence[Span]) -> t
         if len(ends) and not text[offsets[inside[ends[-1]], 1] : end].strip():
             inside = inside[: ends[-1] + 1]
         marks[inside] = SCORED
-    # The first token has none before it that it could follow from.
+    # The first token is never predicted, so it is not scored.
     marks[:1] = BEGINS
     return ids, marks
 
 
-def encode_chat_lines(by: tuple[AnyTokenizer, ChatTemplate], group: ChatLines) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of the conversations of `group`, (n,) unsigned, and their marks, (n,) uint8, one after another.
+def encode_chat_lines(encoder: tuple[AnyTokenizer, ChatTemplate], group: ChatLines) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of the conversations of `group`, (n,) unsigned, and their flags, (n,) uint8, concatenated.
 
-    A line that cannot be used is a `UserError` that gives its number.
+    An invalid line raises a `UserError` that gives its number.
     """
-    tokenizer, template = by
+    tokenizer, template = encoder
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     for number, line in enumerate(group.lines, group.first):
         if not line.strip():
@@ -91,10 +92,10 @@ def encode_chat_lines(by: tuple[AnyTokenizer, ChatTemplate], group: ChatLines) -
             parts.append(encode_conversation(messages, tokenizer, template))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-    return _joined(parts)
+    return _concatenate(parts)
 
 
-def _joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _concatenate(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     if not parts:
         return np.zeros(0, np.uint16), np.zeros(0, np.uint8)
     ids, marks = zip(*parts, strict=True)
@@ -108,17 +109,17 @@ def _messages(line: bytes, where: str) -> list[Message]:
         raise UserError(f"{where} is not JSON: {error}") from error
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where} has no messages: an object with a list of messages is needed")
+        raise UserError(f"{where} has no messages: expected an object with a list of messages")
     for number, message in enumerate(messages, 1):
         for name in ("role", "content"):
             value = message.get(name) if isinstance(message, dict) else None
             if not isinstance(value, str):
-                raise UserError(f"{where}: {name} of message {number} is {json.dumps(value):.60}: it must be a text")
+                raise UserError(f"{where}: {name} of message {number} is {json.dumps(value):.60}: expected a string")
     return messages
 
 
 def iter_chat_lines(path: Path) -> Iterator[ChatLines]:
-    """Yield the lines of a file, with their ends, in groups of about as many bytes as are worth a worker's turn."""
+    """Yield the lines of a file, with their ends, in groups of at least `_GROUP_BYTES` bytes."""
     lines: list[bytes] = []
     size, number = 0, 0
     with BufferedReader(open_stream(path)) as file:

@@ -16,13 +16,13 @@ from .workers import POOL_BYTES, choose_workers, map_in_threads, ordered_map
 def iter_encoded(
     inputs: Inputs, tokenizer: AnyTokenizer, num_workers: int | None = None, *, chunk_bytes: int = BLOCK_BYTES
 ) -> Iterator[np.ndarray]:
-    """Return an iterator over the ids of a text file, in order: arrays of shape (n,) of `token_dtype(tokenizer.vocab_size)`.
+    """Return an iterator over the ids of a text file, in order, as arrays of shape (n,).
 
-    Joined, the arrays are `tokenizer.encode` of the whole text, for any `num_workers` (None: the machine's cores, one
-    for a small file) and `chunk_bytes`. Memory: a few chunks a worker. The file is read as UTF-8, what is not UTF-8 as
-    U+FFFD. Several files, documents in tables and others that `sources.py` knows are encoded each for itself. Workers are
-    threads for the patterns that have a compiled scanner and for `HuggingFaceTokenizer`, and processes for any other. A
-    missing or empty file raises a `UserError`.
+    The dtype is `token_dtype(tokenizer.vocab_size)`. The concatenated arrays equal `tokenizer.encode` of the whole text, for
+    any `num_workers` (None: one per core, or one for a small file) and `chunk_bytes`. A worker holds a few chunks in memory.
+    Invalid UTF-8 becomes U+FFFD. Several inputs (see `sources.py` for the kinds) are encoded separately. Workers are threads
+    for the patterns with a compiled scanner and for `HuggingFaceTokenizer`, and processes for other patterns. A missing or
+    empty file raises a `UserError`.
     """
     inputs = resolve(inputs)
     size = text_bytes(inputs)
@@ -32,7 +32,7 @@ def iter_encoded(
 
 
 Advance = Callable[[int], object]
-"""Told how many bytes are done, one after the other; what it raises ends the work."""
+"""Called with the number of bytes of each finished block; an exception from it stops the encoding."""
 
 
 def encode_blocks(
@@ -43,9 +43,10 @@ def encode_blocks(
     done: int = 0,
     advance: Advance | None = None,
 ) -> Iterator[tuple[Block, np.ndarray]]:
-    """Yield each block of a text with its ids, in order; `size` is the text's in bytes, of which `done` are done.
+    """Yield each block of a text with its ids, in order.
 
-    `advance` is told of each block; without it there is a progress bar.
+    `size` is the size of the text in bytes, of which `done` are encoded already. `advance` is called with the size of each
+    block; without it, a progress bar is shown.
     """
     if size is not None:
         tokenizer.expect(size - done)
@@ -61,7 +62,7 @@ def encode_blocks(
 
 @contextmanager
 def progress(what: str, size: int | None, done: int = 0, advance: Advance | None = None) -> Iterator[Advance]:
-    """Yield `advance`, or that of a progress bar of `size` bytes where it is None."""
+    """Yield `advance`, or the update function of a new progress bar of `size` bytes if it is None."""
     if advance is not None:
         yield advance
         return
@@ -70,7 +71,7 @@ def progress(what: str, size: int | None, done: int = 0, advance: Advance | None
 
 
 def encodes_in_threads(tokenizer: AnyTokenizer) -> bool:
-    """Return whether threads encode at the same time: by a pattern that has a compiled scanner, or another library."""
+    """Return whether encoding releases the GIL: with a compiled scanner, or in another library."""
     return not isinstance(tokenizer, Tokenizer) or tokenizer.pattern in PATTERNS
 
 

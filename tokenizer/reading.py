@@ -1,4 +1,4 @@
-"""Read a tokenizer from whatever file it is in: as ours where ours gives its ids, else through the library `tokenizers`."""
+"""Read a tokenizer file: as `Tokenizer` if it gives the same ids, else through the library `tokenizers`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from .huggingface_tokenizer import HuggingFaceTokenizer
 from .tokenizer import Tokenizer
 
 AnyTokenizer = Tokenizer | HuggingFaceTokenizer
+"""A tokenizer that `read_tokenizer` returns: `Tokenizer | HuggingFaceTokenizer`."""
 
 _FILE, _SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 
@@ -17,16 +18,16 @@ _FILE, _SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 def read_tokenizer(
     path: Path | str, *, pattern: str | None = None, special_tokens: Mapping[str, int] | Sequence[str] = ()
 ) -> AnyTokenizer:
-    """Read a tokenizer in any format that `Tokenizer.load` knows, or in a `tokenizer.json` that only `tokenizers` can run.
+    """Read a tokenizer in any format of `Tokenizer.load`, or a `tokenizer.json` that only `tokenizers` can run.
 
-    The latter needs the extra `hf`. What a file adds to every text is not added here. What neither can read raises a
-    `UserError`.
+    The latter needs the extra `hf`. The template of a file, which adds tokens to every text, is ignored. A file that neither
+    can read raises a `UserError`.
     """
     path = Path(path)
     file = path / _FILE if path.is_dir() else path
     if not file.exists() and file.name == _FILE and (file.parent / _SENTENCEPIECE_FILE).exists():
         raise UserError(
-            f"{file.parent} has its tokenizer in {_SENTENCEPIECE_FILE} only: write a {_FILE} with transformers,"
+            f"{file.parent} has a {_SENTENCEPIECE_FILE} but no {_FILE}: convert it with transformers,"
             " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
         )
     try:

@@ -1,9 +1,9 @@
-"""Byte-level BPE in plain Python: what training, encoding and decoding mean, to be read first.
+"""Byte-level BPE in plain Python: the specification of training, encoding and decoding. Read it first.
 
-The compiled loops are held to it, and it is what runs while a text is too small to compile anything for: see
-`compiled/work.py`. Ids 0..255 are the bytes here, and 256 + i is what merge i makes.
+Tests compare the compiled loops with it. It also runs for texts too small to justify compiling: see `compiled/work.py`. Ids
+0..255 are the bytes here; merge i produces id 256 + i.
 
-    words = Counter(pretoken.encode() for pretoken in split_text(text))     how text splits: text/patterns.py
+    words = Counter(pretoken.encode() for pretoken in split_text(text))     split_text: see text/patterns.py
     merges = [(left, right) for left, right, _ in learn(words, 1000)]
     ids = [id for pretoken in split_text(text) for id in merge_pretoken(list(pretoken.encode()), *ranks(merges))]
     decode(tokens(merges), ids) == text.encode()
@@ -19,7 +19,7 @@ from typing import Any, Literal
 Pair = tuple[int, int]
 Ties = Literal["cs336", "huggingface"]
 
-# Up to here looking through all pairs again after each merge is faster than keeping them in a heap.
+# Up to this length, scanning all pairs after each merge is faster than a heap.
 _SHORT = 48
 
 
@@ -32,16 +32,16 @@ def learn(
     max_token_length: int | None = None,
     known: Iterable[Pair] = (),
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield the left and right id of each merge, and how often that pair stood in the text then.
+    """Yield the left id, right id and count of each merge: the count of the pair before it merges.
 
-    `words` says how often each pretoken occurs. See `learner.py` for the rules. How often each pair occurs is counted once;
-    then a merge changes only the counts of the pairs in the words that hold it.
+    `words` maps each pretoken to its number of occurrences. For the rules see `learner.py`. Pairs are counted once; a merge
+    then updates only the counts of the words that contain its pair.
     """
     spellings = [list(word) for word in words]
     weights = list(words.values())
     made = [bytes([byte]) for byte in range(256)]
     frequencies: dict[Pair, int] = defaultdict(int)
-    # The words that a pair stands in, or stood in once.
+    # The words that contain a pair, or contained it once.
     places: dict[Pair, set[int]] = defaultdict(set)
 
     def add(index: int, weight: int) -> None:
@@ -75,7 +75,7 @@ def learn(
 
 
 def _precedence(ties: Ties, made: Sequence[bytes]) -> Callable[[Pair], Any]:
-    """Return what is greatest for the pair that merges first of equally frequent ones."""
+    """Return the sort key of equally frequent pairs: the pair with the greatest key merges first."""
     if ties == "cs336":
         return lambda pair: (made[pair[0]], made[pair[1]])
     rank = {byte: place for place, byte in enumerate(alphabet())}
@@ -83,12 +83,12 @@ def _precedence(ties: Ties, made: Sequence[bytes]) -> Callable[[Pair], Any]:
 
 
 def alphabet() -> list[int]:
-    """Return the bytes in the order of GPT-2's alphabet, where those that print in Latin-1 come before the others."""
+    """Return the bytes in the order of GPT-2's alphabet: those that print in Latin-1 first."""
     return sorted(range(256), key=lambda byte: (byte == ord(" ") or not chr(byte).isprintable(), byte))
 
 
 def merge_pair(ids: Sequence[int], pair: Pair, merged: int) -> list[int]:
-    """Return the ids with `merged` in place of the pair, wherever it stands, from left to right."""
+    """Return the ids with each occurrence of the pair, from left to right, replaced by `merged`."""
     result: list[int] = []
     place = 0
     while place < len(ids):
@@ -110,16 +110,16 @@ def tokens(merges: Iterable[Pair]) -> list[bytes]:
 
 
 def ranks(merges: Iterable[Pair]) -> tuple[dict[Pair, int], Sequence[int]]:
-    """Return the rank of each merge, and the ids that ranks make, as `merge_pretoken` needs them."""
+    """Return the rank of each merge and the id that each rank produces, the arguments of `merge_pretoken`."""
     ranked = dict(zip(merges, count()))
     return ranked, range(256, 256 + len(ranked))
 
 
 def merge_pretoken(ids: list[int], ranks: Mapping[Pair, int], products: Sequence[int]) -> list[int]:
-    """Return the ids that remain when no merge applies any more; `ids` is used up.
+    """Return the ids after all merges; `ids` is consumed.
 
-    The merge of the lowest rank comes first, the leftmost of equals: that is what encoding means, for merges in any order.
-    `ranks` maps a pair of ids to the rank of its merge, `products` a rank to the id it makes. Time is O(n log n).
+    Each step applies the merge of the lowest rank, at the leftmost of equal places. This defines encoding, for merges in any
+    order. `ranks` maps a pair of ids to the rank of its merge, `products` a rank to the id it produces. Time is O(n log n).
     """
     if len(ids) > _SHORT:
         return _merge_long(ids, ranks, products)
@@ -138,13 +138,13 @@ def _merge_long(ids: list[int], ranks: Mapping[Pair, int], products: Sequence[in
     size = len(ids)
     before = array("q", range(-1, size - 1))
     after = array("q", range(1, size + 1))
-    # One number orders candidates by rank, then place, and takes a third of the memory of a pair.
+    # One integer orders candidates by rank, then place, and takes a third of the memory of a tuple.
     heap = [ranks[pair] * size + place for place, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
     while heap:
         rank, place = divmod(heapq.heappop(heap), size)
         second = after[place]
-        # The tokens may have merged with others since. A token that is gone has the id -1, which is in no pair.
+        # Skip entries whose tokens have merged since. A removed token has id -1, which is in no pair.
         if second == size or ranks.get((ids[place], ids[second])) != rank:
             continue
         ids[place], ids[second] = products[rank], -1

@@ -13,7 +13,7 @@ from .compiled.jit import check_array
 from .encoding.decoder import StreamDecoder, decode_bytes, decode_text, leave_out, token_table
 from .encoding.encoder import NO_ID, token_dtype, whole_tokens
 from .encoding.lazy_encoder import LazyEncoder
-from .encoding.special_tokens import Specials, SpecialTokens, chosen
+from .encoding.special_tokens import Specials, SpecialTokens, frozen_choice
 from .formats import TokenizerData, fingerprint, load_tokenizer, read_gpt2_files, save_tokenizer
 from .text.block_borders import borders_of
 from .text.borders import last_border
@@ -23,16 +23,16 @@ from .text.utf8 import encode_utf8, repair_utf8
 from .vocabulary import ids_of_tokens, list_of_merges, sorted_vocab
 from .workers import choose_workers, map_in_threads
 
-# Text that `encode_iterable` waits for before it encodes.
+# Bytes that `encode_iterable` collects before it encodes them.
 _BLOCK_BYTES = 1 << 14
-# Bytes of a batch that one thread encodes at a time.
+# Bytes of a batch that a thread encodes at a time.
 _GROUP_BYTES = 1 << 20
-# No UTF-8 has this byte, and so no special token: between documents, it keeps them apart.
+# UTF-8 never contains this byte, so no special token spans it.
 _SEPARATOR = b"\xff"
 
 
 class TokenBatch(NamedTuple):
-    """The ids of several texts, one after another: those of text i are `ids[offsets[i]:offsets[i + 1]]`.
+    """The ids of several texts, concatenated: text i has `ids[offsets[i]:offsets[i + 1]]`.
 
     `ids` is uint16 or uint32, `offsets` int64 of shape (texts + 1,).
     """
@@ -42,23 +42,23 @@ class TokenBatch(NamedTuple):
 
 
 class Tokenizer:
-    """A byte-level BPE.
+    """A byte-level BPE tokenizer.
 
-    `vocab` maps ids to tokens, in any order and with gaps if need be; `merges` lists pairs of tokens in the order they apply;
-    special tokens that the vocabulary lacks follow its greatest id. `pattern` says how text splits into pretokens: "gpt2",
-    "cl100k", ... (`PATTERNS` in text/patterns.py has them all) or a regular expression. With `ignore_merges` a pretoken that is
-    a token stays one, whatever merges make of it. What does not fit together raises a `UserError`.
+    `vocab` maps ids to tokens, in any order and possibly with gaps. `merges` lists pairs of tokens in the order they apply.
+    Special tokens that the vocabulary lacks get the ids after its largest one. `pattern` splits text into pretokens: "gpt2",
+    "cl100k", ... (`PATTERNS` in text/patterns.py lists all) or a regular expression. With `ignore_merges`, a pretoken that is
+    a token becomes that token, whatever its merges produce. Inconsistent arguments raise a `UserError`.
 
-    Special tokens. Those given here are recognised wherever text is encoded, the longest where several begin at one place:
-    CS336 has it so, where tiktoken refuses them by default. For text from strangers, `allowed_special` names the ones that it
-    may hold (`()` for none). Any other that it does hold is a `UserError`, unless `disallowed_special` names what is refused
-    and leaves it out: then it is text like any other. What `disallowed_special` names is refused even where it is allowed.
-    Decoding may leave special tokens out, all but `plain_tokens`, such as Qwen3's `<think>`.
+    Special tokens. All encoding methods recognize the `special_tokens` in text; of several at one place, the longest. CS336
+    defines it so; tiktoken refuses them by default. For untrusted text, `allowed_special` names the tokens that the text may
+    hold (`()` for none). Any other special token in the text raises a `UserError`, unless `disallowed_special` lists the
+    refused ones and omits it: then it is encoded as ordinary text. `disallowed_special` overrides `allowed_special`. Decoding
+    can skip special tokens, except `plain_tokens`, such as Qwen3's `<think>`.
 
-    Encoding takes linear time for the patterns with a name; a regular expression may take any time on some texts.
+    Encoding takes linear time for the named patterns; a regular expression may take any time on some texts.
 
-    Any number of threads may use one tokenizer. Plain Python encodes the first megabytes; for more, loops are compiled,
-    which takes some seconds, once on a machine.
+    A tokenizer is thread-safe. Plain Python encodes the first megabytes; for more text, loops are compiled, which takes some
+    seconds, once per machine.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Tokenizer:
         special_tokens: Mapping[str, int] | Sequence[str] = (),
         ignore_template: bool = False,
     ) -> "Tokenizer":
-        """Read a file that `save` wrote, Hugging Face's tokenizer.json, tiktoken's ranks, or a folder with GPT-2's two files.
+        """Read Tilewright's format, Hugging Face's tokenizer.json, tiktoken's ranks, or a folder with GPT-2's files.
 
-        For what each needs see `load_tokenizer`. One that is missing, foreign, truncated or changed raises a `UserError`.
+        For the arguments see `load_tokenizer`. A missing, unsupported, truncated or modified file raises a `UserError`.
         """
-        with _named(path):
+        with _prefixed_errors(path):
             return cls.of(load_tokenizer(path, pattern, special_tokens, ignore_template=ignore_template))
 
     @classmethod
@@ -117,34 +117,34 @@ class Tokenizer:
     def from_files(
         cls, vocab_path: Path | str, merges_path: Path | str, special_tokens: Sequence[str] | None = None
     ) -> "Tokenizer":
-        """Read GPT-2's vocab.json and merges.txt; files that are missing or malformed raise a `UserError`."""
+        """Read GPT-2's vocab.json and merges.txt; missing or malformed files raise a `UserError`."""
         vocab, merges = read_gpt2_files(vocab_path, merges_path, special_tokens or ())
-        with _named(f"{vocab_path} and {merges_path}"):
+        with _prefixed_errors(f"{vocab_path} and {merges_path}"):
             return cls(vocab, merges, special_tokens)
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer to `path`, atomically; equal tokenizers give equal files."""
+        """Write the tokenizer to `path`, atomically; equal tokenizers give identical files."""
         save_tokenizer(path, self.data)
 
     @property
     def data(self) -> TokenizerData:
-        """What defines the tokenizer, as `formats` reads and writes it."""
+        """The definition of the tokenizer, as `formats` reads and writes it."""
         options: dict[str, Any] = {"ignore_merges": self.ignore_merges, "plain_tokens": self.plain_tokens}
         return TokenizerData(self.vocab, self.merges, self.special_tokens, self.pattern, **options)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the greatest id, special tokens included."""
+        """The largest id plus one, special tokens included."""
         return len(self._tokens.sizes)
 
     @property
     def end_of_text_id(self) -> int | None:
-        """The id of `<|endoftext|>`, or None where that is no special token."""
+        """The id of `<|endoftext|>`, or None if it is not a special token."""
         return self.special_tokens.get(END_OF_TEXT)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256, in hex, of everything that decides which ids a text gets."""
+        """The sha256, in hex, of everything that determines the ids of a text."""
         return fingerprint(self.data)
 
     def encode(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> list[int]:
@@ -156,7 +156,7 @@ class Tokenizer:
         return self._encoder.encode_to_list(data, *borders)
 
     def encode_array(self, text: str, *, allowed_special: Specials = "all", disallowed_special: Specials = "all") -> np.ndarray:
-        """Return the ids of a text as an array of shape (n,) and of `token_dtype(vocab_size)`: several times faster."""
+        """Return the ids of a text as an array of shape (n,) and dtype `token_dtype(vocab_size)`: several times faster."""
         data = encode_utf8(text)
         if allowed_special == "all" == disallowed_special and (ids := self._encoder.try_encode(data)) is not None:
             return ids
@@ -164,16 +164,16 @@ class Tokenizer:
         return self._encoder.encode(data, *borders)
 
     def encode_bytes(self, data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
-        """Return the ids of a text in UTF-8, bytes or uint8 of shape (n,), as an array; what is not UTF-8 becomes U+FFFD."""
+        """Return the ids of UTF-8 text, bytes or uint8 of shape (n,), as an array; invalid UTF-8 becomes U+FFFD."""
         if isinstance(data, np.ndarray):
             check_array(data, np.uint8, "a text")
-        # A copy, unless nobody can write to it: what is valid when it is checked has to stay so.
+        # Copy unless the data is immutable: data checked as valid must not change later.
         data = repair_utf8(_as_array(bytes(data)))
         borders = self._specials.finder.find(data)
         return self._encoder.encode(data, borders, self._specials.ids_of(data, borders))
 
     def encode_block(self, block: Block) -> np.ndarray:
-        """Return the ids of the documents of a block, one after another, in one array; what is not UTF-8 becomes U+FFFD."""
+        """Return the ids of the documents of a block, concatenated; invalid UTF-8 becomes U+FFFD."""
         data, borders = borders_of(block, self._specials.finder)
         return self._encoder.encode(data, borders, self._specials.ids_of(data, borders))
 
@@ -185,22 +185,22 @@ class Tokenizer:
         allowed_special: Specials = "all",
         disallowed_special: Specials = "all",
     ) -> TokenBatch:
-        """Return the ids of several texts in one array, with the place of each: faster than one by one.
+        """Return the ids of several texts in one array, with the offset of each: faster than one call per text.
 
-        `num_workers` threads encode them (None: one a core, and one for little text).
+        `num_workers` threads encode them (None: one per core, or one for little text).
         """
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-            raise TypeError(f"texts is {texts!r:.60}: a list or another iterable of strings is needed")
-        allowed_special = chosen("allowed_special", allowed_special)
-        disallowed_special = chosen("disallowed_special", disallowed_special)
+            raise TypeError(f"texts is {texts!r:.60}: expected an iterable of strings")
+        allowed_special = frozen_choice("allowed_special", allowed_special)
+        disallowed_special = frozen_choice("disallowed_special", disallowed_special)
         self._specials.choice(allowed_special, disallowed_special)
         texts = texts if isinstance(texts, list | tuple) else list(texts)
-        # What is no text has no length either, and is refused when it is encoded.
+        # A wrong type may have no length; encoding it raises the error.
         size = sum(len(text) for text in texts if isinstance(text, str))
         if size >= _GROUP_BYTES:
             self.expect(size)
         encode = partial(self._encode_group, allowed=allowed_special, disallowed=disallowed_special)
-        groups = _grouped(map(encode_utf8, texts))
+        groups = _group_texts(map(encode_utf8, texts))
         batches = [batch for _, batch in map_in_threads(encode, groups, choose_workers(num_workers, size))]
         if len(batches) == 1:
             return batches[0]
@@ -227,12 +227,12 @@ class Tokenizer:
         allowed_special: Specials = "all",
         disallowed_special: Specials = "all",
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a text, and where each token stands in it: int64 of shape (n, 2), start and end.
+        """Return the ids of a text and the start and end of each token in it, int64 of shape (n, 2).
 
-        In characters, a token that holds a part of one has the whole of it, so that neighbours may overlap.
+        In characters, a token that holds part of a character covers the whole character, so adjacent tokens may overlap.
         """
         if unit not in ("bytes", "characters"):
-            raise UserError(f"unit is {unit!r}: bytes or characters is needed")
+            raise UserError(f"unit is {unit!r}: expected bytes or characters")
         ids = self.encode_array(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
         ends = np.cumsum(self._tokens.sizes[ids])
         offsets = np.stack((ends - self._tokens.sizes[ids], ends), axis=1)
@@ -246,13 +246,14 @@ class Tokenizer:
     def encode_iterable(
         self, iterable: Iterable[str], *, allowed_special: Specials = "all", disallowed_special: Specials = "all"
     ) -> Iterator[int]:
-        """Yield the ids of the joined pieces, in bounded memory, as if they had been encoded in one.
+        """Yield the ids of the concatenated pieces, in bounded memory.
 
-        Where the pieces cut the text makes no difference, not even within a pretoken or a special token. Memory: a few times
-        the longest stretch without a blank or a line end; for a pattern of one's own, without a special token.
+        The boundaries of the pieces do not affect the ids, even inside a pretoken or a special token. Memory: a few times the
+        longest stretch without a space or newline; for a pattern that is not in `PATTERNS`, the longest stretch without a
+        special token.
         """
-        allowed_special = chosen("allowed_special", allowed_special)
-        disallowed_special = chosen("disallowed_special", disallowed_special)
+        allowed_special = frozen_choice("allowed_special", allowed_special)
+        disallowed_special = frozen_choice("disallowed_special", disallowed_special)
         allowed, refused = self._specials.choice(allowed_special, disallowed_special)
         specials = tuple(name.encode() for name in (*allowed, *refused))
         held, enough = bytearray(), _BLOCK_BYTES
@@ -265,22 +266,22 @@ class Tokenizer:
                     text = held[:border].decode()
                     del held[:border]
                     yield from self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
-                # Text held back is looked at again with what follows it; doubling keeps the sum of that work linear.
+                # The rest is scanned again together with new text; doubling keeps the total work linear.
                 enough = max(_BLOCK_BYTES, 2 * len(held))
         yield from self.encode(held.decode(), allowed_special=allowed_special, disallowed_special=disallowed_special)
 
     def expect(self, num_bytes: int) -> None:
-        """Get ready for texts that have so many bytes together: what is to be compiled for them is compiled now."""
-        self._encoder.chosen(num_bytes)
+        """Prepare for texts of `num_bytes` bytes in total: compile now what they need."""
+        self._encoder.encoder_for(num_bytes)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the tokens; an unknown id raises a `UserError`."""
         return decode_bytes(self._tokens, ids)
 
     def decode(self, ids: Iterable[int], errors: str = "replace", *, skip_special_tokens: bool = False) -> str:
-        """Return the text of the tokens, all or those that are not special; an unknown id raises a `UserError`.
+        """Return the text of the tokens, optionally without special tokens; an unknown id raises a `UserError`.
 
-        `errors` says, as in `bytes.decode`, what becomes of bytes that are not UTF-8: U+FFFD by default.
+        `errors` selects the treatment of invalid UTF-8, as in `bytes.decode`; by default it becomes U+FFFD.
         """
         return decode_text(self._tokens, leave_out(ids, self._skipped(skip_special_tokens)), errors)
 
@@ -291,7 +292,7 @@ class Tokenizer:
         return [self.decode(ids, errors, skip_special_tokens=skip_special_tokens) for ids in batch]
 
     def stream_decoder(self, errors: str = "replace", *, skip_special_tokens: bool = False) -> StreamDecoder:
-        """Return a decoder for ids that come one by one."""
+        """Return a decoder for ids that arrive one by one."""
         return StreamDecoder(self._tokens, errors, self._skipped(skip_special_tokens))
 
     def _skipped(self, skip_special_tokens: bool) -> tuple[int, ...]:
@@ -300,21 +301,21 @@ class Tokenizer:
         return tuple(id for name, id in self.special_tokens.items() if name not in self.plain_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes fill memories of their own.
+        # Worker processes build their own caches.
         return type(self).of, (self.data,)
 
 
 @contextmanager
-def _named(path: Path | str) -> Iterator[None]:
-    """Let errors in the block name the file, if they do not."""
+def _prefixed_errors(path: Path | str) -> Iterator[None]:
+    """Prefix a `UserError` with the path, unless its message contains it."""
     try:
         yield
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
 
 
-def _grouped(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield the texts, in order, in groups of about as many bytes as are worth a thread's turn."""
+def _group_texts(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the texts, in order, in groups of at least `_GROUP_BYTES` bytes."""
     group: list[bytes] = []
     size = 0
     for part in parts:

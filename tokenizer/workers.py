@@ -1,4 +1,4 @@
-"""Map a function over tasks with workers: in order, with bounded memory; processes come without the caller's imports."""
+"""Map a function over tasks with worker threads or processes: in order, and with bounded memory."""
 
 import multiprocessing
 import os
@@ -20,42 +20,42 @@ Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Below this size one process has finished before a pool has started.
+# Below this size, one process finishes before a pool has started.
 POOL_BYTES = 1 << 24
 
 _work: Callable[[Any], Any]
 
 
 def choose_workers(num_workers: int | None, num_bytes: int) -> int:
-    """Return `num_workers`, or for None as many as there are cores, and one where a pool would not pay for itself."""
+    """Return `num_workers`; for None, one per core, or one if the input is smaller than `POOL_BYTES`."""
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cores if num_bytes >= POOL_BYTES else 1
     if num_workers < 1:
-        raise UserError(f"num_workers is {num_workers}: at least 1 is needed")
+        raise UserError(f"num_workers is {num_workers}: expected at least 1")
     return num_workers
 
 
 def ordered_map(
     function: Callable[[Shared, Task], Result], shared: Shared, tasks: Iterable[Task], num_workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, function(shared, task)) in the order of the tasks; one worker means this process.
+    """Yield (task, function(shared, task)) in the order of the tasks; with one worker, run in this process.
 
-    `function` stands at the top level of a module; `shared` is sent once to each worker. Tasks are drawn as results are
-    taken, three a worker ahead. A worker that dies raises a `UserError`; an error in a task is raised here.
+    `function` must be defined at the top level of a module. `shared` is sent to each worker once. At most three tasks per
+    worker are in flight. A worker that dies raises a `UserError`. An exception in a task is raised here.
     """
     if num_workers == 1:
         for task in tasks:
             yield task, function(shared, task)
         return
-    # Not fork: the caller may hold the threads of torch and a CUDA context, which do not survive it.
+    # Spawn, because the threads of torch and a CUDA context do not survive a fork.
     pool = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(function, shared)
     )
     running: deque[tuple[Task, Future[Result]]] = deque()
     try:
         for task in tasks:
-            with _main_hidden():
+            with _hidden_main():
                 running.append((task, pool.submit(_run_task, task)))
             if len(running) >= 3 * num_workers:
                 task, future = running.popleft()
@@ -65,7 +65,7 @@ def ordered_map(
             yield task, future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, as systems do when memory runs out: use fewer with num_workers, or free memory"
+            "a worker process was killed, probably because memory ran out: lower num_workers, or free memory"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -74,9 +74,9 @@ def ordered_map(
 def map_in_threads(
     function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, function(task)) in the order of the tasks; one worker means this thread.
+    """Yield (task, function(task)) in the order of the tasks; with one worker, run in this thread.
 
-    Tasks are drawn in this thread, as results are taken, two a worker ahead; an error in a task is raised here.
+    This thread iterates over the tasks. At most two tasks per worker are in flight. An exception in a task is raised here.
     """
     if num_workers == 1:
         for task in tasks:
@@ -98,9 +98,9 @@ def map_in_threads(
 
 
 @contextmanager
-def _main_hidden() -> Iterator[None]:
-    # A spawned process runs the caller's script again, as a module: that would import torch in every worker, and start
-    # workers without end where a script lacks the `if __name__ == "__main__"` guard. No task here needs the script.
+def _hidden_main() -> Iterator[None]:
+    # A spawned process imports the caller's script again. That would import torch in every worker, and start workers without
+    # end if a script lacks the `if __name__ == "__main__"` guard. No task needs the script.
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -112,13 +112,13 @@ def _main_hidden() -> Iterator[None]:
 def _start_worker(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _work
     _work = partial(function, shared)
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    # A pool's worker waits for ever when its parent is killed, because it holds both ends of the queue itself.
+def _exit_with_parent() -> None:
+    # A worker of a killed parent would wait forever, because it holds both ends of the queue.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The specification the room is tested against, written the slow and obvious way, and texts to try it on."""
+"""A naive implementation of the specification, for comparison, and shared fixtures."""
 
 import argparse
 import itertools
@@ -17,7 +17,7 @@ PATTERN = regex.compile(r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p
 
 
 def naive_split(text, special_tokens=()):
-    """Special tokens and pretokens, in order: at each place the longest special token, or else one more character."""
+    """Return special tokens and pretokens in order; of several special tokens at one place, the longest."""
     parts, run, place = [], "", 0
     while place < len(text):
         special = max((token for token in special_tokens if text.startswith(token, place)), key=len, default=None)
@@ -32,7 +32,7 @@ def naive_split(text, special_tokens=()):
 
 
 def naive_train(text, num_merges, special_tokens=()):
-    """Count every pair again for each merge."""
+    """Learn merges; count every pair again for each merge."""
     pretokens = Counter(part for part in naive_split(text, special_tokens) if part not in special_tokens)
     words = [([bytes([byte]) for byte in pretoken.encode()], count) for pretoken, count in pretokens.items()]
     merges = []
@@ -59,7 +59,7 @@ def merge_all(word, pair):
 
 
 def naive_encode(vocab, merges, special_tokens, text):
-    """One merge at a time: the first in the list that applies, at the leftmost place."""
+    """Apply one merge at a time: the first applicable one in the list, at the leftmost place."""
     ids = {token: id for id, token in vocab.items()}
     encoded = []
     for part in naive_split(text, special_tokens):
@@ -73,7 +73,7 @@ def naive_encode(vocab, merges, special_tokens, text):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled():
-    """Let compiled code do all work, however little: the texts here are small, and would never pay for it."""
+    """Use compiled code for all work: the texts here are too small to trigger compiling."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Work, "is_compiled", lambda work, units: True)
         patch.setattr(Compiled, "is_ready", True)
@@ -85,7 +85,7 @@ _decide = Work.is_compiled
 
 @pytest.fixture
 def real_decision(monkeypatch):
-    """Decide as in real use."""
+    """Restore the real decision between plain Python and compiled code."""
     monkeypatch.setattr(Work, "is_compiled", _decide)
 
 
@@ -96,7 +96,7 @@ def specification():
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
-    """Write a text, or bytes, to a file of its own."""
+    """Return a function that writes a text, or bytes, to a new file."""
     folder = tmp_path_factory.mktemp("texts")
     numbers = itertools.count()
 
@@ -110,7 +110,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_text():
-    """Prose and code of some 100 kB, in documents, with letters from everywhere."""
+    """Return some 100 kB of prose and code, in documents, with letters of many scripts."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     others = (
         "Grüße aus Köln\u3000中文沒有空格，但有標點。日本語も。 ¿Qué tal? Привет, мир! 🙂👩\u200d👩\u200d👧 x² ½ ①"

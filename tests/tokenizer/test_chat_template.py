@@ -1,4 +1,4 @@
-"""Chat templates give transformers' texts, and say where in them the assistant speaks."""
+"""Chat templates render the texts of transformers, with the spans of the assistant."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ import pytest
 from tilewright.errors import UserError
 from tilewright.tokenizer.chat_template import ChatTemplate
 
-# The shapes of widespread templates, written anew.
+# Rewritten versions of widespread templates.
 CHATML = """\
 {% for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -94,7 +94,7 @@ TALK = [
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_texts_are_those_of_transformers(name):
+def test_texts_equal_transformers(name):
     render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
     template = ChatTemplate(TEMPLATES[name], VARIABLES)
     for messages in (TALK[:1], TALK[:2], TALK[:3], TALK, [SYSTEM, *TALK]):
@@ -113,7 +113,7 @@ SPANS = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_spans_are_what_the_assistant_writes(name):
+def test_spans_cover_the_assistants_text(name):
     template = ChatTemplate(TEMPLATES[name], VARIABLES)
     for messages in (TALK, [SYSTEM, *TALK]):
         ((text, spans),) = template.render_with_spans(messages)
@@ -122,14 +122,14 @@ def test_spans_are_what_the_assistant_writes(name):
     assert template.render_with_spans(TALK[:1]) == [(template.render(TALK[:1]), [])]
 
 
-def test_marked_parts_are_those_of_transformers():
+def test_generation_blocks_equal_transformers():
     render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
     (expected,), (indices,) = render([TALK], chat_template=MARKED, return_assistant_tokens_mask=True, **VARIABLES)
     assert ChatTemplate(MARKED, VARIABLES).render_with_spans(TALK) == [(expected, indices)]
 
 
-def test_a_turn_that_later_ones_change_has_a_text_of_its_own():
-    # As templates do that drop the thoughts of all turns but the last.
+def test_a_turn_that_later_turns_change_becomes_a_separate_text():
+    # Some templates drop the thoughts of all turns except the last.
     thinking = (
         "{% for m in messages %}{{ m.role }}:{% if loop.last and m.role == 'assistant' %}<think/>{% endif %}{{ m.content }}\n"
     )
@@ -141,37 +141,37 @@ def test_a_turn_that_later_ones_change_has_a_text_of_its_own():
     assert [[text[a:b] for a, b in spans] for text, spans in texts] == [["<think/>Hello, é.\n"], ["<think/>🙂\n"]]
 
 
-def test_a_turn_that_does_not_follow_what_asks_for_it_is_refused():
+def test_a_turn_that_does_not_continue_its_prompt_raises():
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}?{% endif %}"
-    with pytest.raises(UserError, match=r"^the template of T does not write message 2 behind"):
+    with pytest.raises(UserError, match=r"^the template of T does not render message 2 as a continuation"):
         ChatTemplate(source, name="the template of T").render_with_spans(TALK)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for %}", "has a mistake in line 1"),
-        ("a\n{% generation %}", "has a mistake in line 2"),
-        ("{{ raise_exception('no system role') }}", "refuses this conversation: no system role"),
-        ("{{ messages[9].content + 'x' }}", "refuses this conversation"),
+        ("{% for %}", "has a syntax error in line 1"),
+        ("a\n{% generation %}", "has a syntax error in line 2"),
+        ("{{ raise_exception('no system role') }}", "rejects this conversation: no system role"),
+        ("{{ messages[9].content + 'x' }}", "rejects this conversation"),
         ("{{ 1 / 0 }}", "fails on this conversation: division by zero"),
-        ("{{ messages.append(1) }}", "refuses this conversation"),
-        ("{{ ''.__class__.__mro__ }}{{ ''.__class__.mro() }}", "refuses this conversation"),
+        ("{{ messages.append(1) }}", "rejects this conversation"),
+        ("{{ ''.__class__.__mro__ }}{{ ''.__class__.mro() }}", "rejects this conversation"),
     ],
 )
-def test_a_bad_template_is_named(source, message):
+def test_invalid_templates_raise(source, message):
     with pytest.raises(UserError, match=f"^the template of T {message}"):
         ChatTemplate(source, name="the template of T").render(TALK)
 
 
-def test_a_template_goes_to_worker_processes():
+def test_templates_can_be_pickled():
     template = ChatTemplate(LLAMA_3, VARIABLES)
     again = pickle.loads(pickle.dumps(template))
     assert again.render(TALK) == template.render(TALK)
     assert again.fingerprint == template.fingerprint != ChatTemplate(LLAMA_3).fingerprint
 
 
-def test_characters_that_mark_spans_are_refused_in_messages():
+def test_reserved_characters_in_messages_raise():
     with pytest.raises(UserError, match=r"U\+FDD0"):
         ChatTemplate(MARKED, VARIABLES).render_with_spans([{"role": "user", "content": "\ufdd0"}])
 
@@ -180,7 +180,7 @@ def write_config(folder, **entries):
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
 
 
-def test_a_folder_gives_its_template_and_its_tokens(tmp_path):
+def test_load_reads_the_template_and_special_tokens_of_a_folder(tmp_path):
     assert ChatTemplate.load(tmp_path) is None
     write_config(tmp_path, bos_token="<s>", eos_token={"content": "</s>", "lstrip": False}, pad_token=None)
     assert ChatTemplate.load(tmp_path) is None
@@ -196,13 +196,13 @@ def test_a_folder_gives_its_template_and_its_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a JSON list: an object is needed"),
+        ("[]", "holds a JSON list: expected an object"),
         ("{", "is not JSON"),
         ('{"chat_template": [{"name": "rag", "template": "x"}]}', "has chat templates named rag"),
         ('{"chat_template": 3}', "has chat templates named none"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, content, message):
+def test_invalid_files_raise(tmp_path, content, message):
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match=f"tokenizer_config.json {message}"):
         ChatTemplate.load(tmp_path)

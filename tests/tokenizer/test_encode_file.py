@@ -14,7 +14,7 @@ BYTES = {id: bytes([id]) for id in range(256)}
 
 
 @pytest.mark.parametrize(("num_workers", "chunk_bytes"), [(1, 1 << 20), (1, 100), (2, 5000), (3, 40_000), (None, 1 << 21)])
-def test_arrays_join_to_the_ids_of_the_whole(tokenizer, text_file, real_text, num_workers, chunk_bytes):
+def test_joined_arrays_equal_encode(tokenizer, text_file, real_text, num_workers, chunk_bytes):
     arrays = list(iter_encoded(text_file(real_text), tokenizer, num_workers, chunk_bytes=chunk_bytes))
     assert {array.dtype for array in arrays} == {np.dtype(np.uint16)}
     assert np.concatenate(arrays).tolist() == tokenizer.encode(real_text)
@@ -22,7 +22,7 @@ def test_arrays_join_to_the_ids_of_the_whole(tokenizer, text_file, real_text, nu
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", r"\w+|\W"])
 @pytest.mark.parametrize("specials", [[], ["<|endoftext|>"], ["<|endoftext|>", "<a>", "a<"]])
-def test_documents_are_encoded_as_one_by_one(tokenizer, pattern, specials):
+def test_documents_in_blocks_equal_single_documents(tokenizer, pattern, specials):
     draw = random.Random(1)
     parts = [b"<|endoftext|>", b"<|endof", b"text|>", b"<a>", b"a<", b" the", "é".encode(), b"\xc3", b"\xa9", b"\n"]
     encoder = Tokenizer(tokenizer.vocab, tokenizer.merges, specials, pattern)
@@ -59,7 +59,7 @@ def test_bytes_that_are_not_utf8_are_replaced(tokenizer, text_file, real_text, n
     assert ids.tolist() == tokenizer.encode(data.decode(errors="replace"))
 
 
-def test_documents_are_encoded_each_for_itself(tokenizer):
+def test_tokens_do_not_cross_documents(tokenizer):
     texts = ["a", "", "b<|endof", "text|>", "é"]
     ids = np.concatenate(list(iter_encoded(Documents(texts), tokenizer)))
     assert ids.tolist() == [id for text in texts for id in tokenizer.encode(text)]
@@ -91,7 +91,7 @@ def test_large_vocabularies_give_uint32(text_file):
     assert array.tolist() == [256 + tokens.index(b"ab"), 256 + 65_536]
 
 
-def test_a_reader_may_stop_early(tokenizer, text_file, real_text):
+def test_iteration_can_stop_early(tokenizer, text_file, real_text):
     arrays = iter_encoded(text_file(real_text), tokenizer, 2, chunk_bytes=1000)
     assert (
         next(arrays).tolist()
@@ -101,14 +101,14 @@ def test_a_reader_may_stop_early(tokenizer, text_file, real_text):
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("", "is empty")])
-def test_bad_files_are_named_at_once(tokenizer, text_file, tmp_path, content, message):
+def test_invalid_files_raise_at_once(tokenizer, text_file, tmp_path, content, message):
     path = tmp_path / "missing.txt" if content is None else text_file(content)
     with pytest.raises(UserError, match=message):
         iter_encoded(path, tokenizer)
 
 
 def test_workers_import_neither_the_callers_script_nor_torch(text_file, real_text, tmp_path):
-    (tmp_path / "probe.py").write_text("import sys\ndef knows(shared, name):\n    return name in sys.modules\n")
+    (tmp_path / "probe.py").write_text("import sys\ndef is_imported(shared, name):\n    return name in sys.modules\n")
     (tmp_path / "script.py").write_text(SCRIPT_WITHOUT_GUARD)
     arguments = [sys.executable, tmp_path / "script.py", text_file(real_text)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -127,5 +127,5 @@ from tilewright.tokenizer.workers import ordered_map
 
 print("the script runs")
 train_bpe(sys.argv[1], 300, num_workers=2)
-print(list(ordered_map(probe.knows, None, ["torch", "probe"], 2)))
+print(list(ordered_map(probe.is_imported, None, ["torch", "probe"], 2)))
 """

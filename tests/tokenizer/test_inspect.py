@@ -23,11 +23,11 @@ BYTES = {id: bytes([id]) for id in range(256)}
 SMALL = Tokenizer(BYTES | {256: b"ab", 257: b"abab", 258: b"cd"}, [(b"a", b"b"), (b"ab", b"ab"), (b"c", b"d")], ["<|long|>"])
 
 
-def test_the_longest_tokens_are_no_special_ones():
+def test_longest_tokens_exclude_special_ones():
     assert longest_tokens(SMALL, 3) == [b"abab", b"ab", b"cd"]
 
 
-def test_a_text_is_counted(text_file):
+def test_measure_text_counts_tokens(text_file):
     figures = measure_text(SMALL, text_file("ababab ab<|long|>é"))
     assert (figures.num_bytes, figures.num_tokens) == (19, 7)
     assert figures.bytes_per_token == 19 / 7
@@ -35,7 +35,7 @@ def test_a_text_is_counted(text_file):
     assert unused_tokens(SMALL, figures) == [258]
 
 
-def test_what_is_compressed_or_in_columns_is_looked_at_as_text(tmp_path):
+def test_compressed_files_and_columns_are_read(tmp_path):
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"ababab ab"))
     (tmp_path / "rows.jsonl").write_text('{"text": "ababab"}\n{"text": null}\n{"text": " ab"}\n')
     (tmp_path / "nothing.jsonl").write_text('{"text": null}\n{"text": ""}\n')
@@ -61,7 +61,7 @@ def test_a_split_shows_every_token():
     assert "".join(split).replace("\n", "") in coloured(split).plain.replace("\n", "")
 
 
-def test_the_report_says_what_there_is(text_file):
+def test_report_lists_all_figures(text_file):
     data = TokenizerData(SMALL.vocab, SMALL.merges, SMALL.special_tokens, training={"bytes": 12})
     alone = report(data, SMALL)
     assert alone["tokens"] == "260: 256 bytes, 3 merges, 1 special"
@@ -120,7 +120,17 @@ def test_inspect_shows_a_tokenizer_and_a_text(capsys, run_folder):
     assert second.replace("|", "") == "sat."
 
 
+@pytest.mark.parametrize(("variables", "colored"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_inspect_on_a_terminal_shows_token_boundaries(capsys, monkeypatch, run_folder, variables, colored):
+    for name, value in ({"FORCE_COLOR": "1", "TERM": "xterm-256color"} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert main(["tokenizer", "inspect", str(run_folder), "--text", str(run_folder / "text.txt")]) == 0
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert ("\x1b[30;48;" in first and "\x1b[30;48;" in second) == colored
+    assert ("|" in first and "|" in second) != colored
+
+
 @pytest.mark.parametrize("command", [["export", "--to", "gpt2"], ["inspect"]])
-def test_a_tokenizer_that_is_not_there_is_named(capsys, tmp_path, command):
+def test_a_missing_tokenizer_raises(capsys, tmp_path, command):
     assert main(["tokenizer", command[0], str(tmp_path), *command[1:]]) == 2
-    assert "tokenizer.json does not exist: name a run's folder or a tokenizer's file" in capsys.readouterr().err
+    assert "tokenizer.json does not exist: name the folder of a run or a tokenizer file" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tilewright.tokenizer import Tokenizer
 from tilewright.tokenizer.text.patterns import split_pretokens
 
-# Everything the pattern looks ahead for, white space of every kind, and special tokens that overlap, contain white space
-# and begin like one another.
+# All characters that the pattern looks ahead for, all kinds of white space, and special tokens that overlap, contain white
+# space and share prefixes.
 ALPHABET = " \n\t\r\u3000\u00a0\x1c\x85'sdmtlverST1²a中é\u0301🙂!<|>\ufffd"
 SPECIALS = ("<|>", "<|><|>", "<|>a<", "s t", "\n\n", " !")
 
@@ -38,14 +38,14 @@ def join(runs):
     special_tokens=st.sampled_from([(), SPECIALS, SPECIALS[:2]]),
     block_chars=st.integers(1, 20),
 )
-def test_cuts_never_show(specification, text, places, special_tokens, block_chars):
+def test_splits_are_independent_of_cuts(specification, text, places, special_tokens, block_chars):
     runs = split_pretokens(cut(text, places), special_tokens, block_chars=block_chars)
     assert join(runs) == specification.split(text, special_tokens)
 
 
 @steady
 @given(text=texts)
-def test_characters_one_at_a_time(specification, text):
+def test_single_characters_as_pieces(specification, text):
     assert join(split_pretokens(text, SPECIALS, block_chars=1)) == specification.split(text, SPECIALS)
 
 
@@ -59,7 +59,7 @@ def test_encode_iterable_equals_encode(tokenizer, real_text, seed):
     assert list(tokenizer.encode_iterable(pieces)) == tokenizer.encode(text)
 
 
-def test_a_special_token_cut_in_two_is_one(tokenizer):
+def test_special_tokens_across_pieces_are_found(tokenizer):
     assert list(tokenizer.encode_iterable(["a<|endof", "", "text|>", " b"])) == tokenizer.encode("a<|endoftext|> b")
 
 
@@ -83,6 +83,6 @@ def test_memory_does_not_grow_with_the_text(tokenizer, real_text):
     assert peak < 1_000_000
 
 
-def test_a_long_run_in_small_pieces_is_done(tokenizer):
+def test_a_long_run_in_small_pieces_takes_linear_time(tokenizer):
     pieces = itertools.repeat("abc", 70_000)
     assert tokenizer.decode(tokenizer.encode_iterable(pieces)) == "abc" * 70_000

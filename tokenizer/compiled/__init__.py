@@ -1,1 +1,1 @@
-"""Machine code from Python by Numba: how it is compiled and cached, and the intrinsics that the hot loops need."""
+"""Compile Python to machine code with Numba: compilation, the cache on disk, and the intrinsics of the hot loops."""

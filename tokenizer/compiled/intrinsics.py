@@ -1,6 +1,6 @@
-"""What Numba lacks and every compiled loop here needs: unaligned loads, 64 bytes as bit masks, prefetching.
+"""Intrinsics that Numba lacks: unaligned loads, bit masks of 64 bytes, prefetching and more.
 
-`llvm.py` says what each of them does, and generates it when the first function is compiled.
+`llvm.py` documents and generates them when the first function is compiled.
 """
 
 from .jit import intrinsic

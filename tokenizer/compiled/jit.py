@@ -1,8 +1,8 @@
-"""Numba: how the hot loops of this room become machine code, and what is said while that happens.
+"""Compile the hot loops of the tokenizer with Numba, and report it.
 
-A function is compiled when it is needed, for the one signature that stands above it, and kept on disk: see `store.py`.
-Numba itself is imported only then, because that takes longer than to encode a prompt; until then its types are descriptions.
-`work.py` says when plain Python does the work instead.
+A function is compiled on demand, for the one signature in its decorator, and cached on disk: see `store.py`. Numba is
+imported only then, because the import takes longer than encoding a prompt; until then, types are descriptions. `work.py`
+decides when plain Python does the work instead.
 """
 
 import gc
@@ -27,61 +27,61 @@ from . import store
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Reentrant, as whoever logs what is said here may encode text.
+# Reentrant, because a log handler may encode text while a compilation is reported.
 LOCK = RLock()
 _LOGGER = logging.getLogger(__name__)
 
-# Of all that `work.py` counts, held for no time; not the compiler's, for which a small text would wait.
+# Guards the counters of `work.py`. Held only briefly, unlike LOCK, for which a small text would wait.
 WORK_LOCK = Lock()
 
 if hasattr(os, "register_at_fork"):
-    # A fork waits for the compiler: the child would have the locks of a thread that it does not have. The order is that of a
-    # thread that compiles and encodes what it logs.
+    # Fork only while no thread compiles: the child would inherit locks without the thread that holds them. The locks are
+    # acquired in the order of a thread that compiles and encodes log messages.
     os.register_at_fork(
         before=lambda: (LOCK.acquire(), WORK_LOCK.acquire()),
         after_in_parent=lambda: (WORK_LOCK.release(), LOCK.release()),
         after_in_child=lambda: (WORK_LOCK.release(), LOCK.release()),
     )
 
-# In a compiled function these are Numba's.
+# In compiled functions, Numba replaces these by its own types.
 int64, uint64 = np.int64, np.uint64
 
 
 @dataclass(frozen=True)
 class ArrayType:
-    """A contiguous array; one that is read-only is not written to, and may be such."""
+    """A contiguous array. A read-only type accepts read-only arrays and must not be written to."""
 
     dtype: str
     num_dims: int = 1
     readonly: bool = False
 
     def of_numba(self, types: Any) -> Any:
-        """Return Numba's type."""
+        """Return the type of Numba."""
         return types.Array(getattr(types, self.dtype), self.num_dims, "C", readonly=self.readonly)
 
 
 @dataclass(frozen=True)
 class IntegerType:
-    """An integer of 64 bits."""
+    """A 64-bit integer."""
 
     def of_numba(self, types: Any) -> Any:
-        """Return Numba's type."""
+        """Return the type of Numba."""
         return types.int64
 
 
 @dataclass(frozen=True)
 class TupleType:
-    """A tuple of such values, a named one where a class is given."""
+    """A tuple of such values; a named tuple if `kind` is a class."""
 
     members: tuple["Type", ...]
     kind: type = tuple
 
     def of_numba(self, types: Any) -> Any:
-        """Return Numba's type."""
+        """Return the type of Numba."""
         return types.BaseTuple.from_types([member.of_numba(types) for member in self.members], self._named)
 
     def plain(self) -> "TupleType":
-        """Return the type of a tuple without names: calls from Python take half as long with it."""
+        """Return the type of an unnamed tuple: calls from Python take half as long with it."""
         return TupleType(self.members)
 
     @property
@@ -107,16 +107,17 @@ def tuple_of(kind: type, *members: Type) -> TupleType:
 
 
 class _Callee:
-    """What compiled functions call; it becomes Numba's when the first of them is compiled."""
+    """A function that compiled functions call; converted for Numba when the first of them is compiled."""
 
     def __init__(self, make: Callable[[], Any]):
         self.of_numba = cache(make)
 
 
 def helper(function: Function) -> Function:
-    """Let compiled functions call this one; it is compiled with them, and not meant to be called from Python.
+    """Make a function callable from compiled functions; it is compiled with them, and cannot be called from Python.
 
-    It cannot make arrays: in return, the arrays that it is given are not reference-counted, which takes longer than most calls.
+    It must not create arrays. In return, its array arguments are not reference-counted, which would take longer than most
+    calls.
     """
     options = {"nogil": True, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     callee: Any = _Callee(lambda: _numba().njit(**options)(_with_callees(function)))
@@ -124,12 +125,12 @@ def helper(function: Function) -> Function:
 
 
 def intrinsic(name: str) -> Any:
-    """Let compiled functions call an intrinsic of `llvm.py`."""
+    """Make an intrinsic of `llvm.py` callable from compiled functions."""
     return _Callee(lambda: getattr(import_module(".llvm", __package__), name))
 
 
 class Compiled:
-    """A function of machine code, compiled or loaded at its first call."""
+    """A function that is compiled, or loaded from the cache, on its first call."""
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[Type, ...], releases_gil: bool = True):
         self.__doc__, self.__name__, self.__wrapped__ = function.__doc__, function.__name__, function
@@ -139,29 +140,29 @@ class Compiled:
 
     @property
     def name(self) -> str:
-        """The name that its machine code is kept under."""
+        """The name of its file in the cache."""
         return f"{self.module.rpartition('.')[2]}.{self.__name__}"
 
     @property
     def is_ready(self) -> bool:
-        """Whether it runs at once; where plain Python is nearly as fast, nobody compiles for it alone."""
+        """Whether it is loaded. Callers with a plain alternative of nearly the same speed do not compile for it alone."""
         return self.entry is not None
 
     def __call__(self, *values: Any) -> Any:
-        """Run it."""
-        # Past Numba's dispatcher, which looks for the signature that fits, and takes as long for that as a short call.
+        """Call the compiled function."""
+        # Bypass Numba's dispatcher, whose search for the signature takes as long as a short call.
         return (self.entry or self._loaded())(*values)
 
     def _loaded(self) -> Any:
         load([self])
         return self.entry
 
-    def make(self, announcement: "_Announcement") -> None:
-        """Load it, or compile and keep it, which is announced."""
-        with _no_garbage():
+    def make(self, report: "_Report") -> None:
+        """Load the function, or compile it and store the code, which is reported."""
+        with _gc_disabled():
             numba = _numba()
             dispatcher: Any = numba.njit(nogil=self._releases_gil, no_cfunc_wrapper=True)(_with_callees(self.__wrapped__))
-            dispatcher._cache = _Kept(self.name, announcement)
+            dispatcher._cache = _NumbaCache(self.name, report)
             self.entry = dispatcher.compile(tuple(each.of_numba(numba.core.types) for each in self._arguments))
 
 
@@ -169,10 +170,10 @@ ALL: list[Compiled] = []
 
 
 def compiled(*arguments: Type, releases_gil: bool = True) -> Callable[[Callable[..., Any]], Compiled]:
-    """Compile a function for these argument types when it is needed; by default the machine code runs without the GIL.
+    """Compile a function on demand for these argument types; by default the machine code runs without the GIL.
 
-    It may call helpers of its own file and of others of this folder. Its callers see to it that arguments have the types that
-    stand here: arrays of another layout would be misread.
+    It may call helpers from any file. Callers must pass arguments of exactly these types: an array of another layout would be
+    misread.
     """
 
     def decorate(function: Callable[..., Any]) -> Compiled:
@@ -183,31 +184,31 @@ def compiled(*arguments: Type, releases_gil: bool = True) -> Callable[[Callable[
 
 
 def load(functions: Sequence[Compiled], what: str = "the tokenizer", seconds: float | None = None) -> int:
-    """Load functions, or compile those that are not kept, which is said; return how many were compiled.
+    """Load functions, compiling and reporting those that are not cached; return how many were compiled.
 
-    `what` is being compiled, in about as many `seconds`.
+    The report names `what` and the expected `seconds`.
     """
     with LOCK:
-        announcement = _Announcement(what, seconds)
+        report = _Report(what, seconds)
         for function in functions:
             if function.entry is None:
-                function.make(announcement)
-        announcement.end()
-    return announcement.num_compiled
+                function.make(report)
+        report.end()
+    return report.num_compiled
 
 
 def check_array(array: np.ndarray, kind: type, name: str) -> None:
-    """Raise a `TypeError` for an array that compiled code would misread: it needs this dtype, one dimension, no gaps."""
+    """Raise a `TypeError` unless an array has dtype `kind`, one dimension and contiguous elements, as compiled code expects."""
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is a {type(array).__name__}: an array is needed")
+        raise TypeError(f"{name} is a {type(array).__name__}: expected an array")
     if array.dtype != kind or array.ndim != 1 or not array.flags.c_contiguous:
         found = f"{array.dtype} of shape {array.shape}"
-        raise TypeError(f"{name} is an array of {found}: contiguous {np.dtype(kind)} of shape (n,) is needed")
+        raise TypeError(f"{name} is an array of {found}: expected contiguous {np.dtype(kind)} of shape (n,)")
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
-    # Numba makes some 10^5 objects that stay: to look through them for garbage takes a fifth of its time.
+def _gc_disabled() -> Iterator[None]:
+    # Numba creates some 10^5 permanent objects; scanning them for garbage takes a fifth of its time.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -223,14 +224,12 @@ def _numba() -> Any:
     from numba.core import config
 
     if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ImportError(
-            "NUMBA_DISABLE_JIT is set: the tokenizer needs compiled code, which handles memory as Python does not"
-        )
+        raise ImportError("NUMBA_DISABLE_JIT is set: unset it, because the tokenizer's loops run only as compiled code")
     return numba
 
 
 def _with_callees(function: Callable[..., Any]) -> Any:
-    """Return a function that finds Numba's form of what it calls among its globals."""
+    """Return a copy of a function whose globals hold Numba's versions of its callees."""
     assert isinstance(function, FunctionType)
     names = {name: function.__globals__.get(name) for name in function.__code__.co_names}
     found = {name: value.of_numba() for name, value in names.items() if isinstance(value, _Callee)}
@@ -240,12 +239,12 @@ def _with_callees(function: Callable[..., Any]) -> Any:
     return made
 
 
-class _Kept:
-    """What Numba takes for a cache: the machine code of one function in `store.py`."""
+class _NumbaCache:
+    """The cache interface that Numba expects: the machine code of one function in `store.py`."""
 
-    def __init__(self, name: str, announcement: "_Announcement"):
+    def __init__(self, name: str, report: "_Report"):
         self._name = name
-        self._announcement = announcement
+        self._report = report
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         from numba.core.compiler import CompileResult
@@ -255,12 +254,13 @@ class _Kept:
         code = store.load(self._name, cpu)
         if code is not None:
             try:
-                # Numba's own cache gets ready to compile here: three times as long as to load all that training needs.
+                # Numba's own cache initializes the compiler here, which takes three times as long as loading all training
+                # code.
                 rtsys.initialize(target_context)
                 return CompileResult._rebuild(target_context, *pickle.loads(code))
             except Exception as error:
-                _LOGGER.warning("machine code of %s cannot be loaded, and is made anew: %r", self._name, error)
-        self._announcement.begin()
+                _LOGGER.warning("cannot load the machine code of %s, compiling it again: %r", self._name, error)
+        self._report.begin()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -273,8 +273,8 @@ def _cpu(codegen: Any) -> str:
     return hashlib.sha256(repr(codegen.magic_tuple()).encode()).hexdigest()[:16]
 
 
-class _Announcement:
-    """What is said when something is compiled, on a terminal and in the log."""
+class _Report:
+    """The messages about compiling, on a terminal and in the log."""
 
     def __init__(self, what: str, seconds: float | None):
         self._what = what
@@ -286,16 +286,16 @@ class _Announcement:
         self.num_compiled += 1
         if self._start is None:
             self._start = time.perf_counter()
-            _say(f"compiling {self._what} for this machine (once{self._expected})")
+            _log(f"compiling {self._what} for this machine (once{self._expected})")
 
     def end(self) -> None:
         if self._start is not None:
-            folder = store.place()
-            where = f"kept in {folder}" if folder else "not kept, as no folder can be written to: set NUMBA_CACHE_DIR"
-            _say(f"compiled in {time.perf_counter() - self._start:.1f} s, {where}")
+            folder = store.writable_folder()
+            where = f"stored in {folder}" if folder else "not stored, because no cache folder is writable: set NUMBA_CACHE_DIR"
+            _log(f"compiled in {time.perf_counter() - self._start:.1f} s, {where}")
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     _LOGGER.info(message)
     if sys.stderr.isatty():
         print(f"tilewright: {message}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""How LLVM does what `intrinsics.py` names: imported when a function is compiled, as it needs Numba.
+"""The LLVM code of the functions in `intrinsics.py`. Imported only to compile, because it needs Numba.
 
-Nothing here checks bounds. Masks have bit q for the byte at `index + q`; byte order is little-endian.
+Nothing here checks bounds. Bit q of a mask is for the byte at `index + q`. Byte order is little-endian.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _VECTOR = ir.VectorType(_BYTE, 64)
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
-    # To a type checker it is the function that it becomes, not the one that generates it.
+    # Hide from the type checker that the decorated function is a generator of code.
     return intrinsic(function)
 
 
@@ -117,7 +117,7 @@ def words_at(typing_context, address, size):
 
 @_intrinsic
 def load_acquire(typing_context, words, index):
-    """Return word `index` of the uint64 array; what was written before another thread's `store_release` of it is seen after."""
+    """Return word `index` of the uint64 array, with acquire semantics: pairs with `store_release`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.load_atomic(_address(context, builder, signature.args[0], arguments, _WORD), "acquire", 8)
@@ -127,7 +127,7 @@ def load_acquire(typing_context, words, index):
 
 @_intrinsic
 def store_release(typing_context, words, index, word):
-    """Write a word of the uint64 array, and before it, to other threads too, all that was written before."""
+    """Write a word of the uint64 array, with release semantics: earlier writes become visible to other threads first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, place, value = arguments
@@ -152,7 +152,7 @@ def try_lock(typing_context, words, index):
 
 @_intrinsic
 def release_gil(typing_context):
-    """Let other threads run Python from here on; return what `take_gil` needs."""
+    """Release the GIL; return the state for `take_gil`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ptrtoint(context.get_python_api(builder).save_thread(), _WORD)
@@ -162,7 +162,7 @@ def release_gil(typing_context):
 
 @_intrinsic
 def take_gil(typing_context, state):
-    """Wait for the GIL, which `release_gil` gave up."""
+    """Acquire the GIL again, after `release_gil`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         python = context.get_python_api(builder)
@@ -174,7 +174,7 @@ def take_gil(typing_context, state):
 
 @_intrinsic
 def fill_list(typing_context, list_address, objects, ids, size):
-    """Set item i of a Python list of `size` items to `objects[ids[i]]`; `objects` holds their addresses. Needs the GIL."""
+    """Set item i of a Python list of `size` items to `objects[ids[i]]`; `objects` holds addresses. Requires the GIL."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, objects, ids, size = arguments
@@ -184,7 +184,7 @@ def fill_list(typing_context, list_address, objects, ids, size):
             id = builder.load(_address(context, builder, signature.args[2], (ids, loop.index), _INT))
             place = _address(context, builder, signature.args[1], (objects, builder.zext(id, _WORD)), _WORD)
             item = builder.inttoptr(builder.load(place), python.pyobj)
-            # The list takes over the reference.
+            # The list owns the reference.
             python.incref(item)
             python.list_setitem(target, loop.index, item)
         return context.get_dummy_value()
@@ -194,7 +194,7 @@ def fill_list(typing_context, list_address, objects, ids, size):
 
 @_intrinsic
 def trailing_zeros(typing_context, word):
-    """Return how many zero bits stand below the lowest one; 64 for zero."""
+    """Return the number of zero bits below the lowest one bit; 64 for zero."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
@@ -204,7 +204,7 @@ def trailing_zeros(typing_context, word):
 
 @_intrinsic
 def count_ones(typing_context, word):
-    """Return how many bits of the word are 1."""
+    """Return the number of one bits of the word."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -214,7 +214,7 @@ def count_ones(typing_context, word):
 
 @_intrinsic
 def class_masks(typing_context, data, index):
-    """Return masks of the 64 bytes at `index`: ASCII letters, digits, white space, spaces, apostrophes; bytes beyond ASCII."""
+    """Return masks of the 64 bytes at `index`: ASCII letters, digits, white space, spaces, apostrophes, non-ASCII."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         text = _load(context, builder, signature, arguments, _VECTOR)
@@ -244,7 +244,7 @@ def class_masks(typing_context, data, index):
 
 @_intrinsic
 def ascii_only(typing_context, data, index):
-    """Return whether none of the 64 bytes at `index` is beyond ASCII."""
+    """Return whether all of the 64 bytes at `index` are ASCII."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         text = _load(context, builder, signature, arguments, _VECTOR)
@@ -256,7 +256,7 @@ def ascii_only(typing_context, data, index):
 
 @_intrinsic
 def equal_mask(typing_context, data, index, byte):
-    """Return a mask of which of the 64 bytes at `index` equal `byte`."""
+    """Return a mask of the bytes, among the 64 at `index`, that equal `byte`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         text = _load(context, builder, signature, arguments[:2], _VECTOR)
@@ -267,7 +267,7 @@ def equal_mask(typing_context, data, index, byte):
 
 @_intrinsic
 def range_mask(typing_context, data, index, first, last):
-    """Return a mask of which of the 64 bytes at `index` lie between `first` and `last`, these included."""
+    """Return a mask of the bytes, among the 64 at `index`, from `first` to `last` inclusive."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         text = _load(context, builder, signature, arguments[:2], _VECTOR)
@@ -286,7 +286,7 @@ def _everywhere(builder: Any, byte: Any) -> Any:
 
 @_intrinsic
 def prefetch(typing_context, array, index):
-    """Bring element `index` of the array towards the processor; the index may lie outside."""
+    """Prefetch element `index` of the array; the index may be out of bounds."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _address(context, builder, signature.args[0], arguments, _BYTE)
@@ -300,7 +300,7 @@ def prefetch(typing_context, array, index):
 
 @_intrinsic
 def copy_bytes(typing_context, target, target_index, source, source_index, size):
-    """Copy `size` bytes from one uint8 array into another; the places must not overlap."""
+    """Copy `size` bytes from one uint8 array into another; the ranges must not overlap."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, to_index, origin, origin_index, count = arguments

@@ -1,6 +1,6 @@
-"""What the hash tables of the counter and the encoder know a pretoken by: two words and a hash of them.
+"""The keys of pretokens in the hash tables of the counter and the encoder: two words, and a hash of them.
 
-These are helpers of compiled functions in other files. The words are the pretoken itself where it has at most `INLINE` bytes.
+The helpers are called by compiled functions in other files. The words are the bytes of a pretoken of at most `INLINE` bytes.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE + 1)],
 
 @helper
 def pretoken_key(data, start, size):
-    """Return the two words that stand for the `size` bytes: the bytes themselves up to 16, else a hash of them."""
+    """Return the two words of the key of `size` bytes: the bytes themselves up to 16, else a hash of them."""
     if size <= INLINE:
         if start + INLINE <= len(data):
             n = uint64(size)
@@ -40,14 +40,14 @@ def pretoken_key(data, start, size):
 
 @helper
 def pretoken_hash(low, high, size):
-    """Return the hash of a pretoken, given the words that stand for it; its highest bits are its best."""
+    """Return the hash of a pretoken from its key; the highest bits are the best distributed."""
     mixed = (low ^ (high * _F1) ^ (uint64(size) * _F2)) * _F0
     return mixed ^ (mixed >> uint64(32))
 
 
 @helper
 def keys_differ(low, high, size, other_low, other_high, other_size):
-    """Order two pretokens of the same hash by size, then by the words that stand for them; 0 where those are equal."""
+    """Compare two pretokens of equal hash by size, then by key; return a number below, at or above 0."""
     if size != other_size:
         return size - other_size
     if low != other_low:
@@ -59,7 +59,7 @@ def keys_differ(low, high, size, other_low, other_high, other_size):
 
 @helper
 def compare_bytes(data, start, other, other_start, size):
-    """Return a number below, at or above 0, as the first `size` bytes stand before, equal or stand after the other ones."""
+    """Compare `size` bytes at two places; return a number below, at or above 0."""
     for k in range(size):
         difference = load8(data, start + k) - load8(other, other_start + k)
         if difference != 0:
@@ -69,7 +69,7 @@ def compare_bytes(data, start, other, other_start, size):
 
 @helper
 def equal_bytes(data, start, other, other_start, size):
-    """Whether the `size` bytes at the two places are the same."""
+    """Return whether the `size` bytes at the two places are equal."""
     k = 0
     while k + 8 <= size:
         if load64(data, start + k) != load64(other, other_start + k):
@@ -79,7 +79,7 @@ def equal_bytes(data, start, other, other_start, size):
 
 
 def order_of(pretoken: bytes) -> tuple[int, int, int, int, bytes]:
-    """Return what sorted counts are sorted by, in plain Python: hash, size, the two words, and then the bytes."""
+    """Return the sort key of sorted counts, in plain Python: hash, size, the two words of the key, the bytes."""
     size = len(pretoken)
     low, high = _word(pretoken, 0), _word(pretoken, 8)
     if size > INLINE:

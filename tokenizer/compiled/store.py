@@ -1,6 +1,6 @@
-"""Machine code on disk: a file for each function and CPU, in a folder for these sources, this Numba and this Python.
+"""Machine code on disk: a file per function and CPU, in a folder for these sources, this Numba and this Python.
 
-What is loaded is run, so only a folder that nobody else can write to is read.
+The code is executed after loading, so folders that other users can write to are ignored.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from ...caches import is_private, machine_code_folders, make_private
 from ...files import atomic_file
 
 _SUFFIX = ".machinecode"
-# Folders of other sources or versions that stay beside the one in use, as two checkouts may share a place.
+# Number of folders of other sources or versions to keep: two checkouts may share a cache.
 _OTHERS_KEPT = 4
 _DIGEST_BYTES = 32
 
 
-def is_kept(function: str) -> bool:
-    """Whether there is machine code of a function; not whether this very CPU can run it, which Numba would have to say."""
+def is_cached(function: str) -> bool:
+    """Return whether machine code of a function exists; only Numba could check whether it fits this CPU."""
     return any(next(folder.glob(f"{function}-*{_SUFFIX}"), None) for folder in _folders() if is_private(folder))
 
 
 def load(function: str, cpu: str) -> bytes | None:
-    """Return what was saved, or None where nothing was, or where it is damaged."""
+    """Return saved code, or None if it is missing or damaged."""
     for folder in filter(is_private, _folders()):
         with suppress(OSError):
             content = _path(folder, function, cpu).read_bytes()
@@ -36,28 +36,28 @@ def load(function: str, cpu: str) -> bytes | None:
 
 
 def save(function: str, cpu: str, code: bytes) -> None:
-    """Keep the code in the first folder that takes it, or nowhere: that costs the next start its time, not this its result."""
+    """Store the code in the first writable folder. Without one, the next process compiles again."""
     for folder in _folders():
         if make_private(folder):
             with suppress(OSError):
                 with atomic_file(_path(folder, function, cpu)) as file:
                     file.write(hashlib.sha256(code).digest() + code)
-                _forget_others(folder)
+                _remove_old_versions(folder)
                 return
 
 
-def place() -> Path | None:
-    """Return the folder that takes what is compiled, or None where no folder does."""
+def writable_folder() -> Path | None:
+    """Return the folder that new code is stored in, or None if no folder is writable."""
     return next(filter(make_private, _folders()), None)
 
 
-def gather(folder: Path) -> int:
-    """Copy what other folders keep to this one, so that it can be shipped; return how many functions it had not."""
-    kept = {path.name: path for other in filter(is_private, _folders()) for path in other.glob(f"*{_SUFFIX}")}
-    missing = [name for name in kept if not (folder / name).exists()]
+def collect(folder: Path) -> int:
+    """Copy the code in other folders to `folder`, to ship it; return how many functions were missing."""
+    stored = {path.name: path for other in filter(is_private, _folders()) for path in other.glob(f"*{_SUFFIX}")}
+    missing = [name for name in stored if not (folder / name).exists()]
     for name in missing:
         with atomic_file(folder / name) as file:
-            file.write(kept[name].read_bytes())
+            file.write(stored[name].read_bytes())
     return len(missing)
 
 
@@ -71,9 +71,9 @@ def _path(folder: Path, function: str, cpu: str) -> Path:
 
 @cache
 def _version() -> str:
-    """Return a digest of all that machine code depends on but the CPU.
+    """Return a digest of everything that machine code depends on, except the CPU.
 
-    All sources of the tokenizer are among it, because helpers and constants of other files are part of the code of a function.
+    It covers all sources of the tokenizer, because the code of a function includes helpers and constants of other files.
     """
     digest = hashlib.sha256(f"{version('numba')} {version('llvmlite')} {sys.implementation.cache_tag}".encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -81,7 +81,7 @@ def _version() -> str:
     return digest.hexdigest()[:16]
 
 
-def _forget_others(folder: Path) -> None:
+def _remove_old_versions(folder: Path) -> None:
     others = [each for each in folder.parent.glob("machine-code-*") if each != folder]
     for each in sorted(others, key=lambda each: each.stat().st_mtime)[:-_OTHERS_KEPT]:
         shutil.rmtree(each, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""When compiled code runs, and when plain Python does the same instead: the one place where that is decided.
+"""Decide when compiled code runs and when plain Python does the same work.
 
-Machine code has a price: a second to import Numba and load it, many to compile it where none is kept. Until Python has worked
-on one kind of work for as long as that, or is about to, it goes on: a prompt or a small text never waits for a compiler.
+Compiled code has a startup cost: a second to import Numba and load the code, or many seconds to compile it without a cache.
+Plain Python does a kind of work until it has spent as much time on it, or is about to. A prompt or a small text therefore
+never waits for a compiler.
 """
 
 import sys
@@ -12,14 +13,14 @@ from typing import Any
 
 from . import jit, store
 
-# Seconds to import Numba, and to load machine code then, on a machine of 2026.
+# Seconds to import Numba, and to load machine code afterwards, measured in 2026.
 _IMPORT, _LOAD = 0.5, 0.1
 
 
 class Work:
-    """One kind of work: the functions that do it, how fast Python is at it, and how long they take to compile.
+    """A kind of work: its compiled functions, the speed of plain Python, and the time to compile them.
 
-    `functions` are compiled ones, or modules with nothing but those. Any number of threads may ask.
+    `functions` are compiled functions, or modules that contain only those. Thread-safe.
     """
 
     def __init__(self, what: str, functions: Sequence[Any], *, units_per_second: float, compile_seconds: float):
@@ -27,21 +28,21 @@ class Work:
         self._functions = functions
         self._units_per_second = units_per_second
         self._compile_seconds = compile_seconds
-        self._done = 0.0
-        self._pays = False
+        self._seconds = 0.0
+        self._is_worthwhile = False
 
     def is_compiled(self, units: float) -> bool:
-        """Whether compiled code is to do this work on so many units more; it is ready then. Once it is, it stays so."""
-        return self._pays or self._now_pays(units)
+        """Return whether compiled code should do this work on `units` more units; if so, it is ready, for good."""
+        return self._is_worthwhile or self._check(units)
 
-    def _now_pays(self, units: float) -> bool:
+    def _check(self, units: float) -> bool:
         with jit.WORK_LOCK:
-            self._done += units / self._units_per_second
-            pays = self._done > self._price
-        if pays:
+            self._seconds += units / self._units_per_second
+            is_worthwhile = self._seconds > self._startup_seconds
+        if is_worthwhile:
             jit.load(self._entries, f"the tokenizer's {self._what}", self._compile_seconds)
-            self._pays = True
-        return pays
+            self._is_worthwhile = True
+        return is_worthwhile
 
     @cached_property
     def _entries(self) -> list[jit.Compiled]:
@@ -49,9 +50,9 @@ class Work:
         return [each for each in jit.ALL if each.module in modules or each in self._functions]
 
     @cached_property
-    def _price(self) -> float:
-        waiting = [each.name for each in self._entries if each.entry is None]
-        if not waiting:
+    def _startup_seconds(self) -> float:
+        unloaded = [each.name for each in self._entries if each.entry is None]
+        if not unloaded:
             return 0
         start = (0 if "numba" in sys.modules else _IMPORT) + _LOAD
-        return start if all(map(store.is_kept, waiting)) else start + self._compile_seconds
+        return start if all(map(store.is_cached, unloaded)) else start + self._compile_seconds

@@ -1,1 +1,1 @@
-"""How often each pretoken occurs: hash tables, spilled to disk where memory ends, summed in one order."""
+"""Count pretokens: hash tables, spilled to disk beyond a memory limit, and merged in a fixed order."""

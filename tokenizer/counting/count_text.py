@@ -1,4 +1,4 @@
-"""Count the distinct pretokens of any amount of text: in parallel, in bounded memory, with one and the same result."""
+"""Count the distinct pretokens of any amount of text: in parallel, in bounded memory, with a deterministic result."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,13 @@ from .counts_file import CountedText
 from .pretoken_counts import PretokenCounts, merge_counts, sorted_by_hash
 from .spill import Spill
 
-# For each worker: with less, the disk would be busy with runs of no size.
+# Minimum per worker: with less, the disk would fill with tiny runs.
 LEAST_MEMORY = 1 << 24
 
-# Pretokens between two calls into compiled code: enough that Python's part does not show, few enough for the processor's cache.
+# Pretokens per call into compiled code: enough to amortize the call, few enough for the processor's cache.
 _BATCH = 1 << 15
 
-# Of a block, and of the long pretokens that a table had before it: together these stay within the table's 32 bits.
+# Limit for a block, and for the long pretokens counted before it: their sum stays within the table's 32 bits.
 _MOST_BYTES = 1 << 31
 
 
@@ -44,33 +44,31 @@ def count_text(
     scratch: Path | str | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> CountedText:
-    """Return how often each pretoken occurs; special tokens and the ends of documents bound pretokens and are not counted.
+    """Return the number of occurrences of each pretoken.
 
-    The counts and their order do not depend on `num_workers` (None: the machine's cores, one for little text) or `block_bytes`.
-    Workers are threads for the patterns that have a compiled scanner and processes for any other. Tables of more than about
-    `memory` bytes, all workers together, are written to a temporary folder in `scratch` (None: the system's) and merged from
-    there. Text that is not UTF-8 becomes U+FFFD. For errors in the inputs see `iter_blocks`; a full disk and a worker that is
-    killed raise a `UserError` too.
+    Special tokens and the ends of documents bound pretokens and are not counted. The counts and their order do not depend on
+    `num_workers` (None: one per core, or one for little text) or `block_bytes`. Workers are threads for the patterns with a
+    compiled scanner, and processes for other patterns. When the tables of all workers take more than about `memory` bytes,
+    they are spilled to a temporary folder in `scratch` (None: the system's) and merged from there. Invalid UTF-8 becomes
+    U+FFFD. For errors in the inputs see `iter_blocks`; a full disk and a killed worker raise a `UserError` too.
     """
     special_tokens = check_special_tokens(special_tokens)
     inputs = resolve(inputs)
     size = text_bytes(inputs)
     num_workers = choose_workers(num_workers, POOL_BYTES if size is None else size)
     if memory is not None and memory < (least := LEAST_MEMORY * num_workers):
-        raise UserError(f"memory is {memory} bytes: at least {least} are needed for {num_workers} workers")
+        raise UserError(f"memory is {memory} bytes: expected at least {least} for {num_workers} workers")
     name, expression = pattern_name(pattern), resolve_pattern(pattern)
     source = iter_blocks(inputs, special_tokens, pattern=pattern, block_bytes=block_bytes)
     read = weighed = 0
 
-    def watched() -> Iterator[Block]:
+    def checked_blocks() -> Iterator[Block]:
         nonlocal read, weighed
         for block in source:
-            # No count, of a pretoken or a pair, is greater than this.
+            # An upper bound of all counts, of pretokens and of pairs.
             weighed += len(block.data) * block.weight
             if weighed >= 1 << 63:
-                raise UserError(
-                    f"the text has {weighed} bytes, times their weights: counts have 64 bits, choose lesser weights"
-                )
+                raise UserError(f"the text has {weighed} bytes times weights, but counts have 64 bits: choose smaller weights")
             yield block
             read += len(block.data)
             bar.update(len(block.data))
@@ -78,8 +76,8 @@ def count_text(
     with Spill(scratch) as spill, tqdm(total=size, desc="counting pretokens", unit="B", unit_scale=True, disable=None) as bar:
         allowance = None if memory is None else memory // num_workers
         new_part = partial(_Part, spill, allowance)
-        blocks = watched()
-        # In Python's dictionary no bound of memory holds.
+        blocks = checked_blocks()
+        # The memory limit does not cover a Python dictionary.
         few, blocks = _count_little(blocks, size, expression, special_tokens) if memory is None else (None, blocks)
         parts: list[_Part] = []
         if blocks is not None and name:
@@ -90,13 +88,13 @@ def count_text(
             for block, counts in ordered_map(_count_by_regex, (expression, special_tokens), blocks, num_workers):
                 parts[0].add(counts.data, 0, counts.ends, counts.counts * block.weight)
         if not read:
-            raise UserError("the input holds no text: at least one byte is needed")
+            raise UserError("the input holds no text: expected at least one byte")
         return CountedText(_sum(parts, few, spill), name or expression, special_tokens, read)
 
 
 @cache
 def _counting(expression: str) -> Work:
-    """Return the work of counting pretokens of this pattern, in bytes."""
+    """Return the `Work` of counting pretokens of this pattern; a unit is a byte."""
     name = pattern_name(expression)
     functions = [*([compiled_scanner(name)] if name else []), utf8, specials, counter, pretoken_counts]
     return Work("counter", functions, units_per_second=2e6, compile_seconds=7)
@@ -105,7 +103,7 @@ def _counting(expression: str) -> Work:
 def _count_little(
     blocks: Iterator[Block], size: int | None, expression: str, special_tokens: tuple[str, ...]
 ) -> tuple[PretokenCounts | None, Iterator[Block] | None]:
-    """Count in plain Python until compiled code pays; return the counts, if any, and the blocks left for it, None for none."""
+    """Count in plain Python until compiling is worthwhile; return the counts and the remaining blocks, None for none."""
     work = _counting(expression)
     if work.is_compiled(size or 0):
         return None, blocks
@@ -119,7 +117,7 @@ def _count_little(
 
 
 class _Part:
-    """What one worker has counted, as far as it is still in memory."""
+    """The counts of one worker that are in memory."""
 
     def __init__(self, spill: Spill, allowance: int | None):
         self._spill, self._allowance = spill, allowance
@@ -128,10 +126,10 @@ class _Part:
     def add(self, data: np.ndarray, start: int, ends: np.ndarray, counts: np.ndarray) -> None:
         if len(data) > _MOST_BYTES:
             raise UserError(
-                f"{len(data)} bytes of text have no place to cut them: at most {_MOST_BYTES} can be counted at once"
+                f"{len(data)} bytes of text have no place to cut them: expected at most {_MOST_BYTES} between two places"
             )
         self._counter.add(data, start, ends, counts)
-        # The table doubles when it is half full, and then both stand in memory; sorting takes less than that.
+        # The table doubles when it is half full, and both copies are in memory then; sorting takes less.
         full = self._allowance is not None and 3 * self._counter.num_bytes > self._allowance
         if full or self._counter.long_bytes > _MOST_BYTES:
             self.spill()
@@ -140,7 +138,7 @@ class _Part:
         self._spill.add(self.counts())
 
     def counts(self) -> PretokenCounts:
-        """Return the counts, and forget them."""
+        """Return the counts and reset the counter."""
         counts = self._counter.counts()
         self._counter = PretokenCounter()
         return counts
@@ -163,7 +161,7 @@ def _count_in_threads(
     idle = [new_part() for _ in range(num_workers)]
 
     def work(block: Block) -> None:
-        # Taking from a list and adding to one cannot be interrupted by another thread.
+        # list.pop and list.append are atomic.
         part = idle.pop()
         count(block, part)
         idle.append(part)

@@ -1,11 +1,11 @@
-"""Count distinct pretokens in an open-addressing hash table, and keep the counts in an order that nothing influences.
+"""Count distinct pretokens in an open-addressing hash table; the order of the counts is deterministic.
 
-A slot is four words: the pretoken itself where it has at most 16 bytes, else 128 bits of hash; its length, and for a long one
-where its bytes are kept; its count. The highest bits of a hash say where its slot is, so that the table, read from
-beginning to end, is all but sorted by hash, as `pretoken_counts.py` wants it.
+A slot has four words. The first two are the pretoken itself, up to 16 bytes, else 128 bits of hash. The third is the length
+and, for a long pretoken, the place of its bytes. The fourth is the count. The highest bits of a hash select its slot, so the
+table is almost sorted by hash, the order of `pretoken_counts.py`.
 
-Pretokens can be made up that all have one hash. What finds no place near its slot is counted in a Python dictionary: slower,
-but in linear time.
+Adversarial pretokens may all have one hash. A pretoken without a free place near its slot is counted in a Python dictionary,
+which is slower, but takes linear time.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from .pretoken_counts import PretokenCounts, merge_counts, sorted_by_hash
 
 
 class PretokenCounter:
-    """Adds up pretokens; for one thread at a time, but other threads run meanwhile."""
+    """Counts pretokens. Use it from one thread at a time; it releases the GIL."""
 
     def __init__(self):
         self._table = np.zeros(_WORDS * _SMALLEST_TABLE, np.uint64)
@@ -27,13 +27,13 @@ class PretokenCounter:
         self._long = np.empty(_SMALLEST_LONG, np.uint8)
         self._long_used = 0
         self._keys = np.empty(3 * _GROUP, np.uint64)
-        self._crowded: Counter[bytes] = Counter()
-        self._crowded_bytes = 0
+        self._overflow: Counter[bytes] = Counter()
+        self._overflow_bytes = 0
 
     @property
     def num_bytes(self) -> int:
-        """The memory that the counter takes up."""
-        return self._table.nbytes + self._long.nbytes + self._crowded_bytes
+        """The memory of the counter in bytes."""
+        return self._table.nbytes + self._long.nbytes + self._overflow_bytes
 
     @property
     def long_bytes(self) -> int:
@@ -41,27 +41,27 @@ class PretokenCounter:
         return self._long_used
 
     def add(self, data: np.ndarray, start: int, ends: np.ndarray, counts: np.ndarray) -> None:
-        """Count the pretokens of `data` that end at `ends`, the first from `start` on, each where the one before it ends.
+        """Count the pretokens of `data` that end at `ends`; the first starts at `start`, each other at the previous end.
 
-        `data` is uint8, the others int64. A negative end skips to that place: there a special token ends. `counts` has one
-        number for each pretoken, or one for all. A pretoken has less than 4 GiB.
+        `data` is uint8, the others int64. A negative end skips to that place, the end of a special token. `counts` has one
+        number per pretoken, or one for all. A pretoken has less than 4 GiB.
         """
         check_array(data, np.uint8, "data")
         check_array(ends, np.int64, "ends")
         check_array(counts, np.int64, "counts")
         done = 0
         while True:
-            done, self._used, self._long_used, crowded = _count(
+            done, self._used, self._long_used, overflows = _count(
                 data, start, ends, counts, done, self._table, self._used, self._long, self._long_used, self._keys
             )
             if done == len(ends):
                 return
-            if crowded:
+            if overflows:
                 begin = abs(int(ends[done - 1])) if done else start
                 pretoken = data[begin : ends[done]].tobytes()
-                if pretoken not in self._crowded:
-                    self._crowded_bytes += len(pretoken) + _DICTIONARY_BYTES
-                self._crowded[pretoken] += int(counts[done if len(counts) == len(ends) else 0])
+                if pretoken not in self._overflow:
+                    self._overflow_bytes += len(pretoken) + _DICTIONARY_BYTES
+                self._overflow[pretoken] += int(counts[done if len(counts) == len(ends) else 0])
                 done += 1
             elif 2 * _WORDS * (self._used + _GROUP) > len(self._table):
                 self._table = _grow(self._table)
@@ -76,24 +76,24 @@ class PretokenCounter:
         data = np.empty(ends[-1] if self._used else 0, np.uint8)
         _copy(self._table, order, self._long, data)
         found = PretokenCounts(data, ends, counts)
-        return merge_counts(found, sorted_by_hash(self._crowded)) if self._crowded else found
+        return merge_counts(found, sorted_by_hash(self._overflow)) if self._overflow else found
 
 
 _WORDS = 4
 _SMALLEST_TABLE = 1 << 12
 _SMALLEST_LONG = 1 << 16
-# Places from its slot on where a pretoken may stand. In a table half full of pretokens that nobody made up, 100 suffice.
+# Slots to probe for a pretoken. In a half-full table of ordinary pretokens, 100 suffice.
 _PLACES = 256
-# About what a dictionary and an object take for a pretoken.
+# Approximate size of a dictionary entry and its objects.
 _DICTIONARY_BYTES = 200
-# Hashed and fetched ahead together, so that their cache misses overlap.
+# Pretokens to hash and prefetch together, so that their cache misses overlap.
 _GROUP = 32
 _LENGTH = uint64(0xFFFFFFFF)
 
 
 @helper
 def _shift(table):
-    """Return by how much a hash is shifted to become the number of a slot."""
+    """Return the shift that turns a hash into the number of a slot."""
     bits = 0
     while (_WORDS << bits) < len(table):
         bits += 1
@@ -102,11 +102,10 @@ def _shift(table):
 
 @compiled(BYTES, INT64, NUMBERS, NUMBERS, INT64, UINT64S, INT64, UINT8S, INT64, UINT64S)
 def _count(data, start, ends, counts, done, table, used, long, long_used, keys):
-    """Count from pretoken `done` on; return how far the table and the room for long ones sufficed, and what is used of both.
+    """Count from pretoken `done` on; return (done, used, long_used, overflows).
 
-    Last is returned whether it ended at a pretoken that has no place near its slot.
-
-    Indices are unsigned where it matters: a signed one is looked at each time, as it might be negative.
+    Stops when the table or `long` is full. `overflows` marks that the next pretoken has no free place near its slot. Hot
+    indices are unsigned: for a signed index, Numba emits a check for negative values.
     """
     shift, table_words = _shift(table), uint64(len(table))
     step = uint64(len(counts) == len(ends))
@@ -136,21 +135,21 @@ def _count(data, start, ends, counts, done, table, used, long, long_used, keys):
             at = uint64(3) * t
             low, high, k = keys[at], keys[at + uint64(1)], keys[at + uint64(2)]
             while True:
-                told = table[k + uint64(2)]
-                # One branch for all that has to agree, as it nearly always does.
-                if (table[k] ^ low) | (table[k + uint64(1)] ^ high) | (told & _LENGTH ^ size) == uint64(0) and (
-                    size <= INLINE or equal_bytes(data, start, long, int64(told >> uint64(32)), int64(size))
+                size_word = table[k + uint64(2)]
+                # A single branch for all comparisons, because it is nearly always taken.
+                if (table[k] ^ low) | (table[k + uint64(1)] ^ high) | (size_word & _LENGTH ^ size) == uint64(0) and (
+                    size <= INLINE or equal_bytes(data, start, long, int64(size_word >> uint64(32)), int64(size))
                 ):
                     break
-                if told == uint64(0):
-                    told = size
+                if size_word == uint64(0):
+                    size_word = size
                     if size > INLINE:
                         if long_used + int64(size) > len(long):
                             return int64(first + t), used, long_used, False
                         copy_bytes(long, long_used, data, start, int64(size))
-                        told |= uint64(long_used) << uint64(32)
+                        size_word |= uint64(long_used) << uint64(32)
                         long_used += int64(size)
-                    table[k], table[k + uint64(1)], table[k + uint64(2)] = low, high, told
+                    table[k], table[k + uint64(1)], table[k + uint64(2)] = low, high, size_word
                     used += 1
                     break
                 k += uint64(_WORDS)
@@ -181,10 +180,10 @@ def _grow(table):
 
 @compiled(UINT64S, UINT8S, INT64S, INT64S)
 def _sorted_slots(table, long, ends, counts):
-    """Return the number of the first word of each entry, sorted; write where the entries would end one after another."""
+    """Return the index of the first word of each entry, sorted; write the ends and counts of the sorted entries."""
     order, hashes, n = np.empty(len(ends), np.int64), np.empty(len(ends), np.uint64), 0
     shift = _shift(table)
-    # Entries that did not fit at the end of the table stand at its beginning, and are the last of all.
+    # Entries that wrapped around to the start of the table are the last ones.
     for wrapped in (False, True):
         for k in range(0, len(table), _WORDS):
             if table[k + 2] == 0:
@@ -194,7 +193,7 @@ def _sorted_slots(table, long, ends, counts):
             hashed = pretoken_hash(table[k], table[k + 1], table[k + 2] & _LENGTH)
             if (int64(hashed >> shift) * _WORDS > k) != wrapped:
                 continue
-            # Entries are out of order only near one another.
+            # Insertion sort: entries are out of order only locally.
             place = n
             while place > 0 and (
                 hashes[place - 1] > hashed
@@ -213,7 +212,7 @@ def _sorted_slots(table, long, ends, counts):
 
 @helper
 def _entries_differ(table, long, k, m):
-    """Return a number below or above 0, as entry k stands before or after entry m of the same hash."""
+    """Compare entries k and m of equal hash; return a number below, at or above 0."""
     size = int64(table[k + 2] & _LENGTH)
     order = keys_differ(table[k], table[k + 1], size, table[m], table[m + 1], int64(table[m + 2] & _LENGTH))
     if order != 0:

@@ -1,10 +1,10 @@
-"""Counts of pretokens as a file, so that another vocabulary can be learned from them without reading the text again.
+"""A file of pretoken counts: learn vocabularies from it without reading the text again.
 
     line 1      a JSON object: format, version, pattern, special_tokens, text_bytes, num_pretokens, num_bytes, and the sha256 of
-                its other entries, as compact JSON in this order, followed by all that comes after the line
-    then        where pretokens end, int64; their counts, int64; their bytes; all little-endian
+                its other entries, as compact JSON in this order, followed by everything after the line
+    then        the ends of the pretokens, int64; their counts, int64; their bytes; all little-endian
 
-Equal counts give equal files.
+Equal counts give identical files.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from .pretoken_counts import PretokenCounts
 _FORMAT = "tilewright-counts"
 _VERSION = 1
 _SIZES = ("text_bytes", "num_pretokens", "num_bytes")
-# The longest first line that is read: room for thousands of special tokens.
+# Limit for the first line: enough for thousands of special tokens.
 _LONGEST_HEADER = 1 << 22
 
 
 @dataclass(frozen=True)
 class CountedText:
-    """Counts, and what decided on them: the pattern by name or as a regular expression, the special tokens, the text's size."""
+    """Counts, and what determined them: the pattern (name or expression), the special tokens, the size of the text."""
 
     counts: PretokenCounts
     pattern: str
@@ -57,28 +57,28 @@ def save_counts(path: Path | str, text: CountedText) -> None:
 
 
 def load_counts(path: Path | str) -> CountedText:
-    """Read what `save_counts` wrote; a file that is missing, foreign, cut off or changed raises a `UserError`."""
+    """Read a file of `save_counts`; a missing, unsupported, truncated or modified file raises a `UserError`."""
     with require_file(path, "counts file", "make one with save_counts").open("rb") as file:
         try:
             header = json.loads(file.readline(_LONGEST_HEADER))
         except (ValueError, RecursionError):
             header = None
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
-            raise UserError(f"{path} is no counts file: tokenizer training writes one with save_counts")
+            raise UserError(f"{path} is not a counts file: tokenizer training writes one with save_counts")
         if header.get("version") != _VERSION:
-            raise UserError(f"counts file {path} has version {header.get('version')!r}: only {_VERSION} is known")
+            raise UserError(f"counts file {path} has version {header.get('version')!r}: expected {_VERSION}")
         body = np.frombuffer(file.read(), np.uint8)
     expected = header.pop("sha256", None)
     if expected != _digest(header, [body.data]):
-        raise UserError(f"counts file {path} is cut off, or was changed after it was written")
+        raise UserError(f"counts file {path} is truncated, or was modified after it was written")
     try:
         return _parse(header, body)
     except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"counts file {path} is not what save_counts writes: {error}") from None
+        raise UserError(f"counts file {path} is malformed: {error}") from None
 
 
 def _parse(header: dict[str, Any], body: np.ndarray) -> CountedText:
-    # That a file is unchanged does not mean that it was right.
+    # The digest shows that the file is unmodified, not that it was correct.
     pattern, special_tokens, sizes = header["pattern"], header["special_tokens"], [header[name] for name in _SIZES]
     if not isinstance(special_tokens, list) or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"special_tokens are {special_tokens!r}, {', '.join(_SIZES)} are {sizes!r}")
@@ -89,7 +89,7 @@ def _parse(header: dict[str, Any], body: np.ndarray) -> CountedText:
     ends, numbers = (body[start : start + words].view("<i8").astype(np.int64, copy=False) for start in (0, words))
     counts = PretokenCounts(body[2 * words :], ends, numbers)
     if not counts.is_sound:
-        raise ValueError("its pretokens do not end one after another, or have counts below 1")
+        raise ValueError("expected ascending ends of pretokens, and counts of at least 1")
     resolve_pattern(pattern)
     return CountedText(counts, pattern, check_special_tokens(special_tokens), sizes[0])
 

@@ -1,4 +1,4 @@
-"""Counts of distinct pretokens, sorted by hash: two of them are added up like sorted lists, in memory or from disk."""
+"""Counts of distinct pretokens, sorted by hash, so that two of them merge like sorted lists, in memory or from disk."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from ..compiled.pretoken_keys import INLINE, compare_bytes, keys_differ, order_o
 
 @dataclass(frozen=True, eq=False)
 class PretokenCounts:
-    """Distinct pretokens and how often each occurs.
+    """Distinct pretokens and their numbers of occurrences.
 
     Pretoken i is `data[ends[i - 1]:ends[i]]` (from 0 for the first) and occurs `counts[i]` times. `data` is uint8, `ends` and
-    `counts` are int64 of shape (n,). What this room counts is sorted by hash, so that equal counts have equal arrays.
+    `counts` are int64 of shape (n,). Results of this package are sorted by hash, so equal counts have equal arrays.
     """
 
     data: np.ndarray
@@ -23,11 +23,11 @@ class PretokenCounts:
     counts: np.ndarray
 
     def __post_init__(self) -> None:
-        # Compiled code takes them for what they should be.
+        # Compiled code does not check types.
         for name, kind in (("data", np.uint8), ("ends", np.int64), ("counts", np.int64)):
             check_array(getattr(self, name), kind, name)
         if len(self.ends) != len(self.counts):
-            raise ValueError(f"there are {len(self.ends)} ends and {len(self.counts)} counts: each pretoken has one of both")
+            raise ValueError(f"there are {len(self.ends)} ends and {len(self.counts)} counts: expected equal numbers")
 
     @property
     def is_sound(self) -> bool:
@@ -57,12 +57,12 @@ class PretokenCounts:
 
 
 def sorted_by_hash(counts: Mapping[bytes, int]) -> PretokenCounts:
-    """Return the counts in the order of what this room counts."""
+    """Return the counts sorted by hash."""
     return PretokenCounts.of({each: counts[each] for each in sorted(counts, key=order_of)})
 
 
 def merge_counts(first: PretokenCounts, second: PretokenCounts) -> PretokenCounts:
-    """Return the sum of two counts that are both sorted by hash, sorted by hash."""
+    """Return the sum of two counts that are sorted by hash, sorted by hash."""
     merged = PretokenCounts(
         np.empty(len(first.data) + len(second.data), np.uint8),
         np.empty(len(first) + len(second), np.int64),
@@ -77,7 +77,7 @@ def merge_step(
 ) -> tuple[int, int, int, int]:
     """Merge from index i of the first and j of the second on, until both end or `merged` is full.
 
-    Returns the new i and j, and how many pretokens and how many bytes `merged` has now; its `ends` count from 0.
+    Returns the new i and j, and the numbers of pretokens and bytes in `merged`; its `ends` start from 0.
     """
     arrays = (first.data, first.ends, first.counts, second.data, second.ends, second.counts)
     i, j, size, used = _merge(*arrays, i, j, merged.data, merged.ends, merged.counts)

@@ -1,4 +1,4 @@
-"""Counts that no longer fit in memory: written to disk in sorted runs, and merged from there."""
+"""Spill counts that exceed the memory limit: write them to disk in sorted runs, and merge the runs."""
 
 import errno
 import tempfile
@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import UserError
 from .pretoken_counts import PretokenCounts, merge_step
 
-# What one step of a merge holds in memory: bytes of pretokens, and pretokens. A longer pretoken makes the first larger.
+# Buffers of one merge step: bytes of pretokens, and pretokens. A longer pretoken enlarges the first.
 _BUFFER_BYTES = 1 << 22
 _BUFFER_PRETOKENS = 1 << 19
 
@@ -22,11 +22,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Spill:
-    """Sorted counts in files of a temporary folder in `folder`, which goes when the `with` block ends."""
+    """Sorted counts in files of a temporary folder in `folder`, which is removed at the end of the `with` block."""
 
     def __init__(self, folder: Path | str | None = None):
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"folder {folder} does not exist: counts that do not fit in memory are to go there")
+            raise UserError(f"scratch is {folder}: expected an existing folder for counts that do not fit in memory")
         self._parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._runs: deque[Path] = deque()
@@ -44,13 +44,13 @@ class Spill:
         return len(self._runs)
 
     def add(self, counts: PretokenCounts) -> None:
-        """Write counts that are sorted by hash as a run. A full disk raises a `UserError`."""
+        """Write counts, sorted by hash, as a run. A full disk raises a `UserError`."""
         if len(counts):
             with self._new_run() as writer:
                 writer.write(counts, len(counts), len(counts.data))
 
     def merged(self) -> PretokenCounts:
-        """Return the sum of all runs; its arrays are mapped from disk, and stay readable when the folder is gone."""
+        """Return the sum of all runs; its arrays are mapped from disk and stay readable after the folder is removed."""
         if not self._runs:
             none = np.empty(0, np.int64)
             return PretokenCounts(np.empty(0, np.uint8), none, none)
@@ -69,7 +69,7 @@ class Spill:
         with self._lock:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(
-                    # Some file systems keep a file, and so the folder, for as long as the file is mapped.
+                    # Some file systems cannot remove a file, and so its folder, while it is mapped.
                     prefix=".tilewright-counts-",
                     dir=self._parent,
                     ignore_cleanup_errors=True,
@@ -83,8 +83,8 @@ class Spill:
         except OSError as error:
             if error.errno in _FULL:
                 raise UserError(
-                    f"the disk of {path.parent.parent} is full, or takes no file of this size ({error.strerror}): counts that "
-                    "do not fit in memory go there; free some space, name another folder as scratch, or allow more memory"
+                    f"cannot write counts to {path.parent.parent}: {error.strerror}; free disk space, choose another folder "
+                    "with scratch, or raise memory"
                 ) from None
             raise
         with self._lock:
@@ -97,7 +97,7 @@ class _RunWriter:
         self._size = 0
 
     def write(self, counts: PretokenCounts, num_pretokens: int, num_bytes: int) -> None:
-        """Append the first `num_pretokens`, of `num_bytes` bytes."""
+        """Append the first `num_pretokens` pretokens, which have `num_bytes` bytes."""
         self._data.write(counts.data[:num_bytes].data)
         self._ends.write((counts.ends[:num_pretokens] + self._size).data)
         self._counts.write(counts.counts[:num_pretokens].data)

@@ -1,1 +1,1 @@
-"""From text to ids and back."""
+"""Encoding of text to ids, and decoding."""

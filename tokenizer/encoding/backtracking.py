@@ -1,10 +1,11 @@
-"""Merge the bytes of a text in linear time: look for the tokens that remain, instead of merging.
+"""Merge the bytes of a text in linear time, by a search for the final tokens.
 
-Merges whose parts are made by earlier merges, as training gives them, leave tokens behind of which every two neighbours,
-joined, become just these two again: the first merge to cross a border would do so without the rest of the text. No other
-sequence of tokens has that, as merging has one result. So the search takes the longest token that can stand next to the one
-before, and goes back where none can; and as the tokens before a place are those of the text up to it, no place fails twice.
-`reference.py` says what the result has to be. The idea is that of the crate `bpe` (github.com/github/rust-gems).
+If the parts of each merge are produced by earlier merges, as in training, then any two adjacent tokens of the result, joined,
+merge to exactly these two tokens: the first merge across a border would not depend on the rest of the text. No other sequence
+of tokens has this property, because merging has a unique result. The search therefore takes the longest token that is
+compatible with the previous token, and backtracks if there is none. The tokens before a place are the result for the text up
+to it, so no place fails twice. `reference.py` is the specification. The idea is from the crate `bpe`
+(github.com/github/rust-gems).
 """
 
 from typing import NamedTuple
@@ -15,24 +16,25 @@ from ..compiled.jit import BYTES, INT32S, INT64S, UINT8S, UINT32S, UINT64S, comp
 from .decoder import TokenTable
 
 _NONE = -1
-# Two tokens and what they merge to share a word of the table.
+# Two tokens and their product share a word of the table.
 _TOKEN_BITS = 21
 _ANY = 1 << _TOKEN_BITS
-# More would leave the processor's cache.
+# A larger table would not fit into the processor's cache.
 _NEIGHBOUR_BITS = 14
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
-# The rest of a word of the tree is a node and a byte, which lead to this node.
+# A word of the tree holds a node and a byte, and in its low bits the child node.
 _NODE_BITS = np.uint64(28)
 _NODE = np.uint64((1 << 28) - 1)
 
 
 class MergeTable(NamedTuple):
-    """Everything about tokens, which are numbered here in the order they are made: 0..255 are the bytes, 256 + i is merge i.
+    """The merges and tokens. Tokens are numbered in the order they are made: 0..255 are the bytes, 256 + i is merge i.
 
-    `pairs` is a hash table from two tokens to the token they merge to; `seen` has a bit for each hash in it, which is enough to
-    tell most pairs that do not merge. Token t is made of `parts[2 * t]` and `parts[2 * t + 1]`, has `sizes[t]` bytes and the
-    id `ids[t]`, and the longest other token it begins with is `shorter[t]`. `branches` is a hash table from a node and a byte
-    to the next node of the tree of all tokens; the node of a token has its number, others have higher ones.
+    `pairs` is a hash table from two tokens to their product. `seen` is a bitmap of the hashes of its keys; it rejects most
+    pairs that do not merge. Token t consists of `parts[2 * t]` and `parts[2 * t + 1]`, has `sizes[t]` bytes and the id
+    `ids[t]`; `shorter[t]` is its longest proper prefix that is a token. `branches` is a hash table from a node and a byte to
+    the child node in the tree (trie) of all tokens. The node of a token has the token's number; other nodes have higher
+    numbers.
     """
 
     pairs: np.ndarray
@@ -45,7 +47,7 @@ class MergeTable(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What the search writes to: a bit a byte for places that failed, and what is known of neighbours, a word each."""
+    """Buffers of the search: a bitmap of failed places, and a cache of pairs of adjacent tokens, one word each."""
 
     failed: np.ndarray
     neighbours: np.ndarray
@@ -56,9 +58,9 @@ MERGE_TABLE = tuple_of(MergeTable, UINT64S, UINT64S, INT32S, INT32S, UINT32S, IN
 
 
 def merge_table(merges: np.ndarray, byte_ids: np.ndarray, tokens: TokenTable) -> MergeTable | None:
-    """Return the table of merges, or None where their order does not allow the search.
+    """Return the table of merges, or None if their order does not allow the search.
 
-    `merges`, int64 of shape (n, 3), holds the ids of left, right and merged token; `byte_ids`, int64, those of the bytes.
+    `merges`, int64 of shape (n, 3), holds the ids of left, right and merged token; `byte_ids`, int64, the ids of the bytes.
     """
     num_tokens = 256 + len(merges)
     if num_tokens > _ANY:
@@ -79,10 +81,10 @@ def merge_table(merges: np.ndarray, byte_ids: np.ndarray, tokens: TokenTable) ->
     missed = np.zeros(len(number), np.uint8)
     if not _add_merges(table, merges.reshape(-1), number, missed):
         return None
-    # The nodes on the way to a token are there before it, those of tokens with their numbers.
+    # Add shorter tokens first, so that the nodes of prefixes that are tokens exist.
     made = 256 + np.flatnonzero(table.sizes[256:] > 1)
     made = made[np.argsort(table.sizes[made], kind="stable")]
-    # The way to the left part is there, so that only the right one can add to the tree.
+    # The path of the left part exists, so only the right part adds nodes.
     most_branches = int(table.sizes[table.parts[2 * made + 1]].sum())
     if num_tokens + most_branches > _NODE:
         return None
@@ -92,13 +94,13 @@ def merge_table(merges: np.ndarray, byte_ids: np.ndarray, tokens: TokenTable) ->
 
 
 def no_merge_table() -> MergeTable:
-    """Return the table that stands for none."""
+    """Return an empty table, for use with a `RankTable`."""
     words, numbers = np.empty(0, np.uint64), np.empty(0, np.int32)
     return MergeTable(words, words, numbers, numbers, np.empty(0, np.uint32), numbers, words)
 
 
 def new_scratch(num_bytes: int) -> Scratch:
-    """Return what a text of so many bytes needs; one scratch is for one table of merges."""
+    """Return the buffers for a text of `num_bytes` bytes; each belongs to one table of merges."""
     return Scratch(np.empty((num_bytes >> 6) + 1, np.uint64), np.zeros(1 << _NEIGHBOUR_BITS, np.uint64))
 
 
@@ -108,7 +110,7 @@ def _hash_table(most: int) -> np.ndarray:
 
 @helper
 def _merged(pairs, seen, left, right):
-    """Return the token that two merge to, or one beyond all where they do not."""
+    """Return the token that two tokens merge to, or `_ANY`, which is above all tokens, if they do not merge."""
     key = uint64(left) << uint64(_TOKEN_BITS) | uint64(right)
     place = key * _SPREAD
     bit = place >> uint64(34) & uint64(len(seen) * 64 - 1)
@@ -127,10 +129,10 @@ def _merged(pairs, seen, left, right):
 
 @helper
 def _stay_apart(pairs, seen, parts, left, right, limit):
-    """Whether no merge before `limit` crosses the border of two neighbours.
+    """Return whether no merge before `limit` crosses the border of two adjacent tokens.
 
-    The merges are taken back, the last one first, and after each it is looked whether the tokens that then meet at the border
-    would have merged before it. Of equal merges the one on the left comes first.
+    Undo the merges, the last one first. After each, check whether the tokens at the border would have merged before it. Of
+    equal merges, the left one is applied first.
     """
     while True:
         if _merged(pairs, seen, left, right) < limit:
@@ -149,10 +151,10 @@ def _stay_apart(pairs, seen, parts, left, right, limit):
 
 @helper
 def _are_neighbours(pairs, seen, parts, known, left, right):
-    """Whether two tokens can stand side by side; what is found is kept, until other neighbours take its place."""
+    """Return whether two tokens can be adjacent; the result is cached, one entry per hash."""
     key = uint64(left) << uint64(_TOKEN_BITS) | uint64(right)
     place = (key * _SPREAD) >> uint64(64 - _NEIGHBOUR_BITS)
-    # Two more bits: whether there is anything, and the answer.
+    # Two more bits: whether the entry is used, and the answer.
     if known[place] >> uint64(1) != (key << uint64(1) | uint64(1)):
         apart = uint64(_stay_apart(pairs, seen, parts, left, right, np.int64(_ANY)))
         known[place] = key << uint64(2) | uint64(2) | apart
@@ -161,9 +163,9 @@ def _are_neighbours(pairs, seen, parts, known, left, right):
 
 @compiled(MERGE_TABLE, INT64S, INT64S, UINT8S)
 def _add_merges(table, merges, number, missed):
-    """Enter the merges that ever come to pass; `number` leads from ids to tokens. Returns False for an order not allowed.
+    """Add the merges that can ever apply; `number` maps ids to tokens. Return False for an unsupported order.
 
-    `missed` is 1 for ids that a merge took for a part before another had made them.
+    `missed` is 1 for ids that were part of a merge before a merge produced them.
     """
     mask = uint64(len(table.pairs) - 1)
     for merge in range(len(merges) // 3):
@@ -176,7 +178,7 @@ def _add_merges(table, merges, number, missed):
         if left == _NONE or right == _NONE or number[id] != _NONE:
             continue
         token = 256 + merge
-        # Else other merges always cut the text of this one apart.
+        # Otherwise other merges always split the text of this token.
         if not _stay_apart(table.pairs, table.seen, table.parts, left, right, token):
             continue
         if missed[id]:
@@ -197,7 +199,7 @@ def _add_merges(table, merges, number, missed):
 
 @helper
 def _branch(branches, node, byte):
-    """Return the place in `branches` of the way from a node by a byte: an empty one where there is none."""
+    """Return the place in `branches` of the edge from a node by a byte, or an empty place if there is none."""
     mask = uint64(len(branches) - 1)
     key = uint64(node) << uint64(8) | uint64(byte)
     place = (key * _SPREAD) >> uint64(32) & mask
@@ -208,7 +210,7 @@ def _branch(branches, node, byte):
 
 @compiled(MERGE_TABLE, INT64S, BYTES, INT64S)
 def _add_tokens(table, made, data, offsets):
-    """Enter the tokens, given from the shortest to the longest, into the tree."""
+    """Add the tokens to the tree, in order of increasing length."""
     next_node = len(table.sizes)
     for token in made:
         left = np.int64(table.parts[2 * token])
@@ -230,7 +232,7 @@ def _add_tokens(table, made, data, offsets):
 
 @helper
 def _longest(branches, num_tokens, data, i, end):
-    """Return the longest token that the text has at i."""
+    """Return the longest token that is a prefix of the text at i."""
     token = node = np.int64(data[i])
     for at in range(i + 1, end):
         branch = branches[_branch(branches, node, data[at])]
@@ -244,7 +246,7 @@ def _longest(branches, num_tokens, data, i, end):
 
 @helper
 def merge_bytes(table, scratch, data, start, end, out, begin):
-    """Write the ids of `data[start:end]` to `out` from `begin` on, and return where they end."""
+    """Write the ids of `data[start:end]` to `out` from `begin` on, and return their end."""
     failed, known = scratch
     pairs, seen, parts, sizes, ids, shorter, branches = table
     for word in range((end - start >> 6) + 1):

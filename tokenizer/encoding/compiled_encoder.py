@@ -1,4 +1,4 @@
-"""The encoder of compiled loops: workspaces for any number of threads, one cache for all of them."""
+"""The encoder with compiled loops: one workspace per thread, and one cache for all threads."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +18,11 @@ from .encode_loop import BEGIN, CACHE_IS_FULL, PLAIN, RESUME, encode_pretokens, 
 from .encoder import NO_IDS, Encoder, PlainEncoder, Splitter, Text, split_by_regex, token_dtype
 from .pretoken_cache import LOCK, PretokenCache, WholeTokens, new_cache, next_cache
 from .rank_merging import RankTable, no_rank_table, rank_table, tokens_made
-from .workspace import ROOM, SIZE, SLACK, EncoderWorkspace
+from .workspace import SIZE, SLACK, TEXT_BYTES, EncoderWorkspace
 
-# Room for a longer pretoken than this is given back after its text.
+# Larger output buffers, for a very long pretoken, are freed after the text.
 _KEPT = 1 << 20
-# Where the text of a bytes object begins, seen from its address.
+# Offset of the text in a bytes object, from the address of the object.
 _BYTES_HEADER = bytes.__basicsize__ - 1
 
 _NO_CUTS = np.empty(0, np.int64)
@@ -36,9 +36,9 @@ def compiled_encoder(
     whole: Mapping[bytes, int],
     beginnings: np.ndarray,
 ) -> Encoder:
-    """Return the encoder of merges as `merge_ids` returns them, and of `whole` tokens, which no merges have to make.
+    """Return the encoder of merges, as returned by `merge_ids`, and of `whole` tokens, which merges need not produce.
 
-    `byte_ids`, int64, are the ids of the bytes, `beginnings` those of special tokens: see `SpecialFinder`.
+    `byte_ids`, int64, are the ids of the bytes. `beginnings` are the first bytes of special tokens: see `SpecialFinder`.
     """
     name = pattern_name(pattern)
     split = partial(split_by_scanner, scanner_of(name)) if name else partial(split_by_regex, pattern)
@@ -51,13 +51,13 @@ def compiled_encoder(
     cache = None if seeds is None else seeds.add_to(new_cache())
     if seeds is None or cache is None:
         return PlainEncoder(merges, byte_ids, split, len(tokens.sizes), whole)
-    # GPT-2's pretokens are found by the loop of the encoder itself.
+    # The encoder's loop finds GPT-2's pretokens itself.
     split = None if name == "gpt2" else split
     return CompiledEncoder((table, ranks), split, len(tokens.sizes), beginnings, seeds, cache)
 
 
 class CompiledEncoder(Encoder):
-    """The encoder that merges each distinct pretoken once: by the first of the tables, or the second if it is not empty."""
+    """The encoder that merges each distinct pretoken once, with the `RankTable` if it is not empty, else the `MergeTable`."""
 
     def __init__(
         self,
@@ -80,14 +80,14 @@ class CompiledEncoder(Encoder):
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        # Numbers that are there already are handed out faster than new ones are made.
+        # Existing int objects can be put into a list faster than new ones can be created.
         return np.arange(self._num_ids).astype(object)
 
     def try_encode(self, data: bytes) -> np.ndarray | None:
         """See `Encoder`."""
-        if not self._scans or len(data) > ROOM:
+        if not self._scans or len(data) > TEXT_BYTES:
             return None
-        # Without a function for what is done here twice: a call takes a tenth of the time of a short text.
+        # The code is repeated below, because a function call takes a tenth of the time of a short text.
         try:
             workspace = self._idle.pop()
         except IndexError:
@@ -99,7 +99,7 @@ class CompiledEncoder(Encoder):
 
     def try_encode_to_list(self, data: bytes) -> list[int] | None:
         """See `Encoder`."""
-        if not self._scans or len(data) > ROOM:
+        if not self._scans or len(data) > TEXT_BYTES:
             return None
         try:
             workspace = self._idle.pop()
@@ -135,12 +135,12 @@ class CompiledEncoder(Encoder):
         return ids
 
     def unlock(self) -> None:
-        """Let the cache be added to, and let other threads go on, whoever kept them from it."""
+        """Release the locks of the cache and the encoder, whichever thread holds them."""
         self._cache.used[LOCK] = 0
         self._lock = Lock()
 
     def _take_workspace(self) -> EncoderWorkspace:
-        # Taking from a list and adding to one cannot be interrupted by another thread.
+        # list.pop and list.append are atomic.
         try:
             return self._idle.pop()
         except IndexError:
@@ -173,13 +173,13 @@ class CompiledEncoder(Encoder):
         if len(border_ids):
             workspace.set_borders(_NO_CUTS, NO_IDS, _NO_CUTS)
         if len(workspace.out) > _KEPT:
-            workspace.make_room(ROOM)
-        # One that an error or Ctrl-C left in the midst of something does not come back.
+            workspace.resize_output(TEXT_BYTES)
+        # A workspace interrupted by an error or Ctrl-C is not reused.
         self._idle.append(workspace)
         return cuts
 
     def _encode_part(self, workspace: EncoderWorkspace, address: int, size: int, mode: int, take: Callable[[int], None]) -> int:
-        """Encode the text, or the part of it whose pretokens are given; return how many ids `take` has not been given yet."""
+        """Encode the text, or the part with the given pretokens; return the number of ids not yet passed to `take`."""
         while (found := self._encode(workspace.address, address, size, mode)) < 0:
             if found == CACHE_IS_FULL:
                 self._grow_cache(workspace, size)
@@ -191,25 +191,25 @@ class CompiledEncoder(Encoder):
 
     def _grow_cache(self, workspace: EncoderWorkspace, num_bytes: int) -> None:
         with self._lock:
-            # Another thread may have been here before.
+            # Another thread may have grown the cache already.
             if workspace.cache is self._cache:
                 cache = next_cache(self._cache, num_bytes)
-                # There was room for the tokens in a smaller one.
+                # The whole tokens fit into a smaller cache, so they fit into this one.
                 self._cache = cache if cache.used[0] else self._whole.add_to(cache) or cache
             workspace.set_cache(self._cache)
 
 
-# A process that is forked while another thread adds to a cache has no such thread to let the cache go again.
+# A forked child does not have the thread that held a lock at the fork, so it releases the locks.
 _ENCODERS: "WeakSet[CompiledEncoder]" = WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [encoder.unlock() for encoder in _ENCODERS])
 
 
 def split_by_scanner(scan: Scanner, data: np.ndarray, borders: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the ends of pretokens as `Splitter` says, by a compiled scanner."""
+    """Implement `Splitter` with a compiled scanner."""
     start, passed, end = 0, 0, len(data)
     while start < end:
-        # The scanner looks for its place among the borders from the first one on.
+        # The scanner searches the borders from the first one on, so pass only the remaining ones.
         size = scan(data, start, end, ends, borders[passed:] if passed else borders)
         found = ends[:size]
         yield found

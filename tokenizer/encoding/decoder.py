@@ -1,4 +1,4 @@
-"""From ids to bytes and text: whole arrays by a compiled loop, streams without broken characters."""
+"""Decode ids to bytes and text: arrays by a compiled loop, streams without incomplete characters."""
 
 import codecs
 from array import array
@@ -12,16 +12,16 @@ from ..compiled.intrinsics import load64, store64
 from ..compiled.jit import BYTES, INT64, INT64S, UINT8S, UINT32S, compiled
 from ..compiled.work import Work
 
-# Whole words are copied, so up to seven bytes behind a token are read, and as many behind the text written.
+# The loop copies whole words: it reads up to seven bytes after a token and writes as many after the text.
 _SLACK = 8
-# Ids at a time: what is made of so few on the way stays in the processor's cache.
+# Ids per part: the intermediate arrays of a part stay in the processor's cache.
 _PART = 1 << 14
 
 
 class TokenTable(NamedTuple):
-    """The bytes of all tokens in one array: token i is `data[offsets[i]:offsets[i + 1]]`, empty where no token has the id.
+    """The bytes of all tokens in one array: token i is `data[offsets[i]:offsets[i + 1]]`, empty for an unused id.
 
-    `data` is uint8, with eight bytes more at the end; `offsets` is int64 of shape (largest id + 2,), `sizes` its differences.
+    `data` is uint8, padded with eight bytes; `offsets` is int64 of shape (largest id + 2,), `sizes` its differences.
     """
 
     data: np.ndarray
@@ -40,7 +40,7 @@ def token_table(vocab: Mapping[int, bytes]) -> TokenTable:
 def decode_array(table: TokenTable, ids: Iterable[int]) -> np.ndarray:
     """Return the bytes of the tokens, as uint8 of shape (n,).
 
-    `ids` are an array of any integer type, a tensor, or integers; an unknown id raises a `UserError`.
+    `ids` is an array of any integer type, a tensor, or an iterable of integers. An unknown id raises a `UserError`.
     """
     parts = list(_parts(table, ids))
     size = sum(_size_of(table, part) for part in parts)
@@ -53,17 +53,17 @@ def decode_array(table: TokenTable, ids: Iterable[int]) -> np.ndarray:
 
 def _parts(table: TokenTable, ids: Iterable[int]) -> Iterator[np.ndarray]:
     ids = _as_array(ids)
-    # Here, where all ids are known: they decide together who decodes them.
+    # Register all ids at once: their total number decides whether compiled code decodes them.
     _DECODING.is_compiled(len(ids))
     return (_as_unsigned(ids[start : start + _PART], len(table.sizes)) for start in range(0, len(ids), _PART))
 
 
-def _as_unsigned(ids: np.ndarray, known: int) -> np.ndarray:
+def _as_unsigned(ids: np.ndarray, num_ids: int) -> np.ndarray:
     if ids.dtype.kind == "i" or ids.dtype.itemsize > 4:
-        unknown = (ids < 0) | (ids >= known)
+        unknown = (ids < 0) | (ids >= num_ids)
         if unknown.any():
-            raise _unknown(ids[unknown][0], known)
-    # A copy, as other threads may write to the array between the measuring and the writing.
+            raise _unknown(ids[unknown][0], num_ids)
+    # Copy, because other threads may write to the array between measuring and copying.
     return np.array(ids, np.uint32)
 
 
@@ -73,16 +73,16 @@ def _size_of(table: TokenTable, ids: np.ndarray) -> int:
         if size < 0:
             raise _unknown(ids[-1 - size], len(table.sizes))
         return size
-    known = len(table.sizes)
-    sizes = table.sizes[np.minimum(ids, known - 1)]
-    unknown = (ids >= known) | (sizes == 0)
+    num_ids = len(table.sizes)
+    sizes = table.sizes[np.minimum(ids, num_ids - 1)]
+    unknown = (ids >= num_ids) | (sizes == 0)
     if unknown.any():
-        raise _unknown(ids[unknown][0], known)
+        raise _unknown(ids[unknown][0], num_ids)
     return int(sizes.sum())
 
 
 def _copy(table: TokenTable, ids: np.ndarray, out: np.ndarray, place: int) -> int:
-    """Write the tokens to `out` from `place` on; return where they end."""
+    """Write the tokens to `out` from `place` on; return their end."""
     if _DECODING.is_compiled(0):
         return _copy_tokens(ids, table.data, table.offsets, out, place)
     data = table.data.data
@@ -100,13 +100,13 @@ def decode_bytes(table: TokenTable, ids: Iterable[int]) -> bytes:
 def decode_text(table: TokenTable, ids: Iterable[int], errors: str = "replace") -> str:
     """Return the text of the tokens; an unknown id raises a `UserError`.
 
-    `errors` says, as in `bytes.decode`, what becomes of bytes that are not UTF-8: U+FFFD by default, a
-    `UnicodeDecodeError` for "strict".
+    `errors` selects the treatment of invalid UTF-8, as in `bytes.decode`: U+FFFD for "replace", a `UnicodeDecodeError` for
+    "strict".
     """
     if check_errors(errors) != "replace":
-        # Whoever catches the error may look at the whole text.
+        # The error holds the whole text, so decode it at once.
         return str(decode_array(table, ids).data, "utf-8", errors)
-    # In parts, most of which are ASCII in most texts: Python decodes those many times as fast as what has one other character.
+    # Decode in parts: most parts are pure ASCII, which Python decodes many times as fast as other text.
     texts: list[str] = []
     held = b""
     for part in _parts(table, ids):
@@ -120,7 +120,7 @@ def decode_text(table: TokenTable, ids: Iterable[int], errors: str = "replace") 
 
 
 def leave_out(ids: Iterable[int], skipped: Collection[int]) -> Iterable[int]:
-    """Return the ids without those that are skipped."""
+    """Return the ids except the skipped ones."""
     if not skipped:
         return ids
     found = _as_array(ids)
@@ -128,19 +128,19 @@ def leave_out(ids: Iterable[int], skipped: Collection[int]) -> Iterable[int]:
 
 
 def check_errors(errors: str) -> str:
-    """Return `errors` if it is the name of a way to treat bytes that are not UTF-8; else raise a `UserError`."""
+    """Return `errors` if it is a registered error handler of Python; otherwise raise a `UserError`."""
     try:
         codecs.lookup_error(errors)
     except LookupError:
-        raise UserError(f"errors is {errors!r}: choose replace, strict, ignore or backslashreplace") from None
+        raise UserError(f"errors is {errors!r}: expected replace, strict, ignore or backslashreplace") from None
     return errors
 
 
 class StreamDecoder:
-    """Text as the ids come in: a character whose bytes are not complete is held back.
+    """Decodes ids incrementally; an incomplete character is held back.
 
-    Joined, the pieces are the text of all ids decoded at once. With `errors="strict"` the ids of a call that raises are lost,
-    and the next call goes on behind them. Ids in `skipped` are passed over.
+    The concatenated pieces equal the text of all ids decoded at once. With `errors="strict"`, the ids of a call that raises
+    are lost, and the next call continues after them. Ids in `skipped` are ignored.
     """
 
     def __init__(self, table: TokenTable, errors: str = "replace", skipped: Collection[int] = ()):
@@ -154,7 +154,7 @@ class StreamDecoder:
         return self._decoder.decode(decode_bytes(self._table, leave_out(ids, self._skipped)))
 
     def finish(self) -> str:
-        """Return what is still held back, treated as `errors` says, and be ready for another text."""
+        """Return the text held back, treated as `errors` selects, and reset the decoder."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -162,7 +162,7 @@ class StreamDecoder:
 
 @compiled(UINT32S, INT64S)
 def _measure(ids, sizes):
-    """Return how many bytes the tokens have, or -1 - k if the id at k is unknown."""
+    """Return the number of bytes of the tokens, or -1 - k if the id at k is unknown."""
     total = 0
     for k in range(len(ids)):
         if ids[k] >= len(sizes) or sizes[ids[k]] == 0:
@@ -173,7 +173,7 @@ def _measure(ids, sizes):
 
 @compiled(UINT32S, BYTES, INT64S, UINT8S, INT64)
 def _copy_tokens(ids, data, offsets, out, place):
-    """Write the tokens to `out` from `place` on; return where they end."""
+    """Write the tokens to `out` from `place` on; return their end."""
     for id in ids:
         start, end = offsets[id], offsets[id + 1]
         for step in range(0, end - start, 8):
@@ -187,26 +187,26 @@ _DECODING = Work("decoder", [_measure, _copy_tokens], units_per_second=3e6, comp
 
 def _as_array(ids: Any) -> np.ndarray:
     if not isinstance(ids, np.ndarray):
-        # A tensor may lie on a GPU, and hands out its elements as tensors.
+        # A tensor may be on a GPU, and iterating over it yields tensors.
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(ids, str) or not isinstance(ids, Iterable):
-            raise TypeError(f"ids are {ids!r:.60}: an array, a tensor or an iterable of integers is needed")
+            raise TypeError(f"ids are {ids!r:.60}: expected an array, a tensor or an iterable of integers")
         ids = ids if isinstance(ids, list) else list(ids)
         try:
             ids = np.asarray(array("q", ids))
         except TypeError:
-            raise TypeError(f"ids are {ids!r:.60}: integers are needed") from None
+            raise TypeError(f"ids are {ids!r:.60}: expected integers") from None
         except OverflowError:
-            raise UserError(f"id {max(ids, key=abs)} is not in the vocabulary: no vocabulary goes that far") from None
+            raise UserError(f"id {max(ids, key=abs)} is not in the vocabulary: ids have at most 64 bits") from None
     if ids.shape == (0,):
-        # Of nothing, numpy makes floats.
+        # NumPy gives an empty list a float dtype.
         return ids.astype(np.int64)
     if ids.dtype.kind not in "iu" or ids.ndim != 1:
-        raise TypeError(f"ids are an array of {ids.dtype} of shape {ids.shape}: one dimension of integers is needed")
+        raise TypeError(f"ids are an array of {ids.dtype} of shape {ids.shape}: expected integers of shape (n,)")
     return ids
 
 
-def _unknown(id: Any, known: int) -> UserError:
-    if 0 <= id < known:
-        return UserError(f"id {id} is not in the vocabulary: no token has it")
-    return UserError(f"id {id} is not in the vocabulary: ids go from 0 to {known - 1}")
+def _unknown(id: Any, num_ids: int) -> UserError:
+    if 0 <= id < num_ids:
+        return UserError(f"id {id} is not in the vocabulary: it is unused")
+    return UserError(f"id {id} is not in the vocabulary: expected an id from 0 to {num_ids - 1}")

@@ -1,7 +1,7 @@
-"""The compiled loop of the encoder: text to pretokens to ids, each distinct pretoken merged once and from then on remembered.
+"""The compiled loop of the encoder: text to pretokens to ids. Each distinct pretoken is merged once and then cached.
 
-A group of pretokens is found, hashed and fetched, and then looked up: 64 bytes of text where the loop finds the ends of
-pretokens by itself, which it does for GPT-2's pattern, else as many as a group holds.
+The loop finds the pretokens of a group, hashes them, prefetches their cache entries, and then looks them up. For GPT-2's
+pattern it finds the ends of pretokens itself, in 64 bytes of text at a time. For other patterns the ends are given.
 """
 
 from ..compiled.intrinsics import (
@@ -33,12 +33,12 @@ from .pretoken_cache import LONGEST, add_entry, find_entry, first_entry, has_roo
 from .rank_merging import merge_by_rank
 from .workspace import BORDER, COUNT, FRAME_SIZE, GIVEN, GROUP, NEEDED, PLACES, SCANS, SIZE, SLACK, START, TOTAL, WINDOW
 
-# What the loop returns in place of the number of ids where it has to be called again.
+# Status codes, returned in place of the number of ids: the loop has to be called again.
 CACHE_IS_FULL, OUTPUT_IS_FULL, MAY_HOLD_SPECIAL = range(-3, 0)
-# Begin a text; begin one if it holds no special token; go on where the frame says.
+# Modes: begin a text; begin a text unless it may hold a special token; resume at the state in the frame.
 BEGIN, PLAIN, RESUME = range(3)
 
-# Bytes; less is encoded in the time that it takes other threads to notice.
+# Text size above which the GIL is released. Less text is encoded in the time that other threads need to acquire it.
 _MUCH_TEXT = 1 << 12
 
 _ENTRIES, _TEXTS, _CACHED, _USED = (PLACES[name] for name in ("entries", "texts", "cached_ids", "used"))
@@ -54,10 +54,10 @@ _OUT, _SHORT_OUT, _OBJECTS = (PLACES[name] for name in ("out", "short_out", "num
 
 @compiled(INT64, INT64, INT64, INT64, releases_gil=False)
 def encode_pretokens(frame_address, address, size, mode):
-    """Write the ids of the `size` bytes at an address to the frame's `out`; return how many there are.
+    """Write the ids of the `size` bytes at an address to the frame's `out`; return their number.
 
-    See `EncoderWorkspace` for the frame. Where `CACHE_IS_FULL` or `OUTPUT_IS_FULL` is returned, the frame says how far it came
-    and what it wrote, and the next call, with `RESUME`, goes on there.
+    For the frame see `EncoderWorkspace`. If the loop returns `CACHE_IS_FULL` or `OUTPUT_IS_FULL`, the frame holds its state
+    and the ids so far, and the next call, with `RESUME`, continues.
     """
     frame = words_at(frame_address, FRAME_SIZE)
     entries, texts = uint64s_at(frame, _ENTRIES), uint8s_at(frame, _TEXTS)
@@ -84,17 +84,17 @@ def encode_pretokens(frame_address, address, size, mode):
     scratch = uint64s_at(frame, _FAILED), uint64s_at(frame, _NEIGHBOURS)
     if mode == PLAIN and may_hold_special(bytes_at(address, size), int64s_at(frame, _BEGINNINGS)):
         return int64(MAY_HOLD_SPECIAL)
-    # To give up the GIL takes as long as ten pretokens do.
+    # Releasing the GIL takes as long as ten pretokens.
     state = release_gil() if size > _MUCH_TEXT else 0
     if mode != RESUME:
         frame[START] = frame[BORDER] = frame[TOTAL] = frame[SIZE] = 0
     start, border, done, scans = frame[START], frame[BORDER], frame[GIVEN], frame[SCANS]
     data = bytes_at(address, size if scans else size + SLACK)
-    # Indices are unsigned where it matters: a signed one is looked at each time, as it might be negative.
+    # Hot indices are unsigned: for a signed index, Numba emits a check for negative values.
     place = uint64(frame[SIZE])
     status = int64(0)
     while start < size:
-        # The ends of the next pretokens, or a border.
+        # Find the ends of the next pretokens, or a border.
         number = 0
         if scans:
             stop = borders[2 * border] if border < len(border_ids) else size
@@ -105,7 +105,7 @@ def encode_pretokens(frame_address, address, size, mode):
                 if scanned + WINDOW + SLACK > len(data):
                     if number:
                         break
-                    # Addressed as if it were the text, of which it is the end.
+                    # Address the padded copy of the end of the text with the offsets of the text.
                     copy_bytes(tail, 0, data, start, size - start)
                     data = bytes_at(frame[_TAIL] - start, start + len(tail))
                 found = borders_gpt2(data, scanned, stop - scanned, classes)
@@ -114,7 +114,7 @@ def encode_pretokens(frame_address, address, size, mode):
                     number += 1
                     continue
                 after = number + count_ones(found)
-                # A fixed number, as a branch on how many there are would often be mispredicted.
+                # Write a fixed number of ends: a branch on their number would often be mispredicted.
                 for k in range(20):
                     ends[uint64(number + k)] = scanned + trailing_zeros(found)
                     found &= found - uint64(1)
@@ -156,7 +156,7 @@ def encode_pretokens(frame_address, address, size, mode):
             frame[NEEDED] = ends[number - 1] - start
             status = int64(OUTPUT_IS_FULL)
             break
-        # The inner loops have no call in them, and so keep in registers what they need.
+        # The inner loops contain no call, so they keep their variables in registers.
         begin, k = start, uint64(0)
         while k < group:
             while k < group:
@@ -182,7 +182,7 @@ def encode_pretokens(frame_address, address, size, mode):
                 k += uint64(1)
         k = uint64(0)
         while True:
-            # What nearly all are: a short pretoken of few ids that stands where it is looked for.
+            # The most frequent case: a short pretoken with few ids in its first entry.
             while k < group:
                 at = uint64(3) * k
                 entry = keys[at + uint64(2)]
@@ -235,7 +235,7 @@ def encode_pretokens(frame_address, address, size, mode):
 
 @compiled(INT64, INT64, INT64, releases_gil=False)
 def write_list(frame_address, list_address, size):
-    """Set the items of a Python list of `size` items to the numbers that the ids in the frame's `out` stand for."""
+    """Set the items of a Python list of `size` items to the int objects of the ids in the frame's `out`."""
     frame = words_at(frame_address, FRAME_SIZE)
     fill_list(list_address, uint64s_at(frame, _OBJECTS), uint32s_at(frame, _OUT), size)
     return size

@@ -1,4 +1,4 @@
-"""What an encoder is, and the plain one: text, as bytes, to ids, merge by merge. `compiled_encoder.py` has the fast one."""
+"""The interface of encoders, and the plain Python encoder. The fast one is in `compiled_encoder.py`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,36 +10,36 @@ from ...errors import UserError
 from ..reference import merge_pretoken
 from ..text.patterns import split_text
 
-# Stands in place of an id for a border that is no token.
+# The id of a border that is not a token.
 NO_ID = (1 << 32) - 1
 NO_IDS = np.empty(0, np.uint32)
 
-# Pretokens whose ends are given at a time.
+# Pretokens per block of ends.
 BLOCK = 1 << 14
-# What `PlainEncoder` remembers: so many pretokens of at most so many bytes.
-_REMEMBERED, _SHORT = 1 << 16, 32
+# `PlainEncoder` caches this many pretokens of at most this many bytes.
+_CACHE_ENTRIES, _SHORT = 1 << 16, 32
 
 Text = bytes | np.ndarray
 
-# The ends of pretokens, in arrays, given the text, its borders, and an array to write to.
+# A splitter yields arrays with the ends of pretokens. It takes the text, its borders, and an array to write to.
 Splitter = Callable[[np.ndarray, np.ndarray, np.ndarray], Iterator[np.ndarray]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return uint16 where it holds every id of the vocabulary, else uint32."""
+    """Return uint16 if it can represent every id of the vocabulary, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class Encoder(ABC):
-    """Turns text into ids; any number of threads may do so at the same time.
+    """Encodes text to ids; thread-safe.
 
-    A text is bytes, or uint8 of shape (n,), and valid UTF-8 outside of its borders, which are [start, end, start, end, ...]:
-    int64. Nothing merges across them; each becomes its id in `border_ids`, uint32, or nothing for `NO_ID`.
+    A text is bytes, or uint8 of shape (n,), and valid UTF-8 outside of its borders. Borders are [start, end, start, end,
+    ...], int64. Nothing merges across a border. Each border becomes its id in `border_ids`, uint32, or nothing for `NO_ID`.
     """
 
     @abstractmethod
     def encode_with_cuts(self, data: Text, borders: np.ndarray, border_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a text, an array of `token_dtype`, and how many stand before each border, int64."""
+        """Return the ids of a text, an array of `token_dtype`, and the number of ids before each border, int64."""
 
     def encode(self, data: Text, borders: np.ndarray, border_ids: np.ndarray) -> np.ndarray:
         """Return the ids of a text, an array of `token_dtype`."""
@@ -50,18 +50,18 @@ class Encoder(ABC):
         return self.encode(data, borders, border_ids).tolist()
 
     def try_encode(self, data: bytes) -> np.ndarray | None:
-        """Return the ids of a short text in few steps, or None where that is not sure to be right."""
+        """Return the ids of a short text by a fast path, or None if the path does not apply."""
         return None
 
     def try_encode_to_list(self, data: bytes) -> list[int] | None:
-        """Return the ids of a short text as a list in few steps, or None where that is not sure to be right."""
+        """Return the ids of a short text as a list by a fast path, or None if the path does not apply."""
         return None
 
 
 def merge_ids(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> np.ndarray:
-    """Return the ids of left, right and merged token of each merge: int64 of shape (n, 3).
+    """Return the ids of the left, right and merged token of each merge: int64 of shape (n, 3).
 
-    A merge that does not fit the ids, or is there twice, raises a `UserError`.
+    A merge of unknown tokens or a duplicate merge raises a `UserError`.
     """
     known: dict[tuple[bytes, bytes], int] = {}
     for rank, (left, right) in enumerate(merges):
@@ -69,18 +69,18 @@ def merge_ids(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -
             if token not in ids:
                 raise UserError(f"merge {rank}, {left!r} {right!r}, needs {token!r}, which is not in the vocabulary")
         if (first := known.setdefault((left, right), rank)) != rank:
-            raise UserError(f"merge {rank}, {left!r} {right!r}, is merge {first} already: every merge needs one place")
+            raise UserError(f"merge {rank}, {left!r} {right!r}, is a duplicate of merge {first}")
     rows = [(ids[left], ids[right], ids[left + right]) for left, right in merges]
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def whole_tokens(ids: Mapping[bytes, int], made: Collection[int]) -> dict[bytes, int]:
-    """Return the tokens of more than a byte, with their ids, but for those of the ids `made`."""
-    return {token: id for token, id in ids.items() if len(token) > 1 and id not in made}
+def whole_tokens(ids: Mapping[bytes, int], excluded: Collection[int]) -> dict[bytes, int]:
+    """Return the tokens of more than one byte, with their ids, except for the ids in `excluded`."""
+    return {token: id for token, id in ids.items() if len(token) > 1 and id not in excluded}
 
 
 class PlainEncoder(Encoder):
-    """The encoder of merges in any order whatever, `reference.py` says what that means, and of tokens that no merges make.
+    """The encoder of merges in any order, as specified in `reference.py`, and of tokens that no merges produce.
 
     `whole` gives the ids of pretokens that are not merged.
     """
@@ -94,7 +94,7 @@ class PlainEncoder(Encoder):
         self._split = split
         self._whole = whole or {}
         self._dtype = token_dtype(num_ids)
-        self._remembered = lru_cache(_REMEMBERED)(self.merge)
+        self._merge_cached = lru_cache(_CACHE_ENTRIES)(self.merge)
 
     def encode_with_cuts(self, data: Text, borders: np.ndarray, border_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Encoder`."""
@@ -106,7 +106,7 @@ class PlainEncoder(Encoder):
             for end in ends.tolist():
                 if end > 0:
                     pretoken = text[start:end]
-                    ids += self._remembered(pretoken) if len(pretoken) <= _SHORT else self.merge(pretoken)
+                    ids += self._merge_cached(pretoken) if len(pretoken) <= _SHORT else self.merge(pretoken)
                 else:
                     id = int(border_ids[len(cuts)])
                     cuts.append(len(ids))
@@ -122,7 +122,7 @@ class PlainEncoder(Encoder):
 
 
 def split_by_regex(pattern: str, data: np.ndarray, borders: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the ends of pretokens as `Splitter` says; `pattern` is a regular expression."""
+    """Implement `Splitter` for a regular expression."""
     start = 0
     for border_start, border_end in [*borders.reshape(-1, 2).tolist(), (len(data), None)]:
         text = data[start:border_start].tobytes().decode()

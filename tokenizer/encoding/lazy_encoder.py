@@ -1,4 +1,4 @@
-"""The encoder that every tokenizer has: plain Python for the first texts, compiled loops once texts pay for them."""
+"""The encoder of every tokenizer: plain Python for the first texts, compiled loops once there is enough text."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -21,19 +21,19 @@ _COMPILE_SECONDS = 7
 
 @cache
 def encoding_work(pattern: str) -> Work:
-    """Return the work of encoding text that splits by this pattern."""
+    """Return the `Work` of encoding text with this pattern."""
     name = pattern_name(pattern)
-    # The loop of the encoder finds GPT-2's pretokens by itself.
+    # The encoder's loop contains the scanner of GPT-2's pattern.
     scanners = [compiled_scanner(name)] if name not in (None, "gpt2") else []
     functions = [*scanners, utf8, specials, backtracking, encode_loop]
     return Work("encoder", functions, units_per_second=_BYTES_PER_SECOND, compile_seconds=_COMPILE_SECONDS)
 
 
 class LazyEncoder(Encoder):
-    """An `Encoder` that becomes compiled; merges that do not fit the ids, or are there twice, raise a `UserError` at once.
+    """An `Encoder` that switches to compiled code; unknown tokens in merges and duplicate merges raise a `UserError`.
 
-    To make it takes no longer than to read the merges, and compiles nothing. `whole` are the tokens, with their ids, that
-    pretokens become without any merging; `beginnings` are those of special tokens: see `SpecialFinder`.
+    The constructor only reads the merges and compiles nothing. `whole` maps the tokens that pretokens become without merging
+    to their ids. `beginnings` are the first bytes of special tokens: see `SpecialFinder`.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class LazyEncoder(Encoder):
         self._plain: Encoder | None = None
         self._final: Encoder | None = None
 
-    def chosen(self, num_bytes: int) -> Encoder:
-        """Return the encoder for a text of so many bytes, or for many texts that have as many together."""
+    def encoder_for(self, num_bytes: int) -> Encoder:
+        """Return the encoder for a text, or several texts, of `num_bytes` bytes in total."""
         if self._final is None and not self._work.is_compiled(num_bytes):
-            # Threads that come at the same time may make one each, and the last one stays.
+            # Concurrent threads may each create one; the last one is kept.
             plain = self._plain
             if plain is None:
                 split = partial(split_by_regex, resolve_pattern(self._pattern))
@@ -68,11 +68,11 @@ class LazyEncoder(Encoder):
                     self._merges, self._byte_ids, self._tokens, self._pattern, self._whole, self._beginnings
                 )
                 self._plain = None
-                # From now on nothing stands between a text and its encoder.
+                # From now on, calls go directly to the compiled encoder.
                 for name in ("encode_with_cuts", "encode", "encode_to_list", "try_encode", "try_encode_to_list"):
                     setattr(self, name, getattr(self._final, name))
             return self._final
 
     def encode_with_cuts(self, data: Text, borders: np.ndarray, border_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Encoder`."""
-        return self.chosen(len(data)).encode_with_cuts(data, borders, border_ids)
+        return self.encoder_for(len(data)).encode_with_cuts(data, borders, border_ids)

@@ -1,12 +1,12 @@
-"""The cache of the encoder: a hash table from pretokens to their ids that all threads share.
+"""The cache of the encoder: a hash table from pretokens to their ids, shared by all threads.
 
-An entry is four words: two that stand for the pretoken, and are its bytes where it has at most `INLINE`; its size, and where
-its bytes are in `texts` from bit 32 on where it has more; its ids, 0 for no entry. Up to three ids below 2^20 stand there
-themselves, above their number in the lowest two bits; else `ids` has them, behind their number, and the word is that place,
-shifted by two bits.
+An entry has four words. The first two are the key: the bytes of a pretoken of at most `INLINE` bytes, else a hash of them.
+The third is the size and, from bit 32 on, the place of a longer pretoken's bytes in `texts`. The fourth holds the ids, or 0
+for an empty entry: either up to three ids below 2^20 with their number in the lowest two bits, or the place in `ids` of the
+number and the ids, shifted left by two bits.
 
-Threads read without a lock: the word of the ids is written last and read first. One at a time adds an entry. A thread that
-finds another adding does without: its pretoken is merged again the next time.
+Reads are lock-free: the word of the ids is written last and read first. One thread at a time adds an entry. A thread that
+finds the lock taken skips the insertion; the pretoken is merged again next time.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from ..compiled.intrinsics import copy_bytes, load_acquire, store_release, try_l
 from ..compiled.jit import BYTES, INT64S, UINT8S, UINT32S, UINT64S, compiled, helper, int64, uint64
 from ..compiled.pretoken_keys import INLINE, equal_bytes, pretoken_hash, pretoken_key
 
-# Longer pretokens are rare, and merged each time.
+# Longer pretokens are rare and not cached.
 LONGEST = 128
-# Only text made for it has so many pretokens that share a place; looking on would take quadratic time.
+# Maximum number of probes. Only adversarial text needs more, and would take quadratic time.
 LOOKUPS = 256
 _SMALLEST, _USUAL, _LARGEST = 1 << 12, 1 << 16, 1 << 21
 _LONG_TEXT = 1 << 20
@@ -42,9 +42,9 @@ class PretokenCache(NamedTuple):
 
 
 def new_cache(entries: int = _SMALLEST) -> PretokenCache:
-    """Return an empty cache of 64 bytes an entry, a power of two."""
+    """Return an empty cache with 64 bytes per entry; `entries` is a power of two."""
     used = np.zeros(4, np.uint64)
-    # The word of the ids is 0 for no entry, so that no ids stand at place 0.
+    # The word of the ids is 0 for an empty entry, so place 0 is reserved.
     used[_IDS] = 1
     return PretokenCache(
         entries=np.zeros(4 * entries, np.uint64),
@@ -55,16 +55,16 @@ def new_cache(entries: int = _SMALLEST) -> PretokenCache:
 
 
 def next_cache(cache: PretokenCache, num_bytes: int) -> PretokenCache:
-    """Return what follows a cache that is full, where a text of `num_bytes` is encoded.
+    """Return the successor of a full cache, while a text of `num_bytes` is encoded.
 
-    It is four times as large and knows the same; at 128 MB it is an empty one. A long text gets at once what most texts need,
-    and that is empty, too.
+    Grow a full cache four times and keep its entries; at 128 MB start an empty one. For a long text, start an empty one of
+    the usual size at once.
     """
     entries = len(cache.entries) // 4
     if entries >= _LARGEST:
         return new_cache(entries)
     if entries < _USUAL and num_bytes >= _LONG_TEXT:
-        # To load the code that copies takes longer than to merge so few pretokens again.
+        # Loading the copying code takes longer than merging so few pretokens again.
         return new_cache(_USUAL)
     larger = new_cache(min(4 * entries, _LARGEST))
     _copy_cache(*cache, *larger)
@@ -72,7 +72,7 @@ def next_cache(cache: PretokenCache, num_bytes: int) -> PretokenCache:
 
 
 class WholeTokens(NamedTuple):
-    """Tokens that stand in the cache from the beginning, as no merges make them: their bytes, where each ends, their ids."""
+    """Tokens that are in the cache from the start, because no merges produce them: their bytes, ends and ids."""
 
     data: np.ndarray
     ends: np.ndarray
@@ -80,7 +80,7 @@ class WholeTokens(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Mapping[bytes, int]) -> "WholeTokens | None":
-        """Return tokens, given with their ids, or None where there are too many or too long ones for a cache."""
+        """Return the given tokens, or None if they are too many or too long for a cache."""
         if len(tokens) > _LARGEST // 16 or max(map(len, tokens), default=0) > LONGEST:
             return None
         if sum(map(len, tokens)) > 4 * _LARGEST:
@@ -90,9 +90,9 @@ class WholeTokens(NamedTuple):
         return cls(data, ends, np.fromiter(tokens.values(), np.uint32, len(tokens)))
 
     def add_to(self, cache: PretokenCache) -> PretokenCache | None:
-        """Return the cache, or a larger one in place of one with too little room, with the tokens.
+        """Add the tokens to the cache, or to a larger new one, and return it.
 
-        None is for tokens made up so that they share a place: no cache has room for those.
+        Returns None for tokens chosen to collide: no cache of reasonable size can hold them.
         """
         if not len(self.ends):
             return cache
@@ -105,7 +105,7 @@ class WholeTokens(NamedTuple):
 
 @compiled(UINT64S, UINT8S, UINT32S, UINT64S, BYTES, INT64S, UINT32S)
 def _add_tokens(entries, texts, cached, used, data, ends, ids):
-    """Add tokens, and return how many of them there was room for."""
+    """Add tokens until the cache is full; return how many were added."""
     start = 0
     for k in range(len(ends)):
         size = ends[k] - start
@@ -121,24 +121,24 @@ def _add_tokens(entries, texts, cached, used, data, ends, ids):
 
 @helper
 def first_entry(entries, low, high, size):
-    """Return the number of the first word of the entry where a pretoken is looked for first."""
+    """Return the index of the first word of the first entry to probe for a pretoken."""
     return _WORDS * (pretoken_hash(low, high, size) & uint64(len(entries) // 4 - 1))
 
 
 @helper
 def find_entry(entries, texts, entry, low, high, data, start, size):
-    """Return the entry of the pretoken and its word of ids; that is 0 where there is none, and the entry then the place for it.
+    """Return the entry of the pretoken and its word of ids, or the empty entry to store it in and 0.
 
-    The entry is beyond all where neither is found after `LOOKUPS` looks.
+    The entry is past the end of `entries` if neither is found within `LOOKUPS` probes.
     """
     for _ in range(LOOKUPS):
         value = load_acquire(entries, entry + uint64(3))
         if value == uint64(0):
             return entry, value
-        told = entries[entry + uint64(2)]
-        # One branch for all that has to agree, as it nearly always does.
-        differs = (entries[entry] ^ low) | (entries[entry + uint64(1)] ^ high) | (told & _LOW_WORD ^ uint64(size))
-        if differs == uint64(0) and (size <= INLINE or equal_bytes(data, start, texts, int64(told >> uint64(32)), size)):
+        size_word = entries[entry + uint64(2)]
+        # A single branch for all comparisons, because it is nearly always taken.
+        differs = (entries[entry] ^ low) | (entries[entry + uint64(1)] ^ high) | (size_word & _LOW_WORD ^ uint64(size))
+        if differs == uint64(0) and (size <= INLINE or equal_bytes(data, start, texts, int64(size_word >> uint64(32)), size)):
             return entry, value
         entry = (entry + _WORDS) & uint64(len(entries) - 1)
     return uint64(len(entries)), uint64(0)
@@ -146,7 +146,7 @@ def find_entry(entries, texts, entry, low, high, data, start, size):
 
 @helper
 def write_packed(value, out, place):
-    """Write the up to three ids of an entry's last word, and something behind them; return where they end."""
+    """Write the up to three ids of an entry's last word, and padding after them; return the end of the ids."""
     out[place] = value >> uint64(2) & _ID
     out[place + uint64(1)] = value >> uint64(2) + _ID_BITS & _ID
     out[place + uint64(2)] = value >> uint64(2) + _ID_BITS + _ID_BITS
@@ -155,7 +155,7 @@ def write_packed(value, out, place):
 
 @helper
 def write_cached(value, ids, out, place):
-    """Write the ids of an entry, given its last word; return where they end."""
+    """Write the ids of an entry, given its last word; return their end."""
     if value & uint64(3):
         return write_packed(value, out, place)
     begin = value >> uint64(2)
@@ -167,7 +167,7 @@ def write_cached(value, ids, out, place):
 
 @helper
 def has_room(entries, texts, ids, used, size):
-    """Whether a pretoken of so many bytes can be added."""
+    """Return whether a pretoken of `size` bytes can be added."""
     return (
         uint64(8) * used[_ENTRIES] < uint64(len(entries))
         and used[_TEXTS] + uint64(size) <= uint64(len(texts))
@@ -177,10 +177,10 @@ def has_room(entries, texts, ids, used, size):
 
 @helper
 def add_entry(entries, texts, ids, used, entry, low, high, data, start, size, out, place, number):
-    """Add a pretoken, whose ids are `number` members of `out`, at an entry that was empty, unless another thread is adding."""
+    """Add a pretoken with `number` ids from `out` to an empty entry, unless another thread is adding one."""
     if not try_lock(used, LOCK):
         return
-    # Another thread may have taken the entry, or the last room, since it was looked for.
+    # Another thread may have filled the entry or the cache since the probe.
     if entries[entry + uint64(3)] == uint64(0) and has_room(entries, texts, ids, used, size):
         value, largest = uint64(number), uint64(0)
         for index in range(min(number, 3)):
@@ -193,12 +193,12 @@ def add_entry(entries, texts, ids, used, entry, low, high, data, start, size, ou
             for index in range(uint64(number)):
                 ids[begin + uint64(1) + index] = out[uint64(place) + index]
             used[_IDS] += uint64(1 + number)
-        told = uint64(size)
+        size_word = uint64(size)
         if size > INLINE:
-            told |= used[_TEXTS] << uint64(32)
+            size_word |= used[_TEXTS] << uint64(32)
             copy_bytes(texts, int64(used[_TEXTS]), data, start, size)
             used[_TEXTS] += uint64(size)
-        entries[entry], entries[entry + uint64(1)], entries[entry + uint64(2)] = low, high, told
+        entries[entry], entries[entry + uint64(1)], entries[entry + uint64(2)] = low, high, size_word
         store_release(entries, entry + uint64(3), value)
         used[_ENTRIES] += uint64(1)
     store_release(used, LOCK, uint64(0))
@@ -206,7 +206,7 @@ def add_entry(entries, texts, ids, used, entry, low, high, data, start, size, ou
 
 @compiled(UINT64S, UINT8S, UINT32S, UINT64S, UINT64S, UINT8S, UINT32S, UINT64S)
 def _copy_cache(entries, texts, ids, used, larger, larger_texts, larger_ids, larger_used):
-    # While a thread adds to the cache, none else does, so that the copy is whole.
+    # Hold the lock, so that the copy is consistent.
     while not try_lock(used, LOCK):
         pass
     for k in range(int64(used[_TEXTS])):

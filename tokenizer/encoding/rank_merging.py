@@ -1,7 +1,7 @@
-"""Merge the bytes of a pretoken one pair after another, compiled: for merges in an order that `backtracking.py` does not take.
+"""Merge the bytes of a pretoken pair by pair, compiled: for orders of merges that `backtracking.py` does not support.
 
-`reference.py` says what the result has to be: of all pairs the merge of the lowest rank first, the leftmost of equals. Short
-pretokens are looked through after each merge; the pairs of long ones stand in a heap, so that time is O(n log n).
+The specification is `reference.py`: each step applies the merge of the lowest rank, at the leftmost of equal places. Short
+pretokens are scanned after each merge; the pairs of long ones are kept in a heap, so that time is O(n log n).
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from .decoder import TokenTable
 
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _LOW_WORD = np.uint64(0xFFFFFFFF)
-# Up to here looking through all pairs after each merge is faster than a heap.
+# Up to this length, scanning all pairs after each merge is faster than a heap.
 _SHORT = 64
 _NEVER = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 class RankTable(NamedTuple):
-    """`pairs` is a hash table of two words an entry: the ids of left and right, plus 1, and rank and product; 32 bits each.
+    """`pairs` is a hash table with two words per entry: the ids of left and right, plus 1; rank and product. Each has 32 bits.
 
     `byte_ids` (uint32) are the ids of the bytes.
     """
@@ -29,7 +29,7 @@ class RankTable(NamedTuple):
 
 
 class RankScratch(NamedTuple):
-    """What merging writes to: for each byte the rank of the pair that begins there, the places before and after; a heap."""
+    """Buffers: for each byte, the rank of the pair that begins there, and the previous and next places; a heap."""
 
     ranks: np.ndarray
     before: np.ndarray
@@ -45,14 +45,14 @@ def rank_table(merges: np.ndarray, byte_ids: np.ndarray) -> RankTable:
 
 
 def no_rank_table() -> RankTable:
-    """Return the table that stands for none."""
+    """Return an empty table, which selects `backtracking.py`."""
     return RankTable(np.empty(0, np.uint64), np.empty(0, np.uint32))
 
 
 def rank_scratch(num_bytes: int) -> RankScratch:
-    """Return what a pretoken of so many bytes needs."""
+    """Return the buffers for a pretoken of `num_bytes` bytes."""
     places = np.empty(num_bytes, np.int32), np.empty(num_bytes, np.int32)
-    # Each merge takes a pair away and makes two at most.
+    # Each merge removes a pair and adds at most two.
     return RankScratch(np.empty(num_bytes, np.uint64), *places, np.empty(3 * num_bytes, np.uint64))
 
 
@@ -66,7 +66,7 @@ def tokens_made(table: RankTable, tokens: TokenTable) -> set[int]:
 
 @helper
 def _pair(pairs, left, right):
-    """Return the rank and the product of a pair in one word, `_NEVER` for one that does not merge."""
+    """Return the rank and the product of a pair in one word, or `_NEVER` if it does not merge."""
     key = (uint64(left) << uint64(32) | uint64(right)) + uint64(1)
     mask = uint64(len(pairs) // 2 - 1)
     place = (key * _SPREAD) >> uint64(32) & mask
@@ -79,11 +79,11 @@ def _pair(pairs, left, right):
 
 @helper
 def _merge_short(pairs, ranks, size, out, begin):
-    """Merge the `size` ids in `out` from `begin` on, whose pairs have these ranks; return how many are left."""
+    """Merge the `size` ids in `out` from `begin` on, with `ranks` of their pairs; return the number of remaining ids."""
     while size > 1:
         best = 0
         for k in range(1, size - 1):
-            # The rank is above the product, and the same for equals.
+            # The rank is in the high bits. Equal pairs have equal words, so the leftmost is kept.
             if ranks[k] < ranks[best]:
                 best = k
         if ranks[best] == _NEVER:
@@ -102,7 +102,7 @@ def _merge_short(pairs, ranks, size, out, begin):
 
 @helper
 def _push(heap, used, entry):
-    """Add an entry to a heap of `used` entries, the least of which comes first."""
+    """Add an entry to a min-heap of `used` entries."""
     place = used
     while place > 0 and heap[(place - 1) >> 1] > entry:
         heap[place] = heap[(place - 1) >> 1]
@@ -112,7 +112,7 @@ def _push(heap, used, entry):
 
 @helper
 def _pop(heap, used):
-    """Take the first of `used` entries away."""
+    """Remove the smallest of `used` entries."""
     entry, place = heap[used - 1], 0
     while True:
         child = 2 * place + 1
@@ -127,7 +127,7 @@ def _pop(heap, used):
 
 @helper
 def _merge_long(pairs, ranks, before, after, heap, size, out, begin):
-    """Do what `_merge_short` does, in O(n log n)."""
+    """Do the same as `_merge_short` in O(n log n)."""
     used = 0
     for k in range(size):
         before[k], after[k] = k - 1, k + 1
@@ -140,7 +140,7 @@ def _merge_long(pairs, ranks, before, after, heap, size, out, begin):
         rank, k = heap[0] >> uint64(32), int64(heap[0] & _LOW_WORD)
         _pop(heap, used)
         used -= 1
-        # The pair may have gone since, and another may stand there now.
+        # Skip entries whose pair has changed since they were added.
         if ranks[k] == _NEVER or ranks[k] >> uint64(32) != rank:
             continue
         out[begin + k] = np.uint32(ranks[k] & _LOW_WORD)

@@ -1,7 +1,7 @@
-"""What one thread encodes with: arrays, and the frame that tells compiled code where they are.
+"""The arrays of one encoding thread, and the frame that passes their addresses to compiled code.
 
-Numba takes about as long to receive five arrays as to encode a short text. So the arrays stand in one more, the frame, by
-address and length, and only what differs from call to call is an argument.
+Numba takes about as long to unbox five arrays as to encode a short text. The frame therefore holds the addresses and lengths
+of the arrays, and only values that differ from call to call are arguments.
 """
 
 import numpy as np
@@ -12,18 +12,18 @@ from .encoder import BLOCK
 from .pretoken_cache import LONGEST, PretokenCache
 from .rank_merging import RankScratch, RankTable, rank_scratch
 
-# Pretokens that are hashed and fetched ahead together at least, so that their cache misses overlap.
+# Minimum number of pretokens to hash and prefetch together, so that their cache misses overlap.
 GROUP = 32
-# Bytes that are looked at together where GPT-2's pretokens are found.
+# Bytes per step of the search for GPT-2's pretokens.
 WINDOW = 64
-# Compiled code may look this far past the end of a window of text: the end of a text is read from a copy with room behind it.
+# Compiled code may read this far past a window of text, so the end of a text is read from a padded copy.
 SLACK = 16
-# Bytes of text whose ids are sure to fit in one piece: an array that stays in the processor's cache.
-ROOM = 1 << 17
+# Bytes of text whose ids are certain to fit into the output buffers; buffers of this size stay in the processor's cache.
+TEXT_BYTES = 1 << 17
 
-# Words of the frame that are numbers: where the encoding stands, and (`SCANS`) whether it finds the pretokens by itself.
+# Words of the frame that hold numbers: the state of the encoding, and (`SCANS`) whether the loop finds the pretokens itself.
 START, BORDER, SIZE, TOTAL, GIVEN, COUNT, SCANS, NEEDED = range(8)
-# Of the others, two each: address and length of an array.
+# The other words, two per array: address and length.
 _CACHE = ("entries", "texts", "cached_ids", "used")
 _TABLE = tuple(f"table_{name}" for name in MergeTable._fields)
 _RANKS = tuple(f"rank_{name}" for name in RankTable._fields)
@@ -38,7 +38,7 @@ _NO_IDS = np.empty(0, np.uint32)
 
 
 class EncoderWorkspace:
-    """The arrays that one thread works with; `frame` (int64) names them to compiled code."""
+    """The arrays of one thread; `frame` (int64) holds their addresses for compiled code."""
 
     def __init__(
         self,
@@ -66,50 +66,50 @@ class EncoderWorkspace:
         self.set_borders(_NO_NUMBERS, _NO_IDS, _NO_NUMBERS)
         self.given_ends = np.empty(0 if scans else BLOCK, np.int64)
         self.set("given_ends", self.given_ends)
-        self.short_out = np.empty(ROOM + 2 * LONGEST, np.uint16)
+        self.short_out = np.empty(TEXT_BYTES + 2 * LONGEST, np.uint16)
         self.set("short_out", self.short_out)
-        self.make_room(ROOM)
+        self.resize_output(TEXT_BYTES)
 
     def set(self, name: str, array: np.ndarray) -> None:
-        """Let compiled code find a contiguous array under a name of `PLACES`."""
+        """Store the address and length of a contiguous array under a name in `PLACES`."""
         place = int(PLACES[name])
         self.frame[place : place + 2] = array.ctypes.data, len(array)
-        # So that it lives as long as its address is known.
+        # Keep the array alive while the frame holds its address.
         self._arrays[name] = array
 
     def set_cache(self, cache: PretokenCache) -> None:
-        """Look pretokens up there from now on."""
+        """Use this cache from now on."""
         self.cache = cache
         for name, array in zip(_CACHE, cache, strict=True):
             self.set(name, array)
 
     def set_borders(self, borders: np.ndarray, border_ids: np.ndarray, cuts: np.ndarray) -> None:
-        """Name the borders of the text, the id of each, and where its place among the ids is to be written."""
+        """Set the borders of the text, their ids, and the array for the number of ids before each border."""
         self.set("borders", borders)
         self.set("border_ids", border_ids)
         self.set("cuts", cuts)
 
-    def make_room(self, num_bytes: int) -> None:
-        """Have room for the ids of so many bytes, and not much more than that."""
+    def resize_output(self, num_bytes: int) -> None:
+        """Resize the buffers for a text of `num_bytes` bytes."""
         self.out = np.empty(num_bytes + 2 * LONGEST, np.uint32)
         self.set("out", self.out)
-        # What a short text is read from.
+        # The results of a short text are read from this array.
         self.results = self.short_out if self._numbers <= 1 << 16 else self.out
-        # Of the two ways to merge, one is taken.
+        # Only one of the two merge algorithms is used.
         scratch = new_scratch(0 if self._by_rank else len(self.out))
         rank = rank_scratch(len(self.out) if self._by_rank else 0)
         for name, array in zip((*Scratch._fields, *_RANK_SCRATCH), (*scratch, *rank), strict=True):
             self.set(name, array)
 
     def give(self, ends: np.ndarray) -> None:
-        """Say where the next pretokens end, at most `BLOCK` of them; a negative end is that of a border."""
+        """Set the ends of the next pretokens, at most `BLOCK`; the end of a border is negative."""
         self.given_ends[: len(ends)] = ends
         self.frame[GIVEN], self.frame[COUNT] = 0, len(ends)
 
     def clear_output(self) -> None:
-        """Have room for what comes next, once the ids so far have been taken from `out`."""
+        """Clear the output after its ids were read, and grow it if the next pretoken needs more space."""
         frame = self.frame
         frame[TOTAL] += frame[SIZE]
         frame[SIZE] = 0
         if frame[NEEDED] > len(self.out) - LONGEST:
-            self.make_room(int(frame[NEEDED]))
+            self.resize_output(int(frame[NEEDED]))

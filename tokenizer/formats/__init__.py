@@ -1,6 +1,6 @@
-"""Tokenizers as files: Tilewright's own, Hugging Face's `tokenizer.json`, tiktoken's ranks, GPT-2's two files.
+"""Tokenizer files: Tilewright's own, Hugging Face's `tokenizer.json`, tiktoken's ranks, GPT-2's two files.
 
-Every format gives the same ids, or is refused with the reason.
+A file either gives the same ids as in its own library, or is refused with a reason.
 """
 
 import re
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _BASE64 = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2} ?")
-_LOOKED_AT = 1 << 12
+_PREFIX_BYTES = 1 << 12
 
 
 def load_tokenizer(
@@ -46,9 +46,9 @@ def load_tokenizer(
 ) -> TokenizerData:
     """Read Tilewright's own file, Hugging Face's `tokenizer.json`, tiktoken's ranks, or a folder with GPT-2's two files.
 
-    Ranks and GPT-2's files store neither the `pattern`, GPT-2's if none is given, nor the special tokens, which follow the last
-    id where they come without ids. `ignore_template` reads a `tokenizer.json` without what it adds to every text. A file that
-    is missing, foreign, truncated or changed, or that would give other ids here, raises a `UserError`.
+    tiktoken's ranks and GPT-2's files store neither a `pattern` (default: GPT-2's) nor special tokens. Special tokens without
+    ids get the ids after the last one. `ignore_template` ignores the tokens that a `tokenizer.json` adds to every text. A
+    file that is missing, unsupported, truncated or modified, or that would give other ids here, raises a `UserError`.
     """
     path = Path(path)
     check_special_tokens(tuple(special_tokens) if isinstance(special_tokens, Mapping) else special_tokens)
@@ -59,20 +59,20 @@ def load_tokenizer(
         return load_tiktoken(file, pattern or "gpt2", special_tokens)
     document = read_object(file)
     if pattern is not None or special_tokens:
-        raise UserError(f"{file} stores its pattern and its special tokens: they cannot be given")
+        raise UserError(f"{file} stores its own pattern and special tokens: omit both arguments")
     if document.get("format") == FORMAT:
         return parse_native(document, file)
     if isinstance(document.get("model"), dict):
         return parse_huggingface(document, file, ignore_template=ignore_template)
     raise UserError(
-        f"tokenizer file {file} is of another format: read are {FORMAT!r}, Hugging Face's tokenizer.json, tiktoken's ranks, and"
-        " folders with GPT-2's vocab.json and merges.txt"
+        f"tokenizer file {file} has an unknown format: expected {FORMAT!r}, Hugging Face's tokenizer.json, tiktoken's ranks,"
+        " or a folder with GPT-2's vocab.json and merges.txt"
     )
 
 
 def _begins_with_rank(file: Path) -> bool:
     with file.open("rb") as stream:
-        begin = stream.read(_LOOKED_AT)
-    # A first token may be longer than what is looked at.
+        begin = stream.read(_PREFIX_BYTES)
+    # The first token may be longer than the prefix.
     found = _BASE64.match(begin)
-    return found is not None and (begin[found.end() : found.end() + 1].isdigit() or found.end() == _LOOKED_AT)
+    return found is not None and (begin[found.end() : found.end() + 1].isdigit() or found.end() == _PREFIX_BYTES)

@@ -1,7 +1,7 @@
-"""The `decoder` of Hugging Face's `tokenizer.json`: which bytes of text each token stands for.
+"""The `decoder` of Hugging Face's `tokenizer.json`: the bytes of text for each token.
 
-Read are the two kinds that today's language models have. Byte-level: tokens are written in GPT-2's alphabet. SentencePiece's:
-"▁" stands for a blank, `<0x0A>` for a byte, and the blank that is put before every text is taken away again.
+Two kinds are supported. Byte-level: tokens are written in GPT-2's alphabet. SentencePiece: "▁" encodes a space and `<0x0A>` a
+byte; decoding removes the space that encoding inserts before every text.
 """
 
 import json
@@ -20,14 +20,14 @@ _SENTENCEPIECE = (_BLANK_REPLACED, ("ByteFallback",), ("Fuse",))
 
 
 class TokenDecoder(NamedTuple):
-    """How tokens become text: the bytes of one, and whether a text loses a blank that it begins with."""
+    """The conversion of a token to bytes, and whether decoding strips a leading space from a text."""
 
     to_bytes: Callable[[str], bytes]
     strips_blank: bool = False
 
 
 def decoder_of(document: dict[str, Any], path: Path | str) -> TokenDecoder:
-    """Return how the tokens of a `tokenizer.json` become text; a decoder of another kind raises a `UserError`."""
+    """Return the decoder of a `tokenizer.json`; an unsupported kind raises a `UserError`."""
     decoder = document.get("decoder")
     steps = tuple(_read(step) for step in _steps(decoder))
     if steps == (("ByteLevel",),):
@@ -36,8 +36,8 @@ def decoder_of(document: dict[str, Any], path: Path | str) -> TokenDecoder:
         return TokenDecoder(_from_sentencepiece, strips_blank=steps[-1] == _STRIPPED)
     shown = json.dumps(decoder, ensure_ascii=False)[:100]
     raise UserError(
-        f"{path} has decoder {shown}: read are ByteLevel, and SentencePiece's: Replace of '▁' by ' ', ByteFallback, Fuse, and"
-        " Strip of one blank at the start"
+        f"{path} has decoder {shown}: expected ByteLevel, or SentencePiece's Replace of '▁' by ' ', ByteFallback, Fuse and"
+        " optional Strip of one leading space"
     )
 
 
@@ -60,7 +60,7 @@ def _from_alphabet(token: str) -> bytes:
     try:
         return from_printable(token)
     except UserError:
-        # An added token is written as it is.
+        # Added tokens are stored as plain text.
         return token.encode()
 
 

@@ -1,8 +1,8 @@
-"""Hugging Face's `tokenizer.json`: everything in one file, of which byte-level BPE uses a small part.
+"""Hugging Face's `tokenizer.json`: one file for all kinds of tokenizers; byte-level BPE uses a small part of it.
 
-Read is what gives the same ids here; whatever would change them (normalizers, unknown pre-tokenizers, templates around the
-text, dropout, ...) is refused by name. Added tokens are special tokens here, whether they are marked so or not: both
-libraries find them in the text before anything else. Those that are not are `plain_tokens`, which decoding never leaves out.
+A file is read only if it gives the same ids here. Anything else (normalizers, unknown pre-tokenizers, templates around the
+text, dropout, ...) is refused by name. All added tokens become special tokens here, because both libraries match them before
+anything else. Those not marked as special become `plain_tokens`, which decoding never skips.
 """
 
 import json
@@ -21,9 +21,10 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 
 def save_huggingface(path: Path | str, data: TokenizerData) -> None:
-    """Write a `tokenizer.json` that Hugging Face's tokenizers reads, atomically.
+    """Write a `tokenizer.json` for Hugging Face's tokenizers, atomically.
 
-    A special token that reads like another token, and a pattern that its engine takes otherwise, raise a `UserError`.
+    A special token with the text of another token, or a pattern that the library's engine may read differently, raises a
+    `UserError`.
     """
     specials = sorted(data.special_tokens.items(), key=lambda item: item[1])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -56,14 +57,14 @@ def save_huggingface(path: Path | str, data: TokenizerData) -> None:
 
 
 def parse_huggingface(document: dict[str, Any], path: Path | str, *, ignore_template: bool = False) -> TokenizerData:
-    """Read a `tokenizer.json` from its JSON object; one that is malformed, or would give other ids, raises a `UserError`.
+    """Read a `tokenizer.json` from its JSON object; a malformed file or one with other ids raises a `UserError`.
 
-    With `ignore_template` the ids are those of `encode(text, add_special_tokens=False)`.
+    With `ignore_template` the ids equal the library's `encode(text, add_special_tokens=False)`.
     """
     try:
         return _parse(document, path, ignore_template)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is no tokenizer.json of Hugging Face's: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not a tokenizer.json of Hugging Face: {type(error).__name__} {error}") from None
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
 
@@ -77,7 +78,7 @@ def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) ->
     for processor in _parts(document.get("post_processor"), "processors"):
         _check_post_processor(processor, path, ignore_template)
     _require(_type(document.get("decoder")) in (None, "ByteLevel"), path, "decoder", document.get("decoder"), "ByteLevel")
-    # GPT-2's own file is from before models had a type.
+    # GPT-2's own file predates the field `type`.
     kind = model.get("type", "BPE" if "merges" in model else None)
     _require(kind == "BPE", path, "model.type", kind, "BPE")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -96,7 +97,7 @@ def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) ->
     vocab = parse_vocab(entry(model, "vocab", dict, "model."), set(special_tokens), path)
     for name, id in special_tokens.items():
         if vocab.setdefault(id, name.encode()) != name.encode():
-            raise UserError(f"{path} gives the added token {name!r} the id {id}, which is that of {vocab[id]!r}")
+            raise UserError(f"{path} gives the added token {name!r} the id {id}, which belongs to {vocab[id]!r}")
     merges = [parse_merge(merge, path) for merge in entry(model, "merges", list, "model.")]
     plain_tokens = frozenset(token["content"] for token in added if token.get("special") is False)
     data = TokenizerData(vocab, merges, special_tokens, pattern, plain_tokens=plain_tokens)
@@ -104,7 +105,7 @@ def _parse(document: dict[str, Any], path: Path | str, ignore_template: bool) ->
 
 
 def _is_ordered(data: TokenizerData) -> bool:
-    """Whether merges come to the same as `ignore_merges`, so that there is no need to say it."""
+    """Return whether merging alone has the effect of `ignore_merges`, so that the flag is redundant."""
     try:
         check_ranks(data)
     except UserError:
@@ -122,16 +123,16 @@ def _check_post_processor(processor: Any, path: Path | str, ignore_template: boo
     added = [entry(entry(piece, "SpecialToken", dict, "single."), "id", str, "single.SpecialToken.") for piece in pieces]
     if added:
         raise UserError(
-            f"{path} has a post_processor that adds {', '.join(map(repr, added))} to every text, which is not done here:"
-            " ignore_template=True reads the tokenizer without it"
+            f"{path} has a post_processor that adds {', '.join(map(repr, added))} to every text, which is not supported:"
+            " set ignore_template=True to ignore it"
         )
 
 
 def _check_order(added: list[list[str]]) -> None:
-    """Raise a `UserError` where it matters that one group of added tokens is looked for before the other.
+    """Raise a `UserError` if the order in which the two groups of added tokens are matched affects the result.
 
-    That library looks for tokens that are not `normalized` first, then for the others in what is left. Here the leftmost of all
-    is found: another one where a token of the second group begins before one of the first and overlaps it.
+    The library matches tokens that are not `normalized` first, then the others in the remaining text. Here the leftmost of
+    all tokens matches. The results differ if a token of the second group begins before one of the first and overlaps it.
     """
     first, second = added
     whole = set(first)
@@ -140,13 +141,13 @@ def _check_order(added: list[list[str]]) -> None:
         parts = {token[start:end] for start in range(len(token)) for end in range(start + 1, len(token) + 1)}
         if whole & parts or any(token[start:] in begins for start in range(1, len(token))):
             raise UserError(
-                f"added token {token!r} is normalized and may overlap one that is not, which is looked for first: that is not"
-                " done here"
+                f"added token {token!r} is normalized and may overlap a token that is not: tokenizers matches the other first,"
+                " which is not supported here"
             )
 
 
 def _parts(part: Any, name: str) -> Iterator[Any]:
-    """Yield the parts of a sequence, and of the sequences in it; nothing for null."""
+    """Yield the leaves of nested sequences; nothing for null."""
     if _type(part) == "Sequence":
         for each in entry(part, name, list):
             yield from _parts(each, name)
@@ -161,4 +162,4 @@ def _type(part: Any) -> Any:
 def _require(condition: bool, path: Path | str, name: str, value: Any, allowed: str) -> None:
     if not condition:
         shown = json.dumps(value, ensure_ascii=False)
-        raise UserError(f"{path} has {name} {shown[:100]}, which would give other ids here: only {allowed} can be read")
+        raise UserError(f"{path} has {name} {shown[:100]}, which would give other ids here: expected {allowed}")

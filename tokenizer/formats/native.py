@@ -4,17 +4,17 @@ Version 2 is one JSON object in UTF-8:
 
     format          "tilewright-tokenizer"
     version         2
-    sha256          of the entries from here to `ignore_merges`, as compact ASCII JSON in this order
-    pattern         the pretoken pattern: gpt2, cl100k, o200k, or the regular expression of any other
+    sha256          of the entries from `pattern` to `ignore_merges`, as compact ASCII JSON in this order
+    pattern         the pretoken pattern: gpt2, cl100k, o200k, or a regular expression
     special_tokens  {text: id}, by ascending id
-    vocab           the token of each id, in order; null where no token has the id
+    vocab           the token of each id, in order; null for an unused id
     merges          "left right", in the order they apply
-    ignore_merges   true where a pretoken that is a token stays one, whatever merges make of it; absent elsewhere
-    plain_tokens    the special tokens that decoding never leaves out, sorted, where there are any: not covered either
-    training        figures of the training, where there was one: they decide nothing and are not covered by the sha256
+    ignore_merges   true if a pretoken that is a token becomes that token without merging; absent otherwise
+    plain_tokens    the special tokens that decoding never skips, sorted; optional, not covered by the sha256
+    training        figures of the training, for information only; optional, not covered by the sha256
 
-Tokens are written in GPT-2's alphabet, which gives every byte one printable character: bytes that print in Latin-1 stand
-for themselves, the others (white space among them) are the characters from U+0100 on. Equal tokenizers give equal files.
+Tokens are written in GPT-2's alphabet, which maps every byte to one printable character: bytes that print in Latin-1 map to
+themselves, the others (including white space) to the characters from U+0100 on. Equal tokenizers give identical files.
 """
 
 import json
@@ -44,14 +44,14 @@ def save_tokenizer(path: Path | str, data: TokenizerData) -> None:
 
 
 def parse_native(document: dict[str, Any], path: Path | str) -> TokenizerData:
-    """Read the native format from its JSON object; one of another version, or changed, raises a `UserError`."""
+    """Read the native format from its JSON object; another version or a modified file raises a `UserError`."""
     if document.get("version") != _VERSION:
-        raise UserError(f"tokenizer file {path} has version {document.get('version')!r}: only {_VERSION} is known")
+        raise UserError(f"tokenizer file {path} has version {document.get('version')!r}: expected {_VERSION}")
     content = {name: document.get(name) for name in _CONTENT}
     if "ignore_merges" in document:
         content["ignore_merges"] = document["ignore_merges"]
     if document.get("sha256") != digest(content):
-        raise UserError(f"tokenizer file {path} was changed after it was written: its sha256 is {digest(content)}")
+        raise UserError(f"tokenizer file {path} was modified after it was written: its sha256 is {digest(content)}")
     try:
         return _parse(document, path)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -63,7 +63,7 @@ def _parse(document: dict[str, Any], path: Path | str) -> TokenizerData:
     special_tokens, pattern, training = document["special_tokens"], document["pattern"], document.get("training")
     for name, id in special_tokens.items():
         if vocab.get(id) != name.encode():
-            raise UserError(f"tokenizer file {path} gives special token {name!r} the id {id!r}, which is not that of its bytes")
+            raise UserError(f"tokenizer file {path} gives special token {name!r} the id {id!r}, but the vocabulary disagrees")
     ignore_merges = document.get("ignore_merges", False)
     if not isinstance(pattern, str) or not isinstance(training, dict | None) or not isinstance(ignore_merges, bool):
         raise TypeError(f"pattern is {pattern!r}, training is {training!r}, ignore_merges is {ignore_merges!r}")

@@ -1,4 +1,4 @@
-"""What the `post_processor` of Hugging Face's `tokenizer.json` puts before every text, such as Llama 3's begin-of-text."""
+"""The tokens that the `post_processor` of a `tokenizer.json` inserts before every text, such as Llama 3's begin-of-text."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from .tokenizer_data import entry
 
 
 def template_prefix(document: dict[str, Any], path: Path | str) -> tuple[int, ...]:
-    """Return the ids before the text in the template for one text; () where there is no template."""
+    """Return the ids before the text in the template of a single text; () if there is no template."""
     try:
         return tuple(id for part in _parts(document.get("post_processor")) for id in _prefix(part))
     except (KeyError, TypeError, UserError) as error:

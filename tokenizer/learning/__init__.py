@@ -1,1 +1,1 @@
-"""From counted pretokens to merges."""
+"""Learn merges from counted pretokens."""

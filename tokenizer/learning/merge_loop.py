@@ -1,8 +1,8 @@
-"""The compiled loop behind `learner.py`: counted pretokens as cells, and the merges made in them one after the other.
+"""The compiled training loop of `learner.py`: pretokens are stored as cells, and merges are applied to them one by one.
 
-A pair comes into being only in the step that makes the newer of its two tokens, and from then on can only vanish, place by
-place. So its places are written once, as one slice in ascending order, its count only falls, and the place itself says which
-pair stands there: there is no table of pairs to look things up in, and none from pairs to pretokens.
+All occurrences of a pair arise in the step that creates the newer of its two tokens; afterwards they can only disappear.
+Therefore the places of a pair are written once, as one ascending slice, and its count only falls. Each cell stores the pair
+that begins there, so checking a place takes one read: there is no table of pairs, and no table from pairs to pretokens.
 """
 
 from typing import NamedTuple
@@ -12,12 +12,13 @@ import numpy as np
 from ..compiled.intrinsics import prefetch
 from ..compiled.jit import BYTES, INT32S, INT64, INT64S, NUMBERS, UINT64S, ArrayType, compiled, helper, tuple_of
 
-# Columns of the cells, one cell a byte: the token whose first or last byte it is, the pair that begins with that token (in
-# the cell of its first byte), and the pretoken. A blank cell stands before, between and after the pretokens.
+# Columns of the cells, one cell per byte: the token whose first or last byte it is, the pair that begins with that token (in
+# the cell of its first byte), and the pretoken. Blank cells separate and enclose the pretokens.
 TOKEN, PAIR, PRETOKEN = 0, 1, 2
 BLANK = NO_PAIR = -1
 
-# Only pairs above a threshold are in the heap; it falls by this factor whenever none is left, so that most never enter.
+# The heap holds only pairs whose count reaches a threshold. The threshold falls by this factor when the heap is empty, so
+# most pairs never enter the heap.
 _FALL = 16
 
 
@@ -30,11 +31,11 @@ class Corpus(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Of each token: its length in bytes, its key, a cell where it begins, and how many pairs were there before it.
+    """For each token: length in bytes, sort key, a cell where it begins, and the number of pairs before it was made.
 
-    Of two pairs with equal counts the one whose left, then right token has the greater key merges first; where keys are
-    equal, the bytes from the ninth on decide. `with_left` and `with_right` lead, within one step, from the neighbour of the
-    new token to their pair.
+    Of two pairs with equal counts, the one whose left, then right token has the greater key merges first. For equal keys, the
+    bytes from the ninth on decide. Within one step, `with_left` and `with_right` map a neighbor of the new token to their
+    pair.
     """
 
     lengths: np.ndarray
@@ -46,9 +47,9 @@ class Tokens(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Pairs in the order they arose: left and right token, count, and places: `places[slices[pair]:slices[pair + 1]]`.
+    """Pairs in the order of creation: left and right token, count, and places `places[slices[pair]:slices[pair + 1]]`.
 
-    A place is the index of a cell, and holds as long as the cell names the pair.
+    A place is the index of a cell. It is valid as long as the cell holds the pair.
     """
 
     lefts: np.ndarray
@@ -59,21 +60,21 @@ class Pairs(NamedTuple):
 
 
 class Heap(NamedTuple):
-    """A binary heap of pairs, the next one to merge on top, each with its count when it was last looked at."""
+    """A binary heap of pairs, with the next one to merge on top; each has the count of its last check."""
 
     pairs: np.ndarray
     counts: np.ndarray
 
 
 class Created(NamedTuple):
-    """Within one step: pairs that came into being, each with its place."""
+    """The pairs created in one step, each with a place."""
 
     pairs: np.ndarray
     places: np.ndarray
 
 
 class State(NamedTuple):
-    """How many merges are made, pairs arose, were looked at for the heap and are in it; and the least count to be there."""
+    """Numbers of merges made, of pairs created, checked for the heap and in the heap; and the threshold of the heap."""
 
     merges: int
     pairs: int
@@ -93,7 +94,7 @@ _STATE = tuple_of(State, INT64, INT64, INT64, INT64, INT64)
 
 @compiled(_CORPUS, NUMBERS, INT64S, INT64S)
 def fill_cells(corpus, ends, counts, sizes):
-    """Fill the cells, and add up how often each pair of bytes occurs in the text, and in how many cells."""
+    """Fill the cells, and add up the occurrences of each pair of bytes: in the text, and in the cells."""
     text, cells, weights = corpus
     cells[0, TOKEN], cells[0, PAIR] = BLANK, NO_PAIR
     cell = 1
@@ -114,40 +115,40 @@ def fill_cells(corpus, ends, counts, sizes):
 
 @compiled(_CORPUS, _PAIRS, INT64S)
 def place_byte_pairs(corpus, pairs, index):
-    """Write the places of the pairs of bytes; `index` leads from two bytes to their pair. `slices` begins as the starts."""
+    """Write the places of the pairs of bytes; `index` maps two bytes to their pair. `slices` holds starts at first."""
     cells = corpus.cells
     for cell in range(1, len(cells) - 1):
         left, right = cells[cell, TOKEN], cells[cell + 1, TOKEN]
         if left != BLANK and right != BLANK:
             pair = index[np.int64(left) << 8 | right]
             cells[cell, PAIR] = pair
-            # The start of the pair, which writing turns into its end, the start of the next.
+            # Writing turns the start of the pair into its end, which is the start of the next pair.
             pairs.places[pairs.slices[pair + 1]] = cell
             pairs.slices[pair + 1] += 1
 
 
 @helper
 def _precedes(corpus, tokens, pairs, pair, count, other, other_count):
-    """Whether a pair with its count merges before another one."""
+    """Return whether a pair with a count merges before another pair."""
     if count != other_count:
         return count > other_count
-    token, rival = pairs.lefts[pair], pairs.lefts[other]
-    if token == rival:
-        token, rival = pairs.rights[pair], pairs.rights[other]
-    if tokens.keys[token] != tokens.keys[rival]:
-        return tokens.keys[token] > tokens.keys[rival]
-    # Byte 0 of the text has cell 1, and each pretoken before takes a blank.
+    token, other_token = pairs.lefts[pair], pairs.lefts[other]
+    if token == other_token:
+        token, other_token = pairs.rights[pair], pairs.rights[other]
+    if tokens.keys[token] != tokens.keys[other_token]:
+        return tokens.keys[token] > tokens.keys[other_token]
+    # Byte 0 of the text has cell 1, and each earlier pretoken adds a blank cell.
     at = tokens.begins[token] - 1 - corpus.cells[tokens.begins[token], PRETOKEN]
-    rival_at = tokens.begins[rival] - 1 - corpus.cells[tokens.begins[rival], PRETOKEN]
-    for offset in range(8, min(tokens.lengths[token], tokens.lengths[rival])):
-        if corpus.text[at + offset] != corpus.text[rival_at + offset]:
-            return corpus.text[at + offset] > corpus.text[rival_at + offset]
-    return tokens.lengths[token] > tokens.lengths[rival]
+    other_at = tokens.begins[other_token] - 1 - corpus.cells[tokens.begins[other_token], PRETOKEN]
+    for offset in range(8, min(tokens.lengths[token], tokens.lengths[other_token])):
+        if corpus.text[at + offset] != corpus.text[other_at + offset]:
+            return corpus.text[at + offset] > corpus.text[other_at + offset]
+    return tokens.lengths[token] > tokens.lengths[other_token]
 
 
 @helper
-def _settle(corpus, tokens, pairs, heap, place, size, pair, count):
-    """Put a pair into the heap, where the place is free: what precedes it above, what it precedes below."""
+def _sift(corpus, tokens, pairs, heap, place, size, pair, count):
+    """Insert a pair into the heap from the free place `place`: sift it down, then up."""
     while 2 * place + 1 < size:
         below = 2 * place + 1
         if below + 1 < size and _precedes(
@@ -167,7 +168,7 @@ def _settle(corpus, tokens, pairs, heap, place, size, pair, count):
 
 @helper
 def _find(tokens, pairs, left, right):
-    """Return the pair of two tokens, or NO_PAIR: it can only have come into being with the newer of them."""
+    """Return the pair of two tokens, or NO_PAIR; it was created together with the newer token."""
     newer = max(left, right)
     start = tokens.pairs_before[newer] if newer >= 256 else 0
     for pair in range(start, tokens.pairs_before[max(newer, 255) + 1]):
@@ -177,8 +178,8 @@ def _find(tokens, pairs, left, right):
 
 
 @helper
-def _look_ahead(corpus, tokens, pairs, pair, at, end):
-    """Fetch what the places after this one will need: in two stages, because the second needs what the first has fetched."""
+def _prefetch_places(corpus, tokens, pairs, pair, at, end):
+    """Prefetch data of later places, in two stages: the second one needs the data of the first."""
     cells = corpus.cells
     if at + 24 < end:
         prefetch(cells, 3 * np.int64(pairs.places[at + 24]))
@@ -207,10 +208,10 @@ def merge_steps(
     max_token_length,
     state,
 ):
-    """Merge until `num_merges` are made, no pair is left, or the arrays are too small for the next.
+    """Merge until `num_merges` are made, no pair is left, or the arrays are too small for the next merge.
 
-    `merges` (int32, two ids a row) and `merge_counts` are written to; the first `num_known` merges are given. Returns the new
-    state, and the number of places of the pair for which there was no room, or 0.
+    `merges` (int32, two ids a row) and `merge_counts` are outputs; the first `num_known` merges are given. Returns the new
+    state, and the number of places of the pair that did not fit, or 0.
     """
     cells, weights = corpus.cells, corpus.weights
     lengths, begins, with_left, with_right = tokens.lengths, tokens.begins, tokens.with_left, tokens.with_right
@@ -233,15 +234,15 @@ def merge_steps(
             for new in range(num_seen, num_pairs):
                 if counts[new] >= threshold:
                     heap_size += 1
-                    _settle(corpus, tokens, pairs, heap, heap_size - 1, heap_size, np.int32(new), counts[new])
+                    _sift(corpus, tokens, pairs, heap, heap_size - 1, heap_size, np.int32(new), counts[new])
             num_seen = num_pairs
             first, count = heap.pairs[0], counts[heap.pairs[0]]
             if count != heap.counts[0]:
-                # Counts only fall, so one that claims too much is put right when it comes to the top, not before.
+                # Counts only fall, so an outdated count can be corrected when it reaches the top.
                 if count < threshold:
                     heap_size -= 1
                     first, count = heap.pairs[heap_size], heap.counts[heap_size]
-                _settle(corpus, tokens, pairs, heap, np.int64(0), heap_size, first, count)
+                _sift(corpus, tokens, pairs, heap, np.int64(0), heap_size, first, count)
                 continue
             pair, left, right = np.int64(first), np.int64(lefts[first]), np.int64(rights[first])
         start, end = (slices[pair], slices[pair + 1]) if pair != NO_PAIR else (np.int64(0), np.int64(0))
@@ -260,7 +261,7 @@ def merge_steps(
         num_created = 0
         first_new = num_pairs
         for at in range(start, end):
-            _look_ahead(corpus, tokens, pairs, pair, at, end)
+            _prefetch_places(corpus, tokens, pairs, pair, at, end)
             place = np.int64(places[at])
             if cells[place, PAIR] != pair:
                 continue
@@ -306,7 +307,7 @@ def merge_steps(
                 num_created += 1
         if pair != NO_PAIR:
             counts[pair] = 0
-        # From sizes to starts; writing the places turns the start of each pair into its end, the start of the next.
+        # Turn sizes into starts. Writing the places then turns the start of each pair into its end, the start of the next.
         for new in range(first_new, num_pairs):
             top, slices[new + 1] = top + slices[new + 1], top
         for index in range(num_created):

@@ -1,1 +1,1 @@
-"""Text on its way in: sources, UTF-8, special tokens, the pretokens that a pattern cuts it into."""
+"""Text input: sources, UTF-8, special tokens, and the patterns that split text into pretokens."""

@@ -1,22 +1,22 @@
-"""Where text can be cut so that its parts, tokenized apart, give what the whole gives.
+"""Where to cut text so that its parts, tokenized separately, give the tokens of the whole.
 
-These places are safe: neither a pretoken nor a special token crosses them, what comes before does not depend on what follows,
-and no pattern looks behind.
+A place is safe if no pretoken or special token crosses it, and if the text after it does not affect the tokens before it. No
+pattern looks behind. The safe places are:
 
     where a special token begins                                 every pattern
-    before a blank or newline that follows something visible     gpt2: white space only begins pretokens or fills them
-    before a blank that follows something visible                the others with a name: the same, but newlines end pretokens
-    after a newline that something visible follows               these, too, as they let newlines end a run of white space;
-                                                                 and LINES
+    before a space or newline after a visible character          gpt2: white space only starts or fills a pretoken
+    before a space after a visible character                     the other named patterns, in which newlines can end a pretoken
+    between a newline and a visible character                    the same patterns, because a newline ends a run of white
+                                                                 space; and LINES
 """
 
 from .patterns import pattern_name
 
-# Lines with the newlines that end them, for tokenizers without pretokens of whose tokens none goes on behind a newline.
+# Lines with the newlines that end them, for tokenizers without pretokens in which no token continues after a newline.
 LINES = r"[^\n]*\n+|[^\n]+"
 
 _BLANKS = b" \t\n\v\f\r"
-# Enough to hold any character, and so to tell what stands before and behind a place.
+# Bytes that are enough to decode one character on either side of a place.
 _CHARACTER = 4
 _WINDOW = 1 << 12
 
@@ -24,16 +24,16 @@ _WINDOW = 1 << 12
 def last_border(
     data: bytes | bytearray, special_tokens: tuple[bytes, ...], pattern: str = "gpt2", end: int | None = None
 ) -> int:
-    """Return a late place where `data[:end]`, the beginning of a longer text, can be cut, or 0 where there is none.
+    """Return a late place where `data[:end]`, the start of a longer text, can be cut, or 0 if there is none.
 
-    It lies in the second half if any such place does.
+    The place is in the second half if any such place is.
     """
-    # Behind this a character or a special token may go on in what is not here yet.
+    # After this place, a character or a special token may continue in text that is not available yet.
     known = max(0, (len(data) if end is None else end) - max(map(len, special_tokens), default=0) - _CHARACTER)
     name = LINES if pattern == LINES else pattern_name(pattern)
     border = _last_blank(data, known, name, special_tokens) if name else 0
     if border > len(data) // 2:
-        # There may be a thousand special tokens, and most of them nowhere.
+        # Skip the search for special tokens, of which there may be a thousand.
         return border
     return max([border, *(_last_special(data, token, special_tokens, known) for token in special_tokens)])
 
@@ -45,7 +45,7 @@ def _last_blank(data: bytes | bytearray, end: int, name: str, special_tokens: tu
         for place in (last + 1, before):
             if place and _separates(data, place, name) and not _crosses(data, place, special_tokens):
                 return place
-        # Each is looked for again only once it is passed, so that all searches together read the text once.
+        # Search again only for the passed one, so that all searches together scan the text once.
         if blank >= before:
             blank = data.rfind(b" ", 0, before)
         if newline >= before:
@@ -63,7 +63,7 @@ def _last_special(data: bytes | bytearray, token: bytes, special_tokens: tuple[b
 
 
 def _crosses(data: bytes | bytearray, place: int, special_tokens: tuple[bytes, ...]) -> bool:
-    # Within these bounds a token can only lie across the place: part of it on either side.
+    # Within these bounds, a match must span the place.
     return any(data.find(token, max(0, place - len(token) + 1), place + len(token) - 1) >= 0 for token in special_tokens)
 
 
@@ -82,8 +82,8 @@ def _separates(data: bytes | bytearray, place: int, name: str) -> bool:
     behind = data[place : place + _CHARACTER].decode(errors="replace")[:1]
     if name == LINES:
         return before == "\n" and not behind.isspace()
-    # Not every character that is white space to Python is so to the patterns, but the other way round.
+    # Every white-space character of the patterns is one to Python, but not conversely.
     if behind == " " or (behind == "\n" and name == "gpt2"):
         return bool(before) and not before.isspace()
-    # o200k and tekken let slashes follow the newlines of a pretoken.
+    # In o200k and tekken, slashes may follow the newlines of a pretoken.
     return before == "\n" and name != "gpt2" and not behind.isspace() and behind != "/"

@@ -1,4 +1,4 @@
-"""What the compiled scanners are made of: the classes of characters in UTF-8, runs of them, white space, contractions."""
+"""Building blocks of the compiled scanners: classes of characters in UTF-8, runs, white space, contractions."""
 
 from ..compiled.intrinsics import load8, range_mask, trailing_zeros
 from ..compiled.jit import helper, int64
@@ -10,7 +10,7 @@ LOWER_A, LOWER_Z, UPPER_A, UPPER_Z = b"azAZ"
 
 @helper
 def class_at(data, i, table):
-    """Return the class of the character at i, and where the next one begins."""
+    """Return the class of the character at i and the start of the next character."""
     byte = load8(data, i)
     if byte < 0x80:
         return int64(table[byte]), i + 1
@@ -26,7 +26,7 @@ def class_at(data, i, table):
 
 @helper
 def run_of(bits, data, i, end, table):
-    """Return where the characters of any of these classes end that begin at i."""
+    """Return the end of the run of characters of the classes `bits` that starts at i."""
     while i < end:
         found, after = class_at(data, i, table)
         if found & bits == 0:
@@ -37,7 +37,7 @@ def run_of(bits, data, i, end, table):
 
 @helper
 def run_of_letters(bits, data, i, end, table):
-    """Return what `run_of` does for LETTER or LOWER; it takes ASCII letters 64 at a time."""
+    """Do the same as `run_of` for LETTER or LOWER, with 64 ASCII letters per step."""
     while i < end:
         if i + 64 <= len(data):
             letters = range_mask(data, i, LOWER_A, LOWER_Z)
@@ -53,13 +53,13 @@ def run_of_letters(bits, data, i, end, table):
         if found & bits == 0:
             break
         i = after
-    # What follows the text in the array may be letters too.
+    # Bytes after the end of the text may be letters too.
     return min(i, end)
 
 
 @helper
 def run_of_others(data, i, end, table):
-    """Return where the characters end that begin at i and are no letters, numbers or white space."""
+    """Return the end of the run at i of characters that are not letters, numbers or white space."""
     while i < end:
         found, after = class_at(data, i, table)
         if found & (LETTER | NUMBER | SPACE):
@@ -70,10 +70,11 @@ def run_of_others(data, i, end, table):
 
 @helper
 def space_end(data, i, end, table, lines, whole):
-    r"""Return the end of a pretoken of nothing but white space that begins at i.
+    r"""Return the end of the pretoken at i that consists of white space only.
 
-    `\s+(?!\S)|\s+`: the run but for its last character, unless the text ends there or it is the only one. Before that comes,
-    with `lines`, the run as far as its last line end, unless the text ends after it and `whole` says that it is taken whole.
+    It matches `\s+(?!\S)|\s+`: the run without its last character, unless the text ends there or the run is a single
+    character. With `lines`, the run up to its last line end matches first, unless the text ends after it and `whole` is set:
+    then the whole run matches.
     """
     last, line, p = i, i, i
     while p < end:
@@ -91,14 +92,14 @@ def space_end(data, i, end, table, lines, whole):
 
 @helper
 def contraction_end(data, i, end, any_case):
-    """Return the end of 's, 'd, 'm, 't, 'll, 've or 're at i, or i where there is none."""
+    """Return the end of 's, 'd, 'm, 't, 'll, 've or 're at i, or i if there is none."""
     if i + 1 >= end or load8(data, i) != APOSTROPHE:
         return i
     first = load8(data, i + 1)
     second = load8(data, i + 2) if i + 2 < end else int64(0)
     if any_case:
         if first == 0xC5 and second == 0xBF:
-            return i + 3  # the long s, which is an s when case does not count
+            return i + 3  # the long s, which equals s if case is ignored
         first |= 0x20
         second |= 0x20
     if first == ord("s") or first == ord("d") or first == ord("m") or first == ord("t"):
@@ -110,7 +111,7 @@ def contraction_end(data, i, end, any_case):
 
 @helper
 def special_from(specials, i):
-    """Return the index, in the flat array of starts and ends, of the first special token at or after i."""
+    """Return the index of the first special token at or after i, in the flat array of starts and ends."""
     k = 0
     while k < len(specials) and specials[k] < i:
         k += 2
@@ -119,13 +120,13 @@ def special_from(specials, i):
 
 @helper
 def segment_end(specials, k, end):
-    """Return where the text ends that reaches to special token k."""
+    """Return the end of the text before special token k."""
     return min(specials[k], end) if k < len(specials) else end
 
 
 @helper
 def others_end(data, i, end, table, slash):
-    """Return the end of the characters at i that are no letters, numbers or white space, and of line ends and slashes after."""
+    """Return the end of the run at i of `run_of_others`, including line ends and slashes after it."""
     i = run_of_others(data, i, end, table)
     while i < end:
         byte = load8(data, i)
@@ -137,7 +138,7 @@ def others_end(data, i, end, table, slash):
 
 @helper
 def number_end(data, i, end, table, most):
-    """Return the end of the up to `most` number characters at i."""
+    """Return the end of up to `most` number characters at i."""
     for _ in range(most):
         if i < end:
             found, after = class_at(data, i, table)

@@ -1,6 +1,6 @@
-"""The compiled scanner of DeepSeek V3's pattern: numbers stand apart, and so do Han and kana.
+"""The compiled scanner of DeepSeek V3's pattern, which separates numbers, Han and kana from other text.
 
-Each part of the text, numbers, Han and kana, and everything else, splits as if there were nothing else.
+Each of the three parts (numbers, Han and kana, and the rest) is split as if it were the whole text.
 """
 
 from ..compiled.intrinsics import load8, range_mask, trailing_zeros
@@ -20,19 +20,19 @@ from .characters import (
 )
 from .unicode_classes import HAN_KANA, LETTER, NUMBER, SPACE, SYMBOL, UPPER
 
-# Marks, too: what is upper case or may be.
+# Includes marks: they have the UPPER bit.
 _WORD = LETTER | UPPER
 
 
 @helper
 def _continues(found, first):
-    """Whether a character of class `found` belongs to the same part of the text as one of class `first`."""
+    """Return whether a character of class `found` is in the same part of the text as one of class `first`."""
     return (found ^ first) & HAN_KANA == 0 and found & NUMBER == 0
 
 
 @helper
 def _word_end(data, i, end, table, first):
-    """Return where the letters and marks end that begin at i."""
+    """Return the end of the letters and marks that start at i."""
     while i < end:
         if i + 64 <= len(data) and not first & HAN_KANA:
             size = trailing_zeros(~(range_mask(data, i, LOWER_A, LOWER_Z) | range_mask(data, i, UPPER_A, UPPER_Z)))
@@ -45,7 +45,7 @@ def _word_end(data, i, end, table, first):
         if not found & _WORD or not _continues(found, first):
             break
         i = after
-    # What follows the text in the array may be letters too.
+    # Bytes after the end of the text may be letters too.
     return min(i, end)
 
 
@@ -56,13 +56,13 @@ def _is_ascii_letter(byte):
 
 @helper
 def _symbols_end(data, i, end, table, first):
-    """Return where punctuation and symbols end that begin at i, and the line ends after them."""
+    """Return the end of the punctuation and symbols that start at i, including line ends after them."""
     while i < end:
         found, after = class_at(data, i, table)
         if not found & SYMBOL or not _continues(found, first):
             break
         i = after
-    # Line ends are no kana.
+    # Line ends are not kana.
     while i < end and not first & HAN_KANA and load8(data, i) in (NEWLINE, RETURN):
         i += 1
     return i
@@ -70,7 +70,7 @@ def _symbols_end(data, i, end, table, first):
 
 @helper
 def _space_end(data, i, end, table):
-    """Return the end of a pretoken of nothing but white space that begins at i."""
+    """Return the end of the pretoken at i that consists of white space only."""
     last, line, p = i, i, i
     while p < end:
         byte = load8(data, p)
@@ -89,7 +89,7 @@ def _space_end(data, i, end, table):
 
 @helper
 def _gap_end(data, i, end, table, first):
-    """Return where the characters end that begin at i and that nothing in the pattern matches: control codes and the like."""
+    """Return the end of the characters at i that nothing in the pattern matches, such as control codes."""
     while i < end:
         found, after = class_at(data, i, table)
         if found & ~HAN_KANA or not _continues(found, first):
@@ -135,7 +135,7 @@ def _next(data, i, end, table):
 
 @compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS)
 def scan_deepseek(data, start, end, ends, table, specials):
-    """Do what `Scanner` says."""
+    """Implement `Scanner`."""
     i, n, k = start, 0, special_from(specials, start)
     while i < end and n < len(ends):
         stop = segment_end(specials, k, end)

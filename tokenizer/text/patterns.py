@@ -1,7 +1,7 @@
-"""How text falls apart: at special tokens first, then into pretokens as a pattern says.
+"""Split text: first at special tokens, then into pretokens by a pattern.
 
-Published patterns are known by name, and have compiled scanners; any other goes through `regex`. Here is the
-specification of both.
+The published patterns have names and compiled scanners. Any other pattern runs in `regex`. This file is the specification of
+both.
 """
 
 import re
@@ -13,6 +13,7 @@ import regex
 from ...errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+"""Special token after each document: `<|endoftext|>`."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -26,9 +27,10 @@ _LETTERS = (
     r"""|\s+(?!\S)|\s+"""
 )
 
-# As they were published; GPT-2's splits as tiktoken's own, quicker form of it does. DeepSeek V3's, which R1 shares, was three,
-# each of which splits the pieces of those before it: numbers; Han and kana; words. Here is one that does the same, to which a
-# number ends a text, and so does each change between Han or kana and other characters; last come those that were left over.
+# The patterns as published. GPT-2's is an equivalent of tiktoken's faster form. DeepSeek V3's (also R1's) was published as
+# three patterns, each applied to the pieces of the one before: numbers; Han and kana; words. The single pattern here is
+# equivalent: a number ends a text, and so does each change between Han or kana and other characters; the last branches match
+# the remaining characters.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "cl100k": (
@@ -51,15 +53,15 @@ PATTERNS = {
 
 BLOCK_CHARS = 1 << 14
 
-# GPT-2's pattern looks at most two characters past the end of a match, to tell "'l" from "'ll".
+# GPT-2's pattern looks at most two characters past the end of a match, to distinguish "'l" from "'ll".
 _LOOKAHEAD = 2
 
 
 def resolve_pattern(pattern: str) -> str:
-    """Return the regular expression of a pattern given by name, or as one; one that does not compile raises a `UserError`."""
+    """Return the regular expression of a pattern, given by name or as an expression; an invalid one raises a `UserError`."""
     if not isinstance(pattern, str) or (pattern not in PATTERNS and re.fullmatch(r"[\w-]*", pattern)):
         raise UserError(
-            f"pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression that splits text"
+            f"pattern is {pattern!r}: expected one of {', '.join(PATTERNS)}, or a regular expression that splits text"
         )
     expression = PATTERNS.get(pattern, pattern)
     _compile(expression)
@@ -67,17 +69,17 @@ def resolve_pattern(pattern: str) -> str:
 
 
 def pattern_name(pattern: str) -> str | None:
-    """Return the name of a pattern, given by name or as a regular expression, or None where it is none of `PATTERNS`."""
+    """Return the name of a pattern, given by name or as an expression, or None if it is not in `PATTERNS`."""
     return next((name for name, expression in PATTERNS.items() if pattern in (name, expression)), None)
 
 
 def split_text(text: str, pattern: str = GPT2_PATTERN) -> list[str]:
     """Return the pretokens of a text without special tokens, by `regex`.
 
-    What the pattern does not match is a pretoken too, so that joined they are the text again.
+    Text that the pattern does not match becomes pretokens too, so the concatenated pretokens are the text.
     """
     compiled = _compile(pattern)
-    # Of a pattern with groups, findall returns those and not the match.
+    # For a pattern with groups, findall returns the groups, not the match.
     found = [] if compiled.groups else compiled.findall(text)
     if sum(map(len, found)) == len(text) and all(found):
         return found
@@ -94,34 +96,34 @@ def _compile(expression: str) -> "regex.Pattern[str]":
         return regex.compile(expression)
     except (regex.error, OverflowError) as error:
         names = ", ".join(PATTERNS)
-        raise UserError(f"pattern {expression!r} is neither one of {names} nor a regular expression: {error}") from None
+        raise UserError(f"pattern is {expression!r}: expected one of {names}, or a regular expression: {error}") from None
 
 
 @cache
 def _special_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    # An alternation takes the first branch that matches, so the longest token must come first.
+    # An alternation takes the first branch that matches, so the longest token must be first.
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if special_tokens else None
 
 
 def check_special_tokens(special_tokens: Sequence[str]) -> tuple[str, ...]:
-    """Return the special tokens as a tuple; raise a `UserError` for an empty, doubled or unencodable one."""
+    """Return the special tokens as a tuple; an empty, duplicate or unencodable one raises a `UserError`."""
     if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens is a sequence of strings, not the one string {special_tokens!r}")
+        raise TypeError(f"special_tokens is the string {special_tokens!r}: expected a sequence of strings")
     if isinstance(special_tokens, Set):
-        raise TypeError(f"special_tokens is the set {special_tokens!r}, which has no order: a list or a tuple is needed")
+        raise TypeError(f"special_tokens is the set {special_tokens!r}, which has no order: expected a list or a tuple")
     seen: set[str] = set()
     for index, token in enumerate(special_tokens):
         if not isinstance(token, str):
-            raise TypeError(f"special_tokens has {token!r} at {index}: a str is needed")
+            raise TypeError(f"special_tokens has {token!r} at {index}: expected a str")
         if not token:
-            raise UserError(f"special token {index} is empty: it needs at least one character")
+            raise UserError(f"special token {index} is empty: expected at least one character")
         if token in seen:
             raise UserError(f"special token {token!r} is given twice")
         seen.add(token)
-        # U+FFFD is what undecodable bytes become: as a special token it would appear out of nothing.
+        # Undecodable bytes become U+FFFD, so as a special token it would match text that never contained it.
         if re.search("[\ud800-\udfff\ufffd]", token):
-            raise UserError(f"special token {token!r} holds a surrogate or U+FFFD: only text that UTF-8 can carry is allowed")
+            raise UserError(f"special token {token!r} holds a surrogate or U+FFFD: expected text that UTF-8 can encode")
     return tuple(special_tokens)
 
 
@@ -132,11 +134,11 @@ def split_pretokens(
     pattern: str = GPT2_PATTERN,
     block_chars: int = BLOCK_CHARS,
 ) -> Iterator[tuple[list[str], str | None]]:
-    """Yield runs of pretokens, each with the special token that ends it, or None where the run just goes on.
+    """Yield runs of pretokens, each with the special token that ends it, or None if the run continues.
 
-    The runs are those of the joined pieces, wherever these are cut. Where special tokens overlap, the first and then the
-    longest one wins. Memory: `block_chars` characters or, where it is longer, a few times the longest pretoken (GPT-2), the
-    longest piece without a blank (the others with a name), or the longest piece without a special token (any other).
+    The runs are independent of the boundaries of the pieces. Of overlapping special tokens,
+    the first and then the longest one matches. Memory: `block_chars` characters or, if it is longer, a few times the longest
+    pretoken (GPT-2), the longest text without a space (other named patterns) or without a special token (all others).
     """
     waiting: list[str] = []
     size, enough = 0, block_chars
@@ -147,7 +149,7 @@ def split_pretokens(
             size += len(block)
             if size >= enough:
                 held = yield from _split_pieces("".join(waiting), special_tokens, pattern, final=False)
-                # Text held back is split again with what follows it; doubling keeps the sum of that work linear.
+                # The rest is split again together with new text; doubling keeps the total work linear.
                 waiting, size, enough = [held], len(held), max(block_chars, 2 * len(held))
     yield from _split_pieces("".join(waiting), special_tokens, pattern, final=True)
 
@@ -155,9 +157,9 @@ def split_pretokens(
 def _split_pieces(
     text: str, special_tokens: tuple[str, ...], pattern: str, *, final: bool
 ) -> Generator[tuple[list[str], str | None], None, str]:
-    """Split `text`; unless it is final, return the end of it that following text could still split otherwise."""
+    """Split `text`; unless it is final, return its end, whose split depends on the text that follows."""
     specials = _special_pattern(special_tokens)
-    # From here on a special token may reach into text not seen yet.
+    # After this place, a special token may continue in text that is not available yet.
     horizon = len(text) if final else max(0, len(text) + 1 - max(map(len, special_tokens), default=1))
     start = 0
     for match in specials.finditer(text) if specials else ():
@@ -175,16 +177,16 @@ def _split_pieces(
 
 
 def _split_settled(text: str, start: int, end: int, pattern: str) -> tuple[list[str], int]:
-    """Return the pretokens of `text[start:end]` that no following text can change, and where they end."""
+    """Return the pretokens of `text[start:end]` that following text cannot change, and their end."""
     name = pattern_name(pattern)
     if name == "gpt2":
         run = split_text(text[start:end], pattern)
-        # The pattern does not look behind, so what is held back may start afresh at any border between pretokens.
+        # The pattern does not look behind, so splitting can restart at any border between pretokens.
         held = 0
         while run and held < _LOOKAHEAD:
             held += len(run.pop())
         return run, end - held
-    # Before a blank that follows something else, the others begin a pretoken whatever comes next: see `borders.py`.
+    # The other named patterns always start a pretoken at a space after a visible character: see `borders.py`.
     while name is not None and (end := text.rfind(" ", start + 1, end)) > 0:
         if not text[end - 1].isspace():
             return split_text(text[start:end], pattern), end

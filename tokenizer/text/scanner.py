@@ -1,10 +1,10 @@
-"""Where pretokens end: compiled scanners for the published patterns, over bytes of valid UTF-8.
+"""Compiled scanners that find the ends of pretokens, for the named patterns, in valid UTF-8.
 
-`regex` and the strings in `patterns.py` are the specification. A scanner begins at a border between pretokens and needs nothing
-from before it. Each pattern is a function that finds the end of one pretoken. For GPT-2's there is a second form beside it:
-64 bytes at a time become bit masks, one bit a byte, and borders are arithmetic on those.
+The strings in `patterns.py`, run by `regex`, are the specification. A scanner starts at a border between pretokens and needs
+no text before it. For each pattern, a function finds the end of one pretoken. GPT-2's pattern has a second, faster
+implementation: it turns 64 bytes at a time into bit masks, one bit a byte, and computes the borders arithmetically.
 
-The ends of documents can be given as special tokens without a byte.
+The ends of documents are passed as empty special tokens.
 """
 
 from typing import Any, Protocol
@@ -33,20 +33,20 @@ _ALL = ~np.uint64(0)
 
 
 class Scanner(Protocol):
-    """What `scanner_of` returns."""
+    """The signature of the functions that `scanner_of` returns."""
 
     def __call__(self, data: np.ndarray, start: int, end: int, ends: np.ndarray, specials: np.ndarray = NO_SPECIALS) -> int:
-        """Write the end of each pretoken of `data[start:end]`, an offset in `data`, to `ends`; return how many were written.
+        """Write the end of each pretoken of `data[start:end]`, as an offset in `data`, to `ends`; return their number.
 
-        `data` is uint8 and valid UTF-8 (see `utf8.py`), `ends` int64. The scan stops early when `ends` is full: go on from the
-        last one. `specials` are the special tokens as `SpecialFinder.find` returns them; each is a border, and its own end is
-        written as a negative number. Other threads run meanwhile.
+        `data` is uint8 and valid UTF-8 (see `utf8.py`), `ends` int64. The scan stops when `ends` is full; to continue, start
+        from the last end. `specials` are special tokens as `SpecialFinder.find` returns them. Each is a border, and its own
+        end is written as a negative number. Releases the GIL.
         """
         ...
 
 
 def scanner_of(name: str) -> Scanner:
-    """Return the compiled scanner of a pattern in `PATTERNS`; a `KeyError` for another."""
+    """Return the compiled scanner of a pattern in `PATTERNS`; another name raises a `KeyError`."""
     scan, *parameters = _SCANNERS[name]
     table = class_table()
 
@@ -57,13 +57,13 @@ def scanner_of(name: str) -> Scanner:
 
 
 def compiled_scanner(name: str) -> Any:
-    """Return the compiled function behind `scanner_of`, for whoever decides whether it is to be compiled."""
+    """Return the compiled function behind `scanner_of`, to decide whether to compile it."""
     return _SCANNERS[name][0]
 
 
 @helper
 def next_gpt2(data, i, end, table):
-    """Return the end of the pretoken of GPT-2's pattern that begins at i."""
+    """Return the end of the pretoken of GPT-2's pattern that starts at i."""
     after = contraction_end(data, i, end, False)
     if after > i:
         return after
@@ -78,12 +78,12 @@ def next_gpt2(data, i, end, table):
 
 @helper
 def borders_gpt2(data, i, remaining, table):
-    """Return a mask of borders between pretokens in the 64 bytes from the border i on, or 0 if none can be told.
+    """Return a mask of the borders between pretokens in the 64 bytes from the border i, or 0 if none is certain.
 
-    The text goes on for `remaining` bytes; its end is a border too. There may be more borders above the highest bit set.
+    The text continues for `remaining` bytes, and its end is a border too. More borders may exist above the highest set bit.
     """
     letter, digit, space, blank, apostrophe, foreign = class_masks(data, i)
-    # A border at q depends on the bytes q - 1, q and q + 1, and a contraction at q moves one to q + 3.
+    # A border at q depends on bytes q - 1, q and q + 1; a contraction at q moves a border to q + 3.
     limit = int64(61)
     valid = _ALL
     if remaining < 64:
@@ -112,7 +112,7 @@ def borders_gpt2(data, i, remaining, table):
         return uint64(0)
     other = valid & ~(letter | digit | space)
     change = (letter ^ (letter << _ONE)) | (digit ^ (digit << _ONE)) | (space ^ (space << _ONE)) | (other ^ (other << _ONE))
-    # The last of a run of white space stands apart, and a blank there joins what follows.
+    # The last character of a run of white space is separate; a space there joins the next pretoken.
     last = space & ~(space >> _ONE)
     if remaining < 64:
         last &= ~(_ONE << uint64(remaining - 1))
@@ -158,10 +158,10 @@ def _scan_gpt2(data, start, end, ends, table, specials):
     return n
 
 
-# The function of each pattern, and its parameters: patterns that differ in no more share the machine code.
+# The function of each pattern and its parameters. Patterns that differ only in parameters share machine code.
 _SCANNERS: dict[str, tuple[Any, ...]] = {
     "gpt2": (_scan_gpt2,),
-    # Digits in a number; whether white space at the end of a text is one pretoken, line ends and all.
+    # Digits in a number; whether white space at the end of a text is one pretoken, including line ends.
     "cl100k": (scan_letter_words, 3, True),
     "llama3": (scan_letter_words, 3, False),
     "qwen2": (scan_letter_words, 1, False),

@@ -1,14 +1,14 @@
-"""Where text comes from: files, folders and globs, compressed or not, columns of tables, Python iterators.
+"""Text sources: files, folders and globs, compressed or not, columns of tables, Python iterables.
 
-Whatever it is, it arrives as blocks of bytes that can be tokenized apart. Text is UTF-8; bytes that are not are handed on as
-they are, and stand for U+FFFD to whoever tokenizes them.
+All sources yield blocks of bytes that can be tokenized separately. Text is UTF-8. Invalid bytes are passed on unchanged, and
+tokenization reads them as U+FFFD.
 
-    .txt and all others   text, a document each, cut into blocks at places that no pretoken crosses
-    .jsonl .ndjson        a JSON object a line: the text is in one of its entries, a document each
-    .parquet              a table: the text is in one of its columns, a document each (needs pyarrow)
-    .gz .zst              any of the above but .parquet, compressed (.zst needs zstandard)
+    .txt and all others   text, one document each, cut into blocks at places that no pretoken crosses
+    .jsonl .ndjson        one JSON object a line; one of its entries holds the text of a document
+    .parquet              a table; one of its columns holds the texts of documents (needs pyarrow)
+    .gz .zst              any of the above except .parquet, compressed (.zst needs zstandard)
 
-Endings may be in capitals.
+Endings are case-insensitive.
 """
 
 import glob
@@ -30,7 +30,7 @@ from .streams import COMPRESSED, imported, open_file, open_stream
 from .utf8 import encode_utf8
 
 BLOCK_BYTES = 1 << 21
-# Compiled loops read whole words, and may look this far past the end of a block.
+# Padding: compiled loops read whole words, up to this far past the end of a block.
 _SLACK = bytes(64)
 _JSON_BUFFER = 1 << 16
 
@@ -41,11 +41,11 @@ _UNREADABLE = (".zip", ".bz2", ".xz", ".7z", ".lz4")
 
 
 class Block(NamedTuple):
-    """A piece of text that may be tokenized apart from all others.
+    """A piece of text that can be tokenized separately from all others.
 
-    `data` is uint8, and 64 more bytes can be read behind it. It holds documents that end at `ends` (int64), the last of them
-    at the end of `data`; no pretoken and no special token crosses these places. All of it counts `weight` times. `continues`
-    says that the first document began in the block before.
+    `data` is uint8, followed in memory by 64 readable bytes. It holds documents that end at `ends` (int64); the last one ends
+    at the end of `data`. No pretoken and no special token crosses an end. All of it counts `weight` times. `continues` marks
+    that the first document began in the previous block.
     """
 
     data: np.ndarray
@@ -56,9 +56,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """A file, all files below a folder (but hidden ones), or those that a glob names; each counts `weight` times.
+    """A file, all files below a folder (except hidden ones), or the matches of a glob; each counts `weight` times.
 
-    `column` names the text in the objects of JSON lines and the tables of Parquet; null there is no text.
+    `column` names the text in the objects of JSON lines and the tables of Parquet; null is an empty text.
     """
 
     path: Path | str
@@ -70,7 +70,7 @@ class Files:
 class Documents:
     """Documents from Python: any iterable of texts, or of (text, weight), read once.
 
-    Bytes are taken for UTF-8; in a str, a surrogate becomes U+FFFD. They are drawn in the thread of whoever asks for blocks.
+    Bytes are read as UTF-8. A surrogate in a str becomes U+FFFD. The thread that requests blocks runs the iterable.
     """
 
     texts: Iterable[str | bytes | tuple[str | bytes, int]]
@@ -91,41 +91,41 @@ def iter_blocks(
 ) -> Iterator[Block]:
     """Return an iterator over the text of the inputs, in order, in blocks of about `block_bytes` bytes.
 
-    `document_end` follows each document of JSON lines and of Parquet; other texts hold what ends theirs. `inputs` are one
-    source or several; a path stands for `Files(path)`. A block is longer where a document, or text without a place to cut, is:
-    for a pattern that is none of `PATTERNS` and not `LINES`, only special tokens are such places.
+    `document_end` is appended to each document of JSON lines and Parquet; other texts contain their own separators. `inputs`
+    is one source or several; a path means `Files(path)`. A longer document, or text without a place to cut, makes a longer
+    block. For a pattern that is neither in `PATTERNS` nor `LINES`, text is cut at special tokens only.
 
-    Raises a `UserError` at once for a file that is missing or unreadable, for inputs without any text, and for a weight below
-    1; on the way for one that is damaged, cut off, or shrinks while it is read.
+    Raises a `UserError` at once for a missing or unreadable file, inputs without any text, or a weight below 1; and during
+    iteration for a file that is damaged, truncated, or shrinks while it is read.
     """
     sources = resolve(inputs)
     if block_bytes < 1:
-        raise UserError(f"block_bytes is {block_bytes}: at least 1 is needed")
+        raise UserError(f"block_bytes is {block_bytes}: expected at least 1")
     specials = tuple(token.encode() for token in special_tokens)
     end = document_end.encode()
     return (block for source in sources for block in _blocks_of(source, specials, pattern, block_bytes, end))
 
 
 def resolve(inputs: Inputs) -> list[Files | Documents]:
-    """Return the sources, each `Files` a single file that can be read and is not empty; see `iter_blocks` for the errors."""
+    """Return the sources, with each `Files` a single readable file that is not empty; see `iter_blocks` for the errors."""
     sources: list[Files | Documents] = []
     for source in [inputs] if isinstance(inputs, Path | str | Files | Documents) else inputs:
         if isinstance(source, Path | str):
             source = Files(source)
         elif not isinstance(source, Files | Documents):
-            raise TypeError(f"an input is a {type(source).__name__}: a path, Files or Documents are needed")
+            raise TypeError(f"an input is a {type(source).__name__}: expected a path, Files or Documents")
         _check_weight(source.weight)
         if isinstance(source, Documents):
             sources.append(source)
         else:
             sources += [Files(path, source.column, source.weight) for path in _paths_of(Path(source.path))]
     if not sources:
-        raise UserError("there is no input: at least one file or iterable of texts is needed")
+        raise UserError("there is no input: expected at least one file or iterable of texts")
     return sources
 
 
 def text_bytes(inputs: Inputs) -> int | None:
-    """Return the size of the text, or None where it is not known beforehand: compressed, in columns, from Python."""
+    """Return the size of the text, or None if it is unknown: compressed, in columns, or from Python."""
     sources = resolve(inputs)
     if all(isinstance(source, Files) and _is_plain(Path(source.path)) for source in sources):
         return sum(Path(source.path).stat().st_size for source in sources if isinstance(source, Files))
@@ -138,12 +138,12 @@ def _is_plain(path: Path) -> bool:
 
 def _check_weight(weight: Any) -> int:
     if not isinstance(weight, int) or not 1 <= weight <= _MOST_WEIGHT:
-        raise UserError(f"weight is {weight!r}: a whole number from 1 on, of 64 bits at most, is needed")
+        raise UserError(f"weight is {weight!r}: expected an integer from 1 to 2^63 - 1")
     return weight
 
 
 def _paths_of(path: Path) -> list[Path]:
-    """Return the files that a path stands for, in order of their names, those without a byte left out."""
+    """Return the files of a path, folder or glob, sorted by name, without empty files."""
     try:
         if path.is_dir():
             found, what = sorted(_files_below(path)), f"folder {path}"
@@ -153,12 +153,12 @@ def _paths_of(path: Path) -> list[Path]:
             found, what = [require_file(path, "text file")], ""
         paths = [each for each in found if each.is_file() and each.stat().st_size]
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
     if not paths:
-        raise UserError(f"{what} holds no file with something in it")
+        raise UserError(f"{what} holds no non-empty file")
     for each in paths:
         if each.suffix.lower() in _UNREADABLE:
-            raise UserError(f"{each} is compressed in a way that is not read here: {' and '.join(COMPRESSED)} are")
+            raise UserError(f"{each} has an unsupported compression: expected {' or '.join(COMPRESSED)}")
         with open_file(each):
             pass
     return paths
@@ -188,7 +188,7 @@ def _blocks_of(
     elif kind in _JSON_LINES:
         yield from _packed((text + document_end for text in _json_texts(path, source.column)), source.weight, block_bytes)
     elif kind == ".parquet":
-        raise UserError(f"{path} is a compressed Parquet file, which compresses its columns itself: decompress it")
+        raise UserError(f"{path} is a compressed Parquet file: decompress it; Parquet compresses its own columns")
     else:
         yield from _cut(path, source.weight, specials, pattern, block_bytes)
 
@@ -198,7 +198,7 @@ def _text_and_weight(item: Any) -> tuple[bytes, int]:
     if isinstance(text, str):
         text = encode_utf8(text)
     elif not isinstance(text, bytes):
-        raise TypeError(f"a document is a {type(text).__name__}: str, bytes, or one of them with its weight is needed")
+        raise TypeError(f"a document is a {type(text).__name__}: expected str, bytes, or a tuple of one of them and a weight")
     return text, _check_weight(weight)
 
 
@@ -221,10 +221,10 @@ def _block_of(texts: list[bytes], weight: int) -> Block:
 
 
 def _cut(path: Path, weight: int, specials: tuple[bytes, ...], pattern: str, block_bytes: int) -> Iterator[Block]:
-    held, wanted, continues = bytearray(), block_bytes, False
+    held, num_requested, continues = bytearray(), block_bytes, False
     with open_stream(path) as stream:
         while True:
-            full = len(held) + wanted
+            full = len(held) + num_requested
             buffer = bytearray(full + len(_SLACK))
             buffer[: len(held)] = held
             end = len(held) + _fill(stream, memoryview(buffer)[len(held) : full])
@@ -235,8 +235,8 @@ def _cut(path: Path, weight: int, specials: tuple[bytes, ...], pattern: str, blo
             if end < full:
                 return
             held = buffer[border:end]
-            # Looking again only when there is twice as much keeps the sum of that work linear.
-            wanted = block_bytes if border else len(held)
+            # Searching again only after doubling keeps the total work linear.
+            num_requested = block_bytes if border else len(held)
 
 
 def _fill(stream: io.RawIOBase, view: memoryview) -> int:
@@ -254,7 +254,7 @@ def _json_texts(path: Path, column: str) -> Iterator[bytes]:
 
 
 def json_text(line: bytes, column: str, place: str) -> str | None:
-    """Return the text in a column of a JSON object; a line without it is a `UserError`, which `place` names."""
+    """Return the text in a column of a JSON object; a line without it raises a `UserError` that starts with `place`."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -264,7 +264,7 @@ def json_text(line: bytes, column: str, place: str) -> str | None:
         raise UserError(f"{place} has no column {column!r}: it has {there}; name the column of the text")
     text = entry[column]
     if not isinstance(text, str | None):
-        raise UserError(f"{place} has a {type(text).__name__} in column {column!r}: text is needed")
+        raise UserError(f"{place} has a {type(text).__name__} in column {column!r}: expected text")
     return text
 
 
@@ -279,4 +279,4 @@ def _parquet_texts(path: Path, column: str) -> Iterator[bytes]:
                 for text in batch.column(0).cast(pyarrow.string()).cast(pyarrow.binary()).to_pylist():
                     yield text or b""
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
-        raise UserError(f"{path} is damaged, or column {column!r} is no text: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged, or column {column!r} is not text: {str(error).splitlines()[0]}") from None

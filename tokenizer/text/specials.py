@@ -1,4 +1,4 @@
-"""Find special tokens in bytes: the leftmost first, the longest where several begin at one place."""
+"""Find special tokens in bytes: the leftmost first, and the longest of several that begin at one place."""
 
 import re
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ class SpecialFinder:
         longest_first = self._longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
         self._tokens = np.frombuffer(b"".join(longest_first), np.uint8)
         self._ends = np.cumsum([len(token) for token in longest_first], dtype=np.int64)
-        # A token of one byte may be followed by any other, which no byte equals to 256 says.
+        # Any byte may follow a token of one byte; 256 marks that, because it equals no byte.
         beginnings = {(token[0], token[1] if len(token) > 1 else _ANY) for token in longest_first}
         self.beginnings = np.array(sorted(beginnings), np.int64).reshape(-1)
 
     def find(self, data: np.ndarray) -> np.ndarray:
-        """Return [start, end, start, end, ...] of the special tokens in the uint8 text: int64. Other threads run meanwhile."""
+        """Return [start, end, start, end, ...], int64, of the special tokens in the uint8 text. Releases the GIL."""
         if not len(self._ends):
             return NO_SPECIALS
         if not _find.is_ready:
             places = [place for match in self._expression.finditer(data.tobytes()) for place in match.span()]
             return np.array(places, np.int64)
-        # Room for a document every 512 bytes, so that most texts are looked through once.
+        # Space for a document every 512 bytes, so that one pass is enough for most texts.
         places = np.empty((len(data) >> 8) + 32, np.int64)
         while (size := _find(data, self._tokens, self._ends, self.beginnings, places)) > len(places):
             places = np.empty(size, np.int64)
@@ -38,7 +38,7 @@ class SpecialFinder:
 
     @cached_property
     def _expression(self) -> re.Pattern[bytes]:
-        # Of several that match, an alternation takes the first.
+        # An alternation takes the first branch that matches.
         return re.compile(b"|".join(map(re.escape, self._longest_first)))
 
 
@@ -47,7 +47,7 @@ _ANY = 256
 
 @helper
 def _candidates(data, i, beginnings):
-    """Return a mask of the places among the 64 from i on where two bytes stand that a token begins with."""
+    """Return a mask of the places, among the 64 from i, that hold the first two bytes of a token."""
     found = np.uint64(0)
     for k in range(0, len(beginnings), 2):
         mask = equal_mask(data, i, beginnings[k])
@@ -59,7 +59,7 @@ def _candidates(data, i, beginnings):
 
 @helper
 def may_hold_special(data, beginnings):
-    """Whether two bytes stand in the text that a special token begins with; `beginnings` are those of a `SpecialFinder`."""
+    """Return whether the text holds the first two bytes of a special token; see `SpecialFinder.beginnings`."""
     if len(beginnings) == 0:
         return False
     end = len(data) - 65
@@ -78,10 +78,10 @@ def may_hold_special(data, beginnings):
 
 @compiled(BYTES, BYTES, NUMBERS, NUMBERS, INT64S)
 def _find(data, tokens, token_ends, beginnings, places):
-    """Write starts and ends to `places` as far as it reaches; return how many numbers there are."""
+    """Write starts and ends to `places` as far as they fit; return how many there are."""
     size, i = 0, 0
     while i < len(data):
-        # Most windows of 64 bytes hold no two bytes that a token begins with.
+        # Most windows of 64 bytes contain no first two bytes of a token.
         if i + 65 <= len(data):
             candidates = _candidates(data, i, beginnings)
             if candidates == 0:

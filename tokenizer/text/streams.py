@@ -1,4 +1,4 @@
-"""Files as streams of bytes, decompressed on the way; whatever goes wrong names the file."""
+"""Files as byte streams, decompressed while reading; all errors name the file."""
 
 import importlib
 import io
@@ -11,22 +11,23 @@ from typing import Any, BinaryIO
 from ...errors import UserError
 
 COMPRESSED = (".gz", ".zst")
-# Decompressed at once: few, as zstd may make 2^15 times as many of them.
+# Compressed bytes per step: few, because zstd can expand them 2^15 times.
 _COMPRESSED_BYTES = 1 << 11
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file without a buffer; one that cannot be opened raises a `UserError`."""
+    """Open a file without a buffer; a file that cannot be opened raises a `UserError`."""
     try:
         return path.open("rb", 0)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def open_stream(path: Path) -> io.RawIOBase:
-    """Open a file, or by its ending what .gz and .zst files are compressed from.
+    """Open a file; a .gz or .zst file is decompressed.
 
-    Reading raises a `UserError` for a file that is damaged, cut off, or shrinks meanwhile; one that grows ends where it did.
+    Reading raises a `UserError` for a file that is damaged, truncated, or shrinks while it is read. A growing file is read up
+    to its size at opening.
     """
     if path.suffix.lower() == ".gz":
         return _Decompressed(path, lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), zlib.error)
@@ -37,11 +38,12 @@ def open_stream(path: Path) -> io.RawIOBase:
 
 
 def imported(name: str, path: Path) -> Any:
-    """Return the module that reads the file at `path`; one that is not installed raises a `UserError`."""
+    """Return the module that reads the file at `path`; if it is not installed, raise a `UserError`."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{path} needs {name.split('.')[0]}: pip install 'tilewright[data]'") from None
+        package = name.split(".")[0]
+        raise UserError(f"cannot read {path}: it needs {package}; pip install 'tilewright[data]'") from None
 
 
 class _Plain(io.RawIOBase):
@@ -56,7 +58,7 @@ class _Plain(io.RawIOBase):
         size = _checked(self._path, self._file.readinto, memoryview(buffer)[: self._left])  # pyright: ignore[reportAttributeAccessIssue]
         if size == 0 and self._left and len(buffer):
             read = self._size - self._left
-            raise UserError(f"{self._path} shrank while it was read: {read} of {self._size} bytes were left")
+            raise UserError(f"{self._path} shrank from {self._size} to {read} bytes while it was read")
         self._left -= size
         return size
 
@@ -66,7 +68,7 @@ class _Plain(io.RawIOBase):
 
 
 class _Decompressed(io.RawIOBase):
-    """Any number of compressed parts, one after another. `start` begins one, as `zlib.decompressobj` does."""
+    """Any number of concatenated compressed parts. `start` creates a decompressor, as `zlib.decompressobj` does."""
 
     def __init__(self, path: Path, start: Callable[[], Any], failure: type[Exception]):
         self._path, self._file = path, open_file(path)
@@ -85,7 +87,7 @@ class _Decompressed(io.RawIOBase):
                     raise UserError(f"{self._path} is cut off: its last compressed part has no end")
                 return 0
             if self._part.eof:
-                # Zeros pad what comes from tapes, and begin no part.
+                # Zero padding, as on tapes, does not start a part.
                 self._compressed = self._compressed.lstrip(b"\0")
                 if not self._compressed:
                     continue
@@ -93,7 +95,7 @@ class _Decompressed(io.RawIOBase):
             try:
                 self._ready = memoryview(self._part.decompress(self._compressed))
             except self._failure as error:
-                raise UserError(f"{self._path} is damaged, or no {self._path.suffix} file: {error}") from None
+                raise UserError(f"{self._path} is damaged, or not a {self._path.suffix} file: {error}") from None
             self._compressed = self._part.unused_data if self._part.eof else b""
         size = min(len(buffer), len(self._ready))
         memoryview(buffer)[:size] = self._ready[:size]
@@ -109,4 +111,4 @@ def _checked(path: Path, read: Callable[[Any], Any], argument: Any) -> Any:
     try:
         return read(argument)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""The classes of all code points, as regex 2026.11.15 has them: what `unicode_classes.packed_runs` made of its table."""
+"""The classes of all code points, computed by regex 2026.11.15 and packed by `unicode_classes.packed_runs`."""
 
 RUNS = (
     "c-rk-O^h8!5$@@kdGF2J-`QR7&aA!b@!ux)`e$Q1b}XW>2$9GF1vmgULSRJ1fkcrd5EpJ7h=dRa;N;vQ<TD2@xmgG}=ad6*h{%B(%84VQtLm%idhPeHv2f"

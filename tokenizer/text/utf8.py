@@ -1,4 +1,4 @@
-"""Make text valid: what is not UTF-8 becomes U+FFFD, exactly as `bytes.decode(errors="replace")` says."""
+"""Make text valid UTF-8: invalid bytes become U+FFFD, exactly as in `bytes.decode(errors="replace")`."""
 
 import re
 from contextlib import suppress
@@ -12,18 +12,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encode_utf8(text: str) -> bytes:
-    """Return a text in UTF-8. A surrogate, which in a str is no text even beside its other half, becomes U+FFFD."""
+    """Return a text in UTF-8. Each surrogate becomes U+FFFD, even in a pair, because a str must not contain surrogates."""
     try:
-        # Not the text's own method, which may be another in a class derived from str, and return what is no bytes.
+        # Call str.encode directly: a subclass of str may override the method and return another type.
         return str.encode(text)
     except TypeError:
-        raise TypeError(f"text is of type {type(text).__name__}: a str is needed") from None
+        raise TypeError(f"text is of type {type(text).__name__}: expected str") from None
     except UnicodeEncodeError:
         return _SURROGATE.sub("\ufffd", str(text)).encode()
 
 
 def repair_utf8(data: np.ndarray) -> np.ndarray:
-    """Return the uint8 text itself if it is valid UTF-8, else a repaired copy. Other threads run while it is checked."""
+    """Return the uint8 text itself if it is valid UTF-8, else a repaired copy. Releases the GIL while it checks."""
     check_array(data, np.uint8, "a text")
     if _is_utf8.is_ready:
         if _is_utf8(data):
@@ -46,7 +46,7 @@ def _is_utf8(data):
         if first < 0x80:
             i += 1
             continue
-        # The least and greatest second byte depend on the first: Unicode 16, table 3-7.
+        # The range of the second byte depends on the first: Unicode 16, table 3-7.
         low, high, size = 0x80, 0xBF, 2
         if 0xC2 <= first <= 0xDF:
             pass

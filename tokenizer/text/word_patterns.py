@@ -1,4 +1,4 @@
-"""The compiled scanners of the patterns that OpenAI's cl100k and o200k began: cl100k, Llama 3 and Qwen 2; o200k and Tekken."""
+"""The compiled scanners of cl100k and its derivatives Llama 3 and Qwen 2, and of o200k and its derivative Tekken."""
 
 from ..compiled.intrinsics import load8
 from ..compiled.jit import BYTES, INT64, INT64S, NUMBERS, compiled, helper, int64
@@ -42,7 +42,7 @@ def _next_letters(data, i, end, table, most_digits, all_space):
 
 @compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS, INT64, INT64)
 def scan_letter_words(data, start, end, ends, table, specials, most_digits, all_space):
-    """Do what `Scanner` says, for words that are letters, with any one character before them."""
+    """Implement `Scanner` for words that consist of letters, after any one character."""
     i, n, k = start, 0, special_from(specials, start)
     while i < end and n < len(ends):
         stop = segment_end(specials, k, end)
@@ -59,7 +59,7 @@ def scan_letter_words(data, start, end, ends, table, specials, most_digits, all_
 
 @helper
 def _word_end(data, i, end, table):
-    """Return the end of `upper* lower+` at i, or i where there is none."""
+    """Return the end of `upper* lower+` at i, or i if there is none."""
     lower_end = i
     while i < end:
         found, after = class_at(data, i, table)
@@ -79,10 +79,11 @@ def _next_by_case(data, i, end, table, most_digits, contractions):
     if found & NUMBER:
         return number_end(data, i, end, table, most_digits)
     byte = load8(data, i)
-    # Any one character may stand before a word, but for a letter, a number and a line end.
+    # Any one character may precede a word, except a letter, a number and a line end.
     begin = i if found & LETTER or byte in (NEWLINE, RETURN) else after
     word_end = _word_end(data, begin, end, table)
-    # A mark before capitals is a word by itself: the pattern gives up the first character before it gives up lower case.
+    # A mark before capitals is a separate word: the pattern backtracks over the optional first character before it backtracks
+    # over lower case.
     if word_end == begin and not found & LOWER:
         word_end = run_of(UPPER, data, begin, end, table)
     if word_end > begin or found & LOWER:
@@ -97,7 +98,7 @@ def _next_by_case(data, i, end, table, most_digits, contractions):
 
 @compiled(BYTES, INT64, INT64, INT64S, BYTES, NUMBERS, INT64, INT64)
 def scan_words_by_case(data, start, end, ends, table, specials, most_digits, contractions):
-    """Do what `Scanner` says, for words that are capitals and then lower case, marks among them."""
+    """Implement `Scanner` for words that consist of capitals and then lower case, with marks in both."""
     i, n, k = start, 0, special_from(specials, start)
     while i < end and n < len(ends):
         stop = segment_end(specials, k, end)

@@ -1,4 +1,4 @@
-"""Where compiled code is kept, and what is said when it is made: each time in a process of its own."""
+"""Compiling and caching of compiled functions, and the messages about it; each test runs in its own process."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ def total(numbers):
 
 """
 
-SAID = "compiling the tokenizer for this machine (once)"
+MESSAGE = "compiling the tokenizer for this machine (once)"
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def run(tmp_path):
     return run
 
 
-def kept_in(folder):
+def cached_files(folder):
     return [*folder.glob("cache/*/example.total-*")]
 
 
-def test_it_is_said_once_and_not_again_when_code_is_kept(run, tmp_path):
-    said = run()
-    [path] = kept_in(tmp_path)
-    assert said == [SAID, f"compiled in TIME, kept in {path.parent}", "10"]
+def test_compiling_is_reported_once_and_cached_code_is_not(run, tmp_path):
+    messages = run()
+    [path] = cached_files(tmp_path)
+    assert messages == [MESSAGE, f"compiled in TIME, stored in {path.parent}", "10"]
     assert run() == ["10"]
 
 
@@ -69,7 +69,7 @@ def test_a_fork_waits_for_the_compiler():
         with jit.LOCK:
             compiling_now.set()
             done.wait(0.2)
-            # A log handler may encode text, which takes this lock: the fork that waits must not hold it yet.
+            # A log handler may encode text, which acquires this lock: the waiting fork must not hold it yet.
             encoded.append(jit.WORK_LOCK.acquire(timeout=5))
             if encoded[0]:
                 jit.WORK_LOCK.release()
@@ -88,43 +88,43 @@ def test_a_fork_waits_for_the_compiler():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_code_is_made_anew_when_the_kept_one_is_damaged(run, tmp_path):
+def test_damaged_code_is_compiled_again(run, tmp_path):
     run()
-    [path] = kept_in(tmp_path)
+    [path] = cached_files(tmp_path)
     path.write_bytes(path.read_bytes()[:50])
-    assert run()[0] == SAID
+    assert run()[0] == MESSAGE
     assert run() == ["10"]
-    # Whole, but not what this Numba reads.
+    # Intact, but not readable by this Numba.
     path.write_bytes(hashlib.sha256(b"foreign").digest() + b"foreign")
-    warning, *said = run()
-    assert warning.startswith("machine code of example.total cannot be loaded, and is made anew: ")
-    assert said[0] == SAID
+    warning, *messages = run()
+    assert warning.startswith("cannot load the machine code of example.total, compiling it again: ")
+    assert messages[0] == MESSAGE
     assert run() == ["10"]
 
 
-def test_it_works_where_nothing_can_be_kept(run, tmp_path):
-    # A file where the folder should be: nobody can write into that, not even the superuser.
+def test_compiling_works_without_a_writable_cache(run, tmp_path):
+    # A file in place of the folder is not writable, not even for root.
     (tmp_path / "file").write_text("")
     nowhere = f"""
 from pathlib import Path
 from tilewright.tokenizer.compiled import store
 store.machine_code_folders = lambda: [Path({str(tmp_path / "file")!r})]
 """
-    expected = [SAID, "compiled in TIME, not kept, as no folder can be written to: set NUMBA_CACHE_DIR", "10"]
+    expected = [MESSAGE, "compiled in TIME, not stored, because no cache folder is writable: set NUMBA_CACHE_DIR", "10"]
     assert run(nowhere) == expected
     assert run(nowhere) == expected
 
 
-def test_nothing_imports_numba_before_something_is_compiled():
+def test_numba_is_imported_only_to_compile():
     script = "import sys, tilewright.tokenizer; print('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_every_function_has_a_name_of_its_own():
+def test_compiled_functions_have_distinct_names():
     assert len({each.name for each in jit.ALL}) == len(jit.ALL) > 15
 
 
-def test_a_disabled_compiler_is_named():
+def test_disabled_jit_raises():
     arguments = [sys.executable, "-c", "from tilewright.tokenizer.compiled import jit\nimport tilewright\njit._numba()"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=False)
     assert "ImportError: NUMBA_DISABLE_JIT is set" in done.stderr

@@ -1,4 +1,4 @@
-"""Machine code on disk: what is read, from where, and what goes."""
+"""The cache of machine code on disk: lookup, storage, integrity and removal."""
 
 import os
 import time
@@ -11,70 +11,70 @@ from tilewright.tokenizer.compiled import store
 
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
-    """Two places for machine code, the first of which is preferred."""
+    """Two folders for machine code; the first one is preferred."""
     places = [tmp_path / "first", tmp_path / "second"]
     monkeypatch.setattr(store, "machine_code_folders", lambda: places)
     return places
 
 
-def test_what_is_saved_is_loaded_for_the_same_cpu(folders):
-    assert not store.is_kept("scanner.scan")
+def test_saved_code_is_loaded_for_the_same_cpu(folders):
+    assert not store.is_cached("scanner.scan")
     assert store.load("scanner.scan", "cpu") is None
     store.save("scanner.scan", "cpu", b"code")
     assert store.load("scanner.scan", "cpu") == b"code"
     assert store.load("scanner.scan", "another") is None
-    assert store.is_kept("scanner.scan")
-    assert not store.is_kept("scanner.sca")
-    assert store.place().parent == folders[0]
+    assert store.is_cached("scanner.scan")
+    assert not store.is_cached("scanner.sca")
+    assert store.writable_folder().parent == folders[0]
     assert not folders[1].exists()
 
 
-def test_what_cannot_be_written_to_is_passed_over(folders):
-    folders[0].write_text("a file, which nobody can make a folder in")
+def test_folders_that_are_not_writable_are_skipped(folders):
+    folders[0].write_text("a file in place of a folder")
     store.save("scan", "cpu", b"code")
-    assert store.place().parent == folders[1]
+    assert store.writable_folder().parent == folders[1]
     assert store.load("scan", "cpu") == b"code"
     folders[0].unlink()
-    # Another place comes first now, but what is kept in the second is still read.
+    # Code in the second folder is still found if another folder comes first.
     assert store.load("scan", "cpu") == b"code"
 
 
-def test_nowhere_to_keep_it_is_no_error(folders):
+def test_saving_without_a_writable_folder_does_nothing(folders):
     for folder in folders:
         folder.write_text("")
     store.save("scan", "cpu", b"code")
     assert store.load("scan", "cpu") is None
-    assert store.place() is None
+    assert store.writable_folder() is None
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
-def test_a_folder_that_others_write_to_is_not_read(folders, mode):
+def test_folders_writable_by_others_are_ignored(folders, mode):
     store.save("scan", "cpu", b"code")
-    place = store.place()
+    place = store.writable_folder()
     place.chmod(mode)
     assert store.load("scan", "cpu") is None
-    assert not store.is_kept("scan")
-    assert store.place().parent == folders[1]
+    assert not store.is_cached("scan")
+    assert store.writable_folder().parent == folders[1]
 
 
-def test_a_link_to_a_folder_is_not_read(folders, tmp_path):
+def test_symbolic_links_are_ignored(folders, tmp_path):
     store.save("scan", "cpu", b"code")
-    place = store.place()
+    place = store.writable_folder()
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
     assert store.load("scan", "cpu") is None
 
 
-def test_damage_is_noticed(folders):
+def test_damaged_code_is_ignored(folders):
     store.save("scan", "cpu", b"code")
-    [path] = store.place().iterdir()
+    [path] = store.writable_folder().iterdir()
     content = path.read_bytes()
     for damaged in (b"", content[:20], content[:-1], content[:-1] + b"x"):
         path.write_bytes(damaged)
         assert store.load("scan", "cpu") is None
 
 
-def test_all_sources_of_the_room_are_part_of_the_version(monkeypatch):
+def test_the_version_covers_all_sources_of_the_package(monkeypatch):
     seen = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path.name) or b"")
     before = store._version.__wrapped__()
@@ -87,7 +87,7 @@ def test_all_sources_of_the_room_are_part_of_the_version(monkeypatch):
     assert store._version.__wrapped__() != changed
 
 
-def test_folders_of_versions_long_gone_are_removed(folders):
+def test_folders_of_old_versions_are_removed(folders):
     for age in range(8):
         old = folders[0] / f"machine-code-{age}"
         old.mkdir(parents=True)
@@ -95,4 +95,4 @@ def test_folders_of_versions_long_gone_are_removed(folders):
     (folders[0] / "something else").mkdir()
     store.save("scan", "cpu", b"code")
     kept = {folder.name for folder in folders[0].iterdir()}
-    assert kept == {store.place().name, "something else", *(f"machine-code-{age}" for age in range(4))}
+    assert kept == {store.writable_folder().name, "something else", *(f"machine-code-{age}" for age in range(4))}

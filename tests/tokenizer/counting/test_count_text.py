@@ -1,4 +1,4 @@
-"""Counting the pretokens of texts: the same for any workers, blocks and memory, and what happens when something breaks."""
+"""Counting the pretokens of texts: independent of workers, blocks and memory; and errors."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ steady = settings(derandomize=True, deadline=None, max_examples=100)
 
 
 def expected(texts, specials=(), pattern="gpt2", weight=1):
-    """What the texts hold, each a document of its own."""
+    """Return the counts of the texts, each of which is a document."""
     longest_first = sorted(specials, key=len, reverse=True)
     counts = Counter()
     for text in texts:
@@ -47,7 +47,7 @@ def counted(*arguments, **options):
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, OWN])
 @pytest.mark.parametrize("specials", [(), ("<|endoftext|>",), ("# =", "<|endoftext|>")])
-def test_workers_and_blocks_change_nothing(text_file, real_text, pattern, specials):
+def test_counts_are_independent_of_workers_and_blocks(text_file, real_text, pattern, specials):
     path = text_file(real_text)
     first = count_text(path, specials, pattern=pattern, num_workers=1)
     assert dict(first.counts.items()) == expected([real_text], specials, pattern)
@@ -74,12 +74,12 @@ def test_blocks_are_cut_anywhere(text_file, pattern, text, block_bytes):
     texts=st.lists(st.lists(st.sampled_from(PARTS), max_size=9).map("".join), min_size=1, max_size=30).filter(any),
     block_bytes=st.integers(1, 60),
 )
-def test_documents_are_apart(pattern, texts, block_bytes):
+def test_pretokens_do_not_cross_documents(pattern, texts, block_bytes):
     found = counted(Documents(texts), SPECIALS, pattern=pattern, num_workers=1, block_bytes=block_bytes)
     assert found == expected(texts, SPECIALS, pattern)
 
 
-def test_what_looks_like_a_special_token_across_documents_is_none():
+def test_special_tokens_do_not_cross_documents():
     assert counted(Documents(["a<|", ">b", "<|>", "c", "<", "|>"]), ("<|>",)) == {
         b"a": 1, b"<|": 1, b">": 1, b"b": 1, b"c": 1, b"<": 1, b"|>": 1
     }  # fmt: skip
@@ -109,15 +109,15 @@ def test_bytes_that_are_not_utf8_count_as_replacement_characters(text_file, data
     assert counted(text_file(data), pattern=OWN, num_workers=1) == expected([text], (), OWN)
 
 
-def test_a_character_in_two_documents_is_none():
+def test_characters_do_not_cross_documents():
     assert counted(Documents([b"\xe4\xb8", b"\xad"])) == {"\ufffd".encode(): 2}
 
 
-def test_repair_is_decode_with_replacement():
+def test_repair_utf8_equals_decode_with_replacement():
     draw = random.Random(0)
     edges = bytes([0, 0x20, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE])
     edges += bytes([0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF])
-    for _ in range(30_000):
+    for _ in range(6000):
         data = b"a" * draw.randrange(70) * draw.randrange(2) + bytes(draw.choices(edges, k=draw.choice([1, 2, 3, 4, 5, 70])))
         array = np.frombuffer(data + b"a" * draw.randrange(70) * draw.randrange(2), np.uint8)
         repaired = repair_utf8(array)
@@ -127,10 +127,10 @@ def test_repair_is_decode_with_replacement():
 
 @pytest.mark.parametrize("pattern", ["gpt2", OWN])
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_bounded_memory_changes_nothing(monkeypatch, text_file, tmp_path, real_text, pattern, num_workers):
+def test_counts_are_independent_of_memory(monkeypatch, text_file, tmp_path, real_text, pattern, num_workers):
     monkeypatch.setattr(count_text_module, "LEAST_MEMORY", 1)
     path = text_file(real_text)
-    # To a pattern of one's own, text can only be cut at special tokens.
+    # With a custom pattern, text can only be cut at special tokens.
     options = {"special_tokens": ("<|endoftext|>",), "pattern": pattern, "num_workers": num_workers, "block_bytes": 20_000}
     free = count_text(path, **options).counts
     runs = []
@@ -143,32 +143,32 @@ def test_bounded_memory_changes_nothing(monkeypatch, text_file, tmp_path, real_t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_long_pretokens_are_spilled_before_a_table_has_too_many_of_them(monkeypatch, text_file):
+def test_long_pretokens_are_spilled_before_they_overflow_the_table(monkeypatch, text_file):
     monkeypatch.setattr(count_text_module, "_MOST_BYTES", 1000)
     text = " ".join(f"{number}".rjust(40, "a") for number in range(500))
     assert counted(text_file(text), num_workers=1, block_bytes=500) == expected([text])
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", OWN])
-def test_text_that_cannot_be_cut_is_named_when_it_is_too_long(monkeypatch, text_file, pattern):
+def test_too_long_text_without_a_border_raises(monkeypatch, text_file, pattern):
     monkeypatch.setattr(count_text_module, "_MOST_BYTES", 1000)
     with pytest.raises(UserError, match="1001 bytes of text have no place to cut them"):
         counted(text_file("a" * 1001), pattern=pattern, num_workers=1)
 
 
-def test_too_little_memory_is_refused(text_file):
-    with pytest.raises(UserError, match="memory is 1000 bytes: at least"):
+def test_too_little_memory_raises(text_file):
+    with pytest.raises(UserError, match="memory is 1000 bytes: expected at least"):
         count_text(text_file("text"), memory=1000)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_full_disk_is_named_and_leaves_nothing(monkeypatch, text_file, tmp_path, real_text, num_workers):
+def test_a_full_disk_raises_and_leaves_no_files(monkeypatch, text_file, tmp_path, real_text, num_workers):
     monkeypatch.setattr(count_text_module, "LEAST_MEMORY", 1)
     path = text_file(real_text)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(UserError, match="or takes no file of this size"):
+        with pytest.raises(UserError, match=r"cannot write counts to .*; free disk space"):
             count_text(path, num_workers=num_workers, memory=1 << 18, scratch=tmp_path, block_bytes=20_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -177,7 +177,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(monkeypatch, text_file, tmp_pat
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("pattern", ["gpt2", OWN])
-def test_a_text_cut_off_while_it_is_read_is_named(monkeypatch, text_file, num_workers, pattern):
+def test_a_file_truncated_while_it_is_read_raises(monkeypatch, text_file, num_workers, pattern):
     path = text_file("word<|>" * 10_000)
     blocks = count_text_module.iter_blocks
 
@@ -188,7 +188,7 @@ def test_a_text_cut_off_while_it_is_read_is_named(monkeypatch, text_file, num_wo
             yield block
 
     monkeypatch.setattr(count_text_module, "iter_blocks", cutting)
-    with pytest.raises(UserError, match="shrank while it was read"):
+    with pytest.raises(UserError, match=r"shrank .* while it was read"):
         count_text(path, ("<|>",), pattern=pattern, num_workers=num_workers, block_bytes=1000)
 
 
@@ -204,7 +204,7 @@ def test_an_error_in_the_input_stops_all_workers(num_workers):
         count_text(Documents(texts()), num_workers=num_workers, block_bytes=100)
 
 
-def test_a_killed_worker_is_named(text_file, tmp_path, real_text):
+def test_a_killed_worker_raises(text_file, tmp_path, real_text):
     (tmp_path / "script.py").write_text(SCRIPT_THAT_KILLS)
     path = text_file(real_text * 20)
     done = subprocess.run([sys.executable, tmp_path / "script.py", path], capture_output=True, text=True, check=False)
@@ -234,14 +234,14 @@ if __name__ == "__main__":
 """
 
 
-def test_an_interruption_ends_the_threads():
+def test_an_interrupt_stops_the_threads():
     def texts():
         for number in itertools.count():
-            if number == 2000:  # by then both threads run
+            if number == 2000:  # both threads run by then
                 os.kill(os.getpid(), signal.SIGINT)
             yield "text " * 1000
 
-    # A process that a script started in the background ignores Ctrl-C from birth, and so would this test.
+    # A process that a script started in the background ignores SIGINT, and so would this test.
     threads, before = threading.enumerate(), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -254,7 +254,7 @@ def test_an_interruption_ends_the_threads():
 @pytest.mark.parametrize("pattern", [r"(a)(b)?|c", r"a*", r"b+(?=c)", "", r"(?<=a)b"])
 @steady
 @given(text=st.text(alphabet="abc", max_size=30))
-def test_no_text_is_lost_whatever_the_pattern(pattern, text):
+def test_no_text_is_lost_with_any_pattern(pattern, text):
     found = split_text(text, pattern)
     assert "".join(found) == text
     assert all(found)
@@ -262,8 +262,8 @@ def test_no_text_is_lost_whatever_the_pattern(pattern, text):
     assert not Counter(matches) - Counter(found)
 
 
-def test_a_pattern_that_is_none_is_refused(text_file):
-    with pytest.raises(UserError, match=r"'\(' is neither one of gpt2, cl100k, o200k, .* nor a regular expression"):
+def test_invalid_patterns_raise(text_file):
+    with pytest.raises(UserError, match=r"'\(': expected one of gpt2, cl100k, o200k, .*, or a regular expression"):
         count_text(text_file("text"), pattern="(")
 
 
@@ -274,7 +274,7 @@ def test_a_pattern_that_is_none_is_refused(text_file):
     block_chars=st.integers(1, 30),
     specials=st.sampled_from([(), SPECIALS]),
 )
-def test_pieces_split_as_the_whole_does(pattern, pieces, block_chars, specials):
+def test_pieces_are_split_like_the_whole(pattern, pieces, block_chars, specials):
     runs = split_pretokens(pieces, specials, pattern=resolve_pattern(pattern), block_chars=block_chars)
     found = Counter(pretoken.encode() for run, _ in runs for pretoken in run)
     assert found == expected(["".join(pieces)], specials, pattern)

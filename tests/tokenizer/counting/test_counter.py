@@ -1,4 +1,4 @@
-"""Tables of counts, their order, their merges and their files, against `collections.Counter`."""
+"""Hash tables of counts, their order, merging and files, compared with `collections.Counter`."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize("number", [0, 1, 100, 50_000])
-def test_counts_are_right_and_their_order_is_that_of_the_pretokens_alone(number):
+def test_counts_and_their_deterministic_order(number):
     found = some_pretokens(number)
     counts = count(found).counts()
     assert len(counts) == len(Counter(found))
@@ -56,21 +56,21 @@ def test_counts_are_right_and_their_order_is_that_of_the_pretokens_alone(number)
 
 @steady
 @given(first=pretokens, second=pretokens)
-def test_merged_counts_are_those_of_all(first, second):
+def test_merged_counts_equal_counts_of_all(first, second):
     merged = merge_counts(count(first).counts(), count(second).counts())
     assert equal(merged, count(first + second).counts())
     assert dict(merged.items()) == Counter(first + second)
 
 
-def test_pretokens_that_look_alike_are_told_apart():
-    # Long ones that differ only where a poor hash would not look, and short ones that are beginnings of each other.
+def test_similar_pretokens_are_distinguished():
+    # Long ones that differ only in places that a poor hash ignores, and short ones that are prefixes of each other.
     found = [b"a" * 40 + bytes([byte]) + b"b" * 40 for byte in range(256)] + [b"\0" * size for size in range(1, 60)]
     counts = count(found * 2).counts()
     assert dict(counts.items()) == dict.fromkeys(found, 2)
     assert equal(counts, count(found[::-1] * 2).counts())
 
 
-def test_the_bytes_behind_a_pretoken_do_not_count():
+def test_bytes_after_a_pretoken_are_ignored():
     for size in SIZES:
         word = b"x" * size
         data = np.frombuffer(word + b"y" + word + b"z" + word, np.uint8)
@@ -80,22 +80,22 @@ def test_the_bytes_behind_a_pretoken_do_not_count():
 
 
 def of_one_hash(number):
-    """Distinct pretokens of 16 bytes whose hashes are equal: see `pretoken_hash`."""
+    """Return distinct pretokens of 16 bytes with equal hashes: see `pretoken_hash`."""
     highs = range(1, number + 1)
     lows = [(high * 0xC2B2AE3D27D4EB4F) % (1 << 64) for high in highs]
     return [struct.pack("<2Q", low, high) for low, high in zip(lows, highs, strict=True)]
 
 
-def test_pretokens_made_to_collide_are_counted_all_the_same():
+def test_colliding_pretokens_are_counted():
     crafted = of_one_hash(1000)
     others = some_pretokens(5000)
     found = crafted * 2 + others + crafted[::-1]
     counter = count(found)
-    assert len(counter._crowded) >= 1000 - counter_module._PLACES
-    assert counter.num_bytes > 200 * len(counter._crowded)
+    assert len(counter._overflow) >= 1000 - counter_module._PLACES
+    assert counter.num_bytes > 200 * len(counter._overflow)
     counts = counter.counts()
     assert dict(counts.items()) == Counter(found)
-    # Others of them find a place, and are the same in the end.
+    # Other ones of them find a place in the table; the result is the same.
     assert equal(counts, count(found[::-1]).counts())
     assert equal(counts, merge_counts(count(crafted[::-1] * 3).counts(), count(others).counts()))
 
@@ -112,7 +112,7 @@ def test_pretokens_made_to_collide_are_counted_all_the_same():
         {"data": np.zeros(4, np.int8)},
     ],
 )
-def test_arrays_of_another_layout_are_refused(wrong):
+def test_arrays_of_another_layout_raise(wrong):
     right = {"data": np.frombuffer(b"abab", np.uint8), "ends": np.array([2, 4]), "counts": np.array([3, 4])}
     assert PretokenCounts(**right).is_sound
     with pytest.raises(TypeError, match=next(iter(wrong))):
@@ -122,32 +122,32 @@ def test_arrays_of_another_layout_are_refused(wrong):
             PretokenCounter().add(right["data"], 0, wrong.get("ends", right["ends"]), wrong.get("counts", right["counts"]))
 
 
-def test_counts_are_as_many_as_ends():
+def test_ends_and_counts_must_have_equal_lengths():
     with pytest.raises(ValueError, match="2 ends and 1 counts"):
         PretokenCounts(np.zeros(2, np.uint8), np.array([1, 2]), ONCE)
 
 
-def test_counts_are_64_bits_wide():
+def test_counts_have_64_bits():
     counter = count([b"a", b"b"], np.array([1 << 40, 3]))
     count([b"a", b"a"], np.array([1 << 61]), counter)
     counts = counter.counts()
     assert dict(merge_counts(counts, count([b"b"]).counts()).items()) == {b"a": (1 << 62) + (1 << 40), b"b": 4}
 
 
-def test_negative_ends_skip():
+def test_negative_ends_skip_special_tokens():
     counter = PretokenCounter()
     counter.add(np.frombuffer(b"ab<|>abc", np.uint8), 0, np.array([2, -5, 7, 8]), ONCE)
     assert dict(counter.counts().items()) == {b"ab": 2, b"c": 1}
 
 
-def test_a_mapping_becomes_counts_and_comes_back():
+def test_round_trip_of_a_mapping():
     mapping = {b"ab": 3, b"\xff": 1, b"c" * 50: 1 << 50}
     assert dict(PretokenCounts.of(mapping).items()) == mapping
     assert len(PretokenCounts.of({})) == 0
 
 
 @pytest.mark.parametrize("runs", [1, 2, 7])
-def test_runs_on_disk_merge_to_the_counts_of_all(monkeypatch, tmp_path, runs):
+def test_merged_runs_equal_counts_of_all(monkeypatch, tmp_path, runs):
     monkeypatch.setattr(spill_module, "_BUFFER_BYTES", 500)
     monkeypatch.setattr(spill_module, "_BUFFER_PRETOKENS", 40)
     found = some_pretokens(2000)
@@ -160,19 +160,19 @@ def test_runs_on_disk_merge_to_the_counts_of_all(monkeypatch, tmp_path, runs):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_spilled_is_nothing_counted(tmp_path):
+def test_an_empty_spill_gives_no_counts(tmp_path):
     with Spill(tmp_path) as spill:
         spill.add(count([]).counts())
         assert len(spill.merged()) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+def test_a_full_disk_raises_and_leaves_no_files(tmp_path):
     counts = count(some_pretokens(20_000)).counts()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(UserError, match="or takes no file of this size"), Spill(tmp_path) as spill:
+        with pytest.raises(UserError, match=r"cannot write counts to .*; free disk space"), Spill(tmp_path) as spill:
             spill.add(counts)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -184,7 +184,7 @@ def counted():
     return CountedText(count(some_pretokens(500)).counts(), "gpt2", ("<|endoftext|>", "é"), 12345)
 
 
-def test_a_counts_file_comes_back(counted, tmp_path):
+def test_round_trip_of_a_counts_file(counted, tmp_path):
     save_counts(tmp_path / "counts", counted)
     loaded = load_counts(tmp_path / "counts")
     assert equal(loaded.counts, counted.counts)
@@ -193,22 +193,22 @@ def test_a_counts_file_comes_back(counted, tmp_path):
     assert (tmp_path / "again").read_bytes() == (tmp_path / "counts").read_bytes()
 
 
-def test_a_counts_file_that_is_cut_off_or_changed_is_refused(counted, tmp_path):
+def test_truncated_or_modified_counts_files_raise(counted, tmp_path):
     path = tmp_path / "counts"
     save_counts(path, counted)
     whole = path.read_bytes()
     for size in range(1, len(whole), 997):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"is no counts file|is cut off"):
+        with pytest.raises(UserError, match=r"is not a counts file|is truncated"):
             load_counts(path)
     for place in range(30, len(whole), 997):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(UserError, match=r"is no counts file|was changed|has version"):
+        with pytest.raises(UserError, match=r"is not a counts file|was modified|has version"):
             load_counts(path)
 
 
 def rewrite(path, header=None, body=None):
-    """Change a counts file, and give it the sha256 of what it is now."""
+    """Modify a counts file and update its sha256."""
     line, _, rest = path.read_bytes().partition(b"\n")
     content = json.loads(line) | (header or {})
     content = {name: value for name, value in content.items() if name != "sha256" and value is not None}
@@ -235,37 +235,37 @@ def rewrite(path, header=None, body=None):
         {"pattern": "gpt3"},
     ],
 )
-def test_an_unchanged_counts_file_may_still_be_wrong(tmp_path, header):
+def test_inconsistent_counts_files_with_a_valid_digest_raise(tmp_path, header):
     path = tmp_path / "counts"
     save_counts(path, CountedText(PretokenCounts.of({b"abc": 2, b"de": 1}), "gpt2", (), 8))
     rewrite(path)
     assert dict(load_counts(path).counts.items()) == {b"abc": 2, b"de": 1}
     rewrite(path, header)
-    with pytest.raises(UserError, match="is not what save_counts writes"):
+    with pytest.raises(UserError, match="is malformed"):
         load_counts(path)
 
 
 @pytest.mark.parametrize(
     ("ends", "counts"), [([3, 1 << 28], [1, 1]), ([3, 2], [1, 1]), ([-1, 5], [1, 1]), ([3, 4], [1, 1]), ([3, 5], [1, 0])]
 )
-def test_counts_that_are_not_sound_are_refused(tmp_path, ends, counts):
+def test_inconsistent_counts_raise(tmp_path, ends, counts):
     wrong = PretokenCounts(np.frombuffer(b"abcde", np.uint8), np.array(ends), np.array(counts))
-    with pytest.raises(ValueError, match="not sound"):
+    with pytest.raises(ValueError, match="are inconsistent"):
         learn_merges(wrong, 3)
     save_counts(tmp_path / "counts", CountedText(wrong, "gpt2", (), 5))
-    with pytest.raises(UserError, match="do not end one after another"):
+    with pytest.raises(UserError, match="expected ascending ends"):
         load_counts(tmp_path / "counts")
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000 + b"\n", b"GIF89a", b"[1]\n", b'{"format": "other"}\n', b"\xff\n"])
-def test_a_foreign_file_is_no_counts_file(tmp_path, content):
+def test_other_files_raise(tmp_path, content):
     (tmp_path / "foreign").write_bytes(content)
-    with pytest.raises(UserError, match="is no counts file"):
+    with pytest.raises(UserError, match="is not a counts file"):
         load_counts(tmp_path / "foreign")
 
 
-def test_entries_that_do_not_fit_at_the_end_of_a_table_go_on_at_its_beginning():
-    # These have the highest hashes of many: in a table of the smallest size all begin in its last slots.
+def test_entries_wrap_around_at_the_end_of_a_table():
+    # These have the highest of many hashes: in the smallest table, all belong into the last slots.
     highest = [word for word, _ in count([b"%d" % number for number in range(200_000)]).counts().items()][-60:]
     lowest = [b"%d" % number for number in range(900)]
     counts = count([*highest, *lowest] * 3).counts()

@@ -34,7 +34,7 @@ def encoder_of(merges, rng=None, pattern="gpt2"):
 
 
 def plain_of(compiled, merges, ids, whole=None):
-    """The encoder that merges one after another, for the same merges and ids."""
+    """Return the plain encoder of the same merges and ids."""
     split = compiled._split or partial(split_by_scanner, scanner_of("gpt2"))
     byte_ids = np.array([ids[bytes([byte])] for byte in range(256)])
     return PlainEncoder(merge_ids(merges, ids), byte_ids, split, len(ids), whole)
@@ -59,8 +59,8 @@ def trained(rng, letters):
     return learn_merges(PretokenCounts.of(words), rng.randint(0, 40)).as_bytes()
 
 
-def made_up(rng, letters):
-    """Merges of tokens that are there, which may be none that any text ever sees."""
+def random_merges(rng, letters):
+    """Return merges of existing tokens; some never apply to any text."""
     tokens, merges = [bytes([letter]) for letter in letters], {}
     for _ in range(rng.randint(0, 14)):
         left, right = rng.choice(tokens), rng.choice(tokens)
@@ -69,23 +69,23 @@ def made_up(rng, letters):
     return list(merges)
 
 
-@pytest.mark.parametrize("make", [trained, made_up])
+@pytest.mark.parametrize("make", [trained, random_merges])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_search_finds_what_merging_leaves(make, seed):
+def test_backtracking_equals_merging(make, seed):
     rng = random.Random(seed)
     for _ in range(30):
         letters = rng.choice([b"a", b"ab", b"abc", b"abcd"])
         merges = make(rng, letters)
         compiled, ids = encoder_of(merges, rng)
-        assert not merges_by_rank(compiled) or make is made_up
+        assert not merges_by_rank(compiled) or make is random_merges
         plain = plain_of(compiled, merges, ids)
         for _ in range(25):
             text = bytes(rng.choices(letters + b" ", k=rng.randint(1, rng.choice([5, 20, 64, 400]))))
             assert encode(compiled, text) == encode(plain, text)
 
 
-def test_an_order_that_no_training_gives_is_merged_one_by_one():
-    # The pair (ab, c) merges before there is an ab; afterwards it comes first.
+def test_untrained_orders_use_rank_merging():
+    # The merge of (ab, c) comes before the merge that produces ab; afterwards it has priority.
     compiled, ids = encoder_of([(b"ab", b"c"), (b"a", b"b"), (b"b", b"c")])
     assert merges_by_rank(compiled)
     assert encode(compiled, b"abcabc") == [ids[b"abc"]] * 2
@@ -97,7 +97,7 @@ def test_an_order_that_no_training_gives_is_merged_one_by_one():
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
-def test_long_pretokens_merged_by_rank_leave_borders_in_place(pattern):
+def test_rank_merging_of_long_pretokens_preserves_borders(pattern):
     merges = [(b"ab", b"c"), (b"a", b"b"), (b"b", b"c")]
     compiled, ids = encoder_of(merges, pattern=pattern)
     plain = plain_of(compiled, merges, ids)
@@ -116,8 +116,8 @@ WHOLE = [b"abc", b"ab", b"zz", b" q", b" abcabcabcabcabcabcabcabc", b"c" * 100, 
 
 @pytest.mark.parametrize("longest", [100, 300], ids=["in the cache", "too long for the cache"])
 @pytest.mark.parametrize("merges", [[(b"a", b"b"), (b"b", b"a")], [(b"ab", b"c"), (b"a", b"b")]], ids=["in order", "by rank"])
-def test_whole_tokens_come_before_merges(words, monkeypatch, merges, longest):
-    # So that the cache is given up several times, and has to know them again.
+def test_whole_tokens_take_precedence_over_merges(words, monkeypatch, merges, longest):
+    # The small cache is discarded several times, and must contain the tokens again.
     monkeypatch.setattr(pretoken_cache, "_LARGEST", 1 << 12)
     made = [left + right for left, right in merges]
     tokens = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *made, *WHOLE, b"d" * longest])
@@ -134,7 +134,7 @@ def test_whole_tokens_come_before_merges(words, monkeypatch, merges, longest):
     assert encode(compiled, b"abc ab zz") == [ids[b"abc"], *encode(plain, b" ab"), *encode(plain, b" zz")]
 
 
-def test_merges_that_never_come_to_pass_do_no_harm():
+def test_merges_that_never_apply():
     merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c"), (b"a", b"bc"), (b"abc", b"abc")]
     compiled, ids = encoder_of(merges)
     assert isinstance(compiled, CompiledEncoder)
@@ -142,7 +142,7 @@ def test_merges_that_never_come_to_pass_do_no_harm():
 
 
 @pytest.mark.parametrize("letters", ["a", "ACGT", "中文沒有空格"], ids=["one letter", "dna", "cjk"])
-def test_long_runs_are_merged_rightly(letters):
+def test_long_runs_are_merged_correctly(letters):
     text = "".join(random.Random(0).choices(letters, k=40_000)).encode()
     merges = learn_merges(PretokenCounts.of({text[:5000]: 1}), 200).as_bytes()
     compiled, ids = encoder_of(merges)
@@ -151,12 +151,12 @@ def test_long_runs_are_merged_rightly(letters):
 
 @pytest.fixture
 def words():
-    """More distinct pretokens than the cache begins with, of all lengths up to 200 bytes."""
+    """Return more distinct pretokens than the initial cache holds, of all lengths up to 200 bytes."""
     rng = random.Random(3)
     return [bytes(rng.choices(b"abcde", k=min(200, 1 + int(rng.expovariate(0.08))))) for _ in range(9000)]
 
 
-def test_the_cache_grows_and_then_forgets(words, monkeypatch):
+def test_the_cache_grows_and_is_then_emptied(words, monkeypatch):
     monkeypatch.setattr(pretoken_cache, "_LARGEST", 1 << 13)
     merges = learn_merges(PretokenCounts.of(dict.fromkeys(words[:500], 1)), 300).as_bytes()
     compiled, ids = encoder_of(merges)
@@ -169,7 +169,7 @@ def test_the_cache_grows_and_then_forgets(words, monkeypatch):
     assert max(sizes) == 1 << 13
 
 
-def test_a_larger_cache_knows_the_same(words):
+def test_a_grown_cache_keeps_its_entries(words):
     merges = learn_merges(PretokenCounts.of(dict.fromkeys(words[:500], 1)), 300).as_bytes()
     compiled, _ = encoder_of(merges)
     encode(compiled, b" ".join(words[:1500]))
@@ -192,7 +192,7 @@ def test_a_long_text_gets_a_large_cache_at_once():
     assert len(next_cache(cache, 1 << 22).entries) == 16 * len(cache.entries)
 
 
-def test_a_cache_whose_lock_is_taken_is_read_but_not_added_to(words):
+def test_a_locked_cache_is_read_but_not_modified(words):
     merges = learn_merges(PretokenCounts.of(dict.fromkeys(words[:500], 1)), 300).as_bytes()
     compiled, ids = encoder_of(merges)
     text = b" ".join(words[:600])
@@ -208,8 +208,8 @@ def test_a_cache_whose_lock_is_taken_is_read_but_not_added_to(words):
     assert compiled._cache.used[0] > known
 
 
-def test_pretokens_made_to_collide_are_not_all_remembered():
-    # Of these keys all have one hash: see `pretoken_hash`.
+def test_colliding_pretokens_are_not_all_cached():
+    # All these keys have equal hashes: see `pretoken_hash`.
     mask = (1 << 64) - 1
     highs = range(1, 1500)
     lows = [(high * 0xC2B2AE3D27D4EB4F) & mask for high in highs]
@@ -222,7 +222,7 @@ def test_pretokens_made_to_collide_are_not_all_remembered():
     assert compiled._cache.used[0] == pretoken_cache.LOOKUPS
 
 
-def test_ids_beyond_20_bits_are_remembered():
+def test_ids_of_more_than_20_bits_are_cached():
     tokens = [*(bytes([byte]) for byte in range(256)), *(b"<%d>" % index for index in range(1 << 20)), b"ab", b"abc"]
     ids = {token: id for id, token in enumerate(tokens)}
     compiled = new_encoder([(b"a", b"b"), (b"ab", b"c")], ids)
@@ -232,9 +232,9 @@ def test_ids_beyond_20_bits_are_remembered():
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
 @pytest.mark.parametrize("block", [1, 2, 3, 50, 1 << 13])
-def test_borders_part_the_text_wherever_blocks_end(monkeypatch, block, pattern):
+def test_borders_are_independent_of_block_ends(monkeypatch, block, pattern):
     monkeypatch.setattr(workspace, "BLOCK", block)
-    monkeypatch.setattr(workspace, "ROOM", block)
+    monkeypatch.setattr(workspace, "TEXT_BYTES", block)
     compiled, ids = encoder_of([(b"a", b"b"), (b" ", b"ab")], pattern=pattern)
     rng = random.Random(block)
     parts = [bytes(rng.choices(b"ab ", k=rng.randint(0, 6))) for _ in range(200)]
@@ -276,7 +276,7 @@ def test_threads_share_an_encoder(words):
     assert 1 <= len(compiled._idle) <= 4
 
 
-def test_a_text_that_there_was_no_memory_for_does_no_harm(monkeypatch):
+def test_encoding_works_after_a_memory_error(monkeypatch):
     compiled, _ = encoder_of([(b"a", b"b")])
     text = b"ab" * 200_000
     with monkeypatch.context() as patched:
@@ -290,7 +290,7 @@ def test_a_text_that_there_was_no_memory_for_does_no_harm(monkeypatch):
     assert encode(compiled, text) == [256] * 200_000
 
 
-def test_room_for_a_long_pretoken_is_given_back(monkeypatch):
+def test_buffers_for_a_long_pretoken_are_freed(monkeypatch):
     monkeypatch.setattr(compiled_encoder_module, "_KEPT", 1 << 18)
     compiled, _ = encoder_of([(b"a", b"b")])
     assert len(encode(compiled, b"ab" * 200_000)) == 200_000
@@ -302,7 +302,7 @@ def test_the_smallest_cache_is_small():
 
 
 def test_every_length_of_a_text_and_every_place_of_its_end():
-    """The end of a text is read from a copy: each place of the last pretoken in its 64 bytes is tried."""
+    """The end of a text is read from a copy: put the last pretoken at each place of its 64 bytes."""
     rng = random.Random(5)
     compiled, ids = encoder_of([(b"a", b"b"), (b" ", b"ab"), (b"'", b"s")])
     plain = plain_of(compiled, [(b"a", b"b"), (b" ", b"ab"), (b"'", b"s")], ids)
@@ -315,7 +315,7 @@ def test_every_length_of_a_text_and_every_place_of_its_end():
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 66, 130, 300])
-def test_a_text_that_may_hold_a_special_token_is_told(size):
+def test_the_fast_path_detects_special_tokens(size):
     finder = SpecialFinder(["<|end|>", "~"])
     ids = {bytes([byte]): byte for byte in range(256)}
     compiled = new_encoder([], ids, beginnings=finder.beginnings)
@@ -329,28 +329,28 @@ def test_a_text_that_may_hold_a_special_token_is_told(size):
 
 
 @pytest.mark.parametrize("merges", [[(b"a", b"b")], [(b"ab", b"c"), (b"a", b"b")]], ids=["in order", "by rank"])
-def test_the_longest_pretokens_that_there_is_room_for_stay_in_their_scratch(merges, monkeypatch):
-    room = 1 << 10
-    monkeypatch.setattr(workspace, "ROOM", room)
+def test_the_longest_pretokens_stay_within_their_buffers(merges, monkeypatch):
+    text_bytes = 1 << 10
+    monkeypatch.setattr(workspace, "TEXT_BYTES", text_bytes)
     compiled, ids = encoder_of(merges)
     plain = plain_of(compiled, merges, ids)
     encode(compiled, b"x")
-    (desk,) = compiled._idle
+    (idle,) = compiled._idle
     guarded = {}
     for name in (*workspace.Scratch._fields, *(f"rank_{name}" for name in workspace.RankScratch._fields)):
-        size = len(desk._arrays[name])
-        whole = np.zeros(size + 512, desk._arrays[name].dtype)
+        size = len(idle._arrays[name])
+        whole = np.zeros(size + 512, idle._arrays[name].dtype)
         guarded[name] = whole[size:]
-        desk.set(name, whole[:size])
-    for size in [*range(room + 60, room + 2 * LONGEST - 2, 7), room + 2 * LONGEST - 2]:
+        idle.set(name, whole[:size])
+    for size in [*range(text_bytes + 60, text_bytes + 2 * LONGEST - 2, 7), text_bytes + 2 * LONGEST - 2]:
         text = (b"abc" * size)[:size]
         assert encode(compiled, text) == encode(plain, text)
-    assert compiled._idle == [desk]
+    assert compiled._idle == [idle]
     assert not any(guard.any() for guard in guarded.values())
 
 
-def test_whole_tokens_made_to_share_a_place_are_looked_up_in_python():
-    # Of these keys all have one hash: see `pretoken_hash`.
+def test_colliding_whole_tokens_use_the_plain_encoder():
+    # All these keys have equal hashes: see `pretoken_hash`.
     mask = (1 << 64) - 1
     keys = [((high * 0xC2B2AE3D27D4EB4F) & mask, high) for high in range(1, 300)]
     tokens = [low.to_bytes(8, "little") + high.to_bytes(8, "little") for low, high in keys]

@@ -1,4 +1,4 @@
-"""From plain Python to compiled code: when, once, and with any number of threads."""
+"""The switch from plain Python to compiled code: when it happens, that it happens once, and in several threads."""
 
 import threading
 
@@ -27,7 +27,7 @@ def encode(encoder, data):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What is answered next to whether the work is to be compiled, and the sizes that were asked for."""
+    """The next answers of `Work.is_compiled`, and the sizes it was called with."""
     asked = []
     left = []
 
@@ -39,27 +39,27 @@ def answers(monkeypatch):
     return left, asked
 
 
-def test_texts_are_encoded_in_python_until_compiled_code_pays(answers):
+def test_texts_are_encoded_in_python_until_compiling_is_worthwhile(answers):
     left, asked = answers
     left += [False, False, True]
     encoder = lazy()
     for _ in range(5):
         assert encode(encoder, b"abcab") == [257, 256]
-    # When it is compiled, nobody asks any more.
+    # Once compiled, the encoder does not call it again.
     assert asked == [5, 5, 5]
     assert isinstance(encoder.encode.__self__, CompiledEncoder)
 
 
-def test_what_is_expected_counts_before_it_comes(answers):
+def test_expected_text_counts_in_advance(answers):
     left, asked = answers
     left += [True]
     encoder = lazy()
-    assert isinstance(encoder.chosen(1 << 30), CompiledEncoder)
+    assert isinstance(encoder.encoder_for(1 << 30), CompiledEncoder)
     assert encode(encoder, b"abc") == [257]
     assert asked == [1 << 30]
 
 
-def test_whole_tokens_are_such_in_both(answers):
+def test_both_encoders_support_whole_tokens(answers):
     left, _ = answers
     left += [False, True]
     vocab = VOCAB | {258: b"zz"}
@@ -72,22 +72,22 @@ def test_whole_tokens_are_such_in_both(answers):
     assert kinds == {LazyEncoder, CompiledEncoder}
 
 
-def test_merges_that_do_not_fit_are_an_error_at_once():
+def test_invalid_merges_raise_at_once():
     with pytest.raises(UserError, match="merge 0, b'x' b'y', needs b'xy', which is not in the vocabulary"):
         lazy([(b"x", b"y")])
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\S+|\s"])
-def test_a_pattern_has_one_count_of_what_was_encoded(pattern):
+def test_tokenizers_of_a_pattern_share_their_work(pattern):
     work = encoding_work(pattern)
     assert encoding_work(pattern) is work
     names = {each.name for each in work._entries}
     assert "encode_loop.encode_pretokens" in names
-    # The loop of the encoder finds GPT-2's pretokens by itself, and `regex` those of an expression.
+    # The encoder's loop finds GPT-2's pretokens itself, and `regex` those of an expression.
     assert any("scan" in name for name in names) == (pattern in PATTERNS and pattern != "gpt2")
 
 
-def test_threads_go_over_together(monkeypatch):
+def test_threads_switch_together(monkeypatch):
     asked = iter(range(10_000))
     monkeypatch.setattr(Work, "is_compiled", lambda work, units: next(asked) > 100)
     encoder = lazy()

@@ -1,4 +1,4 @@
-"""Files of tokenizers and tiktoken, written and read here, and used by those libraries themselves."""
+"""Files of tokenizers and tiktoken: written and read here, and used by those libraries."""
 
 import base64
 import itertools
@@ -72,18 +72,18 @@ def ours(data):
     return Tokenizer.of(data)
 
 
-def test_real_text_gets_the_same_ids_everywhere(ours, peers, real_text):
+def test_all_formats_give_the_same_ids_on_real_text(ours, peers, real_text):
     ids = ours.encode(real_text)
     assert {name: encode(real_text) == ids for name, encode in peers.items()} == dict.fromkeys(peers, True)
 
 
 @steady
 @given(text=texts)
-def test_any_text_gets_the_same_ids_everywhere(ours, peers, text):
+def test_all_formats_give_the_same_ids_on_any_text(ours, peers, text):
     assert {name: encode(text) for name, encode in peers.items()} == dict.fromkeys(peers, ours.encode(text))
 
 
-def test_what_is_written_is_read_again(data, folder):
+def test_round_trip_of_all_formats(data, folder):
     expected = fingerprint(data)
     assert fingerprint(load_tokenizer(folder / "huggingface.json")) == expected
     assert fingerprint(load_tiktoken(folder / "ranks.tiktoken", data.pattern, data.special_tokens)) == expected
@@ -94,7 +94,7 @@ def test_what_is_written_is_read_again(data, folder):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["special tokens first", "no special tokens"])
-def test_files_of_huggingface_are_read(text_file, real_text, tmp_path, first):
+def test_huggingface_files_are_read(text_file, real_text, tmp_path, first):
     peer = tokenizers.Tokenizer(models.BPE())
     peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     peer.decoder = decoders.ByteLevel()
@@ -108,12 +108,12 @@ def test_files_of_huggingface_are_read(text_file, real_text, tmp_path, first):
     ids = Tokenizer.of(data).encode(real_text)
     assert ids == peer.encode(real_text).ids
     assert max(ids) > 500
-    # From here to the third library, ids that do not begin with the bytes included.
+    # Convert on to the third library, including ids that do not start with the bytes.
     save_tiktoken(tmp_path / "ranks.tiktoken", data)
     assert load_tiktoken(tmp_path / "ranks.tiktoken", special_tokens=data.special_tokens) == data
 
 
-# StarCoder's, which is two steps there, and one of our own.
+# StarCoder's pattern, which has two steps in tokenizers, and a custom one.
 OTHERS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     r"\$\p{N}+|\s*\p{Lu}?\p{L}++|(?:.|\s)",
@@ -121,7 +121,7 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, *OTHERS])
-def test_every_pattern_splits_alike_in_huggingfaces_engine(tmp_path, pattern):
+def test_every_pattern_splits_like_huggingfaces_engine(tmp_path, pattern):
     path = tmp_path / "tokenizer.json"
     data = TokenizerData(BYTES, [], {}, pattern)
     save_huggingface(path, data)
@@ -148,8 +148,8 @@ def test_a_special_tokens_id_may_leave_a_gap(tmp_path):
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("é<|b|>").ids == [0xC3, 0xA9, 300]
 
 
-def test_merges_given_as_pairs_and_in_every_split_are_read(data, folder, tmp_path, real_text, ours):
-    # As converters from tiktoken write them: every two tokens that make a third, which then stays one by `ignore_merges`.
+def test_merges_as_pairs_of_every_split_are_read(data, folder, tmp_path, real_text, ours):
+    # As converters from tiktoken write them: all pairs of tokens that form a third one, with `ignore_merges`.
     document = json.loads((folder / "huggingface.json").read_text())
     ranks = {token: id for id, token in data.vocab.items() if id not in data.special_tokens.values()}
     splits = [
@@ -178,51 +178,51 @@ def change(document, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["normalizer"], {"type": "Sequence"}, "normalizers is null: a list is needed"),
-        (["post_processor"], {"type": "TemplateProcessing", "single": [3]}, "single.SpecialToken is null: an object"),
-        (["pre_tokenizer"], {"type": "Sequence"}, "pretokenizers is null: a list is needed"),
-        (["pre_tokenizer"], {"type": "Split"}, "pre_tokenizer.pattern is null: an object is needed"),
+        (["normalizer"], {"type": "Sequence"}, "normalizers is null: expected a list"),
+        (["post_processor"], {"type": "TemplateProcessing", "single": [3]}, "single.SpecialToken is null: expected an object"),
+        (["pre_tokenizer"], {"type": "Sequence"}, "pretokenizers is null: expected a list"),
+        (["pre_tokenizer"], {"type": "Split"}, "pre_tokenizer.pattern is null: expected an object"),
         (
             ["pre_tokenizer"],
             {"type": "Split", "pattern": {"Regex": ["a"]}, "behavior": "Isolated"},
-            "pre_tokenizer.pattern.Regex is .*: a string is needed",
+            "pre_tokenizer.pattern.Regex is .*: expected a string",
         ),
         (["normalizer"], {"type": "NFC"}, 'normalizer {"type": "NFC"}, which would give other ids'),
         (["truncation"], {"max_length": 5}, "truncation"),
         (["padding"], {"strategy": "BatchLongest"}, "padding"),
         (["post_processor"], {"type": "TemplateProcessing"}, "post_processor"),
         (["decoder"], {"type": "Metaspace"}, "decoder"),
-        (["model", "type"], "Unigram", "only BPE"),
+        (["model", "type"], "Unigram", "expected BPE"),
         (["model", "dropout"], 0.1, "model.dropout 0.1"),
         (["model", "byte_fallback"], True, "model.byte_fallback true"),
         (["model", "end_of_word_suffix"], "</w>", "model.end_of_word_suffix"),
         (["model", "continuing_subword_prefix"], "##", "model.continuing_subword_prefix"),
         (["model", "vocab", "!"], "7", "'!' the id '7'"),
-        (["model", "vocab", "zzz"], 3_000_000_000, "'zzz' the id 3000000000: an integer from 0 to 16777215"),
-        (["added_tokens", 0, "id"], 10**12, "the id 1000000000000: an integer"),
-        (["added_tokens", 0, "id"], "257", "the id '257': an integer"),
-        (["added_tokens", 0, "id"], 257.0, "the id 257.0: an integer"),
+        (["model", "vocab", "zzz"], 3_000_000_000, "'zzz' the id 3000000000: expected an integer from 0 to 16777215"),
+        (["added_tokens", 0, "id"], 10**12, "the id 1000000000000: expected an integer"),
+        (["added_tokens", 0, "id"], "257", "the id '257': expected an integer"),
+        (["added_tokens", 0, "id"], 257.0, "the id 257.0: expected an integer"),
         (["added_tokens", 0, "content"], "\ud800", "holds a surrogate"),
         (["model", "merges", 0], "ab", "merge 'ab'"),
-        (["model"], {}, "has another format|of another format|only BPE"),
-        (["model", "merges", 0], ["a", "b", "c"], "merge \\['a', 'b', 'c'\\]: two tokens with a space between them"),
-        (["model", "merges", 0], "a b c", "merge 'a b c': two tokens with a space between them"),
-        (["model", "merges", 0], 3, "merge 3: two tokens"),
-        (["model", "merges"], None, "model.merges is null: a list is needed"),
-        (["model", "vocab"], [["a", 1]], "model.vocab is .*: an object is needed"),
-        (["added_tokens"], {"<a>": 1}, "added_tokens is .*: a list is needed"),
-        (["added_tokens", 0], "<a>", r"added_tokens\[0\].content is null: a string is needed"),
+        (["model"], {}, "has an unknown format|expected BPE"),
+        (["model", "merges", 0], ["a", "b", "c"], "merge \\['a', 'b', 'c'\\]: expected two tokens with a space between them"),
+        (["model", "merges", 0], "a b c", "merge 'a b c': expected two tokens with a space between them"),
+        (["model", "merges", 0], 3, "merge 3: expected two tokens"),
+        (["model", "merges"], None, "model.merges is null: expected a list"),
+        (["model", "vocab"], [["a", 1]], "model.vocab is .*: expected an object"),
+        (["added_tokens"], {"<a>": 1}, "added_tokens is .*: expected a list"),
+        (["added_tokens", 0], "<a>", r"added_tokens\[0\].content is null: expected a string"),
         (["added_tokens", 0], {"content": "<a>"}, "'<a>' the id None"),
-        (["pre_tokenizer"], None, 'pre_tokenizer "null"'),
-        (["pre_tokenizer"], {"kind": 1}, 'pre_tokenizer "{"kind": 1}"'),
-        (["pre_tokenizer"], {"type": "Whitespace"}, 'pre_tokenizer "Whitespace"'),
+        (["pre_tokenizer"], None, 'pre_tokenizer is "null"'),
+        (["pre_tokenizer"], {"kind": 1}, 'pre_tokenizer is "{"kind": 1}"'),
+        (["pre_tokenizer"], {"type": "Whitespace"}, 'pre_tokenizer is "Whitespace"'),
         (["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space true"),
         (["pre_tokenizer", "use_regex"], False, "use_regex false"),
         (["added_tokens", 0, "lstrip"], True, "lstrip true"),
-        (["added_tokens", 0, "id"], 5, "'<|endoftext|>' the id 5, which is that of"),
+        (["added_tokens", 0, "id"], 5, "'<|endoftext|>' the id 5, which belongs to"),
     ],
 )
-def test_what_would_give_other_ids_is_refused_by_name(tmp_path, path, value, message):
+def test_features_that_would_change_ids_raise(tmp_path, path, value, message):
     save_huggingface(tmp_path / "tokenizer.json", Tokenizer(BYTES | {256: b"ab"}, [(b"a", b"b")], SPECIALS).data)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
     change(document, path, value)
@@ -233,8 +233,8 @@ def test_what_would_give_other_ids_is_refused_by_name(tmp_path, path, value, mes
     assert "\n" not in str(refused.value)
 
 
-def test_gpt2s_own_file_is_read_though_its_model_has_no_type(tmp_path):
-    # As the hub has it: from before models had a type, byte_fallback or ignore_merges.
+def test_gpt2s_file_without_a_model_type_is_read(tmp_path):
+    # As on the Hub: it predates type, byte_fallback and ignore_merges.
     ours = Tokenizer(BYTES | {256: b"ab"}, [(b"a", b"b")], SPECIALS)
     save_huggingface(tmp_path / "tokenizer.json", ours.data)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -257,12 +257,12 @@ def test_gpt2s_own_file_is_read_though_its_model_has_no_type(tmp_path):
         ({"invert": True}, "pre_tokenizer.invert"),
         ({"behavior": "Removed"}, "pre_tokenizer.behavior"),
         ({"pattern": {"String": " "}}, "pre_tokenizer.pattern"),
-        ({"pattern": {"Regex": r"\p{N}{1,3}+|\P{N}"}}, r"holds '\{1,3}\+'"),
-        ({"pattern": {"Regex": r"\w+|\W"}}, r"holds '\\\\w'"),
-        ({"pattern": {"Regex": r".+$"}}, r"holds '\$'"),
+        ({"pattern": {"Regex": r"\p{N}{1,3}+|\P{N}"}}, r"has '\{1,3}\+'"),
+        ({"pattern": {"Regex": r"\w+|\W"}}, r"has '\\\\w'"),
+        ({"pattern": {"Regex": r".+$"}}, r"has '\$'"),
     ],
 )
-def test_splits_that_mean_something_else_are_refused(tmp_path, changes, message):
+def test_unsupported_splits_raise(tmp_path, changes, message):
     save_huggingface(tmp_path / "tokenizer.json", TokenizerData(BYTES, [], {}, "cl100k"))
     document = json.loads((tmp_path / "tokenizer.json").read_text())
     document["pre_tokenizer"]["pretokenizers"][0].update(changes)
@@ -276,20 +276,20 @@ def test_splits_that_mean_something_else_are_refused(tmp_path, changes, message)
     [
         (b"", "is empty"),
         (b"YQ== 0\nYg==\n", "line 2"),
-        (b"YQ== 0\n\nYQ== 1\n", "line 3.*there already"),
-        (b"YQ== 0\nYg== 0\n", "line 2.*there already"),
+        (b"YQ== 0\n\nYQ== 1\n", "line 3.*a duplicate"),
+        (b"YQ== 0\nYg== 0\n", "line 2.*a duplicate"),
         (b"Y! 0\n", "line 1"),
         (b"YQ== zero\n", "line 1"),
-        (b"YQ== 0\nYg== 1\nYWJi 2\n", r"lacks the byte b'\\x00': all 256 are needed"),
+        (b"YQ== 0\nYg== 1\nYWJi 2\n", r"lacks the byte b'\\x00': expected all 256 bytes"),
     ],
 )
-def test_malformed_ranks_are_named(tmp_path, content, message):
+def test_malformed_ranks_raise(tmp_path, content, message):
     (tmp_path / "ranks.tiktoken").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tiktoken(tmp_path / "ranks.tiktoken")
 
 
-def test_a_special_token_does_not_take_the_id_of_another(folder):
+def test_a_special_token_with_a_used_id_raises(folder):
     with pytest.raises(UserError, match=r"'<\|x\|>' has the id 0"):
         load_tiktoken(folder / "ranks.tiktoken", special_tokens={"<|x|>": 0})
 
@@ -299,10 +299,10 @@ def test_a_special_token_does_not_take_the_id_of_another(folder):
     [
         ([b"bc", b"ab", b"abc"], [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")], "no merge of b'a' and b'bc'"),
         ([b"ab", b"bc"], [(b"b", b"c"), (b"a", b"b")], "b'ab' has a lower id than b'bc' but merges after it"),
-        ([b"abc"], [], "made of 3 others"),
+        ([b"abc"], [], "consists of 3 others"),
     ],
 )
-def test_merges_that_ranks_cannot_stand_for_are_refused(tmp_path, tokens, merges, message):
+def test_merges_that_are_not_equivalent_to_ranks_raise(tmp_path, tokens, merges, message):
     with pytest.raises(UserError, match=message):
         save_tiktoken(tmp_path / "ranks.tiktoken", TokenizerData(BYTES | dict(enumerate(tokens, 256)), merges, {}))
     assert not list(tmp_path.iterdir())
@@ -310,7 +310,7 @@ def test_merges_that_ranks_cannot_stand_for_are_refused(tmp_path, tokens, merges
 
 @st.composite
 def vocabularies(draw):
-    """Tokens over few letters, each of two before it, in an order no training need give."""
+    """Tokens over few letters, each of two earlier ones, in an order that training need not give."""
     tokens, merges = [b"a", b"b"], []
     for _ in range(draw(st.integers(0, 10))):
         pair = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
@@ -322,7 +322,7 @@ def vocabularies(draw):
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(merges=vocabularies())
-def test_what_is_written_as_ranks_gives_the_same_ids_in_tiktoken(tmp_path_factory, merges):
+def test_written_ranks_give_the_same_ids_in_tiktoken(tmp_path_factory, merges):
     vocab = BYTES | {256 + index: left + right for index, (left, right) in enumerate(merges)}
     path = tmp_path_factory.getbasetemp() / "ranks.tiktoken"
     try:
@@ -337,29 +337,29 @@ def test_what_is_written_as_ranks_gives_the_same_ids_in_tiktoken(tmp_path_factor
     assert load_tiktoken(path).merges == merges
 
 
-def test_a_special_token_that_a_merge_makes_is_in_no_file_of_ranks(tmp_path):
-    with pytest.raises(UserError, match="token b'ab' is special and made by a merge"):
+def test_ranks_with_a_special_token_that_a_merge_produces_raise(tmp_path):
+    with pytest.raises(UserError, match="token b'ab' is special and the result of a merge"):
         save_tiktoken(tmp_path / "ranks.tiktoken", Tokenizer(BYTES | {256: b"ab"}, [(b"a", b"b")], ["ab"]).data)
 
 
-def test_very_long_tokens_are_written_and_read(tmp_path):
+def test_round_trip_of_very_long_tokens(tmp_path):
     merges = [(b"a" * 2**power,) * 2 for power in range(18)]
     data = TokenizerData(BYTES | {256 + index: left + right for index, (left, right) in enumerate(merges)}, merges, {})
     save_tiktoken(tmp_path / "ranks.tiktoken", data)
     assert load_tiktoken(tmp_path / "ranks.tiktoken") == data
 
 
-def test_gpt2s_pattern_is_known_however_it_is_written(tmp_path):
+def test_gpt2s_pattern_is_recognized_in_all_spellings(tmp_path):
     spellings = (PATTERNS["gpt2"], r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
     for spelling in spellings:
         save_huggingface(tmp_path / "tokenizer.json", TokenizerData(BYTES, [], {}, spelling))
         assert load_tokenizer(tmp_path / "tokenizer.json").pattern == "gpt2"
 
 
-def test_two_tokens_that_read_alike_fit_no_json_vocabulary(tmp_path):
+def test_tokens_with_equal_text_raise_in_json_formats(tmp_path):
     data = TokenizerData(BYTES | {256: "Ġ".encode()}, [], {"Ġ": 256})
     for save in (save_huggingface, save_gpt2_files):
-        with pytest.raises(UserError, match="'Ġ' reads like another token, ids 32 and 256"):
+        with pytest.raises(UserError, match="'Ġ' has the same text as another token, ids 32 and 256"):
             save(tmp_path / "x", data)
     save_tokenizer(tmp_path / "native.json", data)
     assert load_tokenizer(tmp_path / "native.json") == data

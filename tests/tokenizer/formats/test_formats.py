@@ -30,7 +30,7 @@ def saved(tokenizer, tmp_path):
     return path
 
 
-def test_a_saved_tokenizer_comes_back(tokenizer, saved):
+def test_round_trip(tokenizer, saved):
     loaded = Tokenizer.load(saved)
     assert loaded.vocab == tokenizer.vocab
     assert loaded.merges == tokenizer.merges
@@ -38,7 +38,7 @@ def test_a_saved_tokenizer_comes_back(tokenizer, saved):
     assert loaded.fingerprint == tokenizer.fingerprint == json.loads(saved.read_bytes())["sha256"]
 
 
-def test_special_tokens_come_back_whatever_they_hold(tmp_path):
+def test_round_trip_of_any_special_tokens(tmp_path):
     specials = ["<|fin|>", "### Frage:", "終\n🙂", "Ġ"]
     tokenizer = Tokenizer(BYTES, [], specials)
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -47,13 +47,13 @@ def test_special_tokens_come_back_whatever_they_hold(tmp_path):
     assert loaded.encode("".join(specials)) == [256, 257, 258, 259]
 
 
-def test_equal_tokenizers_give_equal_files(tokenizer, saved, tmp_path):
+def test_equal_tokenizers_give_identical_files(tokenizer, saved, tmp_path):
     backwards = dict(reversed(tokenizer.vocab.items()))
     Tokenizer(backwards, tokenizer.merges, list(tokenizer.special_tokens)).save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == saved.read_bytes()
 
 
-def test_the_order_special_tokens_are_given_in_does_not_count():
+def test_files_are_independent_of_the_order_of_special_tokens():
     vocab = BYTES | {256: b"<a>", 257: b"<b>"}
     assert Tokenizer(vocab, [], ["<a>", "<b>"]).fingerprint == Tokenizer(vocab, [], ["<b>", "<a>"]).fingerprint
 
@@ -72,7 +72,7 @@ def test_the_fingerprint_covers_everything(tokenizer):
 
 
 @pytest.mark.parametrize(("pattern", "covered"), [("gpt2", False), ("deepseek-v3", False), (r"\w+|\W", True)])
-def test_the_fingerprint_of_a_pattern_that_regex_splits_covers_its_unicode(monkeypatch, tmp_path, tokenizer, pattern, covered):
+def test_the_fingerprint_of_a_custom_pattern_covers_the_unicode_version(monkeypatch, tmp_path, tokenizer, pattern, covered):
     data = tokenizer.data._replace(pattern=pattern)
     save_tokenizer(tmp_path / "tokenizer.json", data)
     before, classes = fingerprint(data), classes_by_regex()
@@ -82,7 +82,7 @@ def test_the_fingerprint_of_a_pattern_that_regex_splits_covers_its_unicode(monke
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
-def test_the_pattern_and_the_figures_of_the_training_are_kept(tokenizer, tmp_path, pattern):
+def test_the_pattern_and_the_training_figures_are_stored(tokenizer, tmp_path, pattern):
     path = tmp_path / "tokenizer.json"
     data = tokenizer.data._replace(pattern=pattern, training={"bytes": 1000, "ties": "cs336"})
     save_tokenizer(path, data)
@@ -90,7 +90,7 @@ def test_the_pattern_and_the_figures_of_the_training_are_kept(tokenizer, tmp_pat
     loaded = Tokenizer.load(path)
     assert loaded.pattern == pattern
     assert loaded.encode("It's 12345 o'clock!\n") == Tokenizer.of(data).encode("It's 12345 o'clock!\n")
-    # They are no part of what a tokenizer is.
+    # The figures are not part of a tokenizer's identity.
     assert loaded.fingerprint == fingerprint(data) == fingerprint(data._replace(training=None))
     assert (loaded.fingerprint == tokenizer.fingerprint) == (pattern == "gpt2")
 
@@ -106,7 +106,7 @@ def test_ids_may_have_gaps(tmp_path):
         loaded.decode([257])
 
 
-def test_a_file_cut_off_anywhere_is_refused(saved):
+def test_truncated_files_raise(saved):
     whole = saved.read_bytes()
     for size in range(0, len(whole) - 2, 997):
         saved.write_bytes(whole[:size])
@@ -117,16 +117,16 @@ def test_a_file_cut_off_anywhere_is_refused(saved):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"Q"', b'"R"', "changed after it was written"),
-        (b'"version": 2', b'"version": 1', "version 1: only 2 is known"),
-        (b"tilewright-tokenizer", b"other", "another format"),
-        (b'"sha256": "', b'"sha256": "0', "changed after it was written"),
-        (b'"pattern": "', b'"pattern": ".|', "changed after it was written"),
-        (b'"merges"', b'"merged"', "changed after it was written"),
+        (b'"Q"', b'"R"', "modified after it was written"),
+        (b'"version": 2', b'"version": 1', "version 1: expected 2"),
+        (b"tilewright-tokenizer", b"other", "an unknown format"),
+        (b'"sha256": "', b'"sha256": "0', "modified after it was written"),
+        (b'"pattern": "', b'"pattern": ".|', "modified after it was written"),
+        (b'"merges"', b'"merged"', "modified after it was written"),
         (b'"Q"', b'"\xff"', "not UTF-8"),
     ],
 )
-def test_a_changed_file_is_refused(saved, old, new, message):
+def test_modified_files_raise(saved, old, new, message):
     whole = saved.read_bytes()
     assert whole.count(old) >= 1
     saved.write_bytes(whole.replace(old, new, 1))
@@ -135,16 +135,16 @@ def test_a_changed_file_is_refused(saved, old, new, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("[1]", "an object is needed"), ("{}", "another format"), ("GIF89a", "not JSON")]
+    ("content", "message"), [("[1]", "expected an object"), ("{}", "an unknown format"), ("GIF89a", "not JSON")]
 )
-def test_a_foreign_file_is_refused(tmp_path, content, message):
+def test_files_of_unknown_formats_raise(tmp_path, content, message):
     (tmp_path / "foreign.json").write_text(content)
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path / "foreign.json")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
-def test_json_that_python_cannot_hold_is_refused(tmp_path, content):
+def test_json_that_python_cannot_parse_raises(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "merges.txt").write_text("a b\n")
     with pytest.raises(UserError, match="is not JSON, or is cut off"):
@@ -170,7 +170,7 @@ def test_json_that_python_cannot_hold_is_refused(tmp_path, content):
         {"training": [1]},
     ],
 )
-def test_a_whole_file_may_still_be_wrong(saved, changes):
+def test_inconsistent_files_with_a_valid_digest_raise(saved, changes):
     document = json.loads(saved.read_text()) | changes
     document["sha256"] = digest({name: document[name] for name in ("pattern", "special_tokens", "vocab", "merges")})
     saved.write_text(json.dumps(document))
@@ -178,12 +178,12 @@ def test_a_whole_file_may_still_be_wrong(saved, changes):
         Tokenizer.load(saved)
 
 
-def test_ids_have_an_end():
-    with pytest.raises(UserError, match="has the id 4294967296: ids go from 0 to 16777215"):
+def test_too_large_ids_raise():
+    with pytest.raises(UserError, match="has the id 4294967296: expected an id from 0 to 16777215"):
         Tokenizer(BYTES | {1 << 32: b"ab"}, [(b"a", b"b")])
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_missing_files_raise(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer.load(tmp_path / "none.json")
 
@@ -198,7 +198,7 @@ def test_every_byte_has_one_printable_character(data):
     assert from_printable(text) == data
 
 
-def test_the_alphabet_is_gpt2s():
+def test_the_alphabet_equals_gpt2s():
     assert to_printable(" café\n\x00\xad".encode()) == "ĠcafÃ©ĊĀÂŃ"
 
 
@@ -220,7 +220,7 @@ def test_gpt2_files_are_read(tokenizer, tmp_path, real_text):
     assert loaded.encode(real_text) == tokenizer.encode(real_text)
 
 
-def test_special_tokens_stand_as_plain_text_in_gpt2_files(tmp_path):
+def test_special_tokens_are_plain_text_in_gpt2_files(tmp_path):
     specials = ["<| fin |>", "終"]
     tokenizer = Tokenizer(BYTES | {256: b"# #", 257: b"##"}, [(b"#", b"#")], specials)
     loaded = Tokenizer.from_files(*write_gpt2_files(tmp_path, tokenizer, specials), specials)
@@ -239,17 +239,17 @@ def test_special_tokens_stand_as_plain_text_in_gpt2_files(tmp_path):
         ('{"a": 0}', "a b", "lacks the byte"),
     ],
 )
-def test_malformed_gpt2_files_are_named(tmp_path, vocab, merges, message):
+def test_malformed_gpt2_files_raise(tmp_path, vocab, merges, message):
     (tmp_path / "vocab.json").write_text(vocab)
     (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(UserError, match=message):
         Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
 
 
-def test_a_pattern_has_its_name_in_a_fingerprint_only_if_it_always_had():
-    # Tokenizers were made with the expressions of others before these had names.
+def test_fingerprints_store_only_the_original_names_of_patterns():
+    # Tokenizers were trained with these expressions before the patterns had names.
     expected = [name if name in ("gpt2", "cl100k", "o200k") else PATTERNS[name] for name in PATTERNS]
     assert [content_of(TokenizerData(BYTES, [], {}, name))["pattern"] for name in PATTERNS] == expected
-    # What was stored in runs and token files when there were three names.
+    # The fingerprints in runs and token files from when three patterns had names.
     data = TokenizerData(BYTES | {256: b"ab", 257: b"<|end|>"}, [(b"a", b"b")], {"<|end|>": 257})
     assert fingerprint(data) == "cb93309ab8f37270444d5aeed7689e7da6deeffc38067a0cbb125d6b795f498a"

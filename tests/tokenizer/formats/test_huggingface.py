@@ -1,4 +1,4 @@
-"""Files of tokenizers with all that real ones hold, written and used by that library itself."""
+"""Files with all features of real ones, written and used by the library tokenizers."""
 
 import json
 
@@ -57,7 +57,7 @@ def saved(peer, path):
         ([byte_level()], "gpt2"),
     ],
 )
-def test_steps_that_split_as_one_pattern_does_are_read(peer, tmp_path, steps, pattern):
+def test_steps_equivalent_to_one_pattern_are_read(peer, tmp_path, steps, pattern):
     peer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     ours = Tokenizer.load(saved(peer, tmp_path / "tokenizer.json"))
     assert pattern in (None, ours.pattern)
@@ -74,18 +74,18 @@ def test_steps_that_split_as_one_pattern_does_are_read(peer, tmp_path, steps, pa
     ("steps", "message"),
     [
         ([pre_tokenizers.Punctuation(), byte_level(), pre_tokenizers.Digits()], "Punctuation \\+ ByteLevel \\+ Digits"),
-        ([*splits(r"\p{N}", r"\p{L}+"), byte_level(False)], '"Split \\+ Split \\+ ByteLevel" is not known to split'),
-        ([*splits(r"\w+|\W"), byte_level(False)], r"holds '\\\\w'"),
+        ([*splits(r"\p{N}", r"\p{L}+"), byte_level(False)], 'pre_tokenizer is "Split \\+ Split \\+ ByteLevel": expected'),
+        ([*splits(r"\w+|\W"), byte_level(False)], r"has '\\\\w'"),
         ([*splits(r"\p{L}+"), byte_level()], "use_regex true after a Split"),
     ],
 )
-def test_other_steps_are_refused_by_name(peer, tmp_path, steps, message):
+def test_other_steps_raise(peer, tmp_path, steps, message):
     peer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     with pytest.raises(UserError, match=message):
         Tokenizer.load(saved(peer, tmp_path / "tokenizer.json"))
 
 
-def test_what_changes_nothing_is_read(peer, tokenizer, tmp_path, real_text):
+def test_steps_without_effect_are_read(peer, tokenizer, tmp_path, real_text):
     peer.normalizer = normalizers.Sequence([normalizers.Sequence([])])
     template = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     peer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
@@ -95,7 +95,7 @@ def test_what_changes_nothing_is_read(peer, tokenizer, tmp_path, real_text):
     assert ours.encode(real_text) == peer.encode(real_text).ids
 
 
-def test_a_template_is_left_out_only_on_demand(peer, tmp_path, real_text):
+def test_a_template_is_ignored_only_on_request(peer, tmp_path, real_text):
     template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 999)])
     peer.post_processor = processors.Sequence([processors.ByteLevel(), template])
     path = saved(peer, tmp_path / "tokenizer.json")
@@ -106,7 +106,7 @@ def test_a_template_is_left_out_only_on_demand(peer, tmp_path, real_text):
 
 
 @pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFKC(), normalizers.Lowercase()])
-def test_normalizers_are_refused_by_name(peer, tmp_path, form):
+def test_normalizers_raise(peer, tmp_path, form):
     peer.normalizer = normalizers.Sequence([form])
     with pytest.raises(UserError, match=f'normalizer {{"type": "{type(form).__name__}"}}, which would give other ids'):
         Tokenizer.load(saved(peer, tmp_path / "tokenizer.json"))
@@ -124,7 +124,7 @@ def added(*groups):
     ("plain", "normalized"),
     [(["<a>", "b|"], ["<b>", "c"]), (["<a>"], ["a>b"]), (["<a>|"], ["<a"]), ([], ["<a>", "a>b"])],
 )
-def test_added_tokens_of_two_kinds_are_read_where_no_order_counts(tmp_path, plain, normalized):
+def test_two_kinds_of_added_tokens_without_overlap_are_read(tmp_path, plain, normalized):
     peer = added(plain, normalized)
     ours = Tokenizer.load(saved(peer, tmp_path / "tokenizer.json"))
 
@@ -137,14 +137,14 @@ def test_added_tokens_of_two_kinds_are_read_where_no_order_counts(tmp_path, plai
 
 
 @pytest.mark.parametrize(("plain", "normalized", "text"), [(["a>b"], ["<a>"], "<a>b"), (["b"], ["abc"], "abc")])
-def test_added_tokens_of_two_kinds_are_refused_where_their_order_counts(tmp_path, plain, normalized, text):
+def test_two_kinds_of_added_tokens_with_overlap_raise(tmp_path, plain, normalized, text):
     path = saved(peer := added(plain, normalized), tmp_path / "tokenizer.json")
     assert peer.encode(text).tokens[0] != normalized[0]
-    with pytest.raises(UserError, match=f"added token '{normalized[0]}' is normalized and may overlap one that is not"):
+    with pytest.raises(UserError, match=f"added token '{normalized[0]}' is normalized and may overlap a token that is not"):
         load_tokenizer(path)
 
 
-def test_byte_fallback_is_refused_by_name(peer, tmp_path):
+def test_byte_fallback_raises(peer, tmp_path):
     document = json.loads(saved(peer, tmp_path / "tokenizer.json").read_text())
     document["model"]["byte_fallback"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))

@@ -1,4 +1,4 @@
-"""Patterns as `regex` and Oniguruma, the engine of tokenizers, read them."""
+"""Patterns in `regex` and in Oniguruma, the engine of tokenizers."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from tilewright.errors import UserError
 from tilewright.tokenizer.formats.oniguruma import check_pattern, from_oniguruma
 from tilewright.tokenizer.text.patterns import split_text
 
-# Every construct that is let through, at least once.
+# Each supported construct, at least once.
 READ_ALIKE = [
     r"\p{Lu}?\p{L}++|\P{L}",
     r"[\p{Han}a-f]+|[^\s\p{N}]|\s+",
@@ -30,7 +30,7 @@ def split_there(pattern, text):
 
 
 @pytest.mark.parametrize("pattern", READ_ALIKE)
-def test_what_is_let_through_splits_alike(pattern):
+def test_supported_patterns_split_alike(pattern):
     assert check_pattern(pattern) == from_oniguruma(pattern) == pattern
 
     @steady
@@ -49,9 +49,9 @@ def test_what_is_let_through_splits_alike(pattern):
         (r"[[b-]a[[.]2]]+|.", r"[b\-a.2]+|."),
     ],
 )
-def test_sets_within_sets_are_read_and_not_written(pattern, read):
+def test_nested_sets_are_read_but_not_written(pattern, read):
     assert from_oniguruma(pattern) == read
-    with pytest.raises(UserError, match=r"holds '\[' at"):
+    with pytest.raises(UserError, match=r"has '\[' at"):
         check_pattern(pattern)
 
     @steady
@@ -92,16 +92,16 @@ def test_sets_within_sets_are_read_and_not_written(pattern, read):
         (r"\xe9", r"\x"),
     ],
 )
-def test_what_may_mean_something_else_is_named(pattern, construct):
+def test_unknown_constructs_raise(pattern, construct):
     for read in (check_pattern, from_oniguruma):
         with pytest.raises(UserError) as refused:
             read(pattern)
         place = pattern.rindex(construct) if construct == "[" else pattern.index(construct)
-        assert f"holds {construct!r} at {place}, which may mean something else" in str(refused.value)
+        assert f"has {construct!r} at {place}, which may have another meaning" in str(refused.value)
 
 
-def test_some_of_it_does_mean_something_else():
-    # So that the list above is known to refuse with reason.
+def test_some_refused_constructs_do_split_differently():
+    # This shows that the list above refuses with reason.
     for pattern, text in [
         (r" ?[^\s[0-9]]+", "a1]"),
         (r"(?m).+", "a\nb"),
@@ -118,12 +118,12 @@ EMPTY = [r"\p{L}*|\p{N}+", r"\A|\p{Zs}", r"\p{L}*?\p{Cc}*", r"[a&b]*?|\d+", r"\p
 
 
 @pytest.mark.parametrize("pattern", EMPTY)
-def test_a_pattern_that_can_match_nothing_is_refused(pattern):
+def test_patterns_that_match_the_empty_string_raise(pattern):
     for read in (check_pattern, from_oniguruma):
-        with pytest.raises(UserError, match="can match nothing"):
+        with pytest.raises(UserError, match="can match the empty string"):
             read(pattern)
 
 
 @pytest.mark.parametrize("pattern", [r"\s+(?!\S)|\s+", r"(?<=a)\p{L}+", r"(?>\d{1,3})"])
-def test_a_pattern_that_looks_around_but_matches_something_is_none_of_those(pattern):
+def test_patterns_with_lookaround_that_match_characters_are_accepted(pattern):
     assert check_pattern(pattern) == from_oniguruma(pattern) == pattern

@@ -1,4 +1,4 @@
-"""Ranks that merges alone cannot stand for, against tiktoken and tokenizers."""
+"""Ranks that are not equivalent to merges, compared with tiktoken and tokenizers."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ def irregular(tmp_path):
     return load_tiktoken(write_ranks(tmp_path / "ranks.tiktoken", IRREGULAR))
 
 
-def test_a_pretoken_that_no_merge_makes_is_looked_up_first(irregular):
+def test_pretokens_that_no_merge_produces_are_looked_up(irregular):
     assert irregular.ignore_merges
     assert irregular.merges == []
     assert Tokenizer.of(irregular).encode("abc abc") == [256, 32, 97, 98, 99]
@@ -50,12 +50,12 @@ def test_a_pretoken_that_no_merge_makes_is_looked_up_first(irregular):
 
 @st.composite
 def vocabularies(draw):
-    """Any tokens over few letters, in any order: some that others make, some that none do."""
+    """Any tokens over few letters, in any order: some that other tokens form, some that none do."""
     tokens = draw(st.lists(st.text(alphabet="ab ", min_size=2, max_size=5), unique=True, max_size=14))
     return [*BYTES.values(), *map(str.encode, tokens)]
 
 
-# Long enough a token for the heap, and its parts, among short ones.
+# A token long enough for the heap, with its parts, among short ones.
 LONG = [*BYTES.values(), b"a" * 64, *(b"a" * 2**power for power in range(1, 6)), b"ba", b"aab"]
 
 
@@ -79,7 +79,7 @@ def test_long_tokens_give_tiktokens_ids(tmp_path):
 
 @steady
 @given(tokens=vocabularies(), text=st.text(alphabet="ab ", max_size=40))
-def test_what_is_written_is_read_again_and_by_the_others(tmp_path_factory, tokens, text):
+def test_round_trip_here_and_in_the_other_libraries(tmp_path_factory, tokens, text):
     folder = tmp_path_factory.getbasetemp()
     data = load_tiktoken(write_ranks(folder / "any.tiktoken", tokens))
     ids = Tokenizer.of(data).encode(text)
@@ -94,8 +94,8 @@ def test_what_is_written_is_read_again_and_by_the_others(tmp_path_factory, token
 
 @steady
 @given(tokens=vocabularies(), text=st.text(alphabet="ab ", max_size=40))
-def test_ignore_merges_is_tokenizers(tmp_path_factory, tokens, text):
-    # Some of the merges that could be, in an order of their own, and tokens that they do not make.
+def test_ignore_merges_equals_tokenizers(tmp_path_factory, tokens, text):
+    # Some of the possible merges, in another order, and tokens that they do not produce.
     names = {
         "".join("Ġ" if byte == 32 else chr(byte) for byte in token): rank for rank, token in enumerate(tokens) if rank > 255
     }
@@ -110,7 +110,7 @@ def test_ignore_merges_is_tokenizers(tmp_path_factory, tokens, text):
     assert Tokenizer.load(path).encode(text) == peer.encode(text).ids
 
 
-def test_ignore_merges_is_part_of_what_a_tokenizer_is(irregular, tmp_path):
+def test_ignore_merges_is_stored_and_fingerprinted(irregular, tmp_path):
     assert fingerprint(irregular) != fingerprint(irregular._replace(ignore_merges=False))
     tokenizer = Tokenizer.of(irregular)
     tokenizer.save(tmp_path / "native.json")
@@ -119,7 +119,7 @@ def test_ignore_merges_is_part_of_what_a_tokenizer_is(irregular, tmp_path):
     assert document["ignore_merges"] is True
     document["ignore_merges"] = False
     (tmp_path / "native.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="changed after it was written"):
+    with pytest.raises(UserError, match="modified after it was written"):
         load_tokenizer(tmp_path / "native.json")
 
 
@@ -129,15 +129,15 @@ def test_a_special_token_is_not_looked_up_as_a_pretoken(tmp_path):
     assert tokenizer.encode("xyzabc") == [257, 256]
 
 
-def test_gpt2s_files_cannot_say_it(irregular, tmp_path):
-    with pytest.raises(UserError, match=r"ignore_merges is true, which vocab\.json and merges\.txt cannot say"):
+def test_gpt2_files_with_ignore_merges_raise(irregular, tmp_path):
+    with pytest.raises(UserError, match=r"ignore_merges is true: vocab\.json and merges\.txt cannot store it"):
         save_gpt2_files(tmp_path / "gpt2", irregular)
     assert not (tmp_path / "gpt2").exists()
 
 
-def test_what_merging_gives_is_no_whole_token():
-    # c and ab are made before abc, though their ranks are greater.
+def test_tokens_that_merging_produces_are_not_whole_tokens():
+    # c and ab are produced before abc, although their ranks are greater.
     ranks = {token: rank for rank, token in enumerate([*BYTES.values(), b"abc", b"ab", b"xyz"])}
     assert recover_merges(ranks) == ([(b"ab", b"c"), (b"a", b"b")], {b"xyz": 3})
-    with pytest.raises(UserError, match="token b'xyz', rank 258, is made of 3 others"):
+    with pytest.raises(UserError, match="token b'xyz', rank 258, consists of 3 others"):
         save_tiktoken("unused", TokenizerData(dict(enumerate(ranks)), [(b"ab", b"c"), (b"a", b"b")], {}))

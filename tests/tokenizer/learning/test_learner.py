@@ -26,7 +26,7 @@ def test_merges_equal_the_naive_trainers(ties, seed):
         expected = naive_merges(counts, num_merges, ties, **options)
         learned = learn_merges(PretokenCounts.of(counts), num_merges, ties=ties, **options)
         assert learned.as_bytes() == expected
-        # All of it again, after a beginning that is given.
+        # The same again, after given initial merges.
         known = learned.pairs[: rng.randint(0, len(expected))]
         again = learn_merges(PretokenCounts.of(counts), num_merges, ties=ties, known=known, **options)
         assert np.array_equal(again.pairs, learned.pairs)
@@ -34,7 +34,7 @@ def test_merges_equal_the_naive_trainers(ties, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_merges_go_on_from_those_of_another_text(seed):
+def test_learning_continues_known_merges_of_another_text(seed):
     rng = random.Random(seed)
     for _ in range(60):
         known = learn_merges(PretokenCounts.of(random_counts(rng)), rng.randint(0, 15))
@@ -44,7 +44,7 @@ def test_merges_go_on_from_those_of_another_text(seed):
 
 
 def merges_of_huggingface(counts, num_merges):
-    # Blanks are the only borders, and every byte has its character in the alphabet from the beginning.
+    # Spaces are the only borders, and the alphabet includes every byte from the start.
     peer = Tokenizer(models.BPE())
     peer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -56,7 +56,7 @@ def merges_of_huggingface(counts, num_merges):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_ties_are_those_of_huggingface(seed):
+def test_ties_equal_huggingfaces(seed):
     rng = random.Random(seed)
     for _ in range(30):
         counts = random_counts(rng)
@@ -76,8 +76,8 @@ def test_counts_need_64_bits():
     assert learned.counts.tolist() == [(1 << 60) + 1, 1 << 60]
 
 
-def test_tokens_that_agree_in_eight_bytes_are_told_apart():
-    # Every byte pair is as frequent as any other, so only the bytes far behind decide.
+def test_tokens_with_equal_first_eight_bytes_are_ordered():
+    # All byte pairs are equally frequent, so only the later bytes decide.
     words = {b"abcdefghi" + bytes([last]) * 2: 1 for last in b"xyz"}
     assert learn(words, 40) == naive_merges(words, 40)
     assert learn(words, 40, ties="huggingface") == naive_merges(words, 40, "huggingface")
@@ -105,7 +105,7 @@ def test_progress_rises_to_the_end():
     assert len(made) > 2
 
 
-def test_nothing_to_merge_is_no_merge():
+def test_no_pairs_give_no_merges():
     assert learn({}, 10) == []
     assert learn({b"a": 5, b"b": 1}, 10) == []
     assert learn({b"ab": 5}, 0) == []
@@ -114,17 +114,17 @@ def test_nothing_to_merge_is_no_merge():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ties": "none"}, "ties is 'none': one of cs336, huggingface"),
-        ({"min_frequency": 0}, "min_frequency is 0: at least 1"),
-        ({"max_token_length": 1}, "max_token_length is 1: at least 2"),
-        ({"max_token_length": 2, "known": np.array([[97, 98], [256, 97]])}, "known merge 1 makes a token of 3 bytes"),
+        ({"ties": "none"}, "ties is 'none': expected one of cs336, huggingface"),
+        ({"min_frequency": 0}, "min_frequency is 0: expected an integer from 1"),
+        ({"max_token_length": 1}, "max_token_length is 1: expected an integer from 2"),
+        ({"max_token_length": 2, "known": np.array([[97, 98], [256, 97]])}, "expected at least 3, for known merge 1"),
     ],
 )
-def test_options_out_of_range_are_named(options, message):
+def test_options_out_of_range_raise(options, message):
     with pytest.raises(UserError, match=message):
         learn({b"abab": 1}, 10, **options)
 
 
-def test_known_merges_need_ids_that_are_there():
-    with pytest.raises(ValueError, match="known merge 0 is of 97 and 256: ids from 0 to 255"):
+def test_known_merges_with_unknown_ids_raise():
+    with pytest.raises(ValueError, match="known merge 0 is of 97 and 256: expected ids from 0 to 255"):
         learn({b"abab": 1}, 10, known=np.array([[97, 256]]))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tilewright.tokenizer.text.borders import last_border
 from tilewright.tokenizer.text.patterns import PATTERNS, split_pretokens
 
-# Special tokens that hold white space, overlap, and begin within one another.
+# Special tokens that contain white space, overlap, and start inside one another.
 SPECIALS = ("<|>", "<|><|>", "a<|>", " \n", "a b", "中 ")
 PARTS = [
     *SPECIALS,
@@ -35,7 +35,7 @@ def split(text, special_tokens, pattern):
     text=texts, following=texts, special_tokens=st.sampled_from([(), SPECIALS, SPECIALS[:2]]),
     pattern=st.sampled_from([*PATTERNS, r"(?s).+?\.|(?s).+"]),
 )  # fmt: skip
-def test_parts_split_as_the_whole_does(text, following, special_tokens, pattern):
+def test_parts_are_split_like_the_whole(text, following, special_tokens, pattern):
     data = text.encode()
     border = last_border(data, tuple(map(str.encode, special_tokens)), pattern)
     assert 0 <= border <= len(data)
@@ -81,5 +81,5 @@ def test_a_border_is_as_late_as_the_special_tokens_allow():
     assert last_border(data, ()) == 1
 
 
-def test_bytes_that_are_not_utf8_are_visible():
+def test_invalid_utf8_counts_as_visible():
     assert last_border(b"ab\xff \xe4 \xe4\xb8\xff" + b"x" * 10, ()) == 5

@@ -22,7 +22,7 @@ TEXTS = ["The first.", "Ein zweites: ü, 中文 🙂\n\n", "", "the <|end|> of i
 
 
 def documents(blocks):
-    """Return the documents in the blocks, as (text, weight), and check what every block promises."""
+    """Return the documents in the blocks, as (text, weight), and check the invariants of each block."""
     found = []
     for block in blocks:
         assert block.data.dtype == np.uint8
@@ -44,7 +44,7 @@ def text_of(blocks):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """The same documents in every form that holds documents, and their text in every form that holds text."""
+    """The same documents in every format with documents, and their text in every format of plain text."""
     lines = "".join(json.dumps({"n": i, "text": text, "other": None}) + "\n" for i, text in enumerate(TEXTS)).encode()
     plain = "".join(TEXTS).encode() * 50
     contents = {"a.txt": plain, "b.jsonl": lines, "c.ndjson": lines.rstrip().replace(b"\n", b"\r\n\r\n")}
@@ -59,7 +59,7 @@ def corpus(tmp_path):
 
 @pytest.mark.parametrize("block_bytes", [16, 1000, 1 << 21])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
-def test_text_comes_whole(corpus, name, block_bytes):
+def test_text_is_complete(corpus, name, block_bytes):
     blocks = list(iter_blocks(corpus / name, ["<|end|>"], block_bytes=block_bytes))
     assert text_of(blocks) == (corpus / "a.txt").read_bytes()
     assert (len(blocks) == 1) == (block_bytes == 1 << 21)
@@ -69,7 +69,7 @@ def test_text_comes_whole(corpus, name, block_bytes):
 @pytest.mark.parametrize(
     "name", ["b.jsonl", "b.jsonl.gz", "b.jsonl.zst", "c.ndjson", "c.ndjson.gz", "c.ndjson.zst", "d.parquet"]
 )
-def test_documents_come_one_by_one(corpus, name, block_bytes):
+def test_documents_are_separate(corpus, name, block_bytes):
     expected = [(text.encode(), 1) for text in TEXTS]
     assert documents(iter_blocks(corpus / name, block_bytes=block_bytes)) in (expected, [e for e in expected if e[0]])
     assert text_bytes(corpus / name) is None
@@ -82,7 +82,7 @@ def test_documents_come_one_by_one(corpus, name, block_bytes):
     ),
     block_bytes=st.integers(1, 50),
 )
-def test_blocks_tokenized_apart_give_what_the_whole_gives(specification, text_file, text, block_bytes):
+def test_blocks_tokenized_separately_equal_the_whole(specification, text_file, text, block_bytes):
     specials = ("<|>", "<|><|>", "a b")
     path = text_file(text)
     blocks = [block.data.tobytes().decode() for block in iter_blocks(path, specials, block_bytes=block_bytes)]
@@ -109,7 +109,7 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path):
     assert text_of(iter_blocks(tmp_path / "q[1].txt")) == b"brackets"
 
 
-def test_python_may_be_the_source():
+def test_iterables_as_sources():
     items = ["one", b"two\xff", ("three", 3), (b"four", 3), "five", "a\ud800b"]
     expected = [(b"one", 1), (b"two\xff", 1), (b"three", 3), (b"four", 3), (b"five", 1), ("a\ufffdb".encode(), 1)]
     assert documents(iter_blocks(Documents(iter(items)))) == expected
@@ -121,8 +121,8 @@ def test_python_may_be_the_source():
         iter_blocks([1])  # pyright: ignore[reportArgumentType]
 
 
-def test_documents_and_weights_reach_the_merges(corpus):
-    # Where two documents meet there is no pair.
+def test_documents_and_weights_affect_the_merges(corpus):
+    # There is no pair across two documents.
     assert train_bpe(Documents([("ab", 3), "c", "c"]), 257)[1] == [(b"a", b"b")]
     repeated = train_bpe([*[corpus / "d.parquet"] * 2, Documents(["zq zq", "zq"])], 300)
     weighted = train_bpe([Files(corpus / "b.jsonl.gz", weight=2), Documents(iter([("zq", 2), " zq"]))], 300)
@@ -141,11 +141,11 @@ def write(path, content):
     [
         ("missing.txt", None, "missing.txt does not exist"),
         ("empty.txt", b"", "is empty"),
-        ("none/*.txt", None, "holds no file with something in it"),
+        ("none/*.txt", None, "holds no non-empty file"),
         ("x.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-20], "x.txt.gz is cut off"),
-        ("x.txt.gz", b"plain text", r"x.txt.gz is damaged, or no .gz file"),
+        ("x.txt.gz", b"plain text", r"x.txt.gz is damaged, or not a .gz file"),
         ("x.txt.zst", zstandard.ZstdCompressor().compress(os.urandom(5000))[:-7], "x.txt.zst is cut off"),
-        ("x.txt.zst", b"plain text", r"x.txt.zst is damaged, or no .zst file"),
+        ("x.txt.zst", b"plain text", r"x.txt.zst is damaged, or not a .zst file"),
         ("x.jsonl", b'{"text": "a"}\n\n{"text": "b', "line 3 is not JSON in UTF-8, or is cut off"),
         ("x.jsonl", b'{"text": "\xff"}', "line 1 is not JSON in UTF-8"),
         ("x.jsonl", b'{"content": "a", "id": 1}', "line 1 has no column 'text': it has content, id"),
@@ -155,7 +155,7 @@ def write(path, content):
         ("x.parquet.gz", b"nonsense", "x.parquet.gz is a compressed Parquet file"),
     ],
 )
-def test_bad_files_are_named(tmp_path, name, content, message):
+def test_invalid_files_raise(tmp_path, name, content, message):
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as refused:
@@ -163,16 +163,16 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert "\n" not in str(refused.value)
 
 
-def test_a_column_that_is_not_there_or_no_text_is_named(corpus):
+def test_missing_columns_and_columns_without_text_raise(corpus):
     with pytest.raises(UserError, match="has no column 'body': it has text, n"):
         list(iter_blocks(Files(corpus / "d.parquet", column="body")))
     table = pyarrow.table({"text": [["a"], ["b"]]})
     pyarrow.parquet.write_table(table, corpus / "lists.parquet")
-    with pytest.raises(UserError, match="column 'text' is no text"):
+    with pytest.raises(UserError, match="column 'text' is not text"):
         list(iter_blocks(corpus / "lists.parquet"))
 
 
-def test_null_is_no_text(tmp_path):
+def test_null_is_empty_text(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "x.parquet")
     write(tmp_path / "x.jsonl", '{"text": "a"}\n{"text": null}\n{"text": "b"}')
     for name in ("x.parquet", "x.jsonl"):
@@ -180,28 +180,28 @@ def test_null_is_no_text(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
-def test_an_unreadable_file_among_many_is_named_before_any_is_read(tmp_path):
+def test_an_unreadable_file_raises_before_any_is_read(tmp_path):
     for index in range(3):
         write(tmp_path / f"{index}.txt", "text")
     (tmp_path / "2.txt").chmod(0)
-    with pytest.raises(UserError, match=r"2.txt cannot be read: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot read .*2.txt: Permission denied"):
         iter_blocks(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
-def test_an_unreadable_folder_is_not_passed_over(tmp_path):
+def test_an_unreadable_folder_raises(tmp_path):
     write(tmp_path / "a.txt", "text")
     (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(UserError, match=r"closed cannot be read: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
         iter_blocks(tmp_path)
 
 
-def test_what_cannot_be_a_path_is_named():
-    with pytest.raises(UserError, match="cannot be read: File name too long"):
+def test_impossible_paths_raise():
+    with pytest.raises(UserError, match=r"cannot read .*: File name too long"):
         iter_blocks(["a document, not a path " * 100])
 
 
-def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_opened_raises(tmp_path, monkeypatch):
     for index in range(3):
         write(tmp_path / f"{index}.txt", "text")
     real = sources.Path.open
@@ -212,20 +212,20 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
         return real(path, *arguments)
 
     monkeypatch.setattr(sources.Path, "open", refuse)
-    with pytest.raises(UserError, match=r"1.txt cannot be read: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot read .*1.txt: Permission denied"):
         iter_blocks(tmp_path)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
+def test_a_file_that_shrinks_while_it_is_read_raises(tmp_path):
     path = write(tmp_path / "x.txt", "word " * 100_000)
     blocks = iter_blocks(path, block_bytes=1000)
     next(blocks)
     os.truncate(path, 200_000)
-    with pytest.raises(UserError, match=r"x.txt shrank while it was read: \d+ of 500000 bytes were left"):
+    with pytest.raises(UserError, match=r"x.txt shrank from 500000 to \d+ bytes while it was read"):
         list(blocks)
 
 
-def test_a_file_that_grows_is_read_as_it_was(tmp_path):
+def test_a_growing_file_is_read_up_to_its_old_size(tmp_path):
     path = write(tmp_path / "x.txt", "word " * 1000)
     blocks = iter_blocks(path, block_bytes=1000)
     first = next(blocks).data.tobytes()
@@ -235,25 +235,25 @@ def test_a_file_that_grows_is_read_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("weight", [0, -1, 1.5, "2"])
-def test_weights_are_whole_numbers_from_1_on(corpus, weight):
+def test_weights_must_be_positive_integers(corpus, weight):
     for source in (Files(corpus / "a.txt", weight=weight), Documents(["a"], weight), Documents([("a", weight)])):
-        with pytest.raises(UserError, match=r"weight is .*: a whole number from 1 on"):
+        with pytest.raises(UserError, match=r"weight is .*: expected an integer from 1 to"):
             list(iter_blocks(source))
 
 
-def test_counts_that_would_not_fit_in_64_bits_are_refused(corpus):
+def test_counts_beyond_64_bits_raise(corpus):
     for source in (Documents(["a"], 1 << 63), Documents([("a", 1 << 62)], 2), Documents([("a", 1 << 62)] * 3)):
-        with pytest.raises(UserError, match="64 bits"):
+        with pytest.raises(UserError, match=r"64 bits|2\^63"):
             count_text(source)
     assert dict(count_text(Documents([("a", 1 << 62)])).counts.items()) == {b"a": 1 << 62}
 
 
-def test_a_block_has_at_least_a_byte(corpus):
-    with pytest.raises(UserError, match="block_bytes is 0: at least 1"):
+def test_block_bytes_must_be_positive(corpus):
+    with pytest.raises(UserError, match="block_bytes is 0: expected at least 1"):
         iter_blocks(corpus / "a.txt", block_bytes=0)
 
 
-def test_endings_may_be_in_capitals(corpus):
+def test_endings_are_case_insensitive(corpus):
     for name in ("a.txt.gz", "b.jsonl", "b.jsonl.zst", "d.parquet"):
         expected = text_of(iter_blocks(corpus / name))
         upper = (corpus / name).rename(corpus / name.upper())
@@ -262,18 +262,18 @@ def test_endings_may_be_in_capitals(corpus):
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.txt.bz2", "a.XZ"])
-def test_what_is_compressed_otherwise_is_no_text(tmp_path, name):
+def test_unsupported_compressions_raise(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(UserError, match=rf"{name} is compressed in a way that is not read here: \.gz and \.zst are"):
+    with pytest.raises(UserError, match=rf"{name} has an unsupported compression: expected \.gz or \.zst"):
         iter_blocks(tmp_path)
 
 
-def test_zeros_may_pad_compressed_files(tmp_path):
+def test_zero_padding_of_compressed_files_is_ignored(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"one ") + bytes(5000) + gzip.compress(b"two") + bytes(3000))
     assert text_of(iter_blocks(tmp_path / "a.gz")) == b"one two"
 
 
-def test_little_is_decompressed_at_once(tmp_path):
+def test_decompression_is_incremental(tmp_path):
     size = 200 << 20
     (tmp_path / "a.zst").write_bytes(zstandard.ZstdCompressor(level=1).compress(bytes(size)))
     (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(size // 10), 9))
@@ -287,13 +287,13 @@ def test_little_is_decompressed_at_once(tmp_path):
         assert max(pieces) <= 68 << 20
 
 
-def test_inputs_are_looked_at_once(corpus):
+def test_inputs_are_resolved_once(corpus):
     expected = count_text([corpus / "a.txt", corpus / "b.jsonl"])
     found = count_text(corpus / name for name in ("a.txt", "b.jsonl"))
     assert dict(found.counts.items()) == dict(expected.counts.items())
 
 
-def test_documents_are_drawn_in_the_thread_of_the_caller():
+def test_iterables_run_in_the_callers_thread():
     threads = set()
 
     def texts():
@@ -306,19 +306,19 @@ def test_documents_are_drawn_in_the_thread_of_the_caller():
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"text": "a", "n": ' + "9" * 5000 + "}"])
-def test_json_that_python_cannot_hold_is_named(tmp_path, line):
+def test_json_that_python_cannot_parse_raises(tmp_path, line):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' + line + "\n")
     with pytest.raises(UserError, match="line 2 is not JSON"):
         list(iter_blocks(path))
 
 
-def test_no_input_is_named():
+def test_empty_inputs_raise():
     with pytest.raises(UserError, match="there is no input"):
         iter_blocks([])
 
 
-def test_packages_that_are_not_there_are_named(corpus, monkeypatch):
+def test_missing_packages_raise(corpus, monkeypatch):
     for name, file in (("zstandard", "a.txt.zst"), ("pyarrow", "d.parquet")):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match=rf"needs {name}: pip install 'tilewright\[data\]'"):
+        with pytest.raises(UserError, match=rf"it needs {name}; pip install 'tilewright\[data\]'"):
             list(iter_blocks(corpus / file))
