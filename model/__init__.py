@@ -1,28 +1,5 @@
-"""The Transformer language model: its shape, its layers around the kernels, generation, and the accounting of what it costs."""
+"""The Transformer language model: configuration, layers around the kernels, generation, and cost accounting."""
 
-from .apply_to import Applied, apply_to
-from .batching import BatchEngine, Generation
-from .cache import KVCache
-from .config import MODELS, ModelConfig
-from .generate import generate
-from .layers import GEGLU, CausalSelfAttention, LayerNorm, RMSNorm, SwiGLU
-from .sampling import Sampling
-from .transformer import TransformerLM
+from ..lazy import attach_stub
 
-__all__ = [
-    "GEGLU",
-    "MODELS",
-    "Applied",
-    "BatchEngine",
-    "CausalSelfAttention",
-    "Generation",
-    "KVCache",
-    "LayerNorm",
-    "ModelConfig",
-    "RMSNorm",
-    "Sampling",
-    "SwiGLU",
-    "TransformerLM",
-    "apply_to",
-    "generate",
-]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

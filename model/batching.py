@@ -1,6 +1,6 @@
-"""Continuous batching: sequences of any length share one cache; each joins when there is room and leaves when it has ended.
+"""Continuous batching: sequences of any length share one cache. A sequence joins when a slot is free and leaves when it ends.
 
-Orca (Yu et al. 2022, section 3.1) schedules by steps, not by requests: so does this engine.
+Scheduling is per step, not per request, as in Orca (Yu et al. 2022, section 3.1).
 """
 
 from collections import deque
@@ -12,14 +12,15 @@ import torch
 from ..errors import UserError
 from .cache import KVCache
 from .prompts import checked_prompt
-from .sampling import Sampler, Sampling, make_generator
+from .sampler import Sampler, make_generator
+from .sampling import Sampling
 from .transformer import TransformerLM
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Generation:
-    """A prompt and what has been generated after it so far."""
+    """A prompt and the tokens generated so far."""
 
     def __init__(
         self,
@@ -33,22 +34,22 @@ class Generation:
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.stop_tokens, self.seed = frozenset(stop_tokens), seed
         self.tokens: list[int] = []
-        """New ones, without that of `stop_tokens` which ended them."""
+        """Generated tokens, without the stop token."""
         self.finish_reason: FinishReason | None = None
-        """None while it goes on."""
+        """None while the sequence is queued or running."""
         self.num_prefilled = 0
         self.generator: torch.Generator | None = None
 
 
 class BatchEngine:
-    """Generates for many prompts at once: tokens equal those of `generate` for each alone, with its own seed.
+    """Generate for many prompts concurrently, with the same tokens as a separate `generate` call per prompt and seed.
 
-    `num_slots` sequences run at a time, each of at most `max_length` tokens (by default the context), and others wait in the
-    order in which they came. A step draws a token for each sequence that runs, and then reads at most `prefill_tokens` tokens
-    of new prompts, so that a long one does not hold up the others. Sequences fill the first slots of the cache without gaps,
-    and a step computes those only: when one leaves, the last one moves to its place.
+    Up to `num_slots` sequences run at a time, each of at most `max_length` tokens (by default the context length). Other
+    sequences wait in a FIFO queue. A step samples one token for each running sequence and then prefills at most
+    `prefill_tokens` tokens of new prompts, so that a long prompt does not block the others. Running sequences occupy the first
+    slots of the cache without gaps, and a step computes only those. When a sequence leaves, the last one moves to its slot.
 
-    Not for several threads at once. `vocab_size` and `dtype` are those of `generate`.
+    Not thread-safe. `vocab_size` and `dtype` are the same as in `generate`.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class BatchEngine:
         context_length = model.config.context_length
         for name, value in (("num_slots", num_slots), ("max_length", max_length), ("prefill_tokens", prefill_tokens)):
             if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+                raise UserError(f"{name} is {value}: expected at least 1")
         if max_length is not None and max_length > context_length:
-            raise UserError(f"max_length is {max_length}: the model's context has {context_length} tokens")
+            raise UserError(f"max_length is {max_length}: expected at most the context length, {context_length}")
         self.model = model.cast(dtype or model.compute_dtype or model.token_embeddings.weight.dtype)
         self.device = model.token_embeddings.weight.device
         self.num_slots, self.max_length = num_slots, max_length or context_length
@@ -77,21 +78,21 @@ class BatchEngine:
         self._waiting: deque[Generation] = deque()
         self._prefilling: Generation | None = None
         self._running: list[Generation] = []
-        """The one at i has slot i."""
+        """The sequence at index i has slot i."""
         self._sampler: Sampler | None = None
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have no slot yet."""
+        """Number of sequences without a slot."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Sequences that have a slot."""
+        """Number of sequences with a slot, including one whose prompt is being prefilled."""
         return len(self._running) + (self._prefilling is not None)
 
     def add(self, generation: Generation, crop: bool = False) -> None:
-        """Queue a sequence; a prompt that does not fit is a `UserError`, unless `crop` lets its beginning go."""
+        """Queue a sequence. A prompt that does not fit is a `UserError`, unless `crop` drops its first tokens."""
         generation.prompt = checked_prompt(
             self.model.config, generation.prompt, generation.max_new_tokens, crop, self.max_length
         )
@@ -99,7 +100,7 @@ class BatchEngine:
         self._waiting.append(generation)
 
     def cancel(self, generation: Generation, reason: FinishReason = "cancelled") -> None:
-        """End a sequence now and free its slot; one that has ended already stays as it is."""
+        """End a sequence now and free its slot. Does nothing if the sequence has ended already."""
         if generation.finish_reason is not None:
             return
         generation.finish_reason = reason
@@ -112,9 +113,9 @@ class BatchEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        """Go on by a token; return the sequences that have a new one or have ended.
+        """Run one step; return the sequences that have a new token or have ended.
 
-        There are none while a long prompt is being read, or where nothing is to do: `num_running` tells which.
+        The list is empty while a long prompt is prefilled, and if there is nothing to do (`num_running` is 0).
         """
         changed = self._decode() if self._running else []
         return changed + self._prefill()
@@ -127,7 +128,7 @@ class BatchEngine:
                     break
                 self._prefilling = self._waiting.popleft()
             generation = self._prefilling
-            # The last slot: as long as one is free, it is.
+            # Prefill in the last slot, which is free whenever any slot is.
             slot, start = self.num_slots - 1, generation.num_prefilled
             part = generation.prompt[start : start + budget]
             tokens = torch.tensor([part], device=self.device)
@@ -140,7 +141,7 @@ class BatchEngine:
         return changed
 
     def _join(self, generation: Generation, slot: int, logits: torch.Tensor) -> list[Generation]:
-        """Let a sequence whose prompt is in a slot run with the others; `logits` (1, V) are of its first token."""
+        """Move a prefilled sequence to the running ones and sample its first token from `logits` (1, V)."""
         place = len(self._running)
         if slot != place:
             self._cache.move(slot, place, len(generation.prompt))
@@ -152,7 +153,7 @@ class BatchEngine:
 
     def _decode(self) -> list[Generation]:
         running = list(self._running)
-        # Every token but the last is in the cache.
+        # The cache holds every token but the last.
         lengths = [len(g.prompt) + len(g.tokens) - 1 for g in running]
         last = torch.tensor([[g.tokens[-1]] for g in running], device=self.device)
         logits = self.model(last, self._cache.rows(0, lengths))[:, 0]
@@ -161,7 +162,7 @@ class BatchEngine:
         return self._draw(0, running, self._sampler, logits)
 
     def _draw(self, slot: int, rows: list[Generation], sampler: Sampler, logits: torch.Tensor) -> list[Generation]:
-        """Give a token to each of the sequences in the slots from `slot` on; those that end leave."""
+        """Sample a token for each of the sequences in the slots from `slot` on, and remove the sequences that end."""
         seen = self._seen[slot : slot + len(rows)]
         drawn = sampler.draw(logits[:, : self.vocab_size], [g.generator for g in rows], seen)
         seen.scatter_(1, drawn[:, None], True)
@@ -174,7 +175,7 @@ class BatchEngine:
             length = len(generation.prompt) + len(generation.tokens)
             if len(generation.tokens) == generation.max_new_tokens or length >= self.max_length:
                 generation.finish_reason = "length"
-        # From the last on, so that no place changes that is still to be looked at.
+        # In reverse, because a removal moves the last sequence to the free slot.
         for i in reversed(range(len(rows))):
             if rows[i].finish_reason is not None:
                 self._leave(slot + i)

@@ -1,4 +1,4 @@
-"""The cache of keys and values, for sequences of equal and of unequal length."""
+"""The key-value cache, for sequences of equal or unequal length."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -12,38 +12,38 @@ if TYPE_CHECKING:
 
 
 class Places(NamedTuple):
-    """Where new tokens stand, in sequences of unequal length."""
+    """Positions of new tokens in sequences of unequal length."""
 
     positions: Tensor
-    """(B, T) int64."""
+    """(B, T) int64: position of each new token."""
     lengths: Tensor
-    """(B) int32: tokens of each sequence, the new ones among them."""
+    """(B) int32: number of tokens of each sequence, including the new ones."""
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer has seen, in buffers of fixed `shape` (B, Hkv, tokens, K)."""
+    """Keys and values of one layer, in preallocated buffers of `shape` (B, Hkv, tokens, K)."""
 
     places: Places | None = None
-    """Where the next tokens stand; None: in every sequence after `length` others."""
+    """Positions of the next tokens; None: after the first `length` tokens of every sequence."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         *sizes, head_dim = shape
-        # Each token on 16 bytes, as the kernels load them: else every step of decoding would copy the whole cache.
+        # The kernels need 16-byte aligned tokens; without the padding each decoding step would copy the entire cache.
         padded = (*sizes, -(-head_dim // 8) * 8)
         self.k, self.v = (torch.empty(padded, dtype=dtype, device=device)[..., :head_dim] for _ in range(2))
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, Hkv, T, K) of new tokens; return those of all tokens so far.
+        """Append the keys and values (B, Hkv, T, K) of new tokens; return the keys and values of all tokens so far.
 
-        In sequences of unequal length those of a shorter one are followed by others, which are not its own.
+        With sequences of unequal length, the rows of a shorter sequence end with unspecified values.
         """
         start, self.length = self.length, self.length + k.shape[2]
         if self.places is None:
             self.k[:, :, start : self.length] = k
             self.v[:, :, start : self.length] = v
         else:
-            # A full sequence is written over, so that there may be fewer tokens than were given.
+            # A full sequence overwrites its last token, so the length may grow by less than T.
             self.length = min(self.length, self.k.shape[2])
             index = self.places.positions[:, None, :, None].expand_as(k)
             self.k.scatter_(2, index, k.to(self.k.dtype))
@@ -51,7 +51,7 @@ class LayerCache:
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
     def rows(self, start: int, lengths: Sequence[int]) -> "LayerCache":
-        """Return the sequences from `start` on, one for each of `lengths`, its tokens; memory is shared."""
+        """Return a view of the sequences from `start` on; `lengths` are their numbers of tokens."""
         view = copy(self)
         view.k, view.v = (x[start : start + len(lengths)] for x in (self.k, self.v))
         view.length, view.places = max(lengths), None
@@ -59,10 +59,10 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of every layer for up to `max_length` tokens of `batch_size` sequences, of unequal length too."""
+    """The keys and values of every layer for `batch_size` sequences of up to `max_length` tokens each."""
 
     lengths: Tensor | None = None
-    """(B) int64: tokens of each sequence, where they may differ."""
+    """(B) int64: number of tokens of each sequence; None if all sequences have the same length."""
 
     def __init__(self, model: "TransformerLM", batch_size: int, max_length: int) -> None:
         config, weight = model.config, model.token_embeddings.weight
@@ -74,22 +74,22 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far, by the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return self.layers[0].length
 
     def keep(self, lengths: Sequence[int]) -> None:
-        """Keep the first lengths[b] tokens of sequence b, of which the others were padding; new ones come after these.
+        """Truncate sequence b to its first lengths[b] tokens, for example to drop padding. New tokens follow these.
 
-        From then on a sequence that is full overwrites its last token instead of raising an error, so that others can go on.
+        Afterwards a full sequence overwrites its last token instead of raising an error, so that the others can continue.
         """
         if max(lengths) > self.length or min(lengths) < 0:
-            raise ValueError(f"lengths are {list(lengths)}: allowed is 0 to {self.length}, the tokens seen so far")
+            raise ValueError(f"lengths are {list(lengths)}: expected 0 to {self.length}, the number of cached tokens")
         self.lengths = torch.tensor(lengths, device=self.layers[0].k.device)
         for layer in self.layers:
             layer.length = max(lengths)
 
     def place(self, num_tokens: int) -> bool:
-        """Say to each layer where the next tokens stand; return whether that differs between sequences."""
+        """Set the positions of the next `num_tokens` tokens in each layer; return whether they differ between sequences."""
         if self.lengths is None:
             return False
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
@@ -101,9 +101,9 @@ class KVCache:
         return True
 
     def rows(self, start: int, lengths: Sequence[int]) -> "KVCache":
-        """Return the sequences from `start` on, one for each of `lengths`, the tokens that it has; memory is shared.
+        """Return a view of the sequences from `start` on; `lengths` are their numbers of tokens.
 
-        What is added to them is not counted here: whoever works on parts keeps count.
+        Appending to the view does not update the lengths of this cache: the caller keeps count.
         """
         view = copy(self)
         view.layers = [layer.rows(start, lengths) for layer in self.layers]
@@ -112,7 +112,7 @@ class KVCache:
         return view
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of sequence `source` over those of sequence `target`."""
+        """Copy the first `length` tokens of sequence `source` to sequence `target`."""
         for layer in self.layers:
             for x in (layer.k, layer.v):
                 x[target, :, :length] = x[source, :, :length]

@@ -1,15 +1,16 @@
-"""The shape of a Transformer, and the shapes that have names."""
+"""The shape of a Transformer, and the named shapes."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import UserError
 from ..fields import check_fields
-from ..kernels.rope_tables import RopeScaling
+from ..rope_scaling import RopeScaling
 
 VOCABULARY_MULTIPLE = 128
-"""Rows of the embedding and the head come in multiples of this: whole tiles of a matrix product (Karpathy 2023, nanoGPT)."""
+"""The embedding and the head have a multiple of this many rows: whole tiles of a matrix product (Karpathy 2023, nanoGPT)."""
 
 Norm = Literal["pre", "sandwich", "post", "none"]
 NormType = Literal["rms_norm", "layer_norm"]
@@ -18,69 +19,69 @@ FeedForward = Literal["swiglu", "geglu_tanh", "geglu_erf", "silu"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: by default pre-norm RMSNorm, RoPE and SwiGLU, without biases."""
+    """Shape of a decoder-only Transformer: by default pre-norm RMSNorm, RoPE and SwiGLU, without biases."""
 
     vocab_size: int
-    """Tokens that the embedding and the head know."""
+    """Number of tokens in the vocabulary."""
     context_length: int
-    """Tokens that the model sees at once."""
+    """Longest sequence, in tokens."""
     d_model: int
     """Width of the residual stream."""
     num_layers: int
-    """Transformer blocks."""
+    """Number of Transformer blocks."""
     num_heads: int
-    """Query heads."""
+    """Number of query heads."""
     d_ff: int
-    """Inner width of the feed-forward layer; 8/3 d_model with a gate costs what 4 d_model costs without one."""
+    """Inner width of the feed-forward layer; 8/3 d_model with a gate costs as much as 4 d_model without."""
     num_kv_heads: int | None = None
-    """Key-value heads (grouped-query attention); by default as many as num_heads."""
+    """Number of key-value heads (grouped-query attention); by default num_heads."""
     head_dim: int | None = None
     """Width of a head; by default d_model / num_heads."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
+    """Epsilon that the norms add to the mean square or the variance."""
     tie_embeddings: bool = False
-    """Whether the head uses the embedding's weight."""
+    """Whether the head shares the weight of the embedding."""
     qk_norm: bool = False
-    """Whether the queries and keys of each head are normalised, which bounds the scores of attention."""
+    """Whether attention normalizes the queries and keys of each head, which bounds the scores."""
     norm: Norm = "pre"
-    """pre: each branch is norm-ed before it runs, and the last sum once more; sandwich: each branch after it ran too (Gemma 2,
-    section 2); post: each sum with a branch is (Vaswani et al. 2017, section 3.1); none: nothing is."""
+    """Position of the norms. pre: before each branch and after the last block; sandwich: also after each branch (Gemma 2,
+    section 2); post: after each residual addition (Vaswani et al. 2017, section 3.1); none: no norms."""
     rope: bool = True
-    """Whether queries and keys are rotated by their position; without, only causality tells positions apart."""
+    """Whether attention rotates queries and keys by position; without RoPE, only the causal mask carries position."""
     norm_type: NormType = "rms_norm"
-    """What normalises the residual stream; layer_norm has a weight and no bias."""
+    """Norm of the residual stream; layer_norm has a weight and no bias."""
     ffn: FeedForward = "swiglu"
     """Feed-forward layer. swiglu, geglu_tanh, geglu_erf: W2(act(W1 x) * W3 x), three matrices; silu: W2 silu(W1 x), two."""
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    """How the rotary angles are stretched over a longer context than the model was first trained on."""
+    """Scaling of the rotary angles to a context longer than in pre-training."""
     rotary_dim: int | None = None
-    """Channels of each head, from the first on, that are rotated; by default all."""
+    """Number of leading channels of each head that RoPE rotates; by default all."""
     qkv_bias: bool = False
     """Whether queries, keys and values have biases (Qwen 2)."""
     window: int | None = None
-    """Keys that a query of a local layer sees, its own among them; None: all layers are global."""
+    """Keys that a query of a local layer sees, including its own; None: all layers are global."""
     window_pattern: str = "L"
-    """Which layers are local (L) and which global (G), repeated over the layers: LLLLLG is Gemma 3's."""
+    """Local (L) and global (G) layers, repeated over the layers: LLLLLG is Gemma 3's pattern."""
     local_rope_theta: float | None = None
-    """Base of the rotary frequencies of local layers, which then are not scaled; by default as in the others."""
+    """Base of the rotary frequencies of local layers, without scaling; by default rope_theta with rope_scaling."""
     attention_scale: float | None = None
-    """Factor of the scores of attention; by default 1 / sqrt(head_dim)."""
+    """Scale of the attention scores; by default 1 / sqrt(head_dim)."""
     attention_softcap: float | None = None
-    """Scores s of attention become softcap tanh(s / softcap) (Gemma 2, section 2)."""
+    """Cap of the attention scores: s becomes softcap tanh(s / softcap) (Gemma 2, section 2)."""
     logit_softcap: float | None = None
-    """Logits likewise."""
+    """Cap of the logits, by the same formula."""
     unit_offset_norms: bool = False
-    """Whether RMSNorm scales by 1 + weight, so that weights begin at 0 (Gemma)."""
+    """Whether RMSNorm scales by 1 + weight, so that weights start at 0 (Gemma)."""
     scale_embeddings: bool = False
-    """Whether embeddings are multiplied by sqrt(d_model) (Vaswani et al. 2017, section 3.4)."""
+    """Whether the model multiplies embeddings by sqrt(d_model) (Vaswani et al. 2017, section 3.4)."""
     num_experts: int | None = None
-    """Feed-forward layers, each of width d_ff, between which a router chooses for each token; None: one, for all tokens."""
+    """Number of experts per feed-forward layer, each of width d_ff; a router selects some per token. None: one dense layer."""
     experts_per_token: int = 2
-    """Experts that a token passes through."""
+    """Number of experts that process each token."""
     normalise_expert_weights: bool = True
-    """Whether the probabilities by which a token's experts are summed are divided by their sum (Mixtral)."""
+    """Whether the weights of a token's experts are divided by their sum (Mixtral)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,29 +96,29 @@ class ModelConfig:
         if self.head_dim is None and self.d_model % self.num_heads:
             raise UserError(
                 f"d_model {self.d_model} over num_heads {self.num_heads} gives a head dim of "
-                f"{self.d_model / self.num_heads:g}: a whole number is needed, or head_dim"
+                f"{self.d_model / self.num_heads:g}: expected a whole number; change one of them or set head_dim"
             )
         if self.num_heads % self.kv_heads:
-            raise UserError(f"num_kv_heads is {self.kv_heads}: it must divide num_heads, {self.num_heads}")
+            raise UserError(f"num_kv_heads is {self.kv_heads}: expected a divisor of num_heads, {self.num_heads}")
         self._check_rope()
         self._check_windows()
         self._check_experts()
         if self.unit_offset_norms and self.norm_type != "rms_norm":
-            raise UserError(f"unit_offset_norms is set with norm_type {self.norm_type}: only rms_norm has them")
+            raise UserError(f"unit_offset_norms is set with norm_type {self.norm_type}: only rms_norm supports it")
 
     def _check_rope(self) -> None:
         width, rotated = self.head_width, self.rotary_dim
         if width % 2 and rotated is None:
-            raise UserError(f"the head dim is {width}: RoPE needs an even one")
+            raise UserError(f"the head dim is {width}: RoPE needs an even width")
         if rotated is not None:
             self._require("rotary_dim", 2 <= rotated <= width and rotated % 2 == 0, f"an even number from 2 to {width}")
         if self.rope_scaling.kind == "yarn":
-            self._require("rope_theta", self.rope_theta > 1, "above 1 where rope_scaling.kind is yarn")
+            self._require("rope_theta", self.rope_theta > 1, "above 1 with rope_scaling.kind yarn")
 
     def _check_windows(self) -> None:
         pattern = self.window_pattern
         if set(pattern) - set("LG") or not 0 < len(pattern) <= max(1, self.num_layers):
-            raise UserError(f"window_pattern is {pattern!r}: it must be letters L and G, at most one for each layer")
+            raise UserError(f"window_pattern is {pattern!r}: expected letters L and G, at most one per layer")
         for name, idle in (("window_pattern", "L"), ("local_rope_theta", None)):
             if self.window is None and getattr(self, name) != idle:
                 raise UserError(f"{name} is {getattr(self, name)} without a window: set window too")
@@ -131,54 +132,61 @@ class ModelConfig:
         self._require("num_experts", self.num_experts >= 1, "at least 1")
         most = self.num_experts
         self._require("experts_per_token", 1 <= self.experts_per_token <= most, f"from 1 to num_experts, {most}")
-        # The only weight would be 1, from which a router learns nothing.
+        # The only weight would be 1, and the router would get no gradient.
         alone = self.experts_per_token == 1 and self.normalise_expert_weights
-        self._require("normalise_expert_weights", not alone, "false where experts_per_token is 1")
-        self._require("ffn", self.ffn != "silu", "swiglu, geglu_tanh or geglu_erf where there are experts")
+        self._require("normalise_expert_weights", not alone, "false with experts_per_token 1")
+        self._require("ffn", self.ffn != "silu", "swiglu, geglu_tanh or geglu_erf with experts")
         for name in ("d_model", "d_ff"):
-            # Rows of 16 bytes, which the grouped products need.
-            self._require(name, getattr(self, name) % 8 == 0, "a multiple of 8 where there are experts")
+            # The grouped products need rows of 16 bytes.
+            self._require(name, getattr(self, name) % 8 == 0, "a multiple of 8 with experts")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise UserError(f"{name} is {getattr(self, name)}: it must be {allowed}")
+            raise UserError(f"{name} is {getattr(self, name)}: expected {allowed}")
 
     @property
     def head_width(self) -> int:
-        """Width of a head, resolved."""
+        """Width of a head, after the default."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
-        """Key-value heads, resolved."""
+        """Number of key-value heads, after the default."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def q_width(self) -> int:
-        """Width of the queries of all heads."""
+        """Total width of the queries of all heads."""
         return self.num_heads * self.head_width
 
     @property
     def kv_width(self) -> int:
-        """Width of the keys, and of the values, of all heads."""
+        """Total width of the keys of all heads, and of the values."""
         return self.kv_heads * self.head_width
 
     def is_local(self, layer: int) -> bool:
-        """Return whether a layer sees a window only."""
+        """Return whether a layer attends within a window."""
         return self.window is not None and self.window_pattern[layer % len(self.window_pattern)] == "L"
 
     def window_of(self, layer: int) -> int | None:
-        """Return the keys that a query of a layer sees, its own among them; None: all before it."""
+        """Return how many keys a query of a layer sees, including its own; None: all keys up to its own."""
         return self.window if self.is_local(layer) else None
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head; those from vocab_size on are zero and stand for no token."""
+        """Rows of the embedding and of the head; rows from vocab_size on are zero padding."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+def pad_vocabulary(config: ModelConfig, multiple: int) -> ModelConfig:
+    """Return the shape with its vocabulary rounded up: GPT-2's 50,257 becomes 50,304 for a multiple of 64 or 128."""
+    if multiple < 1:
+        raise UserError(f"the vocabulary multiple is {multiple}: expected at least 1")
+    return dataclasses.replace(config, vocab_size=-(-config.vocab_size // multiple) * multiple)
+
+
 def _gpt2(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
-    # GPT-2's shapes as CS336 asks for them: SwiGLU with three matrices of 4 d_model, untied embeddings.
+    # GPT-2's shapes as CS336 defines them: SwiGLU with three matrices of 4 d_model, untied embeddings.
     return ModelConfig(50_257, 1024, d_model, num_layers, num_heads, d_ff=4 * d_model)
 
 
@@ -190,3 +198,4 @@ MODELS: dict[str, ModelConfig] = {
     "gpt2-large": _gpt2(36, 1280, 20),
     "gpt2-xl": _gpt2(48, 1600, 25),
 }
+"""Shape of each preset, by name."""

@@ -1,4 +1,4 @@
-"""A mixture of experts: a feed-forward layer of many, of which each token passes through a few."""
+"""Mixture of experts: a router sends each token through a few of many feed-forward layers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from .layers import Linear, draw_weight
 
 
 class GroupedLinear(nn.Module):
-    """A `Linear` layer for each group of rows; each `part` of a group's matrix is drawn as a layer's own would be."""
+    """A `Linear` layer for each group of rows. Each part of a group's matrix is initialized as a `Linear` layer of its own."""
 
     def __init__(self, num_groups: int, in_features: int, parts: Sequence[int]) -> None:
         super().__init__()
@@ -21,31 +21,32 @@ class GroupedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+        """Initialize the weight."""
         for matrix in self.weight.detach():
             for part in matrix.split(self.parts):
                 draw_weight(part, self.in_features, part.shape[0])
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Multiply (N, d_in) -> (N, d_out); group e is the rows up to ends[e], see `kernels.grouped_linear`."""
+        """Apply the layer, (N, d_in) -> (N, d_out). Group e is the rows ends[e - 1] to ends[e] (`kernels.grouped_linear`)."""
         return grouped_linear(x, self.weight.to(x.dtype), ends)
 
 
 class Routes(NamedTuple):
-    """Which expert's rows each token is copied to: token i is i k to i k + k - 1 of N k copies, which are sorted by expert."""
+    """Permutation of the N k token copies to rows sorted by expert. Token i has the copies i k to i k + k - 1."""
 
     order: Tensor
-    """(N k) int64: the copy that each row holds."""
+    """(N k) int64: copy of each row."""
     rows: Tensor
-    """(N k) int64: the row of each copy."""
+    """(N k) int64: row of each copy, the inverse of `order`."""
     ends: Tensor
-    """(E) int32: where the rows of each expert end."""
+    """(E) int32: end of the rows of each expert."""
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> Routes:
-    """Return where the tokens go, experts (N, k): no expert has a limit, so no token is left out (Gale et al. 2022).
+    """Return the routes of tokens to their experts (N, k).
 
-    All shapes are known beforehand, and nothing is read back from the device.
+    Experts have no capacity limit, so no token is dropped (Gale et al. 2022). All shapes are static, so there is no
+    synchronization with the device.
     """
     ordered, order = experts.flatten().sort(stable=True)
     rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -54,7 +55,7 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> Routes:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens (N, D) to the rows (N k, D) of their experts. PyTorch's own gradient of this adds in an order that varies."""
+    """Gather tokens (N, D) into rows (N k, D) sorted by expert. PyTorch's gradient of indexing sums nondeterministically."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Rows (N k, D), by the weights (N, k) of the tokens that they are copies of, to sums (N, D) in the dtype of the rows."""
+    """Sum the rows (N k, D) of each token, weighted by (N, k), into (N, D) in the dtype of the rows."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, rows: Tensor) -> Tensor:
@@ -86,9 +87,9 @@ class _Combine(torch.autograd.Function):
 
 
 def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
-    """Return E sum_e f_e P_e (Fedus et al. 2021, eq. 4): 1 where all experts are used alike, up to E where one is used alone.
+    """Return E sum_e f_e P_e (Fedus et al. 2021, eq. 4): 1 for balanced experts, up to E if a single expert is used.
 
-    f is the share of the choices `experts` (N, k) that fall on an expert, P the mean of its `probabilities` (N, E).
+    f_e is the share of the choices `experts` (N, k) that select expert e. P_e is the mean of its `probabilities` (N, E).
     """
     numbers = torch.arange(probabilities.shape[1], device=experts.device)
     share = (experts.flatten()[:, None] == numbers).to(probabilities.dtype).mean(dim=0)
@@ -96,10 +97,11 @@ def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
 
 
 class MixtureOfExperts(nn.Module):
-    """Gated feed-forward layers of which each token passes through the k that its router prefers: (..., D) -> (..., D).
+    """Gated feed-forward layers with a router that sends each token to its top k experts: (..., D) -> (..., D).
 
-    The outputs are summed by their probabilities among all experts (Shazeer et al. 2017, section 2), which with `normalise` are
-    divided by their sum, as in Mixtral (Jiang et al. 2024, section 2.1). `d_ff` is the width of one expert.
+    The output is the sum of the experts' outputs, weighted by their probabilities among all experts (Shazeer et al. 2017,
+    section 2). `normalise` divides the weights by their sum, as in Mixtral (Jiang et al. 2024, section 2.1). `d_ff` is the
+    width of one expert.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class MixtureOfExperts(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the layer to each position; return the result and the `balance_loss` of its router."""
+        """Apply the layer to each position; return the result and the `balance_loss` of the router."""
         tokens = x.reshape(-1, x.shape[-1])
         probabilities, weights, experts = self.route(tokens)
         order, rows, ends = sort_by_expert(experts, self.num_experts)
@@ -128,9 +130,9 @@ class MixtureOfExperts(nn.Module):
         return y.view_as(x), balance_loss(probabilities, experts)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the probabilities (N, E) of all experts, and the weights and numbers (N, k) of those that are chosen.
+        """Return the probabilities (N, E) of all experts, and the weights and indices (N, k) of the chosen experts.
 
-        Probabilities and weights are float32 at least: half precision would make experts that differ equal.
+        Probabilities and weights are at least float32: half precision would create ties between experts.
         """
         logits = self.router(tokens)
         probabilities = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

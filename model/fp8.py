@@ -1,8 +1,8 @@
-"""Training with the products of the blocks in 8 bits: which they are, and what delayed scaling remembers of them.
+"""Training with 8-bit matrix products in the blocks, and the state of delayed scaling.
 
-Recipes are those of torchao: one scale a tensor (`fp8`), or one a row (`fp8_rowwise`); `fp8_delayed` is one scale a tensor by
-the steps before. Head, embedding, norms and attention stay as they are, and so does every product without a gradient:
-validation and generation compute what any user of the weights computes.
+The recipes follow torchao: one scale per tensor (`fp8`) or one per row (`fp8_rowwise`). `fp8_delayed` uses one scale per tensor
+from the previous steps. The head, the embedding, the norms and attention keep their precision. So does every product without a
+gradient, so validation and generation match any other use of the weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ from .transformer import TransformerLM
 
 Recipe = Literal["fp8", "fp8_rowwise", "fp8_delayed"]
 ALIGNMENT = 16
-"""What both widths of a product, and the tokens of a micro-batch, must be multiples of."""
+"""Both widths of a product, and the tokens of a micro-batch, must be multiples of this."""
 HISTORY = 16
-"""Steps whose largest magnitudes a delayed scale is made for."""
+"""Number of steps whose largest magnitude determines a delayed scale."""
 CAPABILITIES: Mapping[Recipe, tuple[int, int]] = {"fp8": (8, 9), "fp8_rowwise": (9, 0), "fp8_delayed": (8, 9)}
-"""The least compute capability of a GPU for each recipe."""
+"""Minimum compute capability of a GPU for each recipe."""
 
 
 class Fp8Products(nn.Module):
-    """How a `Linear` layer multiplies in 8 bits; no state dict holds anything of it."""
+    """Settings and buffers of the 8-bit products of a `Linear` layer. No state dict contains them."""
 
     known: Tensor | None
     seen: Tensor | None
@@ -42,7 +42,7 @@ class Fp8Products(nn.Module):
 
     @property
     def history(self) -> AmaxHistory | None:
-        """What delayed scaling knows; None where scales are current."""
+        """The buffers of delayed scaling; None if scales are computed from the current tensors."""
         if self.known is None or self.seen is None or self.seen_gradient is None:
             return None
         return AmaxHistory(self.known, self.seen, self.seen_gradient)
@@ -50,22 +50,24 @@ class Fp8Products(nn.Module):
 
 def _check(config: ModelConfig, recipe: Recipe, tokens: int, device: torch.device) -> None:
     if config.num_experts is not None:
-        raise UserError(f"precision is {recipe}, and num_experts {config.num_experts}: train mixtures of experts in bfloat16")
+        raise UserError(
+            f"precision is {recipe} and num_experts is {config.num_experts}: expected bfloat16 for a mixture of experts"
+        )
     widths = {"model.d_model": config.d_model, "model.d_ff": config.d_ff, "the width of all heads": config.q_width,
-              "the width of all key-value heads": config.kv_width, "the tokens of a micro-batch": tokens}  # fmt: skip
+              "the width of all key-value heads": config.kv_width, "the size of a micro-batch in tokens": tokens}  # fmt: skip
     for name, value in widths.items():
         if value % ALIGNMENT:
-            raise UserError(f"precision is {recipe}: {name}, {value}, must be a multiple of {ALIGNMENT}")
+            raise UserError(f"{name} is {value}: expected a multiple of {ALIGNMENT} with precision {recipe}")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (least := CAPABILITIES[recipe]):
         gpu = torch.cuda.get_device_name(device)
-        raise UserError(f"precision is {recipe}: that needs compute capability {'.'.join(map(str, least))}, which {gpu} lacks")
+        raise UserError(f"precision is {recipe}: expected a GPU of compute capability {'.'.join(map(str, least))}, not {gpu}")
 
 
 def use_fp8(model: TransformerLM, recipe: Recipe, tokens: int) -> "DelayedScales | None":
-    """Let the blocks of a model multiply in 8 bits while they train on micro-batches of so many `tokens`.
+    """Use 8-bit products in the blocks of a model, in training steps with micro-batches of `tokens` tokens.
 
-    Returns what delayed scaling has to be told after each step. To be called when the weights are where they will be. A model,
-    a size or a GPU for which there are no such products is a `UserError`.
+    Call this after the weights are on their final device. For `fp8_delayed`, returns the scales; call their `end_step` after
+    each step. Raises a `UserError` if the model, a size or the GPU does not support the recipe.
     """
     layers = [module for module in model.layers.modules() if isinstance(module, Linear)]
     device = layers[0].weight.device
@@ -77,36 +79,36 @@ def use_fp8(model: TransformerLM, recipe: Recipe, tokens: int) -> "DelayedScales
 
 
 class DelayedScales:
-    """The largest magnitudes of the last steps, of which each layer knows the largest of all."""
+    """The largest magnitudes of the last `HISTORY` steps. Each layer holds their maximum."""
 
     def __init__(self, products: list[Fp8Products]) -> None:
-        """Begin without a history: scales of the first step are current."""
+        """Start with an empty history; the first step computes its scales from the current tensors."""
         histories = [each.history for each in products if each.history is not None]
         self._known = [history.known for history in histories]
         self._seen = [history.seen for history in histories]
         self._seen_gradient = [history.seen_gradient for history in histories]
-        # The newest step is the first.
+        # (HISTORY, layers, 3), newest step first.
         self.history = torch.zeros(HISTORY, len(products), 3, device=self._known[0].device)
 
     def end_step(self, largest: Callable[[Tensor], Tensor]) -> None:
-        """Enter what was seen in a step, of which `largest` gives the elementwise maximum over all processes.
+        """Add the magnitudes of a step to the history; `largest` is an elementwise max all-reduce over the processes.
 
-        What is not finite is not entered: the step that it comes from is skipped.
+        Non-finite magnitudes count as 0: the trainer skips such a step.
         """
         seen = torch.cat([torch.stack(self._seen), torch.stack(self._seen_gradient)], dim=1)
         seen = largest(seen)
         self.history.copy_(torch.cat([torch.where(seen.isfinite(), seen, 0.0)[None], self.history[:-1]]))
         torch._foreach_zero_(self._seen)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_zero_(self._seen_gradient)  # pyright: ignore[reportPrivateImportUsage]
-        self._tell()
+        self._update_layers()
 
-    def _tell(self) -> None:
+    def _update_layers(self) -> None:
         torch._foreach_copy_(self._known, list(self.history.amax(dim=0).unbind()))  # pyright: ignore[reportPrivateImportUsage]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what belongs to the state of a run."""
+        """Return the tensors that belong in a checkpoint."""
         return {"amax_history": self.history}
 
     def loaded(self) -> None:
-        """Take over what was written into `tensors`."""
-        self._tell()
+        """Update the layers after a checkpoint was loaded into `tensors`."""
+        self._update_layers()

@@ -1,4 +1,4 @@
-"""The layers of the Transformer: thin modules around the kernels, with CS336's initialisation."""
+"""The layers of the Transformer: thin modules around the kernels, initialized as in CS336."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,23 +20,30 @@ if TYPE_CHECKING:
 
 
 def draw_weight(weight: Tensor, in_features: int, out_features: int) -> None:
-    """Draw the weight of a linear map as `Linear` does."""
+    """Initialize a weight in place from N(0, 2 / (in_features + out_features)), truncated at 3 sigma (Glorot & Bengio 2010)."""
     std = math.sqrt(2 / (in_features + out_features))
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 class Linear(nn.Linear):
-    """y = x W^T, by default without a bias b, in the dtype of x; W from a normal of variance 2 / (d_in + d_out) cut at 3 sigma.
+    """y = x W^T + b, (..., d_in) -> (..., d_out), computed in the dtype of x. There is no bias b by default.
 
-    The variance is that of Glorot & Bengio 2010. A bias begins at 0.
+    The weight W (d_out, d_in) is initialized by `draw_weight`, the bias to 0.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.fp8: Fp8Products | None = None
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+        """Initialize the weight and the bias."""
         self._draw()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -45,7 +52,7 @@ class Linear(nn.Linear):
         draw_weight(self.weight, self.in_features, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply (..., d_in) -> (..., d_out)."""
+        """Apply the layer to the last dimension."""
         weight, bias = self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
         if self.fp8 is not None and torch.is_grad_enabled():
             y = fp8_linear(input, weight, rowwise=self.fp8.rowwise, history=self.fp8.history)
@@ -54,7 +61,10 @@ class Linear(nn.Linear):
 
 
 class JoinedLinear(Linear):
-    """Several `Linear` layers of one input as one product; each part of the weight is drawn as its own layer's would be."""
+    """Several `Linear` layers with the same input, computed as one product.
+
+    Each part of the weight is initialized as a `Linear` layer of its own.
+    """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         self.parts = tuple(parts)
@@ -66,37 +76,44 @@ class JoinedLinear(Linear):
 
 
 class Head(Linear):
-    """A `Linear` layer to one logit a token of the vocabulary; rows of zeros pad its weight to `num_rows`."""
+    """The output projection to one logit per token; zero rows pad its weight to (num_rows, d_model)."""
 
     def __init__(self, d_model: int, vocab_size: int, num_rows: int) -> None:
         self.vocab_size = vocab_size
         super().__init__(d_model, num_rows)
 
     def reset_parameters(self) -> None:
-        """Draw the rows of the vocabulary anew."""
+        """Initialize the rows of the vocabulary, and set the padding to 0."""
         draw_weight(self.weight[: self.vocab_size], self.in_features, self.vocab_size)
         nn.init.zeros_(self.weight[self.vocab_size :])
 
 
 class Embedding(nn.Embedding):
-    """A row per token of the vocabulary from a unit normal cut at 3; rows of zeros pad the table to `num_rows`."""
+    """One row per token, initialized from N(0, 1) truncated at 3; zero rows pad the table to `num_rows`, if given."""
 
-    def __init__(self, vocab_size: int, d_model: int, num_rows: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_rows: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
-        super().__init__(num_rows, d_model)
+        super().__init__(vocab_size if num_rows is None else num_rows, d_model, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw the rows of the vocabulary anew."""
+        """Initialize the rows of the vocabulary, and set the padding to 0."""
         nn.init.trunc_normal_(self.weight[: self.vocab_size], a=-3, b=3)
         nn.init.zeros_(self.weight[self.vocab_size :])
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look up the rows of tokens (...) -> (..., D)."""
+        """Look up the rows of the tokens: (...) -> (..., D)."""
         return F.embedding(input, local(self.weight))
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a trained weight: (..., D) -> (..., D). With `unit_offset` it scales by 1 + weight (Gemma)."""
+    """`rms_norm` with a learned weight: (..., D) -> (..., D). `unit_offset` scales by 1 + weight, as Gemma does."""
 
     def __init__(self, d_model: int, eps: float = 1e-5, unit_offset: bool = False) -> None:
         super().__init__()
@@ -105,16 +122,16 @@ class RMSNorm(nn.Module):
         self.offset = float(unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
+        """Normalize the last dimension."""
         return rms_norm(x, local(self.weight), self.eps, offset=self.offset)
 
     def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a branch to the residual stream; return the normalised sum and the sum, from one kernel."""
+        """Add a branch to the residual stream; return the normalized sum and the sum. One kernel computes both."""
         return add_rms_norm(branch, residual, local(self.weight), self.eps, offset=self.offset)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with a trained weight and without bias: (..., D) -> (..., D)."""
+    """`layer_norm` with a learned weight and no bias: (..., D) -> (..., D)."""
 
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -122,23 +139,23 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
+        """Normalize the last dimension."""
         return layer_norm(x, local(self.weight), eps=self.eps)
 
     def add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a branch to the residual stream; return the normalised sum, in the dtype of the branch, and the sum."""
+        """Add a branch to the residual stream; return the normalized sum, in the dtype of the branch, and the sum."""
         total = (branch + residual).to(residual.dtype)
         return self(total).to(branch.dtype), total
 
 
 def make_norm(norm_type: NormType, d_model: int, eps: float, unit_offset: bool = False) -> RMSNorm | LayerNorm:
-    """Return the norm of this name; `unit_offset` is RMSNorm's."""
+    """Return a new norm of the given type; only RMSNorm has `unit_offset`."""
     norms: dict[str, Callable[[], RMSNorm | LayerNorm]] = {
         "rms_norm": lambda: RMSNorm(d_model, eps, unit_offset),
         "layer_norm": lambda: LayerNorm(d_model, eps),
     }
     if norm_type not in norms:
-        raise ValueError(f"norm_type is {norm_type!r}: choose {' or '.join(norms)}")
+        raise ValueError(f"norm_type is {norm_type!r}: expected {' or '.join(norms)}")
     return norms[norm_type]()
 
 
@@ -147,13 +164,13 @@ GATED_ACTIVATIONS: dict[FeedForward, Callable[[Tensor], Tensor]] = {
     "geglu_tanh": partial(geglu, approximate="tanh"),
     "geglu_erf": partial(geglu, approximate="none"),
 }
-"""What each gated feed-forward layer does between its products: (..., 2F) -> (..., F), the gate first."""
+"""Activation between the products of each gated feed-forward layer: packed gate and up (..., 2F) -> (..., F)."""
 
 
 class GatedLinearUnit(nn.Module):
-    """The gated feed-forward layer W2(activation(W1 x) * W3 x) (Shazeer 2020): (..., D) -> (..., D).
+    """The gated feed-forward layer W2(act(W1 x) * W3 x) (Shazeer 2020): (..., D) -> (..., D).
 
-    `gate_up_proj` holds W1 before W3, `down_proj` W2.
+    `gate_up_proj` holds W1, then W3; `down_proj` holds W2. `activation` maps packed gate and up (..., 2F) to (..., F).
     """
 
     def __init__(self, d_model: int, d_ff: int, activation: Callable[[Tensor], Tensor]) -> None:
@@ -168,21 +185,21 @@ class GatedLinearUnit(nn.Module):
 
 
 class SwiGLU(GatedLinearUnit):
-    """`GatedLinearUnit` with silu (Shazeer 2020, eq. 6)."""
+    """`GatedLinearUnit` with SiLU (Shazeer 2020, eq. 6)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__(d_model, d_ff, swiglu)
 
 
 class GEGLU(GatedLinearUnit):
-    """`GatedLinearUnit` with gelu (Shazeer 2020, eq. 7), by tanh or, with approximate="none", by the error function."""
+    """`GatedLinearUnit` with GELU (Shazeer 2020, eq. 7): the tanh form, or the error function with approximate="none"."""
 
     def __init__(self, d_model: int, d_ff: int, approximate: Literal["none", "tanh"] = "tanh") -> None:
         super().__init__(d_model, d_ff, partial(geglu, approximate=approximate))
 
 
 class SiLU(nn.Module):
-    """The feed-forward layer without a gate, W2 silu(W1 x): (..., D) -> (..., D). `up_proj` holds W1, `down_proj` W2."""
+    """The feed-forward layer without a gate, W2 silu(W1 x): (..., D) -> (..., D). `up_proj` holds W1, `down_proj` holds W2."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -195,7 +212,7 @@ class SiLU(nn.Module):
 
 
 def make_feed_forward(name: FeedForward, d_model: int, d_ff: int) -> nn.Module:
-    """Return the feed-forward layer of this name."""
+    """Return a new feed-forward layer of the given name."""
     layers: dict[str, Callable[[int, int], nn.Module]] = {
         "swiglu": SwiGLU,
         "geglu_tanh": GEGLU,
@@ -203,20 +220,19 @@ def make_feed_forward(name: FeedForward, d_model: int, d_ff: int) -> nn.Module:
         "silu": SiLU,
     }
     if name not in layers:
-        raise ValueError(f"ffn is {name!r}: choose {', '.join(layers)}")
+        raise ValueError(f"ffn is {name!r}: expected one of {', '.join(layers)}")
     return layers[name](d_model, d_ff)
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with grouped key-value heads: (B, T, D) -> (B, T, D).
 
-    With `qk_norm` each head of the queries and of the keys is normalised before it is rotated (Dehghani et al. 2023,
-    section 2), which bounds the scores. Without `rope` nothing is rotated. `window`, `scale` and `softcap` are those of
-    `kernels.attention`.
+    `qk_norm` normalizes each head of the queries and keys before the rotation, which bounds the scores (Dehghani et al. 2023,
+    section 2). With rope=False there is no rotation. `kernels.attention` documents `window`, `scale` and `softcap`.
     """
 
     parts: SequenceParts | None = None
-    """Which part of each sequence this process has, where several share it."""
+    """The part of each sequence that this process holds, under context parallelism."""
 
     def __init__(
         self,
@@ -236,6 +252,8 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        if head_dim is None and d_model % num_heads:
+            raise ValueError(f"num_heads is {num_heads}: expected a divisor of d_model, {d_model}, or a head_dim")
         self.head_dim = head_dim or d_model // num_heads
         self.rope, self.window, self.scale, self.softcap = rope, window, scale, softcap
         q_width, kv_width = self.head_dim * self.num_heads, self.head_dim * self.num_kv_heads
@@ -247,21 +265,22 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
         cache: LayerCache | None = None,
         packed: Documents | None = None,
     ) -> Tensor:
-        """Attend to this and earlier positions; cos, sin (T, R / 2) are the angles of the positions of `x`, R <= K.
+        """Attend to this and earlier positions.
 
-        With the `places` of a cache they are those of all positions from 0 on. `packed` confine attention to documents, see
-        `kernels.documents`.
+        cos, sin (T, R / 2), R <= K: the rows of `kernels.rope_tables` for the positions of `x`. With a cache that has `places`,
+        pass the rows of all positions from 0. Without RoPE they are not read. `packed` restricts attention to documents
+        (`kernels.documents`).
         """
         positions, lengths = (None, None) if cache is None or cache.places is None else cache.places
-        q, k, v = self._heads(self.qkv_proj(x), cos, sin, positions)
+        q, k, v = self._heads(self.qkv_proj(x), self._tables(cos, sin), positions)
         if cache is not None:
             k, v = cache.append(k, v)
-        # A window as long as the keys leaves nothing out, and needs no mask.
+        # A window as long as the keys masks nothing.
         num_keys = k.shape[2] * (1 if self.parts is None else self.parts.cp)
         window = None if self.window is None or self.window >= num_keys else self.window
         options = {"scale": self.scale, "window": window, "softcap": self.softcap}
@@ -271,15 +290,24 @@ class CausalSelfAttention(nn.Module):
             o = attention(q, k, v, **options, document_ids=packed, cache_lengths=lengths)
         return self.output_proj(o.transpose(1, 2).flatten(-2))
 
-    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        # (B, T, (H + 2 Hkv) K) -> q (B, H, T, K), k and v (B, Hkv, T, K), normalised and rotated.
+    def _tables(self, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if not self.rope:
+            return None
+        if cos is None or sin is None:
+            raise ValueError("cos or sin is None: expected the tables of kernels.rope_tables, or a layer with rope=False")
+        return cos, sin
+
+    def _heads(
+        self, qkv: Tensor, tables: tuple[Tensor, Tensor] | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # (B, T, (H + 2 Hkv) K) -> q (B, H, T, K), k and v (B, Hkv, T, K), normalized and rotated.
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        if self.rope and self.q_norm is None:
-            return rope_qkv(qkv, cos, sin, heads, kv_heads, positions)
+        if tables is not None and self.q_norm is None:
+            return rope_qkv(qkv, *tables, heads, kv_heads, positions)
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if self.rope:
-            q, k = rope_qk(q, k, cos, sin, positions)
+        if tables is not None:
+            q, k = rope_qk(q, k, *tables, positions)
         return q, k, v

@@ -1,9 +1,9 @@
-"""Causal attention of a sequence in parts, one for each process: keys and values travel around a ring (Liu et al. 2023).
+"""Causal attention over a sequence split between processes, which pass keys and values around a ring (Liu et al. 2023).
 
-Each process has two pieces of the sequence, the r-th from its beginning and the r-th from its end. At every step it attends to
-the keys of one process, by the kernel of `kernels.attention`, and all processes have the same number of pairs. Partial results
-are merged by the log of the sums of their exponentials. Nothing but a process's own keys and values is kept for the backward
-pass, where these travel again, with their gradients behind them.
+Process r holds two pieces of the sequence, the r-th from the beginning and the r-th from the end. In each step it attends to
+the keys of one process with `kernels.attention`; all processes compute the same number of (query, key) pairs. The partial
+results are merged by their log-sum-exp. The backward pass saves only a process's own keys and values. It sends them around the
+ring again, followed by their gradients.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from ..kernels.registration import custom_op
 
 
 class _Ring:
-    """The processes of a group, each of which sends to the next."""
+    """Point-to-point communication in a process group: each process sends to the next and receives from the previous."""
 
     def __init__(self, name: str) -> None:
         self._group = group = _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
@@ -33,16 +33,17 @@ class _Ring:
         return _Arrival(tensor, received, dist.batch_isend_irecv([dist.P2POp(*end, group=self._group) for end in ends]))
 
     def step(self, number: int, length: int) -> tuple[slice, slice, bool]:
-        """Return which queries see which keys of those that are here at a step, and whether the mask is causal."""
+        """Return (queries, keys, causal) of a step: slices of the local queries and the present keys, and whether to mask."""
         source, half = (self.rank - number) % self.size, length // 2
         if source == self.rank:
             return slice(None), slice(None), True
-        # Its first piece is before both of ours, its second behind; or its pieces are between ours.
+        # An earlier source: its first piece precedes both of ours, its second follows them. A later source: both of its pieces
+        # lie between ours.
         return (slice(None), slice(half), False) if source < self.rank else (slice(half, None), slice(None), False)
 
 
 class _Arrival:
-    """A tensor on its way, and the one that leaves for it."""
+    """A pending transfer; keeps the sent tensor alive until it completes."""
 
     def __init__(self, sent: Tensor, received: Tensor, works: list[dist.Work]) -> None:
         self._sent, self._received, self._works = sent, received, works
@@ -104,7 +105,7 @@ def _ring_attention_backward(
         dq[:, :, rows] += own_dq
         dkv = dkv if gradients is None else gradients.wait()
         dkv[:, :, :, keys] += torch.stack(own_dkv)
-        # The last time to the process whose keys they are.
+        # After the last step the gradients arrive at the owner of the keys.
         gradients = ring.send(dkv)
         if arrival is not None:
             kv = arrival.wait()
@@ -134,7 +135,7 @@ def _backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
 _ring_attention.register_autograd(_backward, setup_context=_save)
 
 
-# As those of attention count: all pairs of this process's queries with all keys, of the head dims of both products.
+# As in attention: all pairs of this process's queries with all keys, regardless of the mask.
 @register_flop_formula(torch.ops.tilewright.ring_attention)
 def _flops(q_shape: Any, k_shape: Any, v_shape: Any, group: str, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * q_shape[:3].numel() * k_shape[2] * _Ring(group).size * (q_shape[3] + v_shape[3])
@@ -148,9 +149,9 @@ def _backward_flops(
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: str, scale: float | None, softcap: float | None) -> Tensor:
-    """Return the output (B, H, T, K) of this process's queries (B, H, T, K), with keys and values (B, Hkv, T, K) of its own.
+    """Return the output (B, H, T, K) for this process's queries (B, H, T, K), keys and values (B, Hkv, T, K).
 
-    T is a process's share of the sequence, even; `group` is the name of the processes' group. Further arguments are those of
-    `kernels.attention`.
+    T, the process's share of the sequence, is even. `group` is the name of the process group. The other arguments are the same
+    as in `kernels.attention`.
     """
     return _ring_attention(q, k, v, group, float(q.shape[3] ** -0.5 if scale is None else scale), softcap)[0]

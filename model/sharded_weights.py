@@ -1,14 +1,14 @@
-"""Weights that are DTensors, as tensor parallelism makes them."""
+"""Weights as DTensors, for tensor parallelism."""
 
 from torch import Tensor, nn
 
 
 def local(weight: Tensor) -> Tensor:
-    """Return a weight as it is, or, of a DTensor, what this process has of it.
+    """Return the local shard of a DTensor; return any other weight unchanged.
 
-    Where all processes of a mesh have the same, each computes with its own positions: the gradient is the sum of theirs.
+    Processes with replicated weights compute different positions, so the gradient is the sum over these processes.
     """
-    # Spares the import, which is slow.
+    # Avoid the slow import.
     if type(weight) in (Tensor, nn.Parameter):
         return weight
     from torch.distributed.tensor import DTensor, Partial

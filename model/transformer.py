@@ -1,4 +1,4 @@
-"""The Transformer language model, top to bottom."""
+"""The Transformer language model: embedding, blocks, head and loss."""
 
 import math
 
@@ -27,11 +27,11 @@ from .sequence_parts import SequenceParts
 from .sharded_weights import local
 
 IGNORED_TARGET = -100
-"""Target of a position that has no part in the loss."""
+"""Target of a position that the loss leaves out."""
 
 
 def rope_tables(config: ModelConfig, local: bool = False) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angle of every position and pair, (context_length, R / 2), in global or local layers."""
+    """Return the RoPE tables cos and sin, (context_length, R / 2) each, of the global layers or of the local ones."""
     theta, scaling = config.rope_theta, config.rope_scaling
     if local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
@@ -56,14 +56,16 @@ def _norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each a branch that is added to the residual stream (B, T, D).
+    """Attention, then feed-forward; each is a branch that is added to the residual stream (B, T, D).
 
-    With pre-norm a branch is added by the norm that comes after it, in the same kernel: a block takes the branch of the
-    block before and hands its own to the next. With sandwich norms the branch is normalised before. With post-norm, and
-    without norms, a block hands on no branch.
+    With pre-norm the next norm's kernel also adds the branch to the stream. A block therefore takes the last branch of the
+    block before it and returns its own last branch, not yet added. Sandwich norms normalize each branch first. With post-norm
+    or without norms the returned branch is None. `output` runs a single block and adds its branch.
+
+    `layer` is the index of the block, which selects a local or a global layer.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         normed, sandwich = config.norm != "none", config.norm == "sandwich"
         self.pre_norm = sandwich or config.norm == "pre"
@@ -97,16 +99,21 @@ class TransformerBlock(nn.Module):
         packed: Documents | None = None,
         checkpointed: bool = False,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Return (branch, residual, balance) after the block, the last the `balance_loss` of its experts where it has them.
+        """Return (branch, residual, balance); balance is the `balance_loss` of the experts, or None without experts.
 
-        `branch` None begins. cos, sin (T, R / 2) are the positions' angles. `checkpointed`: keep only the inputs, and run again
-        in the backward pass.
+        The first block takes branch None. cos, sin (T, R / 2) are the RoPE tables of the positions. `checkpointed` saves only
+        the inputs and recomputes the block in the backward pass.
         """
         inputs = (branch, residual, cos, sin, cache, packed)
         if checkpointed:
-            # Inside the module, so that its hooks, such as those that gather a shard, run once.
+            # Inside the module, so that the hooks of the module, such as FSDP's all-gather, run once.
             return checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._run(*inputs)
+
+    def output(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return the residual stream (B, T, D) after this block alone; see `forward` for cos and sin."""
+        branch, residual, _ = self(None, x, cos, sin)
+        return residual if branch is None else residual + branch
 
     def _run(
         self,
@@ -138,21 +145,21 @@ class TransformerBlock(nn.Module):
 class TransformerLM(nn.Module):
     """A decoder-only language model: tokens (B, T) -> logits (B, T, V).
 
-    Embedding and head hold `config.padded_vocab_size` rows; logits, and the loss of them, are of the V tokens only.
+    The embedding and the head hold `config.padded_vocab_size` rows. Logits and losses cover only the V tokens.
     """
 
     compute_dtype: torch.dtype | None = None
-    """Dtype of the residual stream and of the matrix products, to which the weights are cast as they are used; None: theirs."""
+    """Dtype of the residual stream and of the products; weights are cast to it on use. None: the dtype of the weights."""
     activation_checkpointing: Checkpointing = "none"
-    """Blocks that in training keep only their inputs, and run again in the backward pass: none, every block, or a number of
-    them from the first on."""
+    """Blocks that save only their inputs in training and recompute the rest in the backward pass: "none", "block" (all blocks),
+    or the number of first blocks."""
 
     parts: SequenceParts | None = None
-    """Which part of each sequence this process has, where several share it: of the tokens and targets it is given whole."""
+    """The part of each sequence that this process holds, under context parallelism; tokens and targets are passed whole."""
 
     rope_cos: Tensor
     rope_sin: Tensor
-    # None: local layers have the tables of the global ones.
+    # None: local layers use the tables of the global ones.
     local_rope_cos: Tensor | None
     local_rope_sin: Tensor | None
 
@@ -169,14 +176,14 @@ class TransformerLM(nn.Module):
         self.make_tables()
 
     def make_tables(self, device: torch.device | None = None) -> None:
-        """Compute the tables of RoPE, which no state dict holds, on the CPU, and put them on the device."""
+        """Compute the RoPE tables on the CPU and move them to the device; state dicts do not hold them."""
         config = self.config
         self.rope_cos, self.rope_sin = (table.to(device=device) for table in rope_tables(config))
         if config.window is not None and config.local_rope_theta is not None:
             self.local_rope_cos, self.local_rope_sin = (table.to(device=device) for table in rope_tables(config, local=True))
 
     def share_tables(self, other: "TransformerLM") -> None:
-        """Use the tables of another model of this shape."""
+        """Use the RoPE tables of another model with the same config."""
         self.rope_cos, self.rope_sin = other.rope_cos, other.rope_sin
         self.local_rope_cos, self.local_rope_sin = other.local_rope_cos, other.local_rope_sin
 
@@ -186,32 +193,34 @@ class TransformerLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The weight (V, D) that turns hidden states into logits, without padding. `loss` spares a copy of its gradient."""
+        """The output projection (V, D) without padding. Prefer `loss` in training: it needs no copy of the gradient."""
         return self._padded_head_weight[: self.config.vocab_size]
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """Return the (normalised) hidden states (B, T, D), for losses that never hold all logits.
+        """Return the hidden states (B, T, D) after the final norm, for losses that never hold all logits.
 
-        With a cache, `tokens` follow those that it holds, and are added to it. `document_ids` (B, T) integers confine
-        attention to documents, runs of equal ids; not with a cache.
+        With a cache, `tokens` follow the cached tokens and are appended to the cache. `document_ids` (B, T), integers, restrict
+        attention to runs of equal ids; they cannot be combined with a cache.
         """
         return self._hidden_states(tokens, cache, document_ids)[0]
 
     def _hidden_states(
         self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        # Beside them the sum of the layers' balance losses, where there are experts.
+        # Also returns the sum of the layers' balance losses, or None without experts.
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if cache is not None and cache.lengths is not None:
             end = min(end, cache.max_length)
         if end > self.config.context_length:
-            raise ValueError(f"{end} tokens are longer than the context: allowed are {self.config.context_length}")
+            raise ValueError(
+                f"the sequence has {end} tokens: expected at most the context length, {self.config.context_length}"
+            )
         if cache is not None and document_ids is not None:
-            raise ValueError("document_ids are given beside a cache: allowed is one of the two")
+            raise ValueError("document_ids and cache are both given: expected at most one of them")
         if cache is not None and cache.place(tokens.shape[1]):
             start = 0
-        # Once for all layers, and for those that run again in the backward pass.
+        # Computed once for all layers and for their recomputation.
         parts = self.parts
         make_documents = documents if parts is None else parts.documents
         packed = None if document_ids is None else make_documents(document_ids)
@@ -224,8 +233,8 @@ class TransformerLM(nn.Module):
             )
             tokens = parts.between_layers(tokens)
         branch, residual, balances = None, self._embed(tokens), []
-        kept_whole = not (self.training and torch.is_grad_enabled())
-        checkpointed = 0 if kept_whole else num_checkpointed_blocks(self.activation_checkpointing, len(self.layers))
+        trains = self.training and torch.is_grad_enabled()
+        checkpointed = 0 if not trains else num_checkpointed_blocks(self.activation_checkpointing, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
             cos, sin = local_tables if self.config.is_local(i) else tables
@@ -243,15 +252,15 @@ class TransformerLM(nn.Module):
             embedded = embedded.to(self.compute_dtype)
         if not self.config.scale_embeddings:
             return embedded
-        # Rounded to the dtype of the stream first, as those who trained with it have it.
+        # Gemma rounds the factor to the dtype of the stream first.
         return embedded * torch.full((), math.sqrt(self.config.d_model), dtype=embedded.dtype, device=embedded.device)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V) of the token after each position."""
+        """Return the logits (B, T, V) of the next token at each position."""
         return self.logits(self.hidden_states(tokens, cache, document_ids))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (..., V) of the token after each position, of its hidden states (..., D)."""
+        """Return the logits (..., V) of the next token from hidden states (..., D)."""
         logits = F.linear(hidden, self._padded_head_weight.to(hidden.dtype))[..., : self.config.vocab_size]
         softcap = self.config.logit_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -265,11 +274,11 @@ class TransformerLM(nn.Module):
         router_loss: float = 0.0,
         by_sequence: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy in nats of targets (B, T), all logits never held; see `linear_cross_entropy`.
+        """Return the summed cross-entropy of targets (B, T) in nats, without holding all logits (`linear_cross_entropy`).
 
-        For each target that is not ignored, `router_loss` times the sum of the layers' `balance_loss` is added. With
-        `by_sequence` the cross-entropies of the sequences follow, (B,) float32, without a gradient. With `parts` the sums are
-        over this process's positions.
+        Each target that is not ignored adds `router_loss` times the sum of the layers' `balance_loss`. `by_sequence` also
+        returns the cross-entropy of each sequence, (B,) float32, without a gradient. With `parts` the sums cover the positions
+        of this process.
         """
         hidden, balance = self._hidden_states(tokens, document_ids=document_ids)
         if self.parts is not None:
@@ -291,7 +300,7 @@ class TransformerLM(nn.Module):
 
     @torch.no_grad()
     def _sequence_losses(self, hidden: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
-        # The logits of the targets alone.
+        # Only the logits of the targets are computed.
         weights = self._padded_head_weight.to(hidden.dtype)[targets.clamp(min=0)]
         logits = (hidden.float() * weights.float()).sum(dim=-1)
         softcap = self.config.logit_softcap
@@ -299,9 +308,9 @@ class TransformerLM(nn.Module):
         return (lse - logits).masked_fill(targets == IGNORED_TARGET, 0.0).sum(dim=1)
 
     def cast(self, dtype: torch.dtype) -> "TransformerLM":
-        """Return a model for inference with the matrices in `dtype`: it computes what `compute_dtype` does, without casts.
+        """Return a model for inference with its matrices in `dtype`; results equal `compute_dtype` without casts on use.
 
-        Norms and tables are shared with this model; where nothing would differ it is this model.
+        Norms and RoPE tables are shared with this model. Returns this model if the matrices have the dtype already.
         """
         if self.token_embeddings.weight.dtype == dtype and self.compute_dtype in (None, dtype):
             return self

@@ -1,9 +1,12 @@
-"""What a model costs: parameters, FLOPs, bytes, seconds and money, all sums over one list of operations.
+"""Cost of a model in parameters, FLOPs, bytes, seconds and money: every figure is a sum over one list of operations.
 
-`operations` makes the list; each other file sums it up for one subject. FLOPs are those of matrix products; GB is 1e9 bytes,
-GiB 2^30.
+`operations` builds the list; each other module sums it for one subject. FLOPs count matrix products only. GB is 1e9 bytes,
+GiB is 2^30 bytes.
 """
 
+from ..config import pad_vocabulary
+from ..memory_size import parse_memory
+from ..policy import HANDOUT, Policy
 from .block import attended_pairs
 from .conventions import Convention, conventions
 from .flops import (
@@ -19,10 +22,9 @@ from .flops import (
     training_flops_per_token,
 )
 from .generation import Generation, generation, kv_cache_bytes
-from .memory import Memory, Moment, handout_memory, largest_batch, parse_memory, training_memory
+from .memory import Memory, TimelinePoint, handout_memory, largest_batch, training_memory
 from .operation import Operation
-from .operations import operations, pad_vocabulary
-from .policy import HANDOUT, Policy
+from .operations import operations
 from .roofline import Plan, Roofline, adamw_bytes, adamw_flops, roofline, training_plan
 
 __all__ = [
@@ -30,11 +32,11 @@ __all__ = [
     "Convention",
     "Generation",
     "Memory",
-    "Moment",
     "Operation",
     "Plan",
     "Policy",
     "Roofline",
+    "TimelinePoint",
     "adamw_bytes",
     "adamw_flops",
     "attended_pairs",

@@ -1,23 +1,23 @@
-"""What others would call the MFU of the same run: their FLOPs per token, over their peak."""
+"""MFU of one run under the conventions of other projects: their FLOPs per token over their peak."""
 
 from dataclasses import dataclass, replace
 
 from ..config import ModelConfig
+from ..policy import Policy
 from .block import reach
 from .flops import hardware_flops, model_flops, num_active_parameters, parameters_by_group
 from .operations import operations
-from .policy import Policy
 
 
 @dataclass(frozen=True)
 class Convention:
-    """One way to count."""
+    """One convention for counting training FLOPs."""
 
     name: str
     flops_per_token: float
-    """Training FLOPs: forward and backward."""
+    """Forward and backward FLOPs."""
     mfu: float | None
-    """Share of the peak that this convention takes; None without a speed or a peak."""
+    """Share of the peak that this convention uses; None without a speed or a peak."""
     note: str
 
 
@@ -31,9 +31,9 @@ def conventions(
     peak_flops: float | None = None,
     policy: Policy | None = None,
 ) -> list[Convention]:
-    """Return this project's count and those of others, for a run at `tokens_per_second` on a GPU of `peak_flops` (FLOP/s).
+    """Return FLOPs and MFU by our and others' conventions, at `tokens_per_second` on a GPU of `peak_flops` (FLOP/s).
 
-    L layers, H heads of Q channels, context T, N parameters that a token meets; others' N and T as their code takes them.
+    L layers, H heads of Q channels, context T, N active parameters per token; N and T follow the code of each project.
     """
     policy = policy or Policy()
     context = config.context_length if context_length is None else context_length
@@ -51,14 +51,14 @@ def conventions(
     rows: list[tuple[str, float, float | None, str]] = [
         ("tilewright", model_flops(full) / context, ours, "matrix products, full attention, backward 2x forward"),
         ("exact causal", model_flops(causal) / context, ours, "the same with T (T + 1) / 2 pairs of query and key"),
-        ("HFU", hardware_flops(full) / context, ours, "the first with what the policy computes again"),
+        ("HFU", hardware_flops(full) / context, ours, "the first, with recomputation under the policy"),
         ("PaLM", 6 * n + 12 * layers * width * context, ours, "6N + 12LHQT, appendix B; an untied embedding is in N"),
         ("nanoGPT", 6 * n + 12 * layers * width * context, A100_BF16, "PaLM's, always over an A100's 312 TFLOP/s"),
         ("nanochat", 6 * (n - embedding) + 12 * width * seen, ours, "PaLM's without the embedding, windows counted"),
         ("llm.c", 6 * n + 6 * layers * width * context, ours, "6N + 6LCT: causal attention as half"),
         ("Megatron / MaxText", (products + attention / 2) / context, ours, "exact products, causal attention as half"),
         ("6N", 6 * n, ours, "Kaplan et al. 2020: no attention"),
-        ("FlopCounterMode", counter / context, ours, "what PyTorch counts: flash attention's backward as 2.5x forward"),
+        ("FlopCounterMode", counter / context, ours, "PyTorch's counter: flash attention's backward as 2.5x forward"),
     ]
     return [
         Convention(name, flops, flops * tokens_per_second / peak if tokens_per_second and peak else None, note)

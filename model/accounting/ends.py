@@ -1,40 +1,40 @@
-"""The operations before and after the blocks: the embedding, the head and the loss; letters as in `operation`."""
+"""Operations before and after the blocks: embedding, head and loss; `operation` defines the letters."""
 
 import dataclasses
 from collections.abc import Iterator
 
 from ...kernels.linear_cross_entropy import chunk_shape
 from ...kernels.op import ALL
+from ..policy import Policy
 from .operation import Operation, Step, costs
-from .policy import Policy
 
 
 def logit_chunk(rows: int, vocab_size: int, itemsize: int, policy: Policy) -> tuple[int, int]:
-    """Return the rows and columns of logits that a chunked loss holds at once."""
+    """Return the rows and columns of the logits that a chunked loss holds at once."""
     if policy.ops == "fused":
         return chunk_shape(rows, vocab_size, itemsize, policy.logit_chunk_bytes)
     return min(rows, max(1, policy.logit_chunk_bytes // (itemsize * vocab_size))), vocab_size
 
 
 def embedding(step: Step) -> Iterator[Operation]:
-    """The rows of the tokens, and their scale where the model has one."""
+    """Yield the embedding lookup, and the scaling if the model has one."""
     rows, d, w, stream = step.rows, step.d, step.w, step.stream
-    # Rows are looked up in the dtype of the weights, and their gradient is summed in it.
+    # The lookup and the sum of its gradient use the dtype of the weights.
     looked_up = w * rows * d
     cast = looked_up if step.s != w else 0
-    # Kept: the tokens, int64. The gradient of the table is as large as the table.
+    # Saved: the tokens, int64. The gradient of the table is as large as the table.
     yield Operation("embedding", "embedding", None, (rows, d), step.v * d, (step.held_v - step.v) * d,
                     forward_bytes=looked_up + stream + 8 * rows + cast,
                     backward_bytes=stream + w * step.held_v * d + 8 * rows + cast, saved_bytes=8 * rows,
                     forward_temporary=cast, backward_temporary=looked_up)  # fmt: skip
     if step.config.scale_embeddings:
-        # Kept: the scale, one number in the dtype of the stream.
+        # Saved: the scale, one number in the dtype of the stream.
         yield Operation("embedding scale", "embedding", None, (rows, d), forward_bytes=2 * stream, backward_bytes=2 * stream,
                         saved_bytes=step.s, forward_temporary=stream, backward_temporary=2 * stream)  # fmt: skip
 
 
 def _head(step: Step, name: str, saved: int = 0) -> Operation:
-    """The product to the logits; `shape` has the padded vocabulary where that is what is computed."""
+    """Return the product to the logits; `shape` has the padded vocabulary if the product computes it."""
     rows, d, v = step.rows, step.d, step.v
     added = step.held_v - v
     padding_flops = 2 * rows * d * added
@@ -46,7 +46,7 @@ def _head(step: Step, name: str, saved: int = 0) -> Operation:
 
 
 def loss(step: Step) -> Iterator[Operation]:
-    """The head and the cross-entropy of its logits."""
+    """Yield the head and the cross-entropy of its logits."""
     return _whole_loss(step) if step.policy.loss == "whole" else _chunked_loss(step)
 
 
@@ -54,21 +54,21 @@ def _whole_loss(step: Step) -> Iterator[Operation]:
     a, rows, v, held_v, fused = step.a, step.rows, step.v, step.held_v, step.fused
     yield _head(step, "head", saved=a * rows * step.d)
     if held_v != v:
-        # The logits of the vocabulary are a view; their gradient is copied into one of all rows.
+        # The unpadded logits are a view; their gradient is copied into a tensor with the padded rows.
         copied = a * rows * (v + held_v)
         yield Operation("cut", "head", None, (rows, v), backward_bytes=copied, backward_temporary=copied)
     logits = a * rows * held_v
     if step.config.logit_softcap is not None:
         capped = a * rows * v
-        # Kept: the tanh, which is its own derivative. The result is no view of all rows.
+        # Saved: the tanh, from which its derivative follows. The result is a new tensor without the padding.
         yield Operation("logit softcap", "head", None, (rows, v), forward_bytes=2 * capped, backward_bytes=3 * capped,
                         saved_bytes=capped, forward_temporary=logits + capped, backward_temporary=2 * capped)  # fmt: skip
         logits = capped
     forward, backward = costs("cross_entropy", a, rows=rows, vocab_size=v)
-    # Fused: the logits, their maximum and log-sum; eager: log-softmax in float32, the (unit) sum of class weights.
-    # Both: the targets.
+    # Saved, fused: the logits, their maximum and log-sum. Saved, eager: log-softmax in float32, the (unit) sum of class
+    # weights. Both save the targets.
     kept = logits + 8 * rows if fused else 4 * rows * v + 4
-    # Backward: the loss itself, and the gradient of the logits; eager also that of log-softmax.
+    # Backward: the loss and the gradient of the logits; eager also the gradient of log-softmax.
     held = a * rows * v if fused else 8 * rows * v
     yield Operation("cross_entropy", "loss", None, (rows, v), forward_bytes=forward.bytes, backward_bytes=backward.bytes,
                     saved_bytes=kept + 8 * rows, forward_temporary=0 if fused else logits,
@@ -81,13 +81,13 @@ def _chunked_loss(step: Step) -> Iterator[Operation]:
     moved = ALL["linear_cross_entropy"].cost(a, rows=rows, d_model=d, vocab_size=held_v).both.bytes
     cast = a * held_v * d if a != step.w else 0
     if step.fused:
-        # The gradients of x, and in float32 of the weight, are computed beside the loss, chunk by chunk, and kept with x;
+        # The forward pass computes the gradients of x and (in float32) of the weight chunk by chunk and saves them with x;
         # the backward pass scales them. Logits are capped in registers.
         kept, again = 2 * a * rows * d + 4 * held_v * d, 0
         chunk_rows, columns = logit_chunk(rows, held_v, a, policy)
         temporary = {"forward_temporary": a * chunk_rows * columns + cast, "backward_temporary": a * rows * d}
     else:
-        # Each chunk is checkpointed: x, the weight and the targets are kept, the logits computed again, and their tanh.
+        # Each chunk is checkpointed: it saves x, the weight and the targets, and recomputes the logits and their tanh.
         kept, again = a * rows * d + cast + 8 * rows, product.forward_flops + product.padding_flops
         chunk_rows, _ = logit_chunk(rows, held_v, 4, policy)
         tanh = 0 if step.config.logit_softcap is None else 4 * chunk_rows * held_v

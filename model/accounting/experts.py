@@ -1,4 +1,4 @@
-"""The operations of a mixture of experts as this project computes it: letters as in `operation`, `k` of `X` experts a token."""
+"""Operations of this project's mixture of experts; letters as in `operation`, with `k` of `X` experts per token."""
 
 from collections.abc import Iterator
 
@@ -7,19 +7,19 @@ from .operation import Operation, Step
 
 
 def experts_used(num_experts: int, experts_per_token: int, tokens: int) -> float:
-    """Return how many experts so many tokens use, in the mean over choices that are all alike: X (1 - (1 - k / X)^tokens)."""
+    """Return the expected number of experts that `tokens` tokens use under uniform routing: X (1 - (1 - k / X)^tokens)."""
     return num_experts * (1 - (1 - experts_per_token / num_experts) ** tokens)
 
 
 def inactive_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of the experts that a token does not pass through, in all layers."""
+    """Return the number of parameters, over all layers, of the experts that a token does not use."""
     if config.num_experts is None:
         return 0
     return config.num_layers * (config.num_experts - config.experts_per_token) * 3 * config.d_model * config.d_ff
 
 
 def _product(step: Step, name: str, layer: int, k: int, n: int, num_experts: int, copies: int) -> Operation:
-    """The grouped product of the tokens' copies, sorted by expert; the ends of the groups are int32."""
+    """Return the grouped product of the token copies, sorted by expert; the group ends are int32."""
     a, m = step.a, step.rows * copies
     used = round(experts_used(num_experts, copies, step.rows) * k * n)
     forward, moved, matrices = 2 * m * k * n, a * (m * k + used + m * n), num_experts * k * n
@@ -30,27 +30,27 @@ def _product(step: Step, name: str, layer: int, k: int, n: int, num_experts: int
 
 
 def mixture(step: Step, layer: int) -> Iterator[Operation]:
-    """The router, the copies of each token, the experts' products and activation, and the sum of the copies' results."""
+    """Yield the router, the copies of each token, the experts' products and activation, and the sum of the results."""
     a, rows, d, f, stream, config = step.a, step.rows, step.d, step.f, step.stream, step.config
     num_experts, k = config.num_experts, config.experts_per_token
     assert num_experts is not None
     copies = rows * k
     yield step.product("router", "feed-forward", layer, d, num_experts, saved=a * rows * d)
     likely = 4 * rows * num_experts
-    # Kept: the probabilities in float32, the choices in int64; what is normalised and its sum; each expert's share of the
-    # choices, and the int32 ends of the groups.
+    # Saved: the probabilities in float32, the choices in int64, the normalized weights and their sum, each expert's share of
+    # the choices, and the int32 group ends.
     kept = likely + 8 * copies + 8 * num_experts + (4 * (copies + rows) if config.normalise_expert_weights else 0)
     moved = a * rows * num_experts + likely + 12 * copies
     yield Operation("routing", "routing", layer, (rows, num_experts), forward_bytes=moved, backward_bytes=moved,
                     saved_bytes=kept, forward_temporary=likely, backward_temporary=stream + 2 * likely)  # fmt: skip
-    # Kept: the row of each copy, int64.
+    # Saved: the row of each copy, int64.
     moved = a * (rows + copies) * d + 8 * copies
     yield Operation("dispatch", "routing", layer, (copies, d), forward_bytes=moved, backward_bytes=moved,
                     saved_bytes=8 * copies, backward_temporary=stream + a * (2 * copies + rows) * d)  # fmt: skip
     yield _product(step, "gate_up_proj", layer, d, 2 * f, num_experts, k)
     yield step.gated_activation(layer, copies)
     yield _product(step, "down_proj", layer, f, d, num_experts, k)
-    # Kept: the results of the experts, their weights in float32, and the copy that each row holds, int64.
+    # Saved: the experts' outputs, their weights in float32, and the copy in each row, int64.
     moved = a * (rows + copies) * d + 12 * copies
     yield Operation("combine", "routing", layer, (copies, d), forward_bytes=moved,
                     backward_bytes=moved + a * copies * d, saved_bytes=a * copies * d + 12 * copies,

@@ -1,12 +1,12 @@
-"""Parameters and FLOPs: sums over the list of operations."""
+"""Parameters and FLOPs, summed over the list of operations."""
 
 from collections.abc import Iterable
 
 from ..config import ModelConfig
+from ..policy import Policy
 from .experts import inactive_parameters
 from .operation import Operation
 from .operations import operations
-from .policy import Policy
 
 FLOP_GROUPS: tuple[str, ...] = ("projections", "attention", "feed-forward", "head")
 PARAMETER_GROUPS: tuple[str, ...] = ("embedding", "attention", "feed-forward", "norms", "head")
@@ -22,17 +22,17 @@ def parameters_by_group(config: ModelConfig) -> dict[str, int]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Return the number of trained parameters; rows that pad the vocabulary are none."""
+    """Return the number of trained parameters, without the rows that pad the vocabulary."""
     return sum(parameters_by_group(config).values())
 
 
 def num_active_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters that a token meets: all but those of the experts that it does not pass through."""
+    """Return the number of parameters that a token uses: all except the experts that it is not routed to."""
     return num_parameters(config) - inactive_parameters(config)
 
 
 def num_weights(config: ModelConfig, policy: Policy) -> int:
-    """Return the number of weights that are held and updated: the parameters, and what pads the vocabulary."""
+    """Return the number of weights in memory: the parameters and the vocabulary padding."""
     return sum(op.weights for op in operations(config, 1, 1, policy))
 
 
@@ -44,9 +44,9 @@ def num_parameter_tensors(config: ModelConfig, policy: Policy | None = None) -> 
 def forward_flops_by_group(
     config: ModelConfig, context_length: int | None = None, window: int | None = None, exact_causal: bool = False
 ) -> dict[str, int]:
-    """Return the FLOPs of one sequence's forward pass by group, attention counted in full (as if not causal) or exactly.
+    """Return the forward FLOPs of one sequence by group, with attention counted in full (as if not causal) or exactly.
 
-    A `window` stands in place of the layers' own.
+    `window` overrides the windows of the layers.
     """
     groups: dict[str, int] = dict.fromkeys(FLOP_GROUPS, 0)
     for op in operations(config, 1, context_length, Policy(window=window), exact_causal):
@@ -58,19 +58,19 @@ def forward_flops_by_group(
 def forward_flops(
     config: ModelConfig, context_length: int | None = None, window: int | None = None, exact_causal: bool = False
 ) -> int:
-    """Return the FLOPs of one sequence's forward pass."""
+    """Return the forward FLOPs of one sequence."""
     return sum(forward_flops_by_group(config, context_length, window, exact_causal).values())
 
 
 def model_flops(ops: Iterable[Operation]) -> int:
-    """Return the FLOPs of a step that the model asks for: forward and backward, nothing recomputed (MFU's numerator)."""
+    """Return the model FLOPs of a step: forward and backward without recomputation (MFU's numerator)."""
     return sum(op.flops for op in ops)
 
 
 def hardware_flops(ops: Iterable[Operation]) -> int:
     """Return the FLOPs of a step with recomputation and padding (HFU's numerator; Korthikanti et al. 2022, section 5).
 
-    Where a checkpointed block runs again, flash attention still computes its scores once more.
+    In a checkpointed block, the backward pass of flash attention still recomputes the scores once more.
     """
     ops = tuple(ops)
     again = sum(op.forward_flops for op in ops if op.runs_again)
@@ -78,13 +78,13 @@ def hardware_flops(ops: Iterable[Operation]) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, context_length: int | None = None) -> float:
-    """Return the FLOPs that training spends on a token: forward, and twice that backward, nothing recomputed."""
+    """Return the training FLOPs per token: forward, and twice as many backward, without recomputation."""
     tokens = config.context_length if context_length is None else context_length
     return model_flops(operations(config, 1, tokens)) / tokens
 
 
 def model_flops_utilisation(config: ModelConfig, tokens_per_second: float, peak_flops: float | None) -> float | None:
-    """Return the MFU (PaLM, appendix B), a share of `peak_flops` (FLOP/s); None where no peak is known."""
+    """Return the MFU (PaLM, appendix B), a share of `peak_flops` (FLOP/s); None without a peak."""
     if peak_flops is None:
         return None
     return training_flops_per_token(config) * tokens_per_second / peak_flops

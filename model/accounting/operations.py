@@ -1,15 +1,14 @@
-"""The one list from which every other figure is a sum: each operation of a training step with its FLOPs and bytes."""
+"""The list of operations of a training step, with their FLOPs and bytes; every other figure is a sum over it."""
 
-import dataclasses
 from collections.abc import Iterator
 
 from ...errors import UserError
 from ..checkpointing import num_checkpointed_blocks
 from ..config import ModelConfig
+from ..policy import Policy
 from .block import block, checkpointed_block
 from .ends import embedding, loss
 from .operation import Operation, Step
-from .policy import Policy
 
 
 def operations(
@@ -19,17 +18,16 @@ def operations(
     policy: Policy | None = None,
     exact_causal: bool = False,
 ) -> tuple[Operation, ...]:
-    """Return the operations of a training step on `batch_size` sequences, in the order of the forward pass.
+    """Return the operations of a training step on `batch_size` sequences, layer by layer in the order of the forward pass.
 
-    Attention is counted in full, as if not causal, unless `exact_causal`; within its window where a layer has one. The list
-    has every layer's operations.
+    Attention is counted in full, as if not causal, unless `exact_causal`; a layer's window limits it.
     """
     policy, context = policy or Policy(), config.context_length if context_length is None else context_length
     if policy.eight_bits and config.num_experts is not None:
-        raise UserError(f"compute is {policy.compute}: a model with experts has no products in 8 bits")
+        raise UserError(f"compute is {policy.compute}: expected a 16- or 32-bit dtype for a model with experts")
     for name, value in (("batch_size", batch_size), ("context_length", context)):
         if value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
+            raise UserError(f"{name} is {value}: expected at least 1")
     return tuple(_all(Step(config, batch_size, context, policy, exact_causal)))
 
 
@@ -42,10 +40,3 @@ def _all(step: Step) -> Iterator[Operation]:
     if config.norm in ("pre", "sandwich"):
         yield from step.norm(None, "ln_final", adds=True)
     yield from loss(step)
-
-
-def pad_vocabulary(config: ModelConfig, multiple: int) -> ModelConfig:
-    """Return the shape with its vocabulary rounded up to a multiple, such as 50,304 for GPT-2's 50,257 and 64 or 128."""
-    if multiple < 1:
-        raise UserError(f"the vocabulary's multiple is {multiple}: it must be at least 1")
-    return dataclasses.replace(config, vocab_size=-(-config.vocab_size // multiple) * multiple)

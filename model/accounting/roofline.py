@@ -1,15 +1,15 @@
-"""Seconds, days and money: the roofline of every operation, the speed of light of a model, the time of a whole run."""
+"""Time and cost: the roofline of every operation, the least time of a step, and the duration and price of a run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ...datasheet import GPU
 from ...errors import UserError
-from ...kernels.datasheet import GPU
 from ..config import ModelConfig
+from ..policy import ITEMSIZE, Compute, Policy, moment_bytes
 from .flops import model_flops, num_parameters, num_weights
 from .operation import Operation
 from .operations import operations
-from .policy import ITEMSIZE, Compute, Policy, moment_bytes
 
 PEAK_OF: dict[Compute, str] = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "fp8_rowwise": "fp8",
@@ -20,17 +20,17 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class OperationTime:
-    """The operations of one name together: what they cost in a step, and the least time that a GPU needs for them."""
+    """The operations of one name together: their cost in a step, and the least time on a GPU."""
 
     name: str
     group: str
     count: int
     flops: int
-    """Forward, backward, recomputed and spent on padding."""
+    """Forward, backward, recomputed and padding FLOPs."""
     bytes: int
     seconds: float
     compute_bound: bool
-    """Whether the larger part of the time is that of FLOPs, not of bytes."""
+    """Whether FLOPs, not bytes, bound most of the time."""
 
     @property
     def intensity(self) -> float:
@@ -40,11 +40,11 @@ class OperationTime:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of a training step on a GPU, operation by operation: no step of this model can be faster."""
+    """Lower bound on the time of a training step on a GPU, by operation."""
 
     operations: tuple[OperationTime, ...]
     model_flops: int
-    """Of the step, attention in full: MFU's numerator."""
+    """FLOPs of the step with attention in full: MFU's numerator."""
     peak_flops: float
     """FLOP/s."""
 
@@ -60,25 +60,25 @@ class Roofline:
 
     @property
     def best_mfu(self) -> float:
-        """The MFU of a step that takes the least time. Above 1 where skipped causal scores outweigh all else."""
+        """MFU of a step that takes the least time. Above 1 if the skipped causal scores outweigh all other losses."""
         return self.model_flops / (self.seconds * self.peak_flops)
 
     def shortfall(self) -> dict[str, float]:
-        """Return the share of the step that each name takes beyond its FLOPs at the peak: what holds the MFU down."""
+        """Return, by name, the share of the step that exceeds the time of its FLOPs at the peak, largest first."""
         lost = {op.name: max(0.0, op.seconds - op.flops / self.peak_flops) / self.seconds for op in self.operations}
         return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 
 def adamw_flops(config: ModelConfig) -> int:
-    """Return the FLOPs of AdamW's step: 14 a parameter, each operation of Loshchilov & Hutter 2019, algorithm 2, as one."""
+    """Return the FLOPs of AdamW's step: 14 per parameter, one per operation of Loshchilov & Hutter 2019, algorithm 2."""
     return 14 * num_parameters(config)
 
 
 def adamw_bytes(config: ModelConfig, policy: Policy | None = None) -> int:
-    """Return the least bytes of AdamW's step: weight, gradient and moments in; weight and moments out. 28 each in float32."""
+    """Return AdamW's least traffic: read weight, gradient, moments; write weight, moments. 28 bytes each in float32."""
     policy = policy or Policy()
     weight, count = ITEMSIZE[policy.weights], num_weights(config, policy)
-    # A master copy is read and written in place of the weight's reading.
+    # With a master copy, the step reads and writes that copy, and does not read the weight.
     weights = weight + (8 if policy.master_weights else weight)
     return count * (weights + weight) + 4 * moment_bytes(policy, count)
 
@@ -97,7 +97,7 @@ def _time(name: str, ops: list[Operation], peak: float, bandwidth: float) -> Ope
 
 
 def by_name(ops: Iterable[Operation]) -> dict[str, list[Operation]]:
-    """Return the operations grouped by name, in the order of the step."""
+    """Group the operations by name, in the order of the step."""
     groups: dict[str, list[Operation]] = {}
     for op in ops:
         groups.setdefault(op.name, []).append(op)
@@ -107,11 +107,11 @@ def by_name(ops: Iterable[Operation]) -> dict[str, list[Operation]]:
 def roofline(
     config: ModelConfig, gpu: GPU, batch_size: int = 1, context_length: int | None = None, policy: Policy | None = None
 ) -> Roofline | None:
-    """Return the least time of a training step on `gpu`, optimizer and recomputation included; None without a peak.
+    """Return the least time of a training step on `gpu`, with optimizer and recomputation; None without a peak.
 
-    Each pass of each operation takes the longer of its FLOPs at the dense peak and its least bytes at the bandwidth of the
-    datasheet; where the blocks' products are in 8 bits, all others at that of bfloat16. Flash attention skips what causality
-    masks, written-out attention does not.
+    Each pass of each operation takes the longer of its FLOPs at the datasheet's dense peak and its least bytes at the
+    datasheet's bandwidth. If the blocks' products run in 8 bits, all others run at the bfloat16 peak. Flash attention skips
+    masked scores; naive attention does not.
     """
     policy = policy or Policy()
     peak = gpu.peak_flops(PEAK_OF[policy.compute])
@@ -120,10 +120,10 @@ def roofline(
     bandwidth = gpu.bandwidth * 1e12
     full = operations(config, batch_size, context_length, policy)
     ops = operations(config, batch_size, context_length, policy, exact_causal=policy.attention == "flash")
-    # What is not in 8 bits has a lower peak than the one that the MFU is a share of.
+    # Operations that are not in 8 bits have a lower peak than the one in the MFU's denominator.
     others = gpu.peak_flops(PEAK_OF[policy.dtype]) or peak
     times = [_time(name, group, peak if group[0].eight_bits else others, bandwidth) for name, group in by_name(ops).items()]
-    # The update runs outside the tensor cores, in float32.
+    # The update runs in float32 outside the tensor cores.
     fp32 = gpu.peak_flops("fp32") or peak
     flops, moved = adamw_flops(config), adamw_bytes(config, policy)
     compute, memory = flops / fp32, moved / bandwidth
@@ -133,15 +133,15 @@ def roofline(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole training run takes."""
+    """Time and cost of a training run."""
 
     tokens: int
     flops: float
-    """Model FLOPs, attention in full."""
+    """Model FLOPs with attention in full."""
     seconds: float
     tokens_per_second: float
     cost: float | None
-    """In the currency of the price; None without one."""
+    """In the currency of the price; None without a price."""
 
     @property
     def days(self) -> float:
@@ -159,13 +159,13 @@ def training_plan(
     price_per_gpu_hour: float | None = None,
     window: int | None = None,
 ) -> Plan:
-    """Return the time and cost of training on `tokens` at an MFU, planned or measured, of num_gpus x peak_flops (FLOP/s)."""
+    """Return the time and cost of training on `tokens` at a planned or measured MFU of num_gpus x peak_flops (FLOP/s)."""
     if not 0 < mfu <= 1:
-        raise UserError(f"mfu is {mfu}: it must be above 0 and at most 1")
+        raise UserError(f"mfu is {mfu}: expected above 0 and at most 1")
     if tokens < 1 or num_gpus < 1:
-        raise UserError(f"tokens is {tokens} and num_gpus {num_gpus}: both must be at least 1")
+        raise UserError(f"tokens is {tokens} and num_gpus is {num_gpus}: expected at least 1 of each")
     if price_per_gpu_hour is not None and not price_per_gpu_hour >= 0:
-        raise UserError(f"price_per_gpu_hour is {price_per_gpu_hour}: it must be 0 or more")
+        raise UserError(f"price_per_gpu_hour is {price_per_gpu_hour}: expected 0 or more")
     context = config.context_length if context_length is None else context_length
     flops = model_flops(operations(config, 1, context, Policy(window=window))) * tokens / context
     seconds = flops / (mfu * peak_flops * num_gpus)

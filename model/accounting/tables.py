@@ -1,10 +1,11 @@
-"""The report of `account` as tables for a person."""
+"""Tables of the `account` report."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ...tables import print_table
 from .memory import both_units
 
 
@@ -28,8 +29,8 @@ def _parameters(report: dict[str, Any]) -> Table:
     table.add_row("all", f"{total:,}", both_units(4 * total) + " in float32")
     active = report["num_active_parameters"]
     if active != total:
-        table.add_row("met by a token", f"{active:,}", f"{100 * active / total:.2f}%")
-    table.add_row("AdamW's step", f"{flops['adamw_flops']:,} FLOPs", f"{flops['adamw_bytes']:,} bytes at the least")
+        table.add_row("active per token", f"{active:,}", f"{100 * active / total:.2f}%")
+    table.add_row("AdamW's step", f"{flops['adamw_flops']:,} FLOPs", f"at least {flops['adamw_bytes']:,} bytes")
     return table
 
 
@@ -45,7 +46,7 @@ def _flops(report: dict[str, Any]) -> Table:
     for name, key in (
         (f"step of {batch:,}: forward and backward", "step_flops"),
         ("  attention exactly causal", "step_exact_causal_flops"),
-        ("  with what is computed again (HFU)", "step_hardware_flops"),
+        ("  with recomputation (HFU)", "step_hardware_flops"),
     ):
         table.add_row(name, f"{flops[key]:,}", f"{flops[key] / step:.4f}x")
     return table
@@ -53,7 +54,7 @@ def _flops(report: dict[str, Any]) -> Table:
 
 def _memory(report: dict[str, Any]) -> Table:
     memory, batch = report["memory"], report["batch_size"]
-    table = _table(f"Memory of a step on {batch:,} x {report['context_length']:,} tokens", "held", "bytes", "")
+    table = _table(f"Memory of a step on {batch:,} x {report['context_length']:,} tokens", "tensors", "bytes", "")
     for name, key in (
         ("weights", "weights_bytes"),
         ("master weights", "master_weights_bytes"),
@@ -73,14 +74,14 @@ def _memory(report: dict[str, Any]) -> Table:
     table.add_section()
     if "written_out_float32_peak_bytes" in memory:
         written_out = memory["written_out_float32_peak_bytes"]
-        table.add_row("written out in float32, peak", f"{written_out:,}", "CS336's model as it runs")
+        table.add_row("naive attention in float32, peak", f"{written_out:,}", "CS336's model as it runs")
     fixed, each = memory["handout_fixed_bytes"], memory["handout_bytes_per_sequence"]
-    table.add_row("CS336 handout's sum", f"{fixed + each * batch:,}", f"{each:,} x batch + {fixed:,}")
+    table.add_row("CS336 handout's estimate", f"{fixed + each * batch:,}", f"{each:,} x batch + {fixed:,}")
     if "largest_batch" in memory:
         table.add_section()
         given = both_units(memory["memory_bytes"])
         table.add_row("largest batch", f"{memory['largest_batch']:,}", f"in {given}")
-        table.add_row("  by the handout's sum", f"{memory['largest_batch_by_handout']:,}", f"in {given}")
+        table.add_row("  by the handout's estimate", f"{memory['largest_batch_by_handout']:,}", f"in {given}")
     return table
 
 
@@ -101,7 +102,7 @@ def _roofline(report: dict[str, Any]) -> Table:
 def _plan(report: dict[str, Any]) -> Table:
     speed, plan = report["speed"], report["plan"]
     table = _table("Time and money", "", "")
-    table.add_row("fastest possible", f"{speed['best_tokens_per_s']:,.0f} tokens/s a GPU")
+    table.add_row("fastest possible", f"{speed['best_tokens_per_s']:,.0f} tokens/s per GPU")
     table.add_row(f"at {_percent(plan['mfu'])} MFU", f"{plan['tokens_per_second']:,.0f} tokens/s on {plan['num_gpus']} GPU")
     table.add_row("tokens of the run", f"{plan['tokens']:,}")
     table.add_row("FLOPs of the run", f"{plan['flops']:.4g}")
@@ -112,8 +113,8 @@ def _plan(report: dict[str, Any]) -> Table:
 
 def _conventions(report: dict[str, Any]) -> Table:
     plan = report["plan"]
-    speed = "" if plan is None else f", and their MFU at {plan['tokens_per_second'] / plan['num_gpus']:,.0f} tokens/s a GPU"
-    table = _table(f"What others would count for a trained token{speed}", "convention", "FLOPs", "MFU", "how")
+    speed = "" if plan is None else f", and MFU at {plan['tokens_per_second'] / plan['num_gpus']:,.0f} tokens/s per GPU"
+    table = _table(f"FLOPs per trained token by other conventions{speed}", "convention", "FLOPs", "MFU", "how")
     table.columns[3].justify = "left"
     for row in report["conventions"]:
         table.add_row(row["name"], f"{row['flops_per_token']:,.0f}", _percent(row["mfu"]), row["note"])
@@ -122,7 +123,7 @@ def _conventions(report: dict[str, Any]) -> Table:
 
 def _generation(report: dict[str, Any]) -> Table:
     title = f"Generation at token {report['context_length']:,}, {report['policy']['compute']}"
-    table = _table(title, "batch", "FLOPs/token", "KV cache", "bytes/step", "at most tokens/s")
+    table = _table(title, "batch", "FLOPs/token", "KV cache", "bytes/step", "max tokens/s")
     for row in report["generation"]:
         speed = row["tokens_per_second"]
         most = "n/a" if speed is None else f"{speed:,.0f} ({row['bound_by']})"
@@ -132,13 +133,13 @@ def _generation(report: dict[str, Any]) -> Table:
 
 
 def _attention_of(report: dict[str, Any]) -> str:
-    """Return the heads of a shape and what its queries see, as far as it is not the plain form."""
+    """Return a description of the heads, and of key-value heads and windows if the model has them."""
     shape, window = report["shape"], report["policy"]["window"]
     text = f"{shape['num_heads']} heads"
     if shape["head_dim"] is not None:
         text += f" of {shape['head_dim']}"
     if shape["num_kv_heads"] not in (None, shape["num_heads"]):
-        text += f", {shape['num_kv_heads']} of keys and values"
+        text += f", {shape['num_kv_heads']} key-value heads"
     if window is not None:
         text += f", windows of {window:,}"
     elif shape["window"] is not None:
@@ -148,7 +149,7 @@ def _attention_of(report: dict[str, Any]) -> str:
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the tables of a report."""
-    # Where the output is no terminal, rich would wrap at 80 columns and break the figures.
+    # Without a terminal, rich would wrap at 80 columns and cut the figures.
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=120)
@@ -168,8 +169,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     tables += [_conventions(report), _generation(report)]
     for table in tables:
         console.print()
-        console.print(table)
+        print_table(console, table)
     if report["speed"] is None:
-        asked = report["gpu_asked_for"]
-        reason = "no --gpu is given" if asked is None else f"no peak is known of {asked!r}"
-        console.print(f"\nMFU, time and money are n/a: {reason}; known are {', '.join(report['gpus_known'])}.", highlight=False)
+        known = ", ".join(report["gpus_known"])
+        console.print(f"\nMFU, time and money are left out: name a GPU with --gpu, one of {known}.", highlight=False)

@@ -1,4 +1,4 @@
-"""`config.json` and `ModelConfig`, one from the other."""
+"""Conversion between `config.json` and `ModelConfig`."""
 
 import json
 from pathlib import Path
@@ -11,48 +11,57 @@ from .families import FAMILIES, Family, canonical, unknown_family
 from .rope import read_rope, rope_document
 
 CONFIG_FILE = "config.json"
+"""Name of the configuration file in a folder: `config.json`."""
 _LAYER_TYPES = {"sliding_attention": "L", "full_attention": "G"}
-# Gemma 3 with images: its language model is one of this family.
-_WITH_IMAGES = {"gemma3": "gemma3_text"}
+# Multimodal model types, and the family of their language model.
+_MULTIMODAL = {"gemma3": "gemma3_text"}
 
 
-def _whole(folder: Path) -> Document:
+def _read_document(folder: Path) -> Document:
     return read_document(Path(folder) / CONFIG_FILE, "the model's configuration")
 
 
-def _read(folder: Path) -> tuple[Family, Document]:
-    # The fields of the language model, with the defaults of its family.
-    document = _whole(folder)
+def _read_family(folder: Path) -> tuple[Family, Document]:
+    # Return the fields of the language model, with the defaults of its family.
+    document = _read_document(folder)
     document.only("quantization_config")
     kind = document.values.get("model_type")
-    if isinstance(kind, str) and kind in _WITH_IMAGES:
-        kind = _WITH_IMAGES[kind]
+    if isinstance(kind, str) and kind in _MULTIMODAL:
+        kind = _MULTIMODAL[kind]
         document = document.object("text_config")
         document.only("quantization_config")
         document.only("model_type", kind)
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise UserError(f"{document.path} has {unknown_family(kind)}")
-    # An explicit null is a value: of a softcap it means none.
+    # An explicit null overrides the default: a null softcap means none.
     return family, Document(document.path, {**family.defaults, **document.values})
 
 
+def is_huggingface_folder(folder: Path) -> bool:
+    """Return whether the folder's `config.json` describes a Hugging Face model, not a training run."""
+    try:
+        return "model_type" in json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def family_of_folder(folder: Path) -> str:
-    """Return the name of the family of the model in a folder; one that cannot be read is a `UserError`."""
-    return _read(folder)[0].model_type
+    """Return the name of the family of the model in a folder; raise `UserError` if the family is unknown."""
+    return _read_family(folder)[0].model_type
 
 
 def has_images(folder: Path) -> bool:
-    """Return whether the language model in a folder is a part of one that reads images."""
-    return _whole(folder).values.get("model_type") in _WITH_IMAGES
+    """Return whether the folder holds a multimodal model that contains the language model."""
+    return _read_document(folder).values.get("model_type") in _MULTIMODAL
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Return the shape in the `config.json` of a folder.
 
-    What our blocks cannot hold, and other families, are a `UserError` that names the field.
+    An unknown family or an unsupported value is a `UserError` that names the field.
     """
-    family, document = _read(folder)
+    family, document = _read_family(folder)
     for name, value in family.fixed.items():
         document.only(name, value)
     heads, layers = document.integer("num_attention_heads"), document.integer("num_hidden_layers")
@@ -104,7 +113,7 @@ def _expert_fields(family: Family, document: Document) -> dict[str, Any]:
     if not family.is_mixture:
         return {}
     fields = {
-        # transformers writes this name for those that were published with the other.
+        # Mixtral publishes num_local_experts and Qwen 3 num_experts; transformers can write the former for both.
         "num_experts": document.integer("num_local_experts", None) or document.integer("num_experts"),
         "experts_per_token": document.integer("num_experts_per_tok"),
     }
@@ -115,7 +124,7 @@ def _expert_fields(family: Family, document: Document) -> dict[str, Any]:
 
 
 def _windows(family: Family, document: Document, num_layers: int) -> tuple[int | None, str]:
-    # The keys that a local layer sees, and a letter for each layer.
+    # Return the window of local layers, and a letter for each layer.
     used = family.windows != "none" and (family.windows != "last" or document.boolean("use_sliding_window", False))
     window = document.integer("sliding_window", None) if used else None
     if window is None:
@@ -125,9 +134,9 @@ def _windows(family: Family, document: Document, num_layers: int) -> tuple[int |
         known = isinstance(listed, list) and len(listed) == num_layers
         if not known or not all(isinstance(each, str) and each in _LAYER_TYPES for each in listed):
             raise document.error("layer_types", f"a list of {' or '.join(_LAYER_TYPES)} for each of {num_layers} layers")
-        # transformers takes a Mistral that lists its layers for a Ministral.
+        # transformers loads a Mistral config that lists its layers as a Ministral.
         if family.windows == "all" and len(set(listed)) > 1:
-            raise document.error("layer_types", f"of one kind where model_type is {family.model_type}")
+            raise document.error("layer_types", f"one kind for all layers with model_type {family.model_type}")
         return window, "".join(_LAYER_TYPES[each] for each in listed)
     if family.windows == "last":
         first = document.values.get("max_window_layers")
@@ -139,7 +148,7 @@ def _windows(family: Family, document: Document, num_layers: int) -> tuple[int |
 
 
 def config_document(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the fields of `config.json` for a model that the family holds."""
+    """Return the fields of `config.json` for a model of the family."""
     config = canonical(config)
     document: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -174,7 +183,7 @@ def config_document(config: ModelConfig, family: Family) -> dict[str, Any]:
             document["norm_topk_prob"] = config.normalise_expert_weights
             document["moe_intermediate_size"] = config.d_ff
     if family.is_gemma:
-        # transformers makes the mask of local layers even where there are none.
+        # transformers builds the mask of local layers even if there are none.
         document["sliding_window"] = config.window or config.context_length
         scale = config.attention_scale
         document["query_pre_attn_scalar"] = config.head_width if scale is None else round(scale**-2)
@@ -187,5 +196,5 @@ def config_document(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def dumped(document: dict[str, Any]) -> str:
-    """Return the text of a file of these fields."""
+    """Return the fields as JSON text."""
     return json.dumps(document, indent=2) + "\n"

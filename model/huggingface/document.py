@@ -1,4 +1,4 @@
-"""A JSON object from outside, whose values are checked as they are read."""
+"""A JSON object that checks the type of each value as it is read."""
 
 import json
 import math
@@ -15,17 +15,17 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class Document:
-    """The `values` of an object in the file `path`. A value that cannot be used is a `UserError` that names both.
+    """The `values` of a JSON object in the file `path`. An invalid value is a `UserError` that names the file and the value.
 
-    A default stands for a value that is absent or null; without one the value must be there.
+    A default replaces an absent or null value. Without a default the value is required.
     """
 
     path: Path
     values: Mapping[str, Any]
 
     def error(self, name: str, allowed: str) -> UserError:
-        """Return the error for the value of a name, of which `allowed` says what it must be."""
-        return UserError(f"{self.path} has {name} {json.dumps(self.values.get(name))}: it must be {allowed}")
+        """Return the error for the value of `name`; `allowed` describes valid values."""
+        return UserError(f"{self.path} has {name} {json.dumps(self.values.get(name))}: expected {allowed}")
 
     def integer(self, name: str, default: Any = _REQUIRED) -> Any:
         """Return an int, 1 or more."""
@@ -55,26 +55,26 @@ class Document:
         return value
 
     def object(self, name: str) -> "Document":
-        """Return an object; one that is absent or null is empty."""
+        """Return an object; absent and null become an empty object."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             raise self.error(name, "null or an object")
         return Document(self.path, value or {})
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Raise where our blocks lack what the value asks for; null stands for the default of the format."""
+        """Raise unless the value is one of `allowed`, the values that our blocks support, or null."""
         value = self.values.get(name)
         if value is not None and value not in allowed:
             only = " or ".join(json.dumps(each) for each in allowed) or "null"
-            raise UserError(f"{self.path} has {name} {json.dumps(value)}, which our blocks lack: only {only} can be read")
+            raise UserError(f"{self.path} has {name} {json.dumps(value)}, which is not supported: expected {only}")
 
 
 def read_document(path: Path, what: str) -> Document:
-    """Return the JSON object in a file; `what` says in errors what the file is."""
+    """Return the JSON object in a file; errors call the file `what`."""
     try:
         values = json.loads(require_file(path, what).read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}: it must be a JSON object")
+        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object")
     return Document(path, values)

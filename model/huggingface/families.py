@@ -1,4 +1,4 @@
-"""The families of models that can be read and written: what the blocks of each have beyond Llama's."""
+"""Model families that can be read and written, and how their blocks differ from Llama's."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ from ..config import ModelConfig
 
 Windows = Literal["none", "all", "last", "alternating", "pattern"]
 
-# What every family holds, whatever the value.
-_OF_ALL = {
+# Fields of `ModelConfig` that every family supports with any value.
+_SHARED_FIELDS = {
     "vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "num_kv_heads", "head_dim", "rope_theta",
     "norm_eps", "tie_embeddings", "rope_scaling",
 }  # fmt: skip
@@ -21,25 +21,25 @@ _OF_ALL = {
 
 @dataclass(frozen=True)
 class Family:
-    """What the models of one `model_type` share, and what their `config.json` says of each."""
+    """Properties shared by the models of one `model_type`, and the fields that each `config.json` sets."""
 
     model_type: str
     architecture: str
-    """Class of transformers."""
+    """Name of the class in transformers."""
     shape: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `ModelConfig` that all its models share, where they are not `ModelConfig`'s defaults."""
+    """Fields of `ModelConfig` with a value fixed by the family, other than the default."""
     optional: frozenset[str] = frozenset()
-    """Fields of `ModelConfig`, beyond those that every family has, that `config.json` sets."""
+    """Fields of `ModelConfig`, beyond `_SHARED_FIELDS`, that `config.json` sets."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes for a field that `config.json` leaves out."""
+    """Defaults of transformers for fields that `config.json` omits."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `config.json` of which our blocks hold this value only."""
+    """Fields of `config.json` for which our blocks support only this value."""
     windows: Windows = "none"
-    """Which layers see a window only, where `config.json` does not list them."""
+    """Which layers have a window, if `config.json` does not list them."""
 
     @property
     def is_mixture(self) -> bool:
-        """Whether its models are mixtures of experts."""
+        """Whether the models are mixtures of experts."""
         return "num_experts" in self.optional
 
     @property
@@ -48,18 +48,18 @@ class Family:
         return "attention_scale" in self.optional
 
     def lacks(self, config: ModelConfig) -> dict[str, str]:
-        """Return the fields of `config` that the family cannot hold, and what to say of each."""
+        """Return the fields of `config` that the family does not support, each with a description for the error."""
         config = canonical(config)
         found = {}
         for each in dataclasses.fields(ModelConfig):
-            if each.name in _OF_ALL | self.optional:
+            if each.name in _SHARED_FIELDS | self.optional:
                 continue
-            value, held = getattr(config, each.name), self.shape.get(each.name, each.default)
-            if value != held:
-                found[each.name] = f"{each.name} {value}, where {self.model_type} has {held}"
+            value, supported = getattr(config, each.name), self.shape.get(each.name, each.default)
+            if value != supported:
+                found[each.name] = f"{each.name} {value}, where {self.model_type} has {supported}"
         if self.is_mixture and config.num_experts is None:
             found["num_experts"] = f"one feed-forward layer, where {self.model_type} has experts"
-        # transformers checks it of these, though their layers do not need it.
+        # transformers requires this of these families, though their layers do not.
         if self.model_type in ("llama", "gemma2", "gemma3_text") and config.d_model % config.num_heads:
             allowed = f"where {self.model_type} has a divisor of d_model, {config.d_model}"
             found["num_heads"] = f"num_heads {config.num_heads}, {allowed}"
@@ -86,7 +86,7 @@ _GEMMA_FIXED: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "use_bidirectional_attention": False,
 }  # fmt: skip
 
-# In the order in which a family is chosen for a model of our own.
+# In order of preference when a family is chosen for a model.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -151,16 +151,17 @@ FAMILIES: dict[str, Family] = {
             optional=_GEMMA_OPTIONAL | {"local_rope_theta"},
             defaults=_GEMMA_DEFAULTS
             | {"vocab_size": 262_208, "max_position_embeddings": 131_072, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
-            # transformers has a softcap of its attention, and does not apply it.
+            # transformers accepts an attention softcap for Gemma 3 but does not apply it.
             fixed=_GEMMA_FIXED | {"attn_logit_softcapping": None},
             windows="pattern",
         ),
     )
 }
+"""Supported model families, by the `model_type` of `config.json`."""
 
 
 def choose_family(config: ModelConfig, preferred: str | None = None) -> Family:
-    """Return the family that holds a model of this shape, `preferred` if it does; else a `UserError` that names a field."""
+    """Return `preferred` if it supports this shape, else the first family that does; raise `UserError` if none does."""
     if preferred is not None and not FAMILIES[preferred].lacks(config):
         return FAMILIES[preferred]
     lacking = [(family, family.lacks(config)) for family in FAMILIES.values()]
@@ -171,11 +172,11 @@ def choose_family(config: ModelConfig, preferred: str | None = None) -> Family:
     for _, lacks in lacking:
         if len(lacks) == least:
             reasons = lacks | reasons
-    raise UserError(f"the model has {'; '.join(reasons.values())}: no family of {', '.join(FAMILIES)} holds such a model")
+    raise UserError(f"the model has {'; '.join(reasons.values())}: none of the families {', '.join(FAMILIES)} supports this")
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """Return the shape with every field written in one of the ways that mean the same, so that equal models have equal ones."""
+    """Return an equivalent shape with one spelling for each field, so that equal models have equal shapes."""
     width = config.head_width
     kinds = "".join("L" if config.is_local(layer) else "G" for layer in range(config.num_layers))
     scale, local_theta = config.attention_scale, config.local_rope_theta
@@ -195,25 +196,25 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 
 def _shortest_pattern(kinds: str) -> str:
-    # That which gives `kinds` when it is repeated and cut.
+    # The shortest prefix that gives `kinds` when it is repeated and cut.
     return next(kinds[:n] for n in range(1, len(kinds) + 1) if (kinds[:n] * len(kinds))[: len(kinds)] == kinds)
 
 
-# What other families have that our blocks lack.
-_OTHERS = {
+# Unsupported features of other families.
+_UNSUPPORTED = {
     "gpt2": "learned positions, LayerNorm, biases and GELU",
     "gpt_neox": "LayerNorm, biases, GELU and parallel branches",
-    "qwen2_moe": "experts that all tokens share",
+    "qwen2_moe": "shared experts",
     "gpt_oss": "experts with biases",
-    "deepseek_v3": "experts that all tokens share",
-    "llama4": "experts that all tokens share",
-    "llama4_text": "experts that all tokens share",
+    "deepseek_v3": "shared experts",
+    "llama4": "shared experts",
+    "llama4_text": "shared experts",
 }
 
 
 def unknown_family(model_type: Any) -> str:
-    """Return what to say of a `model_type` that is none of ours."""
-    lacking = _OTHERS.get(model_type) if isinstance(model_type, str) else None
-    reason = f", with {lacking}, which our blocks lack" if lacking else ""
+    """Return the error text for an unknown `model_type`."""
+    lacking = _UNSUPPORTED.get(model_type) if isinstance(model_type, str) else None
+    reason = f", with {lacking}, which are not supported" if lacking else ""
     *others, last = (*FAMILIES, "gemma3")
-    return f"model_type {json.dumps(model_type)}{reason}: only {', '.join(others)} and {last} can be read"
+    return f"model_type {json.dumps(model_type)}{reason}: expected {', '.join(others)} or {last}"

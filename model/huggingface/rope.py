@@ -1,23 +1,23 @@
-"""RoPE in `config.json`, in both spellings: of transformers 4, which is also the one that we write, and of transformers 5."""
+"""RoPE in `config.json`: read the formats of transformers 4 and 5, write the format of transformers 4."""
 
 import dataclasses
 import json
 from typing import Any
 
 from ...errors import UserError
-from ...kernels.rope_tables import OPTIONS, RopeScaling
+from ...rope_scaling import OPTIONS, RopeScaling
 from ..config import ModelConfig
 from .document import Document
 
-_KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_OTHER_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_rope(document: Document, context_length: int) -> tuple[float, float | None, RopeScaling]:
-    """Return the theta of global and, where they have their own, of local layers, and the scaling of the global ones.
+    """Return the theta of global layers, the theta of local layers (None: the same), and the scaling of global layers.
 
-    `document` is whole, with the defaults of its family. What our tables cannot hold is a `UserError`.
+    `document` includes the defaults of the family. An unsupported value is a `UserError`.
     """
-    # transformers 5 has all in one object; that of Gemma 3 has one in it for each kind of layer.
+    # transformers 5 has one object, which for Gemma 3 holds one object per kind of layer.
     new = document.object("rope_parameters")
     old = document.object("rope_scaling")
     outer = {name: document.values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
@@ -42,23 +42,22 @@ def _scaling(parameters: Document, document: Document, context_length: int) -> R
     if not isinstance(kind, str) or kind not in OPTIONS:
         *others, last = OPTIONS
         raise UserError(
-            f"{document.path} has rope_type {json.dumps(kind)}, which our tables lack: only {', '.join(others)} and {last} can "
-            "be read"
+            f"{document.path} has rope_type {json.dumps(kind)}, which is not supported: expected {', '.join(others)} or {last}"
         )
     options = OPTIONS[kind]
     if "original_max_position_embeddings" in options:
-        # Where it is missing transformers takes the context, and a value beside the object before one in it.
+        # transformers defaults to the context length, and prefers a value outside the object to one inside.
         outside = document.values.get("original_max_position_embeddings")
         values["original_max_position_embeddings"] = outside or values.get("original_max_position_embeddings") or context_length
     if "factor" in options:
         parameters.number("factor")
     for name, value in values.items():
-        if name not in _KNOWN and name not in options and value is not None:
-            raise UserError(f"{document.path} has {name} {json.dumps(value)} for RoPE, which rope_type {kind} does not read")
+        if name not in _OTHER_FIELDS and name not in options and value is not None:
+            raise UserError(f"{document.path} has {name} {json.dumps(value)} for RoPE, which rope_type {kind} does not use")
     try:
         return RopeScaling(kind, **{name: values[name] for name in options if values.get(name) is not None})
     except (TypeError, ValueError) as error:
-        raise UserError(f"{document.path} has a {kind} scaling of RoPE that cannot be: {error}") from error
+        raise UserError(f"{document.path} has an invalid {kind} scaling of RoPE: {error}") from error
 
 
 def rope_document(config: ModelConfig) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def rope_document(config: ModelConfig) -> dict[str, Any]:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
     values = {name: getattr(scaling, name) for name in OPTIONS[scaling.kind]}
     defaults = {each.name: each.default for each in dataclasses.fields(RopeScaling)}
-    # transformers wants all of llama3's, and takes an absent one of the others for its default.
+    # transformers requires every option of llama3, and gives the absent options of other kinds their defaults.
     written = {name: value for name, value in values.items() if scaling.kind != "yarn" or value != defaults[name]}
     written |= {"factor": scaling.factor}
     return {"rope_theta": config.rope_theta, "rope_scaling": {"rope_type": scaling.kind, **written}}

@@ -1,4 +1,4 @@
-"""The tensors of the families as views of ours, which join the products of one input and lay RoPE's pairs side by side."""
+"""Views of our tensors under Hugging Face names: ours fuse projections and interleave RoPE pairs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,23 +9,23 @@ from ..config import ModelConfig
 
 
 class TensorView(NamedTuple):
-    """A tensor of a family's, made of one of ours without a copy."""
+    """A Hugging Face tensor as a view of one of ours, without a copy."""
 
     view: Tensor
-    """Ours, in their order once it is reshaped."""
+    """A view of our tensor that becomes theirs when reshaped to `shape`."""
     shape: tuple[int, ...]
-    """Theirs."""
+    """Shape of the Hugging Face tensor."""
 
     def theirs(self) -> Tensor:
-        """Return the tensor in their shape, a copy where the order differs."""
+        """Return the tensor in the Hugging Face shape; copies if the element order differs."""
         return self.view.reshape(self.shape)
 
 
 def tensor_views(config: ModelConfig, ours: Callable[[str], Tensor], vocab_size: int) -> dict[str, TensorView]:
-    """Return every tensor of the format by its name there.
+    """Return every tensor of the format by its Hugging Face name.
 
-    `ours` returns a parameter of `TransformerLM` by its name, or what has its shape, such as its gradient. Of the embedding
-    and the head the rows of the first `vocab_size` tokens are written.
+    `ours` maps a parameter name of `TransformerLM` to the parameter, or to a tensor of its shape, such as its gradient. The
+    embedding and the head are cut to the first `vocab_size` rows.
     """
     half = config.head_width // 2
 
@@ -33,7 +33,7 @@ def tensor_views(config: ModelConfig, ours: Callable[[str], Tensor], vocab_size:
         return TensorView(tensor, tuple(tensor.shape))
 
     def halves(rows: Tensor) -> TensorView:
-        # Row 2i of a head is i of theirs, row 2i + 1 is i + K / 2: they rotate the two halves of a head against each other.
+        # Row 2i of our head is row i of theirs, and row 2i + 1 is row i + K / 2: their RoPE pairs the two halves of a head.
         return TensorView(rows.unflatten(0, (-1, half, 2)).transpose(1, 2), tuple(rows.shape))
 
     def attention(prefix: str, name: str) -> dict[str, TensorView]:
@@ -64,7 +64,7 @@ def _feed_forward(config: ModelConfig, ours: Callable[[str], Tensor]) -> dict[st
     parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     if config.num_experts is None:
         return {f"mlp.{name}": weight for name, weight in parts.items()}
-    # Mixtral has names of its own; the norms of queries and keys tell it from Qwen 3's.
+    # Mixtral has other names; unlike Qwen 3 it has no norms of queries and keys.
     block = "mlp" if config.qk_norm else "block_sparse_moe"
     if not config.qk_norm:
         parts = {"w1": gate, "w3": up, "w2": down}

@@ -1,4 +1,4 @@
-"""The forms of the model that `ModelConfig` offers: each against one written out, saved, cached, checkpointed, compiled."""
+"""Variants of the model that `ModelConfig` offers: each is compared to a plain model, saved, cached, compiled."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import KVCache, ModelConfig, TransformerLM
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
-# NumPy, with which Triton interprets, remarks on log(0) of rows that are not read.
+# Triton's interpreter uses NumPy, which warns about log(0) in rows that are not read.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, num_heads=4, d_ff=24)
@@ -45,7 +45,7 @@ def ablated(change):
     model = TransformerLM(dataclasses.replace(TINY, **change))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # ones and zeros would hide a norm, or a bias, that is left out
+            if parameter.dim() == 1:  # ones and zeros would hide a missing norm or bias
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
@@ -62,18 +62,18 @@ def loss_and_gradients(model, loss):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 @ablations
-def test_each_form_is_the_model_written_out(change, backend, device):
+def test_each_variant_matches_the_handout_model(change, backend, device):
     model = ablated(change).to(device)
     plain = HandoutLM(model.config).to(device)
     plain.load_state_dict(handout_weights(model))
-    # What interprets kernels takes its time for every sequence.
+    # The interpreter needs its time for every sequence.
     tokens, targets = (t.to(device) for t in tokens_and_targets(1 if backend == "triton" else 3))
     with use_backend(backend):
         torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-5)
         loss, gradients = loss_and_gradients(model, model.loss(tokens, targets) / targets.numel())
     expected, _ = loss_and_gradients(plain, plain.loss(tokens, targets))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    # The gradients in place of the weights, so that they are parted as the weights are.
+    # Load the gradients as weights, so that they are split in the same way.
     ours = TransformerLM(model.config).to(device)
     ours.load_state_dict({name: gradients[name] for name in ours.state_dict()})
     parted = handout_weights(ours)
@@ -82,7 +82,7 @@ def test_each_form_is_the_model_written_out(change, backend, device):
 
 
 @ablations
-def test_each_form_is_the_same_after_saving_and_loading(change, tmp_path):
+def test_each_variant_round_trips_through_safetensors(change, tmp_path):
     model = ablated(change)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     again = TransformerLM(model.config)
@@ -94,12 +94,12 @@ def test_each_form_is_the_same_after_saving_and_loading(change, tmp_path):
 
 @ablations
 @torch.no_grad()
-def test_each_form_decodes_with_a_cache(change):
+def test_each_variant_decodes_with_a_cache(change):
     model = ablated(change)
     tokens, _ = tokens_and_targets()
     cache = KVCache(model, 3, 8)
     pieces = [model(piece, cache) for piece in tokens.split([3, 1, 4], dim=1)]
-    # Several queries after others have seen theirs run the written-out attention.
+    # Several queries with a non-empty cache run the naive attention.
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -125,37 +125,50 @@ def test_checkpointed_blocks_give_equal_gradients(change, checkpointing, order):
 
 
 @pytest.mark.parametrize("number", [3, True])
-def test_numbers_of_checkpointed_blocks_that_do_not_exist_are_refused(number):
+def test_invalid_numbers_of_checkpointed_blocks_are_rejected(number):
     model = ablated({})
     model.activation_checkpointing = number
-    with pytest.raises(UserError, match=f"checkpointing is {number}: choose none, block, or a number of blocks, at most 2"):
+    with pytest.raises(UserError, match=f"checkpointing is {number}: expected none, block, or a number of blocks up to 2"):
         model.loss(*tokens_and_targets())
 
 
+# Together, these use every option of `ABLATIONS`.
+COMPILED = [
+    "no norm",
+    "silu",
+    "geglu by erf",
+    "layer norm after",
+    "qk-norm without rope",
+    "experts",
+    "head dim and biases",
+    "gemma",
+]
+
+
 @pytest.mark.slow
-@ablations
-def test_each_form_is_captured_as_one_graph(change, device):
-    assert_captured_as_one_graph(change, "none", torch.bfloat16, "reference", device)
+@pytest.mark.parametrize("change", [ABLATIONS[name] for name in COMPILED], ids=COMPILED)
+def test_each_option_compiles_to_one_graph(change, device):
+    assert_compiles_to_one_graph(change, "none", torch.bfloat16, "reference", device)
 
 
-def test_a_model_with_some_checkpointed_blocks_is_captured_as_one_graph(device):
-    assert_captured_as_one_graph({}, 1, torch.bfloat16, "reference", device)
+def test_partial_checkpointing_compiles_to_one_graph(device):
+    assert_compiles_to_one_graph({}, 1, torch.bfloat16, "reference", device)
 
 
-# Each op by itself is captured in the tests of the kernels; these two forms hold all of them.
+# The kernel tests compile each op by itself; these two variants contain all ops.
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("change", [ABLATIONS["course"], ABLATIONS["all at once"]], ids=["course", "all at once"])
-def test_the_kernels_are_captured_with_checkpointing(change, device):
-    assert_captured_as_one_graph(change, "block", None, "triton", device)
+def test_kernels_compile_with_checkpointing(change, device):
+    assert_compiles_to_one_graph(change, "block", None, "triton", device)
 
 
-def assert_captured_as_one_graph(change, checkpointing, dtype, backend, device):
+def assert_compiles_to_one_graph(change, checkpointing, dtype, backend, device):
     model = ablated(change).to(device)
     model.activation_checkpointing, model.compute_dtype = checkpointing, dtype
     tokens, targets = (t.to(device) for t in tokens_and_targets(1 if backend == "triton" else 2, 4))
     documents = (tokens == 3).cumsum(dim=1)
-    # Forward and backward graphs without code generation, which would take a minute each.
+    # Capture forward and backward graphs without code generation, which would take a minute each.
     step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False, backend="aot_eager")
     with use_backend(backend):
         compiled = loss_and_gradients(model, step(model, tokens, targets, documents, z_loss=1e-4))
@@ -165,7 +178,7 @@ def assert_captured_as_one_graph(change, checkpointing, dtype, backend, device):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_generated_code_computes_the_same():
+def test_generated_code_matches_eager():
     model = ablated({})
     tokens, targets = tokens_and_targets()
     step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False)
@@ -175,7 +188,7 @@ def test_generated_code_computes_the_same():
 
 
 @ablations
-def test_casting_the_weights_as_they_are_used_equals_weights_in_that_dtype(change):
+def test_casting_on_use_matches_weights_of_that_dtype(change):
     model = ablated(change)
     tokens, targets = tokens_and_targets()
     model.compute_dtype = torch.bfloat16
@@ -190,5 +203,5 @@ def test_casting_the_weights_as_they_are_used_equals_weights_in_that_dtype(chang
     assert torch.equal(loss, expected)
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
-        # The embedding's rows are summed in float32 here, there in bfloat16; a tied one adds two gradients.
+        # Here the gradient of the embedding's rows is summed in float32, there in bfloat16; a tied weight adds two gradients.
         torch.testing.assert_close(gradient, theirs[name].float(), rtol=2e-2, atol=2e-2)

@@ -1,4 +1,4 @@
-"""Every numeric option of `account`, with values at and beyond its ends: figures, or one line that names it."""
+"""Every numeric option of `account`, with values at and beyond its limits, gives figures or a one-line error that names it."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def finite(value):
 
 
 def run(capsys, *arguments):
-    """Return the report, or the error: that of a type is tyro's, in a box, all others are one line."""
+    """Return the report or the error. tyro prints type errors in a box; all other errors are one line."""
     try:
         status = main(["account", *arguments])
     except SystemExit:
@@ -41,7 +41,7 @@ def run(capsys, *arguments):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_number_gives_figures_or_one_line(capsys, option):
+def test_numeric_options_give_figures_or_a_one_line_error(capsys, option):
     for number in NUMBERS:
         report, error = run(capsys, "gpt2-small", "--gpu", "h200", "--json", f"--{option.replace('_', '-')}={number}")
         if report is None:
@@ -52,12 +52,12 @@ def test_a_number_gives_figures_or_one_line(capsys, option):
 
 
 @pytest.mark.parametrize("memory", ["0GB", "1e3GB", "-1GB", "nanGB", f"{10**30}GB", f"{'9' * 400}TB", "0.0000001MB"])
-def test_a_memory_that_no_gpu_has_is_one_line(capsys, memory):
+def test_invalid_memory_sizes_give_a_one_line_error(capsys, memory):
     _, error = run(capsys, "gpt2-small", "--batch-size", "auto", f"--memory={memory}")
     assert "memory" in error
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--tokens-per-second", "--price-per-gpu-hour"])
-def test_what_needs_a_gpu_is_refused_without(capsys, option):
+def test_options_that_need_a_gpu_are_rejected_without_one(capsys, option):
     _, error = run(capsys, "gpt2-small", option, "2")
-    assert "is given without a GPU, whose peak the time needs: name one with --gpu" in error
+    assert "needs the peak of a GPU: name one with --gpu" in error

@@ -34,7 +34,7 @@ SMALL = ModelConfig(128, 24, d_model=32, num_layers=2, num_heads=4, d_ff=40, num
     checkpointed=st.integers(0, 2),
     norm=st.sampled_from(["pre", "sandwich", "post", "none"]),
 )
-def test_parameters_and_flops_are_what_pytorch_counts(num_experts, experts_per_token, width, d_ff, size, checkpointed, norm):
+def test_parameters_and_flops_match_pytorch(num_experts, experts_per_token, width, d_ff, size, checkpointed, norm):
     k = min(num_experts, experts_per_token)
     config = ModelConfig(
         128, 6, width, num_layers=2, num_heads=2, d_ff=d_ff, num_experts=num_experts, experts_per_token=k, norm=norm
@@ -49,7 +49,7 @@ def test_parameters_and_flops_are_what_pytorch_counts(num_experts, experts_per_t
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens).backward()
     ops = operations(config, size, policy=Policy(checkpointing=checkpointed))
-    # PyTorch's attention for a device that is none is written out: it keeps its scores.
+    # On the meta device PyTorch's naive attention saves its scores.
     recomputed = sum(op.recomputed_flops for op in ops if op.group == "attention")
     assert counter.get_total_flops() in (hardware_flops(ops), hardware_flops(ops) - recomputed)
     experts = [op for op in ops if op.name in ("gate_up_proj", "down_proj")]
@@ -57,11 +57,11 @@ def test_parameters_and_flops_are_what_pytorch_counts(num_experts, experts_per_t
     assert model_flops(ops) <= hardware_flops(ops)
 
 
-def test_a_generated_token_reads_its_experts_only():
+def test_decoding_reads_only_the_selected_experts():
     wide = dataclasses.replace(SMALL, d_ff=4096)
     costs = {size: generation(wide, 1, size) for size in (1, 1000)}
     expert = 3 * 32 * 4096
-    # One token reads k experts in each layer, many read all.
+    # One token reads k experts per layer, many tokens read all experts.
     assert costs[1].bytes_per_step == pytest.approx(2 * 2 * 2 * expert, rel=0.1)
     read = 2 * 2 * 5 * expert
     activations = 2 * 1000 * 2 * 2 * (2 * 4096 * 2 + 4096 * 2)
@@ -69,12 +69,12 @@ def test_a_generated_token_reads_its_experts_only():
     assert costs[1].flops_per_token == costs[1000].flops_per_token
 
 
-def test_how_many_experts_are_used():
+def test_expected_number_of_experts_used():
     assert [experts_used(8, 2, 1), experts_used(4, 4, 3)] == [2, 4]
     assert experts_used(8, 2, 2) == pytest.approx(2 + 6 * 2 / 8)
     assert experts_used(8, 2, 10_000) == pytest.approx(8)
 
 
-def test_conventions_count_the_parameters_that_a_token_meets():
+def test_conventions_count_active_parameters():
     by_name = {convention.name: convention.flops_per_token for convention in conventions(SMALL)}
     assert by_name["6N"] == 6 * (num_parameters(SMALL) - 2 * 3 * 3 * 32 * 40)

@@ -41,28 +41,28 @@ BARE = dataclasses.replace(GROUPED, norm="none", rope=False, ffn="silu")
 GPT = dataclasses.replace(GROUPED, norm_type="layer_norm", ffn="geglu_tanh")
 UNROTATED = dataclasses.replace(QK_NORM, rope=False, vocab_size=128)
 FORMS = {"multi-head": SMALL, "grouped": GROUPED, "tied": TIED, "qk-norm": QK_NORM, "post-norm": POST, "bare": BARE}
-# With masks and caps the reference of attention writes the scores out, as no policy of this project's model has it.
+# With masks and caps, the reference attention materializes the scores; no policy of this project's model covers that.
 WRITTEN_OUT = {"window": None, "window_pattern": "L", "local_rope_theta": None, "attention_softcap": None}
 MODERN = dataclasses.replace(GROUPED, **GEMMA)
 FORMS |= {"gemma": dataclasses.replace(MODERN, **WRITTEN_OUT)}
 FORMS |= {"unrotated": UNROTATED, "layer norm, geglu": GPT, "qwen": dataclasses.replace(GROUPED, **QWEN)}
 forms = pytest.mark.parametrize("config", FORMS.values(), ids=list(FORMS))
-# Dtypes of the weights and of the products, and who casts the former to the latter.
+# Dtypes of the weights and of the products, and how weights are cast.
 CASTS = [("float32", "float32", "explicit"), ("bfloat16", "bfloat16", "explicit"), ("float32", "bfloat16", "explicit")]
 
 
-def bytes_kept(model, loss) -> int:
-    """What autograd keeps for the backward pass beside weights and tables, each storage once."""
+def bytes_saved(model, loss) -> int:
+    """Return the bytes that autograd saves for the backward pass without weights and tables, each storage once."""
     held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     norm_shapes = {parameter.shape for name, parameter in model.named_parameters() if "norm" in name or "ln" in name}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        # A norm's weight widened to float32, which the reference does in half precision, is no activation.
+        # The reference converts a half-precision norm weight to float32; the copy is not an activation.
         is_copy = tensor.is_floating_point() and tensor.shape in norm_shapes
         if storage._cdata not in held and not is_copy:
-            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor is held, so that its address is not used again
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # keep the tensor, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -81,7 +81,7 @@ def test_saved_bytes_of_the_handouts_model(config, checkpointing, size):
     model = HandoutLM(config, checkpointing)
     tokens, targets = batch(config, size)
     policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
-    assert training_memory(config, size, policy=policy).saved == bytes_kept(model, lambda: model.loss(tokens, targets))
+    assert training_memory(config, size, policy=policy).saved == bytes_saved(model, lambda: model.loss(tokens, targets))
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
@@ -91,11 +91,11 @@ def test_saved_bytes_of_any_shape(config, size, checkpointed):
     model = HandoutLM(config, checkpointing)
     tokens, targets = batch(config, size)
     policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
-    assert training_memory(config, size, policy=policy).saved == bytes_kept(model, lambda: model.loss(tokens, targets))
+    assert training_memory(config, size, policy=policy).saved == bytes_saved(model, lambda: model.loss(tokens, targets))
 
 
 def make(config, policy):
-    """This project's model as the policy has it."""
+    """Return this project's model under the policy."""
     torch.set_default_dtype(getattr(torch, policy.weights))
     try:
         model = TransformerLM(config)
@@ -110,7 +110,7 @@ def make(config, policy):
 
 
 def loss_of(model, tokens, targets, policy, budget=512 * 2**20):
-    """The summed loss; with a budget as the training loop computes it."""
+    """Return the summed loss, computed within `budget` bytes like the training loop."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=policy.casting == "autocast"):
         if policy.loss == "whole":
             return cross_entropy(model(tokens), targets, reduction="sum")
@@ -119,8 +119,8 @@ def loss_of(model, tokens, targets, policy, budget=512 * 2**20):
         return linear_cross_entropy(model.hidden_states(tokens), weight, targets, reduction="sum", **options)
 
 
-def step_keeps(config, size, policy, backend, budget=512 * 2**20, fake=True):
-    """What a step keeps. Kernels get fake tensors, so that none is run, unless `fake` is False: shapes and dtypes count."""
+def step_saved_bytes(config, size, policy, backend, budget=512 * 2**20, fake=True):
+    """Return the bytes that a step saves. With `fake`, kernels get fake tensors and do not run: shapes and dtypes suffice."""
     model, mode = make(config, policy), nullcontext()
     if fake and backend == "triton":
         mode = FakeTensorMode()
@@ -128,7 +128,7 @@ def step_keeps(config, size, policy, backend, budget=512 * 2**20, fake=True):
             model = copy.deepcopy(model)
     with use_backend(backend), mode:
         tokens, targets = (torch.zeros(size, config.context_length, dtype=torch.long) for _ in range(2))
-        return bytes_kept(model, lambda: loss_of(model, tokens, targets, policy, budget))
+        return bytes_saved(model, lambda: loss_of(model, tokens, targets, policy, budget))
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -139,7 +139,7 @@ def step_keeps(config, size, policy, backend, budget=512 * 2**20, fake=True):
 def test_saved_bytes_of_this_projects_model_of_any_shape(config, casts, loss, size, checkpointed):
     casting = dict(zip(("weights", "compute", "casting"), casts, strict=True))
     policy = Policy(loss=loss, checkpointing=min(checkpointed, config.num_layers), vocabulary="padded", **casting)
-    assert training_memory(config, size, policy=policy).saved == step_keeps(config, size, policy, "triton", budget=1000)
+    assert training_memory(config, size, policy=policy).saved == step_saved_bytes(config, size, policy, "triton", budget=1000)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_saved_bytes_of_this_projects_model_of_any_shape(config, casts, loss, si
     ],
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_saved_bytes_of_products_in_8_bits(form, ops, compute, checkpointing, weights):
+def test_saved_bytes_with_8_bit_products(form, ops, compute, checkpointing, weights):
     wide = {"head_dim": 16, "d_ff": 48, "context_length": 32}
     config = dataclasses.replace(FORMS[form], **wide)
     options = {"compute": compute, "checkpointing": checkpointing, "weights": weights, "vocabulary": "padded"}
     policy = Policy(ops=ops, loss="whole" if ops == "eager" else "chunked", **options)
-    kept = step_keeps(config, 1, policy, "triton" if ops == "fused" else "reference")
+    kept = step_saved_bytes(config, 1, policy, "triton" if ops == "fused" else "reference")
     assert training_memory(config, 1, policy=policy).saved == kept
 
 
@@ -174,16 +174,16 @@ def test_saved_bytes_of_products_in_8_bits(form, ops, compute, checkpointing, we
 def test_saved_bytes_of_this_projects_model(config, casts, ops, loss):
     weights, compute, casting = casts
     policy = Policy(ops=ops, loss=loss, compute=compute, weights=weights, casting=casting, vocabulary="padded")
-    budget = 40 * 4 * config.padded_vocab_size  # more than one chunk
-    kept = step_keeps(config, 2, policy, "triton" if ops == "fused" else "reference", budget)
+    budget = 40 * 4 * config.padded_vocab_size  # several chunks
+    kept = step_saved_bytes(config, 2, policy, "triton" if ops == "fused" else "reference", budget)
     ours = saved_bytes(operations(config, 2, policy=policy))
     if ops == "eager":
-        # PyTorch's flash attention for CPUs lays its output out as its inputs are, and the reference's rope as (B, H, T, K):
-        # there the flattened heads are a copy. The fused rope and a GPU's attention leave (B, T, H, K).
+        # PyTorch's CPU flash attention copies the layout of its inputs, and the reference rope returns (B, H, T, K), so
+        # flattening the heads copies. The fused rope and GPU attention return (B, T, H, K).
         if config.rope:
             ours += config.num_layers * 2 * config.context_length * config.q_width * getattr(torch, compute).itemsize
         if loss == "chunked" and compute != weights:
-            # The function that is run again holds the copy of the head's weight, where the hooks do not look.
+            # The checkpointed function holds the cast head weight, which the hooks do not see.
             ours -= config.padded_vocab_size * config.d_model * getattr(torch, compute).itemsize
     assert kept == ours
 
@@ -194,14 +194,14 @@ def test_saved_bytes_of_this_projects_model(config, casts, ops, loss):
 def test_saved_bytes_of_this_projects_model_with_checkpointed_blocks(config, casts, checkpointing):
     casting = dict(zip(("weights", "compute", "casting"), casts, strict=True))
     policy = Policy(loss="whole", checkpointing=checkpointing, vocabulary="padded", **casting)
-    assert training_memory(config, 2, policy=policy).saved == step_keeps(config, 2, policy, "triton")
+    assert training_memory(config, 2, policy=policy).saved == step_saved_bytes(config, 2, policy, "triton")
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # NumPy, with which Triton interprets
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # NumPy in Triton's interpreter
 def test_saved_bytes_of_kernels_that_run():
     policy = Policy(vocabulary="padded")
-    kept = step_keeps(MODERN, 2, policy, "triton", fake=False)
-    assert kept == step_keeps(MODERN, 2, policy, "triton") == training_memory(MODERN, 2, policy=policy).saved
+    kept = step_saved_bytes(MODERN, 2, policy, "triton", fake=False)
+    assert kept == step_saved_bytes(MODERN, 2, policy, "triton") == training_memory(MODERN, 2, policy=policy).saved
 
 
 MIXTURE = dataclasses.replace(SMALL, d_ff=40, num_experts=5)
@@ -224,24 +224,24 @@ def test_saved_bytes_of_a_mixture_of_experts(config, casts, checkpointing):
     policy = Policy(weights=weights, compute=compute, casting=casting, vocabulary="padded", checkpointing=checkpointing)
     model, (tokens, targets) = make(config, policy), batch(config, 1)
     with use_backend("triton"):
-        kept = bytes_kept(model, lambda: model.loss(tokens, targets, router_loss=0.01))
-    # Beside the model's own: the number of targets, int64, by which the loss of the routers is multiplied.
+        kept = bytes_saved(model, lambda: model.loss(tokens, targets, router_loss=0.01))
+    # An additional int64: the number of targets, by which the router loss is multiplied.
     assert kept == training_memory(config, 1, policy=policy).saved + 8
 
 
 def naive_eager_formula(config, size):
-    # The survey's formula, for a model that is given its tokens as its targets too: one tensor of 8 B T bytes fewer.
+    # The published formula for a model that uses its tokens as targets: one tensor of 8 B T bytes less.
     b, t, d, f, v, h = size, config.context_length, config.d_model, config.d_ff, config.vocab_size, config.num_heads
     block = 4 * (10 * b * t * d + 4 * b * t * f + b * h * t**2 + 2 * b * t) + t**2
     return config.num_layers * block + 4 * (3 * b * t * d + b * t) + 4 * b * t * v + 8 * b * t + 4
 
 
 @pytest.mark.parametrize(("size", "peak"), [(1, 39_424_706_516), (3, 67_124_070_356)])
-def test_the_figures_of_gpt2_xl_in_naive_float32(size, peak):
+def test_gpt2_xl_in_naive_float32(size, peak):
     memory = training_memory(XL, size, policy=HANDOUT)
     assert memory.saved == naive_eager_formula(XL, size) + 8 * size * 1024
     assert memory.peak == peak + 8 * size * 1024
-    assert (memory.peak_moment.phase, memory.peak_moment.operation) == ("backward", "cross_entropy")
+    assert (memory.peak_point.phase, memory.peak_point.operation) == ("backward", "cross_entropy")
     assert memory.peaks["optimizer"] == 16 * num_parameters(XL) + 4 * 435
 
 
@@ -252,7 +252,7 @@ def tracked_peak(make_model, config, size, loss_of):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes its state
+        optimizer.step()  # creates its state
         optimizer.zero_grad()
         tracker = MemTracker()
         tracker.track_external(model, optimizer, tokens, targets)
@@ -261,7 +261,7 @@ def tracked_peak(make_model, config, size, loss_of):
             optimizer.step()
             optimizer.zero_grad()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    # The tables of cos and sin, a float32 each for a pair of channels.
+    # The cos and sin tables: one float32 each per pair of channels.
     tables = config.context_length * 4 * (config.rotary_dim or config.head_width)
     return peak - tables * (2 if config.local_rope_theta else 1)
 
@@ -286,10 +286,10 @@ def measured_peak(config, size, checkpointing):
     ],
 )
 def test_peaks_of_this_projects_model(monkeypatch, config, size, loss, casts, checkpointing):
-    # Fake tensors have no values to draw again.
+    # Fake tensors have no values, which trunc_normal_ would need.
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     weights, compute, casting = casts
-    # The buffer of a chunk's logits lives inside the op, where fake tensors do not look: here a buffer of one row.
+    # Fake tensors do not see the buffer of a chunk's logits inside the op; limit the chunk to one row.
     policy = Policy(
         compute=compute,
         weights=weights,
@@ -302,7 +302,7 @@ def test_peaks_of_this_projects_model(monkeypatch, config, size, loss, casts, ch
     )
     with use_backend("triton"):
         peak = tracked_peak(lambda config: make(config, policy), config, size, partial(loss_of, policy=policy))
-    # What is not the step's own: the loss, and the targets, which the caller holds throughout.
+    # Beyond the step itself: the loss, and the targets, which the caller holds throughout.
     assert 0 <= peak - training_memory(config, size, policy=policy).peak <= 8 * size * config.context_length + 8
 
 
@@ -321,7 +321,7 @@ def test_peaks_of_this_projects_model(monkeypatch, config, size, loss, casts, ch
 def test_peaks_at_the_loss_are_exact(config, size, checkpointing):
     policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
     memory = training_memory(config, size, policy=policy)
-    assert memory.peak_moment.operation == "cross_entropy"
+    assert memory.peak_point.operation == "cross_entropy"
     assert memory.peak == measured_peak(config, size, checkpointing)
 
 
@@ -340,7 +340,7 @@ def test_peaks_at_the_loss_are_exact(config, size, checkpointing):
 def test_peaks_elsewhere_are_within_2_percent(config, size, checkpointing, where):
     policy = dataclasses.replace(HANDOUT, checkpointing=checkpointing)
     memory = training_memory(config, size, policy=policy)
-    assert where in (None, memory.peak_moment.operation)
+    assert where in (None, memory.peak_point.operation)
     assert memory.peak == pytest.approx(measured_peak(config, size, checkpointing), rel=0.02)
 
 
@@ -380,7 +380,7 @@ def test_peaks_on_a_gpu_are_within_3_percent(config, size, policy):
     assert training_memory(config, size, policy=policy).peak == pytest.approx(measured, rel=0.03)
 
 
-def test_the_logits_that_are_held_at_once():
+def test_logits_held_at_once():
     config = MODELS["gpt2-small"]
     assert training_memory(config, 8, policy=HANDOUT).logits == 4 * 8 * 1024 * config.vocab_size
     fused = training_memory(config, 8, policy=Policy()).logits
@@ -389,14 +389,14 @@ def test_the_logits_that_are_held_at_once():
     assert training_memory(config, 8, policy=eager).logits == eager.logit_chunk_bytes
 
 
-def test_the_handouts_own_sum():
+def test_the_handouts_estimate():
     assert handout_memory(XL, 0) == 34_032_921_600
     assert handout_memory(XL, 1) - handout_memory(XL, 0) == 15_517_753_344
     assert handout_memory(XL, 2) <= 80e9 < handout_memory(XL, 3)
     assert handout_memory(XL, 3) <= 80 * 2**30 < handout_memory(XL, 4)
 
 
-def test_the_largest_batch_is_the_largest():
+def test_largest_batch_is_maximal():
     for policy in (HANDOUT, Policy(), Policy(checkpointing="block")):
         size = largest_batch(MODELS["gpt2-small"], 40e9, policy=policy)
         assert training_memory(MODELS["gpt2-small"], size, policy=policy).peak <= 40e9
@@ -421,15 +421,15 @@ def test_each_policy_saves_less():
     assert len(set(saved)) == len(saved)
 
 
-def test_no_and_every_block_by_their_numbers():
+def test_checkpointing_by_name_equals_by_number():
     for name, number in (("none", 0), ("block", SMALL.num_layers)):
         assert training_memory(SMALL, policy=Policy(checkpointing=name)) == training_memory(
             SMALL, policy=Policy(checkpointing=number)
         )
 
 
-def test_more_blocks_than_there_are_are_refused():
-    with pytest.raises(UserError, match="checkpointing is 3: choose none, block, or a number of blocks, at most 2"):
+def test_too_many_checkpointed_blocks_are_rejected():
+    with pytest.raises(UserError, match="checkpointing is 3: expected none, block, or a number of blocks up to 2"):
         training_memory(SMALL, policy=Policy(checkpointing=3))
     with pytest.raises(UserError, match="checkpointing is 3"):
         operations(SMALL, policy=Policy(checkpointing=3))
@@ -454,7 +454,7 @@ def test_the_peak_falls_with_each_checkpointed_block_but_the_last(
         for blocks in range(num_layers + 1)
     ]
     assert peaks[:-1] == sorted(peaks[:-1], reverse=True)
-    # The last one runs again when everything else is still held, and so are then its inputs, a stream and a branch.
+    # The last block runs again at the peak, and then its inputs, a stream and a branch, are still in memory.
     itemsize = 2 if compute == "bfloat16" else 4
     assert peaks[-1] - peaks[-2] <= 2 * itemsize * size * context_length * d_model
 
@@ -474,13 +474,13 @@ def test_accumulated_gradients_are_held_throughout():
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("80GiB", 80 * 2**30), ("1.5 GB", 1.5e9)])
-def test_memory_is_named_with_its_unit(text, size):
+def test_memory_sizes_are_parsed(text, size):
     assert parse_memory(text) == size
     assert both_units(80e9) == "80.000 GB (74.506 GiB)"
 
 
 @pytest.mark.parametrize("text", ["80", "80gb", "GB", "-1GB", "0GB", "80 G"])
-def test_memory_without_a_unit_is_refused(text):
+def test_invalid_memory_sizes_are_rejected(text):
     with pytest.raises(UserError, match="memory"):
         parse_memory(text)
 

@@ -4,8 +4,8 @@ import io
 import pytest
 from rich.console import Console
 
+from tilewright.datasheet import GPU, GPUS, find_gpu
 from tilewright.errors import UserError
-from tilewright.kernels.datasheet import GPU, GPUS, find_gpu
 from tilewright.model import MODELS, ModelConfig
 from tilewright.model.accounting import (
     HANDOUT,
@@ -30,9 +30,9 @@ H200 = GPUS["NVIDIA H200"]
 def test_adamw_of_gpt2_xl():
     assert adamw_flops(XL) == 29_778_806_400
     assert adamw_bytes(XL) == 28 * num_parameters(XL)
-    # bfloat16 weights with masters: weight written, gradient read, master and float32 moments read and written.
+    # bfloat16 weights with masters: write weight, read gradient, read and write master and float32 moments.
     assert adamw_bytes(XL, Policy(weights="bfloat16", master_weights=True)) == (2 + 2 + 8 + 16) * num_parameters(XL)
-    # Without masters, the weight read in their place; moments in 8 bits are a byte and a 64th each.
+    # Without masters the step reads the weight instead; 8-bit moments take a byte and a 64th each.
     assert adamw_bytes(XL, Policy(weights="bfloat16")) == (2 + 2 + 2 + 16) * num_parameters(XL)
     blocks = num_parameters(XL) // 256
     assert adamw_bytes(XL, Policy(moments="8bit")) == (4 + 4 + 4 + 4) * num_parameters(XL) + 4 * 4 * blocks
@@ -56,7 +56,7 @@ def test_bad_plans(values):
         training_plan(XL, **{"tokens": 10, "peak_flops": 1e15, "mfu": 0.5} | values)
 
 
-def test_a_gpu_of_endless_bandwidth_reaches_every_flop():
+def test_unlimited_bandwidth_gives_an_mfu_of_one():
     gpu = GPU("ideal", fp32=1e30, tf32=1, bf16=100, fp8=None, bandwidth=1e30)
     bound = roofline(XL, gpu, policy=Policy(attention="naive"))
     assert bound is not None
@@ -85,13 +85,13 @@ def test_the_roofline_is_the_sum_of_its_operations():
     assert sum(lost.values()) + useful == pytest.approx(1)
 
 
-def test_checkpointing_takes_longer_and_larger_batches_pay_for_the_optimizer():
+def test_checkpointing_costs_time_and_large_batches_amortize_the_optimizer():
     policies = [Policy(checkpointing=blocks) for blocks in ("none", 1, 24, "block")] + [HANDOUT]
     bounds = [roofline(XL, H200, 4, policy=policy) for policy in policies]
     seconds = [bound.seconds for bound in bounds if bound is not None]
     assert seconds == sorted(seconds)
     assert len(set(seconds)) == len(policies)
-    # All blocks but the first, which has no branch to add, take equally long.
+    # All blocks take equally long except the first, which has no branch to add.
     assert seconds[3] - seconds[1] == pytest.approx(47 / 23 * (seconds[2] - seconds[1]))
     assert len({bound.model_flops for bound in bounds if bound is not None}) == 1
     small, large = roofline(XL, H200, 1), roofline(XL, H200, 16)
@@ -100,8 +100,8 @@ def test_checkpointing_takes_longer_and_larger_batches_pay_for_the_optimizer():
     assert small.best_mfu < large.best_mfu
 
 
-# By hand: N = 2,127,057,600; V D = 80,411,200; 12 L D T = 943,718,400 at 1,024 tokens, 16 times that at 16,384; the exact
-# products are 3 (4,513,336,524,800 / 1,024 - 4 L D T) = 12,278,947,200 a token at any context.
+# Computed by hand: N = 2,127,057,600; V D = 80,411,200; 12 L D T = 943,718,400 at 1,024 tokens, 16 times as much at 16,384.
+# The exact products are 3 (4,513,336,524,800 / 1,024 - 4 L D T) = 12,278,947,200 per token at any context.
 BY_HAND = {
     1024: {
         "tilewright": 13_222_665_600,
@@ -139,7 +139,7 @@ def test_conventions_of_gpt2_xl_by_hand(context):
         assert row.mfu == pytest.approx(BY_HAND[context][row.name] * 10_000 / peak)
 
 
-# As Gemma 3 has it, at a width that is not that of its heads: five layers see 256 keys, one sees all.
+# Like Gemma 3, with a head width that differs from d_model / heads: five layers see 256 keys, one sees all.
 LOCAL = ModelConfig(
     5120, 2048, 512, 6, 4, 1024, head_dim=256, num_kv_heads=1, window=256, window_pattern="LLLLLG", tie_embeddings=True
 )
@@ -149,7 +149,7 @@ def test_conventions_of_windows_by_hand():
     n, q, tokens = num_parameters(LOCAL), 4 * 256, 2048
     assert n == 5120 * 512 + 6 * (512 * (2 * q + 2 * 256) + 3 * 512 * 1024 + 2 * 512) + 512
     seen = 5 * 256 + tokens
-    products = 6 * (n - 13 * 512)  # all but the norms' weights; the embedding's are the head's
+    products = 6 * (n - 13 * 512)  # without the norm weights; the tied embedding counts as the head
     exact = 5 * (256 * 257 // 2 + (tokens - 256) * 256) + tokens * (tokens + 1) // 2
     assert {row.name: row.flops_per_token for row in conventions(LOCAL)} == {
         "tilewright": products + 12 * q * seen,
@@ -168,8 +168,8 @@ def test_conventions_of_windows_by_hand():
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        (Policy(), "6 layers of 512, 4 heads of 256, 1 of keys and values, windows of 256 in 5 layers, d_ff 1024"),
-        (Policy(window=64), "6 layers of 512, 4 heads of 256, 1 of keys and values, windows of 64, d_ff 1024"),
+        (Policy(), "6 layers of 512, 4 heads of 256, 1 key-value heads, windows of 256 in 5 layers, d_ff 1024"),
+        (Policy(window=64), "6 layers of 512, 4 heads of 256, 1 key-value heads, windows of 64, d_ff 1024"),
     ],
 )
 def test_the_report_names_heads_and_windows(monkeypatch, policy, expected):
@@ -184,12 +184,12 @@ def test_the_report_names_heads_and_windows(monkeypatch, policy, expected):
 def test_generation_with_windows_by_hand():
     step = generation(LOCAL, 2048, batch_size=3)
     assert step.flops_per_token == 2 * (num_parameters(LOCAL) - 13 * 512) + 4 * 1024 * (5 * 256 + 2048)
-    # Two bytes of a key and of a value, 256 wide; each layer holds every token, but reads those in its window.
+    # Two bytes per element of a key and a value of width 256. Each layer stores every token and reads those in its window.
     assert step.kv_cache_bytes == 3 * 6 * 2 * 256 * 2048 * 2
     assert generation(LOCAL, 256, batch_size=3).bytes_per_step == step.bytes_per_step - 3 * 2 * 256 * 2 * (2048 - 256)
 
 
-def test_without_a_peak_only_nanogpt_names_an_mfu():
+def test_without_a_peak_only_nanogpt_has_an_mfu():
     rows = conventions(XL, tokens_per_second=10_000)
     assert [row.name for row in rows if row.mfu is not None] == ["nanoGPT"]
     assert all(row.mfu is None for row in conventions(XL))
@@ -206,7 +206,7 @@ def test_generation_of_gpt2_xl():
     assert step.tokens_per_second == pytest.approx(4.8e12 / step.bytes_per_step)
 
 
-def test_a_large_batch_shares_the_weights_and_a_window_the_cache():
+def test_large_batches_amortize_weights_and_windows_limit_cache_reads():
     one, many = generation(XL, 64, 1, gpu=H200), generation(XL, 64, 4096, gpu=H200)
     assert many.flops_per_token == one.flops_per_token
     assert one.tokens_per_second is not None
@@ -215,14 +215,14 @@ def test_a_large_batch_shares_the_weights_and_a_window_the_cache():
     for config, window in ((XL, 64), (dataclasses.replace(XL, window=64), None)):
         step, short = generation(config, 1024, window=window), generation(XL, 64)
         assert (step.flops_per_token, step.bytes_per_step) == (short.flops_per_token, short.bytes_per_step)
-        # What no query sees any more is still held.
+        # Keys outside every window stay in the cache.
         assert step.kv_cache_bytes == generation(XL, 1024).kv_cache_bytes
     assert generation(XL, 1024).tokens_per_second is None
     with pytest.raises(UserError, match="tokens is 0"):
         generation(XL, 0)
 
 
-def test_blocks_in_8_bits_have_the_peak_of_8_bits_and_the_rest_that_of_bfloat16():
+def test_8_bit_blocks_use_the_fp8_peak_and_the_rest_the_bfloat16_peak():
     half, eight = (roofline(XL, H200, 8, policy=Policy(compute=compute)) for compute in ("bfloat16", "fp8"))
     assert half is not None
     assert eight is not None
@@ -237,9 +237,9 @@ def test_blocks_in_8_bits_have_the_peak_of_8_bits_and_the_rest_that_of_bfloat16(
     assert report["speed"]["peak_flops_per_s"] == H200.peak_flops("fp8")
 
 
-def test_products_in_8_bits_that_there_are_not():
+def test_unsupported_8_bit_products_are_rejected():
     with pytest.raises(UserError, match=r"policy\.compute is fp8: A100"):
         account("gpt2-xl", AccountConfig(gpu="a100", policy=Policy(compute="fp8")))
     experts = dataclasses.replace(XL, num_experts=4)
-    with pytest.raises(UserError, match="compute is fp8: a model with experts"):
+    with pytest.raises(UserError, match="compute is fp8: expected a 16- or 32-bit dtype"):
         operations(experts, policy=Policy(compute="fp8"))

@@ -1,4 +1,4 @@
-"""Our kernels inside transformers' models, against the same models without."""
+"""Patched transformers models compared with the unpatched models."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ def pair(request):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_logits_loss_and_gradients_equal_those_of_the_model(pair, mask):
+def test_logits_loss_and_gradients_match_the_unpatched_model(pair, mask):
     plain, applied = pair
     batch = make_batch(mask)
     assert_equal_training(plain, applied, batch)
@@ -32,7 +32,7 @@ def test_logits_loss_and_gradients_equal_those_of_the_model(pair, mask):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-def test_generation_gives_equal_tokens(pair, cache):
+def test_generation_matches_the_unpatched_model(pair, cache):
     # Left padding, and more tokens than the window of a sliding cache.
     batch = make_batch("left")
     options = {"attention_mask": batch["attention_mask"], "max_new_tokens": 6, "do_sample": False}
@@ -43,8 +43,8 @@ def test_generation_gives_equal_tokens(pair, cache):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_packed_sequences_equal_those_alone(pair, use_cache):
-    # transformers' own masks let them see each other where a cache is made.
+def test_packed_sequences_match_separate_ones(pair, use_cache):
+    # transformers does not mask them from each other if it makes a cache.
     _, applied = pair
     batch = make_batch("packed")
     ids, positions = batch["input_ids"][:1], batch["position_ids"][:1]
@@ -56,14 +56,14 @@ def test_packed_sequences_equal_those_alone(pair, use_cache):
     torch.testing.assert_close(by_lengths, packed, rtol=1e-5, atol=1e-5)
 
 
-def test_left_padding_has_the_loss_of_pytorch_attention_for_any_labels():
+def test_left_padding_matches_pytorch_attention_for_any_labels():
     batch = make_batch("left") | {"labels": make_batch()["labels"]}
     batch["labels"][0, :4] = -100
     assert_equal_training(*make_pair("Llama"), batch)
 
 
 @pytest.mark.parametrize("as_bool", [True, False])
-def test_a_mask_of_the_callers_own_is_honoured(as_bool):
+def test_a_callers_own_mask_is_applied(as_bool):
     plain, applied = make_pair("Gemma2")
     sees = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     sees[5:, 2:4] = False
@@ -73,12 +73,12 @@ def test_a_mask_of_the_callers_own_is_honoured(as_bool):
     expected = plain(ids, attention_mask=added).logits
     mask = sees.expand(2, 1, TOKENS, TOKENS) if as_bool else added
     torch.testing.assert_close(applied(ids, attention_mask=mask).logits, expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"attention_mask of 4 dimensions is torch\.int64: allowed is torch\.bool"):
+    with pytest.raises(UserError, match=r"attention_mask of 4 dimensions is torch\.int64: expected torch\.bool"):
         applied(ids, attention_mask=mask.long())
 
 
 @pytest.mark.parametrize("rope", ["llama3", "linear", "dynamic", "yarn"])
-def test_every_type_of_rope_is_the_models_own(rope):
+def test_every_rope_type_matches_the_unpatched_model(rope):
     more = {
         "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
         "yarn": {"beta_fast": 32.0, "beta_slow": 1.0},
@@ -93,7 +93,7 @@ def test_every_type_of_rope_is_the_models_own(rope):
 
 
 @pytest.mark.parametrize("part", ["norms", "mlp", "rope", "attention", "loss"])
-def test_each_part_alone_and_back(part):
+def test_each_part_can_be_patched_and_reverted(part):
     model = make_model("Qwen3")
     plain, keys = copy.deepcopy(model), list(model.state_dict())
     parts = dict.fromkeys(("norms", "mlp", "rope", "attention", "loss"), False)
@@ -125,7 +125,7 @@ def test_each_part_alone_and_back(part):
     tilewright.apply_to(model)
 
 
-def test_another_model_of_the_same_config_is_untouched():
+def test_other_models_with_the_same_config_do_not_change():
     transformers = pytest.importorskip("transformers")
     config = make_config("Llama")
     one, other = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
@@ -138,7 +138,7 @@ def test_another_model_of_the_same_config_is_untouched():
     assert torch.equal(other(ids).logits, before)
 
 
-def test_logits_of_training_are_there_when_asked_for():
+def test_skip_logits_controls_the_logits():
     plain, applied = make_pair("Gemma2")
     batch = make_batch()
     for model in (plain, applied):
@@ -168,7 +168,7 @@ def test_the_loss_follows_the_options_of_transformers():
         torch.testing.assert_close(losses[1], losses[0])
 
 
-def test_copies_and_pickles_are_applied_too():
+def test_copies_and_pickles_stay_patched():
     _, applied = make_pair("Gemma3")
     batch = make_batch("left")
     expected = applied(**batch).loss
@@ -177,7 +177,7 @@ def test_copies_and_pickles_are_applied_too():
         assert torch.equal(other(**batch).loss, expected)
 
 
-def test_a_saved_model_knows_nothing_of_it(tmp_path):
+def test_saved_models_contain_no_patch(tmp_path):
     transformers = pytest.importorskip("transformers")
     plain, applied = make_pair()
     applied.save_pretrained(tmp_path)
@@ -188,18 +188,18 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "mask"), [("Qwen3", "left"), ("Gemma2", "packed")])
-def test_the_kernels_take_what_the_model_gives_them(family, mask):
+def test_kernels_accept_the_models_tensors(family, mask):
     plain, applied = make_pair(family, num_hidden_layers=1)
     with use_backend("triton"):
         assert_equal_training(plain, applied, make_batch(mask), rtol=1e-4)
 
 
-def test_what_cannot_be_replaced_is_refused_by_name():
+def test_unsupported_models_are_rejected():
     transformers = pytest.importorskip("transformers")
-    with pytest.raises(UserError, match="the model is a Linear: apply_to knows LlamaForCausalLM, "):
+    with pytest.raises(UserError, match="the model is a Linear: expected one of LlamaForCausalLM, "):
         tilewright.apply_to(torch.nn.Linear(2, 2))
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
-    with pytest.raises(UserError, match="the model is a str: apply_to knows"):
+    with pytest.raises(UserError, match="the model is a str: expected one of"):
         tilewright.apply_to("gpt2")
     with pytest.raises(UserError, match="the model is a GPT2LMHeadModel"):
         tilewright.apply_to(gpt2)
@@ -208,20 +208,20 @@ def test_what_cannot_be_replaced_is_refused_by_name():
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
 
-    with pytest.raises(UserError, match="Changed has a forward pass of its own"):
+    with pytest.raises(UserError, match="Changed has its own forward pass"):
         tilewright.apply_to(Changed(make_config("Llama")))
-    with pytest.raises(UserError, match="the activation is 'relu': allowed are silu, "):
+    with pytest.raises(UserError, match="the activation is 'relu': expected one of silu, "):
         tilewright.apply_to(make_model("Llama", hidden_act="relu"))
-    with pytest.raises(UserError, match=r"attention_dropout is 0\.1: allowed is 0\.0"):
+    with pytest.raises(UserError, match=r"attention_dropout is 0\.1: expected 0\.0"):
         tilewright.apply_to(make_model("Llama", attention_dropout=0.1))
     _, applied = make_pair()
-    with pytest.raises(UserError, match="applied to this model before"):
+    with pytest.raises(UserError, match="already patched"):
         tilewright.apply_to(applied)
     with pytest.raises(UserError, match="output_attentions is True"):
         applied(make_batch()["input_ids"], output_attentions=True)
 
 
-def test_a_wrapped_forward_pass_is_refused():
+def test_wrapped_forward_passes_are_rejected():
     model = make_model("Llama")
     handle = tilewright.apply_to(model)
     inner = model.model.norm.forward
@@ -231,5 +231,5 @@ def test_a_wrapped_forward_pass_is_refused():
     model.model.norm.forward = inner
     handle.revert()
     model.model.norm.forward = lambda x: x
-    with pytest.raises(UserError, match="a LlamaRMSNorm has a forward pass of its own"):
+    with pytest.raises(UserError, match="a LlamaRMSNorm has its own forward pass"):
         tilewright.apply_to(model)

@@ -1,4 +1,4 @@
-"""Our kernels inside transformers' models under what trains those: Trainer, accelerate, PEFT, FSDP2, torch.compile."""
+"""Patched transformers models under Trainer, accelerate, PEFT, FSDP2 and torch.compile."""
 
 import copy
 
@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True)
-def accelerate_afresh(monkeypatch):
-    """Forget what accelerate keeps for the process: the first precision that it was asked for."""
+def reset_accelerate(monkeypatch):
+    """Reset accelerate's process-wide state, which keeps the first requested precision."""
     state = pytest.importorskip("accelerate.state")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     yield
@@ -45,7 +45,7 @@ def losses_of_trainer(model, folder, **options):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_ten_steps_of_trainer_equal_those_of_the_model(family, tmp_path):
+def test_ten_trainer_steps_match_the_unpatched_model(family, tmp_path):
     plain, applied = make_pair(family)
     expected = losses_of_trainer(plain, tmp_path / "plain")
     assert len(expected) == 10
@@ -60,7 +60,7 @@ def test_trainer_with_checkpointing_and_autocast(tmp_path):
     assert losses_of_trainer(applied, tmp_path / "applied", **options) == pytest.approx(expected, rel=2e-2)
 
 
-def test_accelerate_wraps_and_unwraps_it():
+def test_accelerate_can_wrap_and_unwrap_a_patched_model():
     accelerate = pytest.importorskip("accelerate")
     model = make_model("Llama")
     plain = copy.deepcopy(model)
@@ -79,7 +79,7 @@ def test_accelerate_wraps_and_unwraps_it():
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("target", ["gate_proj", "lm_head"])
-def test_lora_trains_before_and_after(order, target):
+def test_lora_trains_whether_patched_before_or_after(order, target):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj", "up_proj", target], init_lora_weights=False, task_type="CAUSAL_LM", lora_dropout=0.0
@@ -95,7 +95,7 @@ def test_lora_trains_before_and_after(order, target):
     if order == "after":
         tilewright.apply_to(adapted)
     if target == "lm_head":
-        with pytest.warns(UserWarning, match="the loss is computed from the logits"):
+        with pytest.warns(UserWarning, match="computing the loss from the logits"):
             assert_equal_training(plain, adapted, make_batch("right"))
     else:
         assert_equal_training(plain, adapted, make_batch("right"))
@@ -112,7 +112,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_fsdp_shards_it_the_head_alone_too(order, mesh):
+def test_fsdp_shards_a_patched_model(order, mesh):
     from torch.distributed.fsdp import fully_shard
 
     plain = make_model("Llama")
@@ -135,13 +135,13 @@ def test_fsdp_shards_it_the_head_alone_too(order, mesh):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4 * parameter.grad.abs().max().item())
 
 
-def test_gradient_checkpointing_computes_the_same():
+def test_gradient_checkpointing_matches():
     plain, applied = make_pair("Gemma2")
     applied.gradient_checkpointing_enable()
     assert_equal_training(plain, applied, make_batch("packed"))
 
 
-def test_one_graph_of_torch_compile_honours_padding():
+def test_torch_compile_applies_padding_in_one_graph():
     plain, applied = make_pair("Llama", num_hidden_layers=1)
     compiled = torch.compile(applied, fullgraph=True, backend="eager")
     batch = make_batch("left")
@@ -150,6 +150,6 @@ def test_one_graph_of_torch_compile_honours_padding():
     losses = [model(**batch, use_cache=False).loss for model in (plain, compiled)]
     torch.testing.assert_close(losses[1], losses[0])
     losses[1].backward()
-    # That there is padding between tokens cannot be seen when the graph is made.
+    # Padding between tokens is unknown at capture time.
     with pytest.raises(RuntimeError, match="padding between tokens"):
         compiled(**make_batch("between"), use_cache=False)

@@ -20,7 +20,7 @@ def model(request):
 def engine_of(model, num_slots, max_length=None, **options):
     engine = BatchEngine(model, num_slots, max_length, **options)
     for layer in engine._cache.layers:
-        # What a sequence has not reached is never read.
+        # Positions beyond a sequence's length must never be read.
         layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
     return engine
 
@@ -48,7 +48,7 @@ generations = st.builds(
     prefill_tokens=st.sampled_from([1, 5, 100]),
     cancelled=st.none() | st.tuples(st.integers(0, 6), st.integers(0, 8)),
 )
-def test_each_sequence_equals_it_alone_whenever_it_comes(model, arrivals, num_slots, prefill_tokens, cancelled):
+def test_batched_sequences_match_single_generation(model, arrivals, num_slots, prefill_tokens, cancelled):
     engine = engine_of(model, num_slots, prefill_tokens=prefill_tokens)
     waits = sorted((steps, i) for i, (_, steps) in enumerate(arrivals))
     victim = None if cancelled is None else arrivals[cancelled[0] % len(arrivals)][0]
@@ -83,11 +83,11 @@ def test_only_running_sequences_are_computed(model):
     while engine.num_waiting or engine.num_running:
         engine.step()
     hook.remove()
-    # Three prompts, after which one has its only token; then two sequences, then one.
+    # Three prompts, after which one sequence is complete; then two sequences, then one.
     assert shapes == [(1, 3)] * 3 + [(2, 1), (1, 1), (1, 1)]
 
 
-def test_a_sequence_ends_where_its_slot_does(model):
+def test_sequences_end_at_max_length(model):
     engine = engine_of(model, 1, max_length=10)
     generation = Generation([1, 2, 3])
     engine.add(generation)
@@ -95,7 +95,7 @@ def test_a_sequence_ends_where_its_slot_does(model):
         engine.step()
     assert (len(generation.tokens), generation.finish_reason) == (7, "length")
     assert engine.step() == []
-    with pytest.raises(UserError, match="a prompt of 9 tokens and 2 new ones exceed the context of 10 tokens"):
+    with pytest.raises(UserError, match="a prompt of 9 tokens and 2 new tokens exceed the context of 10 tokens"):
         engine.add(Generation([1] * 9, 2))
     engine.add(cropped := Generation(list(range(9)), 2), crop=True)
     assert cropped.prompt == list(range(1, 9))
@@ -104,18 +104,18 @@ def test_a_sequence_ends_where_its_slot_does(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_slots": 0}, "num_slots is 0: it must be at least 1"),
-        ({"num_slots": 1, "max_length": 25}, "max_length is 25: the model's context has 24 tokens"),
-        ({"num_slots": 1, "prefill_tokens": 0}, "prefill_tokens is 0: it must be at least 1"),
+        ({"num_slots": 0}, "num_slots is 0: expected at least 1"),
+        ({"num_slots": 1, "max_length": 25}, "max_length is 25: expected at most the context length, 24"),
+        ({"num_slots": 1, "prefill_tokens": 0}, "prefill_tokens is 0: expected at least 1"),
     ],
 )
-def test_bad_sizes_are_refused(model, options, message):
+def test_bad_sizes_are_rejected(model, options, message):
     with pytest.raises(UserError, match=message):
         BatchEngine(model, **options)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_weights_that_are_not_finite_are_named(temperature):
+def test_nonfinite_weights_are_reported(temperature):
     model = TransformerLM(CONFIG).eval()
     with torch.no_grad():
         model.ln_final.weight[0] = torch.nan

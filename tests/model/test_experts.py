@@ -21,7 +21,7 @@ def mixture(num_experts=4, experts_per_token=2, normalise=True, d_model=8, d_ff=
 
 
 def token_by_token(layer, x):
-    """Each token through its experts by itself, in plain PyTorch; and the balance loss as its paper writes it."""
+    """Return a plain loop that runs each token through its experts, and the balance loss as in its paper."""
     outputs, choices, probabilities = [], [], []
     for token in x.flatten(0, -2):
         likely = torch.softmax(layer.router.weight @ token, dim=0)
@@ -55,7 +55,7 @@ def gradients(function, layer, x):
     d_ff=st.sampled_from([8, 24]),
     seed=st.integers(0, 99),
 )
-def test_each_token_passes_through_its_experts(num_tokens, num_experts, experts_per_token, normalise, d_ff, seed):
+def test_mixture_matches_a_loop_over_tokens(num_tokens, num_experts, experts_per_token, normalise, d_ff, seed):
     layer = mixture(num_experts, min(num_experts, experts_per_token), normalise, d_ff=d_ff, seed=seed)
     x = torch.randn(num_tokens, 8, dtype=torch.float64)
     expected = gradients(lambda x: token_by_token(layer, x), layer, x)
@@ -63,7 +63,7 @@ def test_each_token_passes_through_its_experts(num_tokens, num_experts, experts_
 
 
 @pytest.mark.parametrize("preferred", [0, 2, 3])
-def test_all_tokens_may_go_to_one_expert(preferred):
+def test_all_tokens_can_choose_one_expert(preferred):
     layer = mixture(experts_per_token=1, normalise=False)
     with torch.no_grad():
         layer.router.weight.copy_(torch.zeros(4, 8).index_fill(0, torch.tensor(preferred), 1.0))
@@ -75,7 +75,7 @@ def test_all_tokens_may_go_to_one_expert(preferred):
         assert used.tolist() == [expert == preferred for expert in range(4)]
 
 
-def test_its_gradient_is_that_of_its_result():
+def test_gradients_pass_gradcheck():
     layer = mixture(num_experts=3, d_ff=8)
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]
@@ -96,7 +96,7 @@ def test_its_gradient_is_that_of_its_result():
         )
     )
 )
-def test_no_token_is_left_out(choices):
+def test_sort_by_expert_keeps_every_token(choices):
     num_experts, preferences, k = choices
     experts = torch.tensor(preferences)[:, :k]
     order, rows, ends = sort_by_expert(experts, num_experts)
@@ -105,11 +105,11 @@ def test_no_token_is_left_out(choices):
     assert ends.diff(prepend=torch.zeros(1)).tolist() == experts.flatten().bincount(minlength=num_experts).tolist()
     by_row = experts.flatten()[order]
     assert by_row.tolist() == sorted(by_row.tolist())
-    # Stable: the tokens of an expert are in their own order.
+    # The sort is stable: the tokens of an expert keep their order.
     assert all((order[by_row == expert].diff() > 0).all() for expert in range(num_experts))
 
 
-def test_the_balance_loss_goes_from_one_to_the_number_of_experts():
+def test_balance_loss_ranges_from_one_to_the_number_of_experts():
     even = torch.full((6, 3), 1 / 3)
     assert balance_loss(even, torch.tensor([[0], [1], [2]] * 2)).item() == pytest.approx(1.0)
     assert balance_loss(even, torch.tensor([[0, 1], [1, 2], [2, 0]] * 2)).item() == pytest.approx(1.0)
@@ -117,7 +117,7 @@ def test_the_balance_loss_goes_from_one_to_the_number_of_experts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_its_bits_are_equal_in_each_run(dtype, device):
+def test_results_are_bitwise_reproducible(dtype, device):
     layer = mixture(dtype=torch.float32).to(device)
     x = torch.randn(2, 40, 8, device=device).to(dtype)
     first, second = (gradients(layer, layer, x) for _ in range(2))
@@ -131,11 +131,11 @@ def test_half_precision_is_close():
     x = torch.randn(64, 8).bfloat16()
     expected = gradients(layer, layer, x.float())
     for actual, exact in zip(gradients(layer, layer, x), expected, strict=True):
-        # A token whose experts are almost equally likely may go elsewhere.
+        # A token whose experts are almost equally likely can choose another expert.
         assert (actual - exact).norm() < 0.05 * exact.norm()
 
 
-def drawn(**changes):
+def make_model(**changes):
     torch.manual_seed(0)
     return TransformerLM(dataclasses.replace(TINY, **changes))
 
@@ -144,7 +144,7 @@ def batch():
     return torch.randint(17, (2, 3, 8), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_weights_of_each_expert_are_drawn_as_a_layers_own():
+def test_each_expert_is_initialized_like_a_dense_layer():
     one, several = (mixture(num, 1, False, 200, 304, torch.float32) for num in (1, 3))
     for layer, num_experts in ((one, 1), (several, 3)):
         assert {name: tuple(weight.shape) for name, weight in layer.named_parameters()} == {
@@ -156,8 +156,8 @@ def test_the_weights_of_each_expert_are_drawn_as_a_layers_own():
             assert weight.std().item() == pytest.approx(0.9866 * (2 / 504) ** 0.5, rel=0.01)
 
 
-def test_the_loss_of_the_routers_counts_once_a_layer_and_target():
-    model, (tokens, targets) = drawn(), batch()
+def test_router_loss_counts_once_per_layer_and_target():
+    model, (tokens, targets) = make_model(), batch()
     targets[0, 3:] = -100
     balances = []
     for layer in model.layers:
@@ -171,8 +171,8 @@ def test_the_loss_of_the_routers_counts_once_a_layer_and_target():
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_a_token_is_decoded_as_in_its_sequence(normalise):
-    model, (tokens, _) = drawn(normalise_expert_weights=normalise).eval(), batch()
+def test_decoding_matches_the_full_sequence(normalise):
+    model, (tokens, _) = make_model(normalise_expert_weights=normalise).eval(), batch()
     cache = KVCache(model, 3, 8)
     with torch.no_grad():
         pieces = [model(piece, cache) for piece in tokens.split([3, 1, 4], dim=1)]
@@ -182,15 +182,15 @@ def test_a_token_is_decoded_as_in_its_sequence(normalise):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_a_copy_is_the_same_model(copied):
-    model, (tokens, targets) = drawn(), batch()
+def test_copies_compute_the_same(copied):
+    model, (tokens, targets) = make_model(), batch()
     assert torch.equal(copied(model).loss(tokens, targets), model.loss(tokens, targets))
 
 
-def test_it_is_captured_as_one_graph_whose_blocks_run_again():
-    model, (tokens, targets) = drawn(num_layers=1), batch()
+def test_compiles_to_one_graph_with_checkpointing():
+    model, (tokens, targets) = make_model(num_layers=1), batch()
     model.compute_dtype, model.activation_checkpointing = torch.bfloat16, "block"
-    # Forward and backward graphs without code generation, which would take a minute each.
+    # Capture forward and backward graphs without code generation, which would take a minute each.
     step = torch.compile(TransformerLM.loss, fullgraph=True, dynamic=False, backend="aot_eager")
     losses, gradients = [], []
     for function in (TransformerLM.loss, step):

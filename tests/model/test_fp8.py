@@ -29,7 +29,7 @@ def make(recipe=None, **changes):
 
 
 def step(model, batch):
-    """The loss and the gradients of a step."""
+    """Return the loss and the gradients of a step."""
     model.zero_grad()
     loss = model.loss(*batch)
     loss.backward()
@@ -37,7 +37,7 @@ def step(model, batch):
 
 
 @every_recipe
-def test_the_blocks_products_alone_are_in_8_bits(recipe, batch, monkeypatch):
+def test_only_block_products_use_fp8(recipe, batch, monkeypatch):
     (model, _), shapes = make(recipe), []
 
     def seen(x, weight, **options):
@@ -50,22 +50,22 @@ def test_the_blocks_products_alone_are_in_8_bits(recipe, batch, monkeypatch):
 
 
 @every_recipe
-def test_a_step_is_that_of_bfloat16_up_to_8_bits(recipe, batch):
-    (loss, gradients), (right, rights) = step(make(recipe)[0], batch), step(make()[0], batch)
-    assert loss != right
-    torch.testing.assert_close(loss, right, rtol=2e-3, atol=0)
-    for gradient, each in zip(gradients, rights, strict=True):
+def test_a_step_matches_bfloat16_within_fp8_error(recipe, batch):
+    (loss, gradients), (expected_loss, expected_gradients) = step(make(recipe)[0], batch), step(make()[0], batch)
+    assert loss != expected_loss
+    torch.testing.assert_close(loss, expected_loss, rtol=2e-3, atol=0)
+    for gradient, each in zip(gradients, expected_gradients, strict=True):
         assert 0 < (gradient - each).norm() < 0.2 * each.norm()
 
 
 @every_recipe
-def test_without_gradients_products_are_those_of_bfloat16(recipe, batch):
+def test_without_gradients_products_run_in_bfloat16(recipe, batch):
     with torch.no_grad():
         assert torch.equal(make(recipe)[0].loss(*batch), make()[0].loss(*batch))
 
 
 @every_recipe
-def test_no_state_dict_holds_anything_of_it(recipe):
+def test_state_dict_has_no_fp8_state(recipe):
     model, _ = make(recipe)
     assert model.state_dict().keys() == make()[0].state_dict().keys()
     assert any(isinstance(module, Fp8Products) for module in model.modules())
@@ -75,7 +75,7 @@ def test_no_state_dict_holds_anything_of_it(recipe):
     ("recipe", "how"),
     [*((recipe, "checkpointed") for recipe in RECIPES), pytest.param("fp8_delayed", "compiled", marks=pytest.mark.slow)],
 )
-def test_steps_in_other_ways_are_equal(recipe, how, batch):
+def test_checkpointed_and_compiled_steps_match(recipe, how, batch):
     model, scales = make(recipe)
     expected = [step(model, batch)]
     if scales is not None:
@@ -87,26 +87,26 @@ def test_steps_in_other_ways_are_equal(recipe, how, batch):
         loss = other.loss
     else:
         loss = torch.compile(other.loss, fullgraph=True, backend="aot_eager")
-    for right, rights in expected:
+    for expected_loss, expected_gradients in expected:
         other.zero_grad()
         value = loss(*batch)
         value.backward()
-        torch.testing.assert_close(value.detach(), right)
-        torch.testing.assert_close([p.grad for p in other.parameters()], rights)
+        torch.testing.assert_close(value.detach(), expected_loss)
+        torch.testing.assert_close([p.grad for p in other.parameters()], expected_gradients)
         if scales is not None:
             scales.end_step(lambda seen: seen)
 
 
-def test_delayed_scales_are_those_of_the_largest_of_the_last_steps(batch):
+def test_delayed_scales_use_the_largest_recent_amax(batch):
     model, scales = make("fp8_delayed")
     layer = model.layers[0].ffn.down_proj
     inputs = []
     layer.register_forward_hook(lambda module, args, y: inputs.append(args[0].detach().abs().amax().float()))
     first = step(model, batch)
     assert torch.equal(torch.stack([layer.fp8.seen[0]]), torch.stack(inputs))
-    # The first step knows nothing, and scales by what it sees.
+    # The first step has no history, so it scales by its own inputs.
     assert torch.equal(first[0], step(make("fp8")[0], batch)[0])
-    # Not twice: a scale of half would round almost all alike.
+    # Not twice: a power of two would round most values to the same result.
     scales.end_step(lambda seen: 3 * seen)
     assert layer.fp8.known[0] == 3 * inputs[0]
     assert layer.fp8.seen.count_nonzero() == 0
@@ -120,7 +120,7 @@ def test_delayed_scales_are_those_of_the_largest_of_the_last_steps(batch):
 
 @every_recipe
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_the_loss_and_no_history(recipe, bad, batch):
+def test_nonfinite_values_reach_the_loss_but_not_the_history(recipe, bad, batch):
     model, scales = make(recipe)
     with torch.no_grad():
         model.layers[0].ffn.down_proj.weight[3, 5] = bad
@@ -134,19 +134,19 @@ def test_what_is_not_finite_reaches_the_loss_and_no_history(recipe, bad, batch):
 @pytest.mark.parametrize(
     ("changes", "tokens", "named"),
     [
-        ({"d_ff": 40}, 64, r"precision is fp8: model\.d_ff, 40, must be a multiple of 16"),
-        ({"d_model": 24, "num_heads": 2}, 64, r"model\.d_model, 24"),
-        ({"num_heads": 4, "num_kv_heads": 1}, 64, "the width of all key-value heads, 8"),
-        ({}, 24, "the tokens of a micro-batch, 24"),
-        ({"num_experts": 4}, 64, "num_experts 4"),
+        ({"d_ff": 40}, 64, r"model\.d_ff is 40: expected a multiple of 16 with precision fp8"),
+        ({"d_model": 24, "num_heads": 2}, 64, r"model\.d_model is 24"),
+        ({"num_heads": 4, "num_kv_heads": 1}, 64, "the width of all key-value heads is 8"),
+        ({}, 24, "the size of a micro-batch in tokens is 24"),
+        ({"num_experts": 4}, 64, "num_experts is 4"),
     ],
 )
-def test_what_has_no_such_product_is_refused_by_name(changes, tokens, named):
+def test_unsupported_widths_are_rejected(changes, tokens, named):
     with pytest.raises(UserError, match=named):
         use_fp8(TransformerLM(dataclasses.replace(CONFIG, qkv_bias=False, **changes)), "fp8", tokens)
 
 
-def test_generation_and_copies_need_no_8_bits():
+def test_cast_copies_have_no_fp8_products():
     model, _ = make("fp8_delayed")
     tokens = torch.zeros(1, 3, dtype=torch.long)
     cast = copy.deepcopy(model).cast(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`config.json` and `ModelConfig`, one from the other: families, spellings, defaults, and what is refused by name."""
+"""Conversion between `config.json` and `ModelConfig`: families, formats, defaults, and rejected fields."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def document_of(family, **changes):
 
 
 def read(folder, document):
-    """Return what is read of a document; "ABSENT" stands for a field that is not there."""
+    """Write a document and read it; "ABSENT" removes a field."""
     (folder / "config.json").write_text(json.dumps({name: value for name, value in document.items() if value != "ABSENT"}))
     return read_config(folder)
 
@@ -69,7 +69,7 @@ def read(folder, document):
     ],
     ids=str,
 )
-def test_a_shape_of_ours_goes_to_the_family_that_holds_it(tmp_path, changes, family):
+def test_shapes_choose_a_family_and_round_trip(tmp_path, changes, family):
     config = dataclasses.replace(CONFIG, **changes)
     chosen = choose_family(config)
     assert chosen.model_type == family
@@ -86,7 +86,7 @@ def test_a_shape_of_ours_goes_to_the_family_that_holds_it(tmp_path, changes, fam
         ({"rotary_dim": 4}, "rotary_dim 4, where"),
         (
             {"qkv_bias": True, "qk_norm": True},
-            "qkv_bias True, where qwen3 has False; qk_norm True, where qwen2 has False: no family of llama, mistral",
+            "qkv_bias True, where qwen3 has False; qk_norm True, where qwen2 has False: none of the families llama, mistral",
         ),
         ({"window": 5, "window_pattern": "LG"}, "window_pattern LG, where mistral has L"),
         (GEMMA | {"attention_scale": 0.3}, "attention_scale 0.3, where gemma2 has 1 / sqrt"),
@@ -99,12 +99,12 @@ def test_a_shape_of_ours_goes_to_the_family_that_holds_it(tmp_path, changes, fam
     ],
     ids=str,
 )
-def test_what_no_family_holds_is_refused_by_name(changes, named):
+def test_unsupported_shapes_are_rejected(changes, named):
     with pytest.raises(UserError, match=re.escape(named)):
         choose_family(dataclasses.replace(CONFIG, **changes))
 
 
-def test_a_family_that_cannot_hold_the_model_is_not_preferred():
+def test_an_unsupported_preferred_family_is_ignored():
     assert choose_family(CONFIG, "mistral").model_type == "mistral"
     assert choose_family(dataclasses.replace(CONFIG, qk_norm=True), "mistral").model_type == "qwen3"
 
@@ -117,7 +117,7 @@ def test_a_family_that_cannot_hold_the_model_is_not_preferred():
     scale=st.none() | st.sampled_from([8**-0.5, 12**-0.5, 0.25]),
     local_theta=st.none() | st.sampled_from([1e4, 1e5]),
 )
-def test_a_canonical_shape_means_the_same(num_layers, pattern, window, head_dim, scale, local_theta):
+def test_canonical_shapes_are_equivalent(num_layers, pattern, window, head_dim, scale, local_theta):
     config = dataclasses.replace(
         CONFIG, num_layers=num_layers, window_pattern=pattern[:num_layers], window=window, head_dim=head_dim,
         attention_scale=scale, local_rope_theta=local_theta,
@@ -130,7 +130,7 @@ def test_a_canonical_shape_means_the_same(num_layers, pattern, window, head_dim,
         return layers, c.head_width, c.kv_heads, c.attention_scale or c.head_width**-0.5
 
     assert meaning(found) == meaning(config)
-    # Every choice that changes nothing is gone.
+    # Equivalent spellings give the same canonical shape.
     longer = (pattern[:num_layers] * num_layers)[:num_layers]
     assert canonical(dataclasses.replace(config, window_pattern=longer)) == found
 
@@ -139,64 +139,64 @@ def test_a_canonical_shape_means_the_same(num_layers, pattern, window, head_dim,
     ("family", "fields", "message"),
     [
         ("llama", {"model_type": "gpt2"}, 'model_type "gpt2", with learned positions, LayerNorm'),
-        ("llama", {"model_type": "qwen2_moe"}, 'model_type "qwen2_moe", with experts that all tokens share, which'),
+        ("llama", {"model_type": "qwen2_moe"}, 'model_type "qwen2_moe", with shared experts, which'),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
-        ("llama", {"model_type": "mamba"}, 'model_type "mamba": only llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, gemma2'),
+        ("llama", {"model_type": "mamba"}, 'model_type "mamba": expected llama, mistral, qwen2, qwen3, mixtral, qwen3_moe'),
         ("llama", {"model_type": "ABSENT"}, "model_type null"),
         ("llama", {"model_type": ["llama"]}, 'model_type ["llama"]'),
         ("llama", {"attention_bias": True}, "attention_bias true"),
         ("llama", {"mlp_bias": True}, "mlp_bias true"),
-        ("llama", {"hidden_act": "gelu"}, 'hidden_act "gelu", which our blocks lack: only "silu" can be read'),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, 'rope_type "dynamic", which our tables lack'),
+        ("llama", {"hidden_act": "gelu"}, 'hidden_act "gelu", which is not supported: expected "silu"'),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, 'rope_type "dynamic", which is not supported'),
         ("llama", {"rope_scaling": {"type": "longrope"}}, 'rope_type "longrope"'),
         ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, 'rope_type ["yarn"]'),
-        ("llama", {"rope_scaling": "linear"}, 'rope_scaling "linear": it must be null or an object'),
-        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor null: it must be a finite number"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 0.5}}, "a llama3 scaling of RoPE that cannot be: factor"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": "1"}}, "a llama3 scaling"),
+        ("llama", {"rope_scaling": "linear"}, 'rope_scaling "linear": expected null or an object'),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor null: expected a finite number"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 0.5}}, "an invalid llama3 scaling of RoPE: factor"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": "1"}}, "invalid llama3 scaling"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast 3 for RoPE, which"),
         ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section [1, 2] for RoPE"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ("llama", {"head_dim": "8"}, 'head_dim "8": it must be a whole number'),
-        ("llama", {"head_dim": 7}, "the head dim is 7: RoPE needs an even one"),
+        ("llama", {"head_dim": "8"}, 'head_dim "8": expected a whole number'),
+        ("llama", {"head_dim": 7}, "the head dim is 7: RoPE needs an even width"),
         ("llama", {"num_attention_heads": 10, "head_dim": None}, "d_model 32 over num_heads 10 gives a head dim of 3.2"),
-        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3: it must be a divisor of num_attention_heads, 4"),
-        ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config {"bits": 4}, which our blocks lack'),
-        ("llama", {"hidden_size": "32"}, 'hidden_size "32": it must be a whole number'),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3: expected a divisor of num_attention_heads, 4"),
+        ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config {"bits": 4}, which is not supported'),
+        ("llama", {"hidden_size": "32"}, 'hidden_size "32": expected a whole number'),
         ("llama", {"hidden_size": True}, "hidden_size true"),
         ("llama", {"rope_theta": -1.0}, "rope_theta -1.0"),
         ("llama", {"intermediate_size": 2.5}, "intermediate_size 2.5"),
         ("llama", {"vocab_size": "ABSENT"}, "vocab_size null"),
-        ("llama", {"rms_norm_eps": "small"}, 'rms_norm_eps "small": it must be a finite number'),
-        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps 0: it must be a finite number above 0"),
-        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings 1: it must be true or false"),
-        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers 0: it must be a whole number, at least 1"),
-        ("mistral", {"sliding_window": 0}, "sliding_window 0: it must be a whole number, at least 1"),
+        ("llama", {"rms_norm_eps": "small"}, 'rms_norm_eps "small": expected a finite number'),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps 0: expected a finite number above 0"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings 1: expected true or false"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers 0: expected a whole number, at least 1"),
+        ("mistral", {"sliding_window": 0}, "sliding_window 0: expected a whole number, at least 1"),
         ("mistral", {"sliding_window": "wide"}, 'sliding_window "wide"'),
-        ("qwen2", {"use_sliding_window": "yes"}, 'use_sliding_window "yes": it must be true or false'),
+        ("qwen2", {"use_sliding_window": "yes"}, 'use_sliding_window "yes": expected true or false'),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "layer_types": None, "max_window_layers": -1},
-         "max_window_layers -1: it must be a whole number, at least 0"),
+         "max_window_layers -1: expected a whole number, at least 0"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"]},
-         'layer_types ["full_attention"]: it must be a list of sliding_attention or full_attention for each of 2 layers'),
+         'layer_types ["full_attention"]: expected a list of sliding_attention or full_attention for each of 2 layers'),
         ("qwen3", {"attention_bias": True}, "attention_bias true"),
-        ("gemma2", {"hidden_activation": "gelu"}, 'hidden_activation "gelu", which our blocks lack: only "gelu_pytorch_tanh"'),
+        ("gemma2", {"hidden_activation": "gelu"}, 'hidden_activation "gelu", which is not supported: expected "gelu_py'),
         ("mistral", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
-         'layer_types ["full_attention", "sliding_attention"]: it must be of one kind where model_type is mistral'),
+         'layer_types ["full_attention", "sliding_attention"]: expected one kind for all layers with model_type mistral'),
         ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, 'layer_types ["chunked_attention", "full_'),
-        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar 0: it must be a finite number above 0"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar 0: expected a finite number above 0"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention true"),
-        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which our blocks lack: only null can"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which is not supported: expected null"),
         ("gemma3_text", {"rope_local_base_freq": 0}, "rope_local_base_freq 0"),
         ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": 10}, "sliding_attention": {"rope_type": "yarn"}}},
-         'rope_type "yarn", which our blocks lack: only "default"'),
+         'rope_type "yarn", which is not supported: expected "default"'),
         ("gemma3_text", {"model_type": "gemma3", "text_config": None}, "num_hidden_layers null"),
         ("gemma3_text", {"model_type": "gemma3", "text_config": {"model_type": "gemma2"}}, 'model_type "gemma2"'),
     ],
     ids=str,
 )  # fmt: skip
-def test_what_our_blocks_lack_is_refused_by_name(tmp_path, family, fields, message):
+def test_unsupported_fields_are_rejected(tmp_path, family, fields, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         read(tmp_path, document_of(family) | fields)
     assert str(tmp_path) in str(caught.value)
@@ -215,7 +215,7 @@ SCALINGS = [
 
 
 @given(family=st.sampled_from(sorted(CONFIG_OF)), data=st.data())
-def test_every_shape_goes_there_and_back(family, data):
+def test_every_shape_round_trips(family, data):
     heads = data.draw(st.sampled_from([1, 2, 4, 8]))
     layers = data.draw(st.integers(1, 6))
     changes = {
@@ -261,7 +261,7 @@ def test_both_spellings_of_rope_are_read(tmp_path, family):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS[1:], ids=str)
-def test_transformers_understands_our_scalings_of_rope(tmp_path, scaling):
+def test_transformers_reads_our_rope_scalings(tmp_path, scaling):
     document = document_of("llama", rope_scaling=scaling)
     read(tmp_path, document)
     transformers = pytest.importorskip("transformers")
@@ -269,7 +269,7 @@ def test_transformers_understands_our_scalings_of_rope(tmp_path, scaling):
     assert {name: theirs[name] for name in document["rope_scaling"]} == document["rope_scaling"]
 
 
-def test_the_original_context_is_the_context_where_none_is_given(tmp_path):
+def test_original_context_defaults_to_the_context(tmp_path):
     document = document_of("llama") | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert read(tmp_path, document).rope_scaling == RopeScaling("yarn", 4.0, original_max_position_embeddings=32)
     document["original_max_position_embeddings"] = 16
@@ -277,7 +277,7 @@ def test_the_original_context_is_the_context_where_none_is_given(tmp_path):
 
 
 @pytest.mark.parametrize("family", CONFIG_OF)
-def test_a_short_configuration_has_the_defaults_of_transformers(tmp_path, family):
+def test_missing_fields_get_the_defaults_of_transformers(tmp_path, family):
     transformers = pytest.importorskip("transformers")
     sizes = {"num_hidden_layers": 7, "hidden_size": 256, "intermediate_size": 40}
     if "gemma" not in family:
@@ -334,10 +334,10 @@ def sizes(hidden, inner, layers, heads, kv_heads, vocab_size, context=131072):
     ],
     ids=["Llama 3.1 8B", "Llama 3.2 1B", "Mistral 7B", "Qwen2.5 0.5B", "Qwen3 0.6B", "Gemma 2 2B", "Gemma 3 1B"],
 )  # fmt: skip
-def test_models_have_as_many_parameters_as_published(tmp_path, document, parameters, fields):
+def test_parameter_counts_of_published_models(tmp_path, document, parameters, fields):
     config = read(tmp_path, document)
     assert {name: getattr(config, name) for name in fields} == fields
-    # The tables of RoPE need no weights, and may be short.
+    # The RoPE tables have no weights, so they can be short.
     with torch.device("meta"):
         model = TransformerLM(dataclasses.replace(config, context_length=1))
     views = tensor_views(config, model.get_parameter, config.vocab_size)
@@ -345,17 +345,17 @@ def test_models_have_as_many_parameters_as_published(tmp_path, document, paramet
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"llama"'])
-def test_a_broken_configuration(tmp_path, text):
+def test_broken_configurations_are_rejected(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         read_config(tmp_path)
 
 
-def test_a_folder_is_accounted_for_like_a_preset(tmp_path):
+def test_account_accepts_a_folder(tmp_path):
     read(tmp_path, document_of("qwen3"))
     report = account(str(tmp_path), AccountConfig())
-    # Two tables of 150 x 32; per block q, o of 32 x 32, k, v of 16 x 32, 3 x 40 x 32, norms of 32 twice and of 8 twice; 32.
+    # Two tables of 150 x 32; per block q and o of 32 x 32, k and v of 16 x 32, 3 x 40 x 32, two norms of 32 and two of 8; 32.
     assert report["num_parameters"] == 2 * 150 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32 + 2 * 32 + 2 * 8) + 32
     assert report["context_length"] == 32
-    with pytest.raises(UserError, match=r"preset 'nowhere' is unknown: choose one of .*, or a folder with a config\.json"):
+    with pytest.raises(UserError, match=r"preset 'nowhere' is unknown: expected one of .*, or a folder with a config\.json"):
         account("nowhere", AccountConfig())

@@ -1,4 +1,4 @@
-"""Every family that is read and written, against models that transformers makes of it."""
+"""Every supported family, compared with models of transformers."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from tilewright.model.huggingface import family_of_folder, read_config, read_mod
 transformers = pytest.importorskip("transformers")
 
 TOKENS = torch.randint(131, (2, 24), generator=torch.Generator().manual_seed(1))
-# What says the same in other words, or nothing of the shape.
+# Fields with several equivalent values, or without effect on the shape.
 NOT_COMPARED = {
     "_name_or_path", "initializer_range", "max_window_layers", "head_dim", "use_bidirectional_attention",
     "sliding_window_pattern", "_sliding_window_pattern",
@@ -24,7 +24,7 @@ NOT_COMPARED = {
 
 
 class Pair(NamedTuple):
-    """A folder that transformers wrote, its model, and ours."""
+    """A folder written by transformers, its model, and ours."""
 
     folder: object
     theirs: object
@@ -51,7 +51,7 @@ def test_logits_are_equal(pair):
 
 
 def test_greedy_texts_are_equal(pair):
-    # They go on for all of their length, past the window, whatever they are.
+    # Disable end tokens, so that all texts have full length and exceed the window.
     pair.theirs.generation_config.eos_token_id = None
     for prompt in ([5], [1, 3, 100, 130, 7, 7, 90]):
         expected = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0].tolist()
@@ -104,7 +104,7 @@ def test_transformers_reads_what_we_write(pair, tmp_path):
     }
 
 
-def test_matrices_may_be_read_in_bfloat16(pair):
+def test_matrices_can_be_read_in_bfloat16(pair):
     half = read_model(pair.folder, torch.bfloat16)
     expected = pair.ours.cast(torch.bfloat16)
     for (name, parameter), other in zip(half.named_parameters(), expected.parameters(), strict=True):
@@ -115,8 +115,8 @@ def test_matrices_may_be_read_in_bfloat16(pair):
 
 
 @pytest.fixture(scope="module")
-def with_images(tmp_path_factory):
-    """Gemma 3 as it is published: a language model beside one of images."""
+def multimodal(tmp_path_factory):
+    """Gemma 3 as published: a language model and a vision model."""
     text = make("gemma3").config.to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
               "patch_size": 14}  # fmt: skip
@@ -135,8 +135,8 @@ def with_images(tmp_path_factory):
     return folder, theirs
 
 
-def test_the_language_model_of_one_with_images_is_read(with_images):
-    folder, theirs = with_images
+def test_language_model_of_a_multimodal_model_is_read(multimodal):
+    folder, theirs = multimodal
     ours = read_model(folder)
     names = load_file(folder / "model.safetensors").keys()
     assert all(any(part in name for name in names) for part in ("vision_tower", "language_model."))
@@ -146,10 +146,10 @@ def test_the_language_model_of_one_with_images_is_read(with_images):
     assert family_of_folder(folder) == "gemma3_text"
 
 
-def test_tensors_of_images_are_unknown_to_a_language_model(with_images, tmp_path):
-    folder, _ = with_images
+def test_image_tensors_in_a_text_model_are_rejected(multimodal, tmp_path):
+    folder, _ = multimodal
     document = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(document["text_config"]))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"has a tensor .*which our blocks lack"):
+    with pytest.raises(UserError, match=r"has a tensor .*which is not supported"):
         read_model(tmp_path)

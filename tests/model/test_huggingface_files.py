@@ -1,4 +1,4 @@
-"""Files of weights, written and read: Llamas of ours and of transformers, shards, dtypes, and what is refused by name."""
+"""Reading and writing weight files: Llama models of ours and of transformers, shards, dtypes, and rejected files."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def build(**changes):
     model = TransformerLM(dataclasses.replace(CONFIG, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Ones would hide a norm in the wrong place.
+            # Ones would hide a misplaced norm.
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
             if name.endswith("qkv_proj.weight"):
@@ -57,7 +57,7 @@ def folder(tmp_path):
     ],
     ids=str,
 )
-def test_transformers_gives_our_logits(tmp_path, llama, changes):
+def test_transformers_computes_our_logits(tmp_path, llama, changes):
     model = build(**changes)
     save_model(model, tmp_path / "out")
     theirs = llama.from_pretrained(tmp_path / "out").eval()
@@ -66,7 +66,7 @@ def test_transformers_gives_our_logits(tmp_path, llama, changes):
         expected, logits = model(tokens), theirs(tokens).logits
     assert logits.dtype == torch.float32
     assert logits.shape == expected.shape
-    # The tolerance is far below what the logits tell apart.
+    # The logits vary far more than the tolerance.
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-4 * max(1, expected.std().item()), rtol=0)
     assert theirs.config.rope_parameters["rope_theta"] == model.config.rope_theta
@@ -85,7 +85,7 @@ def test_a_round_trip_changes_no_bit(tmp_path, changes):
 
 
 def their_model(llama, **changes):
-    """Return a model that transformers has drawn, with norms that are not ones."""
+    """Return a randomly initialized model of transformers whose norm weights are not ones."""
     from transformers import LlamaConfig
 
     fields = {
@@ -103,7 +103,7 @@ def their_model(llama, **changes):
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_their_models_give_their_logits_here(tmp_path, llama, shards, dtype):
+def test_transformers_models_keep_their_logits(tmp_path, llama, shards, dtype):
     theirs = their_model(llama, tie_word_embeddings=shards).to(dtype)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="8KB" if shards else "5GB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == shards
@@ -115,7 +115,7 @@ def test_their_models_give_their_logits_here(tmp_path, llama, shards, dtype):
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
-def test_bfloat16_halves_the_file(tmp_path, folder, llama):
+def test_bfloat16_weights_are_rounded(tmp_path, folder, llama):
     save_model(build(), tmp_path / "half", "bfloat16")
     full, half = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "half"))
     assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in full.items())
@@ -131,9 +131,9 @@ def test_padding_is_not_written(folder):
     assert loaded.get_parameter("lm_head.weight")[150:].abs().max() == 0
 
 
-def test_a_shape_of_ours_loads_as_its_family(tmp_path):
+def test_a_wide_head_loads_as_mistral(tmp_path):
     pytest.importorskip("transformers")
-    # Own weights in each family are for `test_huggingface_families`; here a width that Llama's class refuses.
+    # `test_huggingface_families` covers weights of every family; this is a width that Llama's class rejects.
     model = build(num_heads=3, num_kv_heads=1, head_dim=12)
     save_model(model, tmp_path / "out")
     theirs = reload(tmp_path / "out")
@@ -142,7 +142,7 @@ def test_a_shape_of_ours_loads_as_its_family(tmp_path):
         torch.testing.assert_close(theirs(tokens_of(CONFIG)).logits, model(tokens_of(CONFIG)), atol=1e-4, rtol=0)
 
 
-def test_what_no_family_holds_leaves_nothing_behind(tmp_path):
+def test_failed_saves_leave_no_files(tmp_path):
     with pytest.raises(UserError, match="norm post"):
         save_model(build(norm="post"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -156,11 +156,11 @@ def test_end_tokens_are_written_one_or_several(tmp_path, llama):
             assert (document["eos_token_id"], document["bos_token_id"]) == (written, 9)
         theirs = llama.from_pretrained(tmp_path / str(len(ends)))
         assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == written
-        # A row of padding would not be trained there.
+        # transformers would not train the row of a padding token.
         assert theirs.config.pad_token_id is None
 
 
-def test_large_weights_go_to_shards(tmp_path, llama):
+def test_large_weights_are_sharded(tmp_path, llama):
     model = build()
     (tmp_path / "out").mkdir()
     write_model(model, tmp_path / "out", dtype="bfloat16", shard_bytes=10_000)
@@ -172,7 +172,7 @@ def test_large_weights_go_to_shards(tmp_path, llama):
     tensors = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "out" / shard).items()}
     assert tensors.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    # As many tensors to a file as it holds; the embedding alone has about as much.
+    # Files are filled up to the limit; the embedding alone almost reaches it.
     assert all(sum(t.nbytes for t in load_file(tmp_path / "out" / shard).values()) <= 10_000 for shard in shards)
     ours, theirs = read_model(tmp_path / "out"), llama.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
@@ -201,39 +201,39 @@ def double(tensors, name):
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks the tensor model.layers.1.mlp.up_proj.weight"),
         (lambda t: t.pop("lm_head.weight"), "lacks the tensor lm_head.weight"),
-        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "a tensor .*q_proj.bias, which our"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "a tensor .*q_proj.bias, which is"),
         (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model.norm.weight as float32 \(31,\): .*\(32,\)"),
         (lambda t: double(t, "model.norm.weight"), "model.norm.weight as F64"),
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight as I64"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(folder, change, message):
+def test_invalid_tensors_are_named(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(UserError, match=message):
         read_model(folder)
 
 
-def test_a_tied_head_may_be_there_if_it_is_the_embedding(tmp_path):
+def test_a_stored_tied_head_must_equal_the_embedding(tmp_path):
     save_model(build(tie_embeddings=True), tmp_path / "out")
     rewrite(tmp_path / "out", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     rewrite(tmp_path / "out", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert read_model(tmp_path / "out").config.tie_embeddings
     rewrite(tmp_path / "out", lambda t: t["lm_head.weight"].mul_(2))
-    with pytest.raises(UserError, match=r"lm_head\.weight of its own"):
+    with pytest.raises(UserError, match=r"its lm_head\.weight differs from the embedding"):
         read_model(tmp_path / "out")
 
 
-def test_files_that_are_missing_truncated_or_pickles(tmp_path, folder, llama):
+def test_missing_truncated_and_pickled_files_are_rejected(tmp_path, folder, llama):
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_model(folder)
     weights.unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         read_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(UserError, match="a pickle that could run any code"):
+    with pytest.raises(UserError, match="a pickle that can run any code"):
         read_model(folder)
     their_model(llama).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     index = tmp_path / "shards" / "model.safetensors.index.json"
@@ -242,7 +242,7 @@ def test_files_that_are_missing_truncated_or_pickles(tmp_path, folder, llama):
     with pytest.raises(UserError, match=f"{shard.name} does not exist"):
         read_model(tmp_path / "shards")
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    with pytest.raises(UserError, match="files beside it"):
+    with pytest.raises(UserError, match="files in the same folder"):
         read_model(tmp_path / "shards")
     with pytest.raises(UserError, match="does not exist"):
         read_model(tmp_path / "nowhere")

@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be impor
 
 TINY = ModelConfig(vocab_size=17, context_length=8, d_model=16, num_layers=2, num_heads=4, d_ff=24)
 
-# Everything of today's families at once, with a window and a head dim that are none of the other sizes.
+# Combines the features of recent families, with a window and a head dim that differ from all other sizes.
 MODERN = dataclasses.replace(
     TINY,
     num_layers=3,
@@ -45,12 +45,12 @@ def model(request):
     model = TransformerLM(getattr(request, "param", TINY))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # ones and zeros would hide a norm, or a bias, that is left out
+            if parameter.dim() == 1:  # ones and zeros would hide a missing norm or bias
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
 
-def test_state_names_are_the_courses(model):
+def test_state_dict_names(model):
     names = set(model.state_dict())
     layer = {
         f"layers.{i}.{part}.weight"
@@ -60,11 +60,11 @@ def test_state_names_are_the_courses(model):
     assert names == layer | {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"}
 
 
-def test_initialisation_is_the_courses():
+def test_initialization_matches_the_handout():
     torch.manual_seed(0)
     linear, embedding = Linear(300, 500), Embedding(400, 300, 400)
     std = math.sqrt(2 / 800)
-    # A normal cut at 3 sigma has 0.9866 of its standard deviation.
+    # A normal distribution truncated at 3 sigma keeps 0.9866 of its standard deviation.
     assert linear.weight.std().item() == pytest.approx(0.9866 * std, rel=0.01)
     assert linear.weight.abs().max() <= 3 * std
     assert linear.bias is None
@@ -88,7 +88,7 @@ def test_position_matters(model):
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_is_the_textbooks(qk_norm):
+def test_attention_matches_the_reference(qk_norm):
     torch.manual_seed(0)
     layer = CausalSelfAttention(16, num_heads=4, num_kv_heads=2, qk_norm=qk_norm)
     x = torch.randn(2, 5, 16)
@@ -103,7 +103,7 @@ def test_attention_is_the_textbooks(qk_norm):
     torch.testing.assert_close(layer(x, cos, sin), layer.output_proj(attended.transpose(1, 2).reshape(2, 5, 16)))
 
 
-def test_the_joined_projection_is_drawn_as_its_parts_would_be():
+def test_joined_projection_is_initialized_like_separate_ones():
     torch.manual_seed(0)
     layer = JoinedLinear(300, (600, 20))
     for part in layer.weight.split([600, 20]):
@@ -112,7 +112,7 @@ def test_the_joined_projection_is_drawn_as_its_parts_would_be():
         assert part.abs().max() <= 3 * std
 
 
-def test_swiglu_is_the_textbooks():
+def test_swiglu_matches_its_formula():
     torch.manual_seed(0)
     layer, x = SwiGLU(6, 10), torch.randn(3, 6)
     gate, up = (x @ layer.gate_up_proj.weight.T).chunk(2, dim=-1)
@@ -122,7 +122,7 @@ def test_swiglu_is_the_textbooks():
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("model", [TINY, dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True), MODERN], indirect=True)
 @torch.no_grad()
-def test_a_cache_changes_nothing(model, backend, device):
+def test_cached_logits_match_uncached_logits(model, backend, device):
     model, tokens = model.to(device), torch.randint(0, 17, (3, 8), device=device)
     with use_backend(backend):
         cache = KVCache(model, 3, 8)
@@ -142,7 +142,7 @@ def loss_and_gradients(model, loss):
 
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "reference"])
-def test_borders_of_documents_are_computed_once(model, backend):
+def test_document_bounds_are_computed_once(model, backend):
     tokens, targets = tokens_and_targets(size=2)
     model.activation_checkpointing = "block"
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [4, 4, 4, 4, 4, 4, 7, 7]])
@@ -157,15 +157,15 @@ def test_documents_do_not_see_each_other(model):
     logits = model(tokens, document_ids=documents)
     for row, start in ((0, 0), (0, 3), (1, 0), (1, 6)):
         end = start + int((documents[row] == documents[row, start]).sum())
-        # Rotation is relative, so a document is the same wherever it begins.
+        # Rotation is relative, so a document's logits do not depend on its position.
         torch.testing.assert_close(logits[row, start:end], model(tokens[row : row + 1, start:end])[0])
-    with pytest.raises(ValueError, match="document_ids are given beside a cache"):
+    with pytest.raises(ValueError, match="document_ids and cache are both given"):
         model(tokens, KVCache(model, 2, 8), documents)
 
 
 @pytest.mark.parametrize("model", [MODERN], indirect=True)
 def test_each_layer_sees_its_window(model):
-    # What a token changes, in a model of one layer: the tokens that see it.
+    # In a model of one layer, a changed token changes the logits of all tokens that see it.
     tokens = torch.randint(0, 17, (1, 8))
     changed = tokens.clone()
     changed[0, 2] = (tokens[0, 2] + 1) % 17
@@ -176,7 +176,7 @@ def test_each_layer_sees_its_window(model):
 
 
 @pytest.mark.parametrize("model", [MODERN], indirect=True)
-def test_every_weight_of_a_model_of_today_is_trained_and_copied(model):
+def test_every_weight_of_a_modern_model_gets_a_gradient(model):
     tokens, targets = tokens_and_targets()
     loss, gradients = loss_and_gradients(model, model.loss(tokens, targets))
     assert all(gradient is not None and gradient.any() for gradient in gradients.values())
@@ -197,20 +197,20 @@ def test_every_weight_of_a_model_of_today_is_trained_and_copied(model):
     assert torch.equal(twin(tokens), model(tokens))
 
 
-def test_stretched_and_local_angles():
+def test_scaled_and_local_rope_tables():
     config = dataclasses.replace(MODERN, context_length=32)
     cos, _ = rope_tables(config)
     local, _ = rope_tables(config, local=True)
     assert cos.shape == local.shape == (32, 2)
     positions = torch.arange(32, dtype=torch.float64)
     torch.testing.assert_close(local[:, 1].double(), torch.cos(positions / 10), rtol=0, atol=1e-6)
-    # theta^(-1/2) = 0.01 turns once in 628 positions, less than once in the original 8: divided by the factor in full.
+    # theta^(-1/2) = 0.01 turns once in 628 positions, less than once in the original 8: the factor applies in full.
     torch.testing.assert_close(cos[:, 1].double(), torch.cos(positions * 0.01 / 4), rtol=0, atol=1e-6)
     assert rope_tables(dataclasses.replace(config, local_rope_theta=None), local=True)[0].equal(cos)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_vocabulary_is_padded_where_nobody_sees_it(tied):
+def test_vocabulary_padding_is_invisible(tied):
     torch.manual_seed(0)
     config = dataclasses.replace(TINY, tie_embeddings=tied)
     model = TransformerLM(config)
@@ -235,7 +235,7 @@ def test_the_vocabulary_is_padded_where_nobody_sees_it(tied):
             assert parameter.grad[:17].any()
 
 
-def test_the_rows_of_the_vocabulary_are_drawn_as_without_padding():
+def test_padding_does_not_change_initialization():
     for make in (lambda rows: Embedding(17, 16, rows), lambda rows: Head(16, 17, rows)):
         weights = []
         for rows in (17, 128):
@@ -246,7 +246,7 @@ def test_the_rows_of_the_vocabulary_are_drawn_as_without_padding():
     assert torch.equal(Linear(16, 17).weight, weights[0])
 
 
-def test_autocast_goes_on_working(model):
+def test_autocast_works(model):
     tokens, targets = tokens_and_targets()
     exact = model.loss(tokens, targets).detach()
     with torch.autocast("cpu", torch.bfloat16):
@@ -264,7 +264,7 @@ def test_tied_embeddings_share_one_weight():
 
 
 def test_too_many_tokens_are_refused(model):
-    with pytest.raises(ValueError, match="9 tokens are longer than the context: allowed are 8"):
+    with pytest.raises(ValueError, match="the sequence has 9 tokens: expected at most the context length, 8"):
         model(torch.zeros(1, 9, dtype=torch.long))
 
 

@@ -1,4 +1,4 @@
-"""The forward passes that replace those of norms and of feed-forward layers."""
+"""Forward passes for norms and feed-forward layers."""
 
 from functools import partial
 from typing import Any
@@ -19,21 +19,21 @@ ACTIVATIONS = {
 
 
 def norm_forward(norm: Any, family: Family, hidden_states: Tensor) -> Tensor:
-    """Normalise the last dimension: (..., D) -> (..., D)."""
+    """Normalize the last dimension: (..., D) -> (..., D)."""
     if family.unit_offset:
         return rms_norm(hidden_states, norm.weight, norm.eps, offset=1.0)
     return rms_norm(hidden_states, norm.weight, norm.variance_epsilon, casting="llama")
 
 
 def mlp_forward(mlp: Any, activation: str, x: Tensor) -> Tensor:
-    """Apply the gated feed-forward layer: (..., D) -> (..., D). The projections stay modules, which LoRA may wrap."""
+    """Apply the gated feed-forward layer: (..., D) -> (..., D). The projections stay modules, which LoRA can wrap."""
     return mlp.down_proj(ACTIVATIONS[activation](mlp.gate_proj(x), mlp.up_proj(x)))
 
 
 def activation_of(mlp: Any) -> str:
-    """Return the name of the activation of a feed-forward layer; refuse one that has no kernel."""
+    """Return the name of the activation of a feed-forward layer; raise `UserError` if it has no kernel."""
     config = mlp.config
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if name not in ACTIVATIONS:
-        raise UserError(f"the activation is {name!r}: allowed are {', '.join(ACTIVATIONS)}, or apply_to(..., mlp=False)")
+        raise UserError(f"the activation is {name!r}: expected one of {', '.join(ACTIVATIONS)}, or apply_to(..., mlp=False)")
     return name

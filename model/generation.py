@@ -1,4 +1,4 @@
-"""Generation: one token at a time from the model's distribution, with a KV cache."""
+"""Autoregressive generation with a KV cache."""
 
 from collections.abc import Collection, Sequence
 
@@ -8,14 +8,15 @@ from torch import Tensor
 from ..errors import UserError
 from .cache import KVCache
 from .prompts import checked_prompt
-from .sampling import Sampler, Sampling, make_generator
+from .sampler import Sampler, make_generator
+from .sampling import Sampling
 from .transformer import TransformerLM
 
 
 @torch.inference_mode()
 def generate(
     model: TransformerLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Sequence[Tensor] | Tensor,
     max_new_tokens: int | None = None,
     *,
     temperature: float = 1.0,
@@ -30,23 +31,24 @@ def generate(
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens (by default to the end of the context); return the new ones.
+    """Continue each prompt by up to `max_new_tokens` tokens (by default to the end of the context); return the new tokens.
 
-    Prompts run in one pass, shorter ones padded to the longest; then each row goes on from its own end, a token a step. A row
-    ends at the first of `stop_tokens`, which is not returned; what else is drawn how is said by `Sampling`. Only ids below
-    `vocab_size` are drawn, where the model has room for more than its tokenizer knows. A prompt that is too long is a
-    `UserError`, unless `crop` lets its beginning go.
+    `prompts` is a list of token id lists or of 1-D integer tensors, or one tensor (B, T). One pass prefills all prompts, padded
+    to the longest. Then each row continues from its own end, one token a step. A row ends at the first of `stop_tokens`, which
+    is not returned. `Sampling` documents the other sampling options. Only ids below `vocab_size` are sampled, for models with
+    more rows than tokens. A prompt that is too long is a `UserError`, unless `crop` drops its first tokens.
 
-    The same seed, prompts and device give the same tokens. One seed draws for all rows together; with a seed for each prompt,
-    what a row gets does not depend on the others, but for rounding in products of another shape.
+    The same seed, prompts and device give the same tokens. A single seed is shared by all rows. With one seed per prompt, a row
+    does not depend on the others, up to rounding in products of different shapes.
 
-    Without the cache every step runs the whole sequence again: slower, for checking. `dtype` is that of the products, by
-    default the model's compute dtype; the weights are cast to it once. `batching.BatchEngine` lets rows come and go.
+    With use_cache=False every step recomputes the entire sequence, which is slow but useful for checks. `dtype` is the dtype of
+    the products, by default the model's compute dtype; the weights are cast to it once. For prompts that arrive over time, see
+    `batching.BatchEngine`.
     """
-    if not prompts:
+    if len(prompts) == 0:
         return []
     if isinstance(seed, Sequence) and len(seed) != len(prompts):
-        raise UserError(f"{len(seed)} seeds are given for {len(prompts)} prompts: give one, or one for each")
+        raise UserError(f"seed has {len(seed)} entries for {len(prompts)} prompts: expected one seed, or one per prompt")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [checked_prompt(model.config, prompt, max_new_tokens, crop) for prompt in prompts]
     model = model.cast(dtype or model.compute_dtype or model.token_embeddings.weight.dtype)
@@ -73,8 +75,7 @@ def generate(
             seen[row, prompt] = True
 
     def logits_after(positions: Tensor, step: int) -> Tensor:
-        # Of the token after `positions` (B), one a row. Prompts are run together, the shorter ones followed by padding, which
-        # no token before it sees.
+        # Logits of the token after `positions` (B), one per row. Padding follows the shorter prompts, so no prompt sees it.
         if cache is not None and step > 0:
             return model(tokens[rows, positions][:, None], cache)[:, 0]
         hidden = model.hidden_states(tokens[:, : min(max(lengths) + step, max(ends))], cache)[rows, positions]
@@ -89,7 +90,7 @@ def generate(
         drawn = sampler.draw(logits, generator, seen)
         if seen is not None:
             seen[rows, drawn] = True
-        # A row that has ended goes on being drawn with the others, and keeps what it has.
+        # Finished rows are still sampled with the others, but keep their tokens.
         running = positions < stops
         positions = torch.minimum(positions, row_ends - 1)
         tokens[rows, positions] = torch.where(running, drawn, tokens[rows, positions])
@@ -98,7 +99,7 @@ def generate(
             if bool((stops <= positions + 1).all()):
                 break
         if step == 0:
-            # What is wrong with the weights shows here, before a long text is drawn.
+            # Fail early on bad weights, before a long generation.
             sampler.require_finite()
     sampler.require_finite()
     finished = zip(tokens.tolist(), lengths, stops.tolist(), strict=True)

@@ -12,7 +12,8 @@ from tilewright.kernels.attention.operands import aligned
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import KVCache, ModelConfig, TransformerLM, generate
 from tilewright.model.cache import LayerCache
-from tilewright.model.sampling import Sampler, Sampling
+from tilewright.model.sampler import Sampler
+from tilewright.model.sampling import Sampling
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 
@@ -43,19 +44,26 @@ def test_cached_generation_equals_uncached(model, prompts, new, temperature, sto
     prompts=st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=9), min_size=2, max_size=4),
     stop=st.none() | st.integers(0, 10),
 )
-def test_a_batch_of_unequal_prompts_equals_each_alone(model, prompts, stop):
+def test_batches_of_unequal_prompts_match_single_prompts(model, prompts, stop):
     together = generate(model, prompts, 10, temperature=0, stop_tokens=[] if stop is None else [stop])
     assert together == [generate(model, [p], 10, temperature=0, stop_tokens=[] if stop is None else [stop])[0] for p in prompts]
 
 
+def test_prompts_are_lists_or_tensors(model):
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    tensor = torch.tensor(prompts)
+    assert generate(model, tensor, 4, seed=0) == generate(model, list(tensor), 4, seed=0) == generate(model, prompts, 4, seed=0)
+    assert generate(model, torch.empty(0, 3, dtype=torch.long), 4) == []
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_no_row_waits_for_another(model, use_cache):
+def test_prompts_share_one_pass(model, use_cache):
     passes = []
     hook = model.layers[0].register_forward_hook(lambda *inputs_and_output: passes.append(inputs_and_output[-1][1].shape[1]))
     rows = generate(model, [[1], [1] * 18, [2] * 3], 5, seed=0, use_cache=use_cache)
     hook.remove()
     assert [len(row) for row in rows] == [5, 5, 5]
-    # The prompts in one pass, then one pass a token.
+    # One pass over the prompts, then one pass per token.
     assert passes == ([18, 1, 1, 1, 1] if use_cache else [18, 19, 20, 21, 22])
 
 
@@ -66,7 +74,7 @@ def test_greedy_takes_the_most_likely_token(model):
     assert generate(model, [[1, 2, 3]], 5, temperature=0) == [sequence[3:]]
 
 
-def test_generation_ends_at_the_stop_token_which_is_not_returned(model):
+def test_generation_ends_before_the_stop_token(model):
     free = generate(model, [[1]], 12, temperature=1.0, seed=0)
     stop = free[0][4]
     stopped = generate(model, [[1]], 12, temperature=1.0, seed=0, stop_tokens=[] if stop is None else [stop])[0]
@@ -74,13 +82,13 @@ def test_generation_ends_at_the_stop_token_which_is_not_returned(model):
     assert stopped == free[0][: free[0].index(stop)]
 
 
-def test_no_row_outgrows_its_limit_while_longer_ones_go_on(model):
+def test_every_row_respects_its_limit(model):
     for seed in range(40):
         rows = generate(model, [[1], [1] * 18], 5, stop_tokens=[seed % 11], seed=seed)
         assert all(len(row) <= 5 and seed % 11 not in row for row in rows)
 
 
-def test_ids_beyond_the_tokenizers_are_never_drawn(model):
+def test_ids_above_vocab_size_are_never_sampled(model):
     assert max(generate(model, [[1]], 20, temperature=5.0, vocab_size=4, seed=0)[0]) < 4
 
 
@@ -98,7 +106,7 @@ def test_sequences_of_unequal_length_share_a_cache(change, backend, device):
     with use_backend(backend):
         cache = KVCache(model, 3, 24)
         for layer in cache.layers:
-            # What a sequence has not reached is never read.
+            # Positions beyond a sequence's length must never be read.
             layer.k.fill_(torch.nan), layer.v.fill_(torch.nan)
         model(tokens[:, :7], cache)
         cache.keep(lengths)
@@ -114,7 +122,7 @@ def test_sequences_of_unequal_length_share_a_cache(change, backend, device):
 
 
 @torch.no_grad()
-def test_a_full_sequence_lets_others_go_on(model):
+def test_full_sequences_do_not_stop_the_others(model):
     tokens = torch.randint(0, 11, (2, 8))
     cache = KVCache(model, 2, 6)
     model(tokens[:, :6], cache)
@@ -123,7 +131,7 @@ def test_a_full_sequence_lets_others_go_on(model):
         logits = model(tokens[:, n : n + 1], cache)
         torch.testing.assert_close(logits[1, 0], model(tokens[1:, : n + 1])[0, -1], rtol=1e-5, atol=1e-5)
     assert cache.length == 6
-    with pytest.raises(ValueError, match=r"lengths are \[7, 1\]: allowed is 0 to 6"):
+    with pytest.raises(ValueError, match=r"lengths are \[7, 1\]: expected 0 to 6"):
         cache.keep([7, 1])
 
 
@@ -145,7 +153,7 @@ def test_the_cache_follows_autocast(model):
 
 
 class CountWeightCasts(TorchDispatchMode):
-    """Counts the casts of matrices of the model's shapes."""
+    """Counts casts of matrices with the shapes of the model's weights."""
 
     def __init__(self, model):
         super().__init__()
@@ -171,7 +179,7 @@ def test_weights_are_cast_once_for_all_tokens(tied):
     with CountWeightCasts(model) as casts:
         assert generate(model, [[1, 2]], 9, **options) == tokens
     assert casts.count == sum(p.dim() == 2 for p in model.parameters())
-    # What was asked of the model itself is as before.
+    # The original model does not change.
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
     cast, row = model.cast(torch.bfloat16), torch.arange(8)[None]
     assert torch.equal(cast(row), model(row))
@@ -193,7 +201,7 @@ def test_without_a_limit_generation_fills_the_context(model):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"top_p": 1e-300}, {"top_k": 1}, {"min_p": 1.0}], ids=str)
-def test_the_most_extreme_settings_are_greedy(model, options):
+def test_extreme_settings_are_greedy(model, options):
     assert generate(model, [[1, 2]], 6, seed=0, **options) == generate(model, [[1, 2]], 6, temperature=0)
     widest = {"temperature": 1e300, "top_k": 10**30, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 100.0}
     assert len(generate(model, [[1, 2]], 6, seed=0, **widest)[0]) == 6
@@ -226,7 +234,7 @@ def test_frequencies_follow_the_probabilities():
         assert _frequencies(**options) == pytest.approx(expected, abs=0.01)
 
 
-def test_a_row_draws_by_its_own_settings_and_generator():
+def test_rows_sample_with_their_own_settings_and_generators():
     settings = [
         Sampling(0.0),
         Sampling(),
@@ -247,13 +255,13 @@ def test_a_row_draws_by_its_own_settings_and_generator():
         assert sampler.draw(logits, together).tolist() == drawn
 
 
-def test_the_repetition_penalty_is_that_of_transformers(model):
+def test_repetition_penalty_matches_transformers(model):
     transformers = pytest.importorskip("transformers")
     logits, ids = torch.randn(2, 11), torch.tensor([[1, 5, 5], [0, 10, 3]])
     expected = transformers.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone()).argmax(-1)
     seen = torch.zeros(2, 11, dtype=torch.bool).scatter_(1, ids, True)
     assert torch.equal(Sampler([Sampling(0, repetition_penalty=1.7)] * 2, logits.device).draw(logits, seen=seen), expected)
-    # Written out: greedy generation, the prompt's tokens among those that are penalized.
+    # Check by hand: greedy generation also penalizes the tokens of the prompt.
     sequence = [1, 2, 3]
     for _ in range(8):
         row = model(torch.tensor([sequence]))[0, -1]
@@ -264,22 +272,22 @@ def test_the_repetition_penalty_is_that_of_transformers(model):
     assert rows[1] == sequence[3:]
 
 
-def test_with_a_seed_each_no_row_depends_on_another(model):
+def test_rows_with_their_own_seeds_are_independent(model):
     prompts, seeds = [[1], [2, 3, 4], [5, 6]], [7, 8, 9]
     together = generate(model, prompts, 9, seed=seeds, top_p=0.9)
     assert together == [generate(model, [p], 9, seed=s, top_p=0.9)[0] for p, s in zip(prompts, seeds, strict=True)]
-    with pytest.raises(UserError, match="2 seeds are given for 3 prompts"):
+    with pytest.raises(UserError, match="seed has 2 entries for 3 prompts"):
         generate(model, prompts, seed=[1, 2])
 
 
-def test_a_prompt_that_is_too_long_is_cropped_only_when_asked(model):
+def test_long_prompts_are_cropped_only_on_request(model):
     prompt = [token % 11 for token in range(30)]
     assert generate(model, [prompt], 6, temperature=0, crop=True) == generate(model, [prompt[-18:]], 6, temperature=0)
-    with pytest.raises(UserError, match="24 new ones exceed the context of 24 tokens: ask for fewer tokens"):
+    with pytest.raises(UserError, match="24 new tokens exceed the context of 24 tokens: ask for fewer tokens"):
         generate(model, [prompt], 24, crop=True)
 
 
-def test_each_of_several_tokens_stops(model):
+def test_any_of_several_stop_tokens_stops(model):
     free = generate(model, [[1]], 12, seed=0)[0]
     assert (
         generate(model, [[1]], 12, seed=0, stop_tokens={free[6], free[3]})[0]
@@ -288,7 +296,7 @@ def test_each_of_several_tokens_stops(model):
 
 
 def broken(weight):
-    """Return a model with one weight like this."""
+    """Return a model with one weight set to `weight`."""
     model = TransformerLM(CONFIG).eval()
     with torch.no_grad():
         model.layers[1].ffn.down_proj.weight[0, 0] = weight
@@ -297,7 +305,7 @@ def broken(weight):
 
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf])
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5, "seed": [1, 2]}, {"stop_tokens": [3]}], ids=str)
-def test_weights_that_are_not_finite_are_named(weight, options):
+def test_nonfinite_weights_are_reported(weight, options):
     with pytest.raises(UserError, match=r"the model's logits are not finite: its weights are NaN or infinite"):
         generate(broken(weight), [[1, 2], [3]], 4, **options)
 
@@ -306,20 +314,23 @@ def test_weights_that_are_not_finite_are_named(weight, options):
     ("prompt", "options", "message"),
     [
         ([], {}, "a prompt has no tokens"),
+        (torch.empty(0, dtype=torch.long), {}, "a prompt has no tokens"),
+        (torch.tensor([1.0]), {}, "a prompt has shape .* and dtype torch.float32: expected a 1-D integer tensor"),
+        (torch.tensor(1), {}, r"a prompt has shape \(\) and dtype torch.int64: expected a 1-D integer tensor"),
         ([11], {}, "token 11 is outside the model's vocabulary of 11"),
         ([-1, 2], {}, "token -1 is outside the model's vocabulary of 11"),
         ([1] * 24, {}, "a prompt of 24 tokens and one new token exceed the context of 24"),
-        ([1] * 20, {"max_new_tokens": 5}, "a prompt of 20 tokens and 5 new ones exceed the context of 24"),
+        ([1] * 20, {"max_new_tokens": 5}, "a prompt of 20 tokens and 5 new tokens exceed the context of 24"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([1], {"temperature": -1.0}, "temperature is -1.0"),
         ([1], {"temperature": float("nan")}, "temperature is nan"),
         ([1], {"top_k": 0}, "top_k is 0"),
         ([1], {"top_p": 0.0}, "top_p is 0.0"),
         ([1], {"top_p": 1.5}, "top_p is 1.5"),
-        ([1], {"min_p": 1.5}, "min_p is 1.5: it must be from 0 to 1"),
-        ([1], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be from 0.01 to 100"),
+        ([1], {"min_p": 1.5}, "min_p is 1.5: expected from 0 to 1"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: expected from 0.01 to 100"),
     ],
 )
-def test_bad_input_is_refused(model, prompt, options, message):
+def test_bad_input_is_rejected(model, prompt, options, message):
     with pytest.raises(UserError, match=message):
         generate(model, [prompt], **options)

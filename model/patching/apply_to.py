@@ -1,4 +1,4 @@
-"""Replacing the parts of one model, and putting them back."""
+"""Replace the parts of one model, and restore them."""
 
 import copy
 from collections.abc import Callable
@@ -14,28 +14,28 @@ from .families import Family, find_model, modeling_file
 
 @dataclass
 class Applied:
-    """What `apply_to` replaced in a model."""
+    """Record of the parts that `apply_to` replaced in a model."""
 
     replaced: dict[str, list[str]]
-    """Names of modules for each part: norms, mlp, rope, attention, loss."""
+    """Names of the replaced modules for each part: norms, mlp, rope, attention, loss."""
     forwards: dict[nn.Module, partial[Any]] = field(repr=False)
-    """The forward pass that each module was given."""
+    """New forward pass of each module."""
     config: Any = field(repr=False)
-    """The config of the model; with attention its own copy."""
+    """Config of the model; a copy if attention was replaced."""
     attention: str | None = field(repr=False)
-    """The attention that the config named before."""
+    """Attention implementation that the config named before."""
 
     def revert(self) -> None:
-        """Put everything back; the model then computes the same bits as before. A second call does nothing.
+        """Restore every part; the model then computes the same bits as before. A second call does nothing.
 
-        UserError: something, such as accelerate, has wrapped a forward pass since.
+        Raises `UserError` if another library, such as accelerate, has wrapped a forward pass since.
         """
         for module, forward in self.forwards.items():
             now = vars(module).get("forward")
             if now is not forward and getattr(now, "__func__", None) is not forward.func:
                 raise UserError(
-                    f"the forward pass of a {type(module).__name__} was wrapped after apply_to: unwrap it before revert, with "
-                    "accelerate by unwrap_model(model, keep_fp32_wrapper=False)"
+                    f"the forward pass of a {type(module).__name__} was wrapped after apply_to: unwrap it before revert; for "
+                    "accelerate call unwrap_model(model, keep_fp32_wrapper=False)"
                 )
         for module in self.forwards:
             del module.forward
@@ -47,14 +47,14 @@ class Applied:
 def apply_to(
     model: nn.Module, *, norms: bool = True, mlp: bool = True, rope: bool = True, attention: bool = True, loss: bool = True
 ) -> Applied:
-    """Replace the parts of a Hugging Face language model by this package's kernels, in this instance only.
+    """Replace the parts of a Hugging Face language model with this package's kernels, in this instance only.
 
-    `model` is a Llama, Mistral, Qwen2, Qwen3, Gemma 2 or Gemma 3 (text) for causal language modelling of transformers, or what
-    PEFT makes of one. Parameters, their names and the classes of modules stay as they are. With attention the model gets a copy
-    of its config, so that another that shares it is not changed.
+    `model` is a Llama, Mistral, Qwen2, Qwen3, Gemma 2 or Gemma 3 (text) causal language model of transformers, or a PEFT model
+    around one. Parameters, their names and the classes of modules stay the same. With attention, the model gets a copy of its
+    config, so that other models with the same config do not change.
 
-    UserError: another model, one that this was applied to already, or one whose modules have forward passes of their own; an
-    option of the model that the kernels do not have.
+    Raises `UserError` for an unknown model, a model that is already patched, a module with its own forward pass, or an option
+    that the kernels do not support.
     """
     causal_lm, family = find_model(model)
     parts = {"norms": norms, "mlp": mlp, "rope": rope, "attention": attention, "loss": loss}
@@ -73,7 +73,7 @@ def apply_to(
 
 
 def _plan(model: Any, family: Family, parts: dict[str, bool]) -> tuple[dict[nn.Module, partial[Any]], dict[str, list[str]]]:
-    # The forward pass for each module that gets another, and the names of the modules for each part.
+    # Return the new forward pass of each module, and the names of the replaced modules by part.
     from .attention import attention_forward, base_forward
     from .layers import activation_of, mlp_forward, norm_forward
     from .loss import causal_lm_forward, head_forward
@@ -86,7 +86,7 @@ def _plan(model: Any, family: Family, parts: dict[str, bool]) -> tuple[dict[nn.M
 
     def replace(part: str, name: str, module: nn.Module, function: Callable[..., Any], *options: Any) -> None:
         replaced[part].append(name)
-        # A partial of a function of this package can be copied and pickled with its module, and torch.compile traces it.
+        # Unlike a closure, a partial can be copied and pickled with its module, and torch.compile traces it.
         forwards[module] = partial(function, module, *options)
 
     for name, module in model.named_modules():
@@ -105,16 +105,16 @@ def _plan(model: Any, family: Family, parts: dict[str, bool]) -> tuple[dict[nn.M
     if parts["loss"]:
         replace("loss", "lm_head", model.lm_head, head_forward)
         forwards[model] = partial(causal_lm_forward, model)
-        # accelerate wraps the function behind a model's method, and binds that to the model again.
+        # accelerate unwraps `__func__` of the model's forward method and binds it to the model again.
         vars(forwards[model])["__func__"] = causal_lm_forward
     return forwards, replaced
 
 
 def _check_attention(module: Any) -> None:
     if module.attention_dropout > 0:
-        raise UserError(f"attention_dropout is {module.attention_dropout}: allowed is 0.0, or apply_to(..., attention=False)")
+        raise UserError(f"attention_dropout is {module.attention_dropout}: expected 0.0, or apply_to(..., attention=False)")
     if not (module.is_causal and getattr(module.config, "is_causal", True)):
-        raise UserError("the model's attention is not causal: allowed is apply_to(..., attention=False)")
+        raise UserError("the model's attention is not causal: use apply_to(..., attention=False)")
 
 
 def _check_is_unchanged(module: nn.Module) -> None:
@@ -122,14 +122,14 @@ def _check_is_unchanged(module: nn.Module) -> None:
     if own is None:
         return
     if isinstance(own, partial) and own.func.__module__.startswith(__package__ or ""):
-        raise UserError("apply_to was applied to this model before: revert that first")
+        raise UserError("the model is already patched: call revert first")
     raise UserError(
-        f"a {type(module).__name__} has a forward pass of its own, as hooks of accelerate give it: apply_to comes first"
+        f"a {type(module).__name__} has its own forward pass, for example from an accelerate hook: call apply_to before that"
     )
 
 
 def _own_config(model: Any) -> Any:
-    # Models that are made from one config hold the same object.
+    # Models made from one config share the object.
     config, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is config:

@@ -1,4 +1,4 @@
-"""The loss of transformers' language models by `linear_cross_entropy`, which never holds the logits."""
+"""Loss of the language models of transformers with `linear_cross_entropy`, which never holds all logits."""
 
 import warnings
 from typing import Any
@@ -12,9 +12,9 @@ from ...kernels import linear_cross_entropy
 
 
 def head_forward(head: Any, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
-    """Return the logits (..., V) of x (..., D); with targets (...) their cross-entropy.
+    """Return the logits (..., V) of x (..., D); with targets (...), return their cross-entropy.
 
-    The loss is computed inside the head, because FSDP and offloading have its weight at hand there only.
+    The head computes the loss because FSDP and offloading gather its weight only during its forward pass.
     """
     if targets is None:
         return type(head).forward(head, x)
@@ -34,9 +34,9 @@ def causal_lm_forward(
     skip_logits: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run the model; with `labels` in training the loss is computed without logits, and `logits` of the result is None.
+    """Run the model; with `labels` in training, compute the loss without logits and return `logits` as None.
 
-    `skip_logits` decides it for one call: True does the same in evaluation, False returns the logits.
+    `skip_logits` overrides this for one call: True skips the logits in evaluation, False returns them in training.
     """
     inputs = {
         "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -72,11 +72,11 @@ def causal_lm_forward(
 
 
 def is_fusible(model: Any, logits_to_keep: int | Tensor) -> bool:
-    """Whether the loss is the cross-entropy of all tokens and the head a plain layer; warn where the head is another."""
+    """Return whether the loss is the cross-entropy of all tokens and the head is `nn.Linear`; warn about another head."""
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0 or model.loss_function is not ForCausalLMLoss:
         return False
     head = model.lm_head
     if isinstance(head, nn.Linear) and head.weight.is_floating_point():
         return True
-    warnings.warn(f"lm_head is a {type(head).__name__}: the loss is computed from the logits", stacklevel=2)
+    warnings.warn(f"lm_head is a {type(head).__name__}: computing the loss from the logits", stacklevel=2)
     return False

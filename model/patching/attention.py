@@ -1,6 +1,6 @@
-"""Attention and RoPE inside transformers' modules; importing this registers attention and its mask under one name.
+"""Attention and RoPE inside the modules of transformers; importing this module registers attention and its mask by name.
 
-Registering adds an entry that only a config with this name asks for: no other model changes.
+Only a config that names this implementation uses it, so other models do not change.
 """
 
 from typing import Any
@@ -29,33 +29,33 @@ def attention_function(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as transformers' attention functions do: query (B, H, T, K), key and value (B, Hkv, S, K) -> (B, T, H, K).
+    """Compute attention with the interface of transformers: query (B, H, T, K), key, value (B, Hkv, S, K) -> (B, T, H, K).
 
-    `attention_mask` is what `make_mask` returns, or a mask of the caller's own, (B, 1, T, S), boolean or to be added: that
-    one runs through the model's own eager attention.
+    `attention_mask` comes from `make_mask`, or is a boolean or additive mask (B, 1, T, S) of the caller. A mask of the caller
+    runs through the model's own eager attention.
     """
     if dropout > 0:
-        raise UserError(f"attention_dropout is {dropout}: allowed is 0.0, or apply_to(..., attention=False)")
+        raise UserError(f"attention_dropout is {dropout}: expected 0.0, or apply_to(..., attention=False)")
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         options: dict[str, Any] = {"scaling": scaling} if softcap is None else {"scaling": scaling, "softcap": softcap}
         added = _as_added(attention_mask, query.dtype)
         return modeling_file(module).eager_attention_forward(module, query, key, value, added, **options)
     documents, lengths, is_padding = parts_of_mask(attention_mask, query.shape[0], query.shape[2])
-    # A window as long as the keys leaves nothing out.
+    # A window as long as the keys masks nothing.
     window = None if sliding_window is None or sliding_window >= key.shape[2] else sliding_window
     options = {"scale": scaling, "window": window, "softcap": softcap}
     o = attention(query, key, value, **options, document_ids=documents, cache_lengths=lengths)
     o = o.transpose(1, 2)
-    # As in transformers' flash attention, and in PyTorch's where a query sees no key.
+    # Return zeros for padding, as flash attention in transformers does, and PyTorch's for a query without keys.
     return o if is_padding is None else o.masked_fill(is_padding[:, :, None, None], 0.0), None
 
 
 def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    # A mask of the caller's: False becomes the least score.
+    # Convert a boolean mask of the caller: False becomes the least score.
     if mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:
-        raise UserError(f"attention_mask of 4 dimensions is {mask.dtype}: allowed is torch.bool, or floating point to be added")
+        raise UserError(f"attention_mask of 4 dimensions is {mask.dtype}: expected torch.bool, or floating point to add")
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -74,8 +74,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Run a self-attention layer, (B, T, D) -> (B, T, D), with `rope_qk` and the attention that the config names.
 
-    `position_embeddings` are cos and sin (B or 1, T, K) of the model's rotary module, each angle twice, so that every type of
-    RoPE that transformers knows is served.
+    `position_embeddings` are cos and sin (B or 1, T, K) from the model's rotary module, each angle twice. This supports every
+    RoPE type of transformers.
     """
     heads = (*hidden_states.shape[:-1], -1, module.head_dim)
     q, k, v = (project(hidden_states).view(heads) for project in (module.q_proj, module.k_proj, module.v_proj))
@@ -95,7 +95,7 @@ def attention_forward(
 
 
 def tables_and_positions(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Turn cos and sin (B or 1, T, R) into tables (positions, R / 2), and the rows (B, T) of them that tokens take."""
+    """Convert cos and sin (B or 1, T, R) to tables (positions, R / 2), and the row (B, T) of the tables for each token."""
     batch, num_tokens, rotary_dim = cos.shape
     cos, sin = (table[..., : rotary_dim // 2].flatten(0, 1) for table in (cos, sin))
     if batch == 1:
@@ -119,12 +119,12 @@ def base_forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run the layers without the head, and see to it that packed sequences do not see each other.
+    """Run the layers without the head, and mask packed sequences from each other.
 
-    transformers' own mask confines them only where no cache is made, which it is by default.
+    transformers does so only without a cache, and makes a cache by default.
     """
     if kwargs.get("output_attentions"):
-        raise UserError("output_attentions is True: the kernels hold no scores; allowed is apply_to(..., attention=False)")
+        raise UserError("output_attentions is True: the kernels store no scores; use apply_to(..., attention=False)")
     if attention_mask is None:
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None:

@@ -1,8 +1,8 @@
-"""The mask that travels from transformers' mask functions to our attention: where documents begin and end, and lengths.
+"""Masks that transformers passes from its mask functions to our attention: document bounds and lengths.
 
-transformers hands a tensor of four dimensions on as it is, whatever it holds. Ours is int32, (B or 1, 1, rows, S): few numbers
-for each key replace T of them. Its rows, by how many there are: 1: lengths; 2: begins and ends; 3: those, and 0 where there is
-padding; 4: those three, and lengths.
+transformers passes a 4-dimensional mask through unchanged. Ours is int32, (B or 1, 1, rows, S): one to four numbers per key
+instead of T. The number of rows defines their meaning: 1: lengths; 2: begins and ends of documents; 3: begins, ends, and 0 for
+padding; 4: begins, ends, padding and lengths.
 """
 
 from typing import Any, NamedTuple
@@ -27,11 +27,11 @@ def make_mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the mask of a causal forward pass, with or without a window; None where nothing is padded.
+    """Return the mask of a causal forward pass, with or without a window; None without padding.
 
-    `attention_mask` (B, seen tokens) is False where there is padding. Padding before and after a sequence's tokens becomes
-    documents of its own. Masks that are no interval for each query are written out, (B, 1, T, S): padding between tokens, and
-    functions of the caller's.
+    `attention_mask` (B, seen tokens) is False for padding. Padding before and after the tokens of a sequence becomes separate
+    documents. A mask that is not one interval per query is written out, (B, 1, T, S): padding between tokens, and mask
+    functions of the caller.
     """
     written_out = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset,
@@ -40,7 +40,7 @@ def make_mask(
     }  # fmt: skip
     if use_vmap or "allow_is_bidirectional_skip" in kwargs:
         return sdpa_mask(**written_out)
-    # Queries stand at the end of the keys, unless the memory of a static cache goes on behind them.
+    # Queries are the last keys, unless a static cache has unused slots after them.
     end = q_offset + q_length - kv_offset
     rows = []
     if attention_mask is not None:
@@ -50,7 +50,7 @@ def make_mask(
         begins_of_tokens = tokens[:, 0].int() + (tokens[:, 1:] & ~tokens[:, :-1]).sum(dim=1)
         is_one_run = (begins_of_tokens <= 1).all()
         if is_tracing(tokens):
-            message = "attention_mask has padding between tokens: allowed is that only without torch.compile"
+            message = "attention_mask has padding between tokens: torch.compile supports padding only before and after them"
             torch._assert_async(is_one_run, message)  # pyright: ignore[reportPrivateImportUsage]
             rows = [*documents(tokens), tokens.int()]
         else:
@@ -69,9 +69,9 @@ def make_mask(
 def packed_mask(
     position_ids: Tensor | None, cu_seqlens: Tensor | None, past_key_values: Any, batch: int, num_tokens: int
 ) -> Tensor | None:
-    """Return the mask of packed sequences, or None where nothing is packed.
+    """Return the mask of packed sequences, or None if nothing is packed.
 
-    A sequence begins where a position (B or 1, T) is not one more than that before it; or where `cu_seqlens` says so.
+    A sequence begins where a position (B or 1, T) is not its predecessor plus 1, or at the offsets in `cu_seqlens`.
     """
     if cu_seqlens is not None:
         found = documents(cu_seqlens=cu_seqlens, batch=batch, num_keys=num_tokens)
@@ -79,7 +79,7 @@ def packed_mask(
     if position_ids is None or position_ids.dim() != 2 or num_tokens == 1:
         return None
     tracing = is_tracing(position_ids)
-    # With a cache that holds tokens the positions of those are not known.
+    # The positions of tokens in the cache are unknown.
     if past_key_values is not None and (tracing or past_key_values.get_seq_length() > 0):
         return None
     restarts = position_ids.diff(dim=1) != 1
@@ -90,17 +90,17 @@ def packed_mask(
 
 
 class MaskParts(NamedTuple):
-    """What a mask holds."""
+    """The parts of a mask."""
 
     documents: Documents | None = None
     lengths: Tensor | None = None
-    """(B) int32: how many keys each sequence has."""
+    """(B) int32: number of keys of each sequence."""
     is_padding: Tensor | None = None
-    """(B, T) bool: which queries are padding."""
+    """(B, T) bool: whether a query is padding."""
 
 
 def parts_of_mask(mask: Tensor | None, batch: int, num_queries: int) -> MaskParts:
-    """Take a mask of `make_mask` or `packed_mask` apart."""
+    """Split a mask of `make_mask` or `packed_mask` into its parts."""
     if mask is None:
         return MaskParts()
     rows = list(mask[:, 0].expand(batch, -1, -1).unbind(dim=1))
@@ -108,7 +108,7 @@ def parts_of_mask(mask: Tensor | None, batch: int, num_queries: int) -> MaskPart
     if len(rows) == 1:
         return MaskParts(lengths=lengths)
     is_padding = None
-    # One query is a token that was just made.
+    # A single query is a generated token, never padding.
     if len(rows) > 2 and num_queries > 1:
         is_padding = rows[2] == 0
         if lengths is None:

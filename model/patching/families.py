@@ -1,4 +1,4 @@
-"""Which models of transformers are known, and where they differ. Imports no transformers."""
+"""Supported model classes of transformers, and their differences. Does not import transformers."""
 
 import sys
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from ...errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a family's classes, and the choices that its code makes."""
+    """Class names of a family, and the details of its code."""
 
     name: str
-    """That its classes begin with: LlamaForCausalLM, LlamaRMSNorm, LlamaMLP, LlamaAttention."""
+    """Prefix of its classes: LlamaForCausalLM, LlamaRMSNorm, LlamaMLP, LlamaAttention."""
     window: Literal["none", "layer", "config"] = "layer"
-    """Where its attention finds the sliding window: nowhere, in itself, or in the config."""
+    """Where attention finds the sliding window: nowhere, in the layer, or in the config."""
     unit_offset: bool = False
-    """Whether norms scale by 1 + weight and round once, as Gemma's do."""
+    """Whether norms scale by 1 + weight and round once, as in Gemma."""
     softcap: bool = False
-    """Whether scores are capped."""
+    """Whether attention caps the scores."""
     base: str = "Model"
-    """The end of the name of the class of the layers without a head."""
+    """Suffix of the class that holds the layers without the head."""
 
 
 FAMILIES = {
@@ -40,24 +40,24 @@ FAMILIES = {
 
 
 def transformers_class(module: nn.Module) -> type | None:
-    """Return the class of transformers that `module` is an instance of, or None."""
-    # FSDP2 gives a module a class of its own, which inherits from the module's.
+    """Return the transformers class of `module`, or None."""
+    # FSDP2 replaces the class of a module with a subclass.
     return next((cls for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")), None)
 
 
 def modeling_file(module: nn.Module) -> ModuleType:
-    """Return the file of transformers that defines the class of `module`."""
+    """Return the module file of transformers that defines the class of `module`."""
     cls = transformers_class(module)
     assert cls is not None
     return sys.modules[cls.__module__]
 
 
 def find_model(model: nn.Module) -> tuple[nn.Module, Family]:
-    """Return the language model that `model` is or wraps, as PEFT does, and its family."""
+    """Return the language model that `model` is or wraps (PEFT), and its family."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         cls = transformers_class(module)
         if cls is not None and cls.__name__ in FAMILIES:
             if type(module).forward is not cls.forward:  # pyright: ignore[reportAttributeAccessIssue]
-                raise UserError(f"{type(module).__name__} has a forward pass of its own: apply_to knows that of {cls.__name__}")
+                raise UserError(f"{type(module).__name__} has its own forward pass: expected {cls.__name__}.forward")
             return module, FAMILIES[cls.__name__]
-    raise UserError(f"the model is a {type(model).__name__}: apply_to knows {', '.join(FAMILIES)}, and those that PEFT wraps")
+    raise UserError(f"the model is a {type(model).__name__}: expected one of {', '.join(FAMILIES)}, or a PEFT model of one")

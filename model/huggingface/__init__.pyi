@@ -1,0 +1,13 @@
+from .config import CONFIG_FILE as CONFIG_FILE
+from .config import family_of_folder as family_of_folder
+from .config import is_huggingface_folder as is_huggingface_folder
+from .config import read_config as read_config
+from .families import FAMILIES as FAMILIES
+from .families import canonical as canonical
+from .families import choose_family as choose_family
+from .read import load_weights as load_weights
+from .read import read_model as read_model
+from .tensors import tensor_views as tensor_views
+from .write import GENERATION_FILE as GENERATION_FILE
+from .write import save_model as save_model
+from .write import write_model as write_model
