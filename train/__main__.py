@@ -1,14 +1,14 @@
-"""`python -m tilewright.train PRESET [OPTIONS]`: what torchrun starts on each GPU."""
+"""Entry point for torchrun: `python -m tilewright.train PRESET [OPTIONS]`, one process for each GPU."""
 
 import sys
 
 from ..errors import UserError
 from .command import run_train_command
-from .distributed import report_error, says_why_it_ends
+from .distributed import ignore_sigterm_after_error, report_error
 
 if __name__ == "__main__":
     try:
-        with says_why_it_ends():
+        with ignore_sigterm_after_error():
             run_train_command(sys.argv[1:], "python -m tilewright.train")
     except (UserError, OSError) as error:
         report_error(str(error))

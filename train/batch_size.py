@@ -1,4 +1,4 @@
-"""Batch sizes and checkpointing that the accounting works out from the memory of the GPU, where a run says `auto`."""
+"""Resolve `auto` batch sizes and activation checkpointing from the memory accounting and the size of the GPU's memory."""
 
 import dataclasses
 from bisect import bisect_left
@@ -11,22 +11,22 @@ from ..model.checkpointing import Checkpointing
 from .config import TrainConfig
 from .device import resolve_device, resolve_dtype
 
-# What is left to the allocator's rounding, the libraries' workspaces and the CUDA context.
+# The rest is reserved for allocator rounding, library workspaces and the CUDA context.
 USABLE = 0.9
 
 
 def needs_memory(config: TrainConfig) -> bool:
-    """Return whether `fit_memory` has anything to decide."""
+    """Return whether `fit_memory` has an `auto` option to resolve."""
     return "auto" in (config.batch_size, config.micro_batch_size, config.activation_checkpointing)
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU's memory; None for a CPU, whose memory is not a run's alone."""
+    """Return the bytes of a GPU's memory; None for a CPU, whose memory other programs share."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 class _Memory:
-    """Which micro-batches fit in a GPU's memory. Shards are counted as if whole, which errs on the safe side."""
+    """Predicts which micro-batches fit in a GPU's memory. It counts sharded tensors in full, which is an upper bound."""
 
     def __init__(self, config: TrainConfig, memory_bytes: int, checkpointing: Checkpointing) -> None:
         self._model = config.model
@@ -36,7 +36,7 @@ class _Memory:
         if compute == "auto":
             bfloat16 = resolve_dtype(compute, resolve_device(config.device)) == torch.bfloat16
             compute = "bfloat16" if bfloat16 else "float32"
-        # Muon's single momentum is counted as two moments.
+        # Muon has one momentum, which is counted as two moments.
         self._policy = Policy(
             compute=compute,
             weights=config.weights,
@@ -46,36 +46,36 @@ class _Memory:
         )
 
     def largest(self) -> int:
-        """Return the largest batch that fits without accumulation, 0 where none does."""
+        """Return the largest batch that fits without gradient accumulation, or 0 if none fits."""
         return largest_batch(self._model, self._limit, policy=self._policy)
 
     def fits(self, micro_batch: int, share: int) -> bool:
-        """Return whether micro-batches of a GPU's share of the batch fit."""
+        """Return whether micro-batches fit, given the GPU's share of the batch in sequences."""
         memory = training_memory(self._model, micro_batch, policy=self._policy, accumulate=micro_batch < share)
         return memory.peak <= self._limit
 
 
 def fit_memory(config: TrainConfig, memory_bytes: int | None, num_gpus: int = 1) -> TrainConfig:
-    """Return the configuration with numbers in place of every `auto`, for GPUs of `memory_bytes` each.
+    """Replace every `auto` in the configuration with a number, for GPUs with `memory_bytes` of memory each.
 
-    As few blocks are checkpointed as let any size fit that is left to choose. Then a batch is the largest that fits without
-    accumulation, a micro-batch the largest divisor of a GPU's share of the batch that fits. Where nothing fits at all, or the
-    memory is not known, a `UserError`.
+    Checkpoint the fewest blocks with which some batch size fits. Then choose the largest batch that fits without gradient
+    accumulation, and the largest micro-batch that fits and divides a GPU's share of the batch. Raise a `UserError` if nothing
+    fits, or if the memory size is unknown.
     """
     if not needs_memory(config):
         return config
     if memory_bytes is None:
         name = next(n for n in ("batch_size", "micro_batch_size", "activation_checkpointing") if getattr(config, n) == "auto")
-        instead = "choose none, block or a number" if name == "activation_checkpointing" else "give a number"
-        raise UserError(f"{name} is auto: that needs a GPU, whose memory is known; {instead}")
+        allowed = "none, block or a number" if name == "activation_checkpointing" else "a number"
+        raise UserError(f"{name} is auto, which needs a GPU: expected {allowed}")
 
     def sizes(checkpointing: Checkpointing) -> tuple[int, int] | None:
         return _sizes(config, _Memory(config, memory_bytes, checkpointing), num_gpus)
 
     chosen = config.activation_checkpointing
     if chosen == "auto":
-        # Each block but the last spares memory, or costs none. The last runs again as soon as the loss is done, and spares some
-        # only until then: it comes in question where all the others are not enough.
+        # Checkpointing a block never raises the peak, except for the last block: its recomputation follows the loss
+        # immediately. The last block is therefore checkpointed only if all the others are not enough.
         layers = config.model.num_layers
         number = bisect_left(range(layers), True, key=lambda blocks: sizes(blocks) is not None)
         chosen = "none" if number == 0 else "block" if number == layers else number
@@ -83,7 +83,7 @@ def fit_memory(config: TrainConfig, memory_bytes: int | None, num_gpus: int = 1)
     if fitting is None:
         more = "" if chosen == "block" else ", or --activation-checkpointing auto"
         raise UserError(
-            f"a step of {config.out.name} does not fit in {memory_bytes / 1e9:.1f} GB: choose a smaller model, "
+            f"a step of {config.out.name} does not fit in {memory_bytes / 1e9:.1f} GB: use a smaller model, "
             f"--model.context-length or --micro-batch-size{more}"
         )
     batch_size, micro = fitting
@@ -91,7 +91,7 @@ def fit_memory(config: TrainConfig, memory_bytes: int | None, num_gpus: int = 1)
 
 
 def _sizes(config: TrainConfig, memory: _Memory, num_gpus: int) -> tuple[int, int] | None:
-    """Return the batch and the micro-batch that fit, or None."""
+    """Return the batch size and the micro-batch size that fit, or None."""
     given = config.micro_batch_size
     if config.batch_size == "auto":
         most = memory.largest()

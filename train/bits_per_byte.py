@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that compares across tokenizers, because it is of the text and not of its tokens."""
+"""Bits per byte: the loss per byte of text, which is comparable across tokenizers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from ..tokenizer import AnyTokenizer
 
 
 def token_sizes(tokenizer: AnyTokenizer) -> Tensor:
-    """Return the bytes of text that each token stands for, int64 (vocab_size); special tokens stand for none."""
+    """Return the number of text bytes in each token, int64 (vocab_size); special tokens have 0."""
     sizes = np.zeros(tokenizer.vocab_size, np.int64)
     special = set(tokenizer.special_tokens.values())
     for token, data in tokenizer.vocab.items():
@@ -20,7 +20,7 @@ def token_sizes(tokenizer: AnyTokenizer) -> Tensor:
 
 
 def bytes_per_token(batches: Iterable[Sequence[Tensor]], sizes: Tensor) -> float:
-    """Return the mean size in bytes of the targets (B, T) of batches (inputs, targets, ...); negative ones do not count."""
+    """Return the mean bytes per target over batches (inputs, targets, ...), targets (B, T); negative targets are ignored."""
     num_bytes = num_tokens = 0
     for batch in batches:
         scored = batch[1][batch[1] >= 0]
@@ -30,10 +30,10 @@ def bytes_per_token(batches: Iterable[Sequence[Tensor]], sizes: Tensor) -> float
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """Return nats of text in bits per byte of it; NaN where it has no byte."""
+    """Convert the nats of a text of `num_bytes` to bits per byte; NaN for an empty text."""
     return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
 
 
 def finite(value: float) -> float | None:
-    """Return the value, or None where JSON cannot hold it."""
+    """Return the value, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Conversations as prompts: by a model's chat template, in which only the template itself has special tokens."""
+"""Convert conversations to prompts with a chat template. Only the template can produce special tokens."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,25 +12,28 @@ from .texts import encode_literally
 Message = Mapping[str, str]
 """`role` (system, user, assistant) and `content`."""
 
-# Around the number of a special token that stood in a message: noncharacters (Unicode 16, section 23.7).
+# Replaces a special token's name inside a message: its index between two noncharacters (Unicode 16, section 23.7).
 _PLACEHOLDER = "\ufdd2{}\ufdd3"
 _PLACEHOLDERS = re.compile("\ufdd2([0-9]+)\ufdd3")
 
 
 def require_chat_template(folder: Path, template: Path | None = None) -> ChatTemplate:
-    """Return the chat template in the file `template`, or the folder's own; a folder without one is a `UserError`."""
+    """Return the chat template in the file `template`, by default the folder's; raise a `UserError` if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist: expected a Hugging Face model folder, or the folder of a run")
     found = ChatTemplate.load(folder, template)
     if found is None:
-        raise UserError(f"{folder} has no chat template, so its model is none for conversation: give one with --template FILE")
+        raise UserError(f"{folder} has no chat template: pass one with --template FILE")
     return found
 
 
 def encode_conversation(text_model: TextModel, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant's next turn begins.
+    """Return the token ids of a conversation, up to the start of the assistant's next turn.
 
-    The name of a special token in a message is text like any other: who writes a message cannot end it, or begin another's.
-    A message whose ids need such care is encoded apart from the special tokens around it; all others are encoded in one.
-    Added tokens that a tokenizer does not mark as special, such as Qwen3's `<think>`, are recognised everywhere.
+    The name of a special token inside a message is encoded as plain text, so a message cannot end its own turn or start
+    another. If any message contains such a name, the text between special tokens is encoded piece by piece; otherwise the whole
+    conversation is encoded at once. Added tokens that the tokenizer does not mark as special, such as Qwen3's `<think>`, are
+    recognized everywhere.
     """
     tokenizer = text_model.tokenizer
     names = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -59,10 +62,10 @@ def encode_conversation(text_model: TextModel, template: ChatTemplate, messages:
 def fit_conversation(
     text_model: TextModel, template: ChatTemplate, messages: Sequence[Message], num_tokens: int
 ) -> tuple[list[int], int]:
-    """Return the ids of a conversation in at most `num_tokens`, and how many of its oldest turns were left out for that.
+    """Return the ids of a conversation, at most `num_tokens`, and the number of oldest turns that were dropped.
 
-    A turn is a message of the user with the answer to it; a system prompt stays. Where the last turn alone is too long, that
-    is a `UserError`.
+    A turn is a user message and its answer. System messages are always kept. Raise a `UserError` if the last turn alone is too
+    long.
     """
     system = [message for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
@@ -71,4 +74,6 @@ def fit_conversation(
         ids = encode_conversation(text_model, template, [*system, *others[begin:]])
         if len(ids) <= num_tokens:
             return ids, left_out
-    raise UserError(f"the last message is too long: with the system prompt it has {len(ids)} tokens, and {num_tokens} fit")
+    raise UserError(
+        f"the last message is too long: with the system prompt it has {len(ids)} tokens, expected at most {num_tokens}"
+    )

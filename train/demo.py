@@ -1,4 +1,4 @@
-"""The main job in one call: raw text to a model that writes stories, on any machine."""
+"""The demo: from raw text to a model that generates stories, on any machine."""
 
 import dataclasses
 import json
@@ -17,38 +17,20 @@ from .config import TrainConfig
 from .data.corpus import write_stories
 from .data.encoding import encode_text
 from .folder import require_no_run
+from .options import DemoConfig, SampleConfig
 from .plot import FILE_NAME as PLOT_FILE
 from .presets import corpus_files, preset
 from .pretrained import load_text_model
 from .run import TrainResult, train
-from .sample import SampleConfig, write_texts
+from .sample import write_texts
 from .sample_log import FILE_NAME as SAMPLES_FILE
 
 SUMMARY_FILE = "summary.json"
-MIN_VOCAB_SIZE = 257
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """The size of the demo; by default two to four minutes on two CPU cores."""
-
-    out: Path | None = None
-    """Folder of the demo, made anew; by default runs/demo, or the first of runs/demo-2, -3, ... that is free."""
-    megabytes: float = 12.0
-    """Size of the training corpus, in MB of text."""
-    vocab_size: int = 2048
-    """Tokens of the tokenizer."""
-    steps: int = 800
-    """Optimizer steps."""
-    prompt: str = "Once upon a time"
-    """What the samples begin with, those of the training and the one of the trained model."""
-    seed: int = 0
-    """Of the corpus, the weights, the batches and the sample."""
 
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What the demo measured."""
+    """Measurements of the demo."""
 
     corpus_bytes: int
     tokenizer_seconds: float
@@ -64,7 +46,7 @@ def _free_folder() -> Path:
 
 
 def train_config(demo: DemoConfig, out: Path) -> TrainConfig:
-    """Return the training run that the demo makes in `out`."""
+    """Return the configuration of the demo's training run in the folder `out`."""
     base = preset("stories-cpu")
     return dataclasses.replace(
         base,
@@ -79,24 +61,22 @@ def train_config(demo: DemoConfig, out: Path) -> TrainConfig:
 
 
 def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
-    """Make a corpus, a tokenizer, a model and a story; show a table of what was measured and return it.
+    """Create a corpus, a tokenizer, a model and a story; print a table of measurements and return them.
 
-    A signal that stops the training ends it with a `KeyboardInterrupt`, once that has saved.
+    If a signal stops training, a checkpoint is saved and a `KeyboardInterrupt` is raised.
     """
     console = console or Console()
     start = time.perf_counter()
     out = _free_folder() if demo.out is None else demo.out
     require_no_run(out)
     if (out / "data").exists():
-        raise UserError(f"{out} holds a demo already: name another folder with --out")
-    if demo.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"vocab_size is {demo.vocab_size}: it must be at least {MIN_VOCAB_SIZE}, 256 bytes and {END_OF_TEXT}")
+        raise UserError(f"{out} already contains a demo: choose another folder with --out")
     config = train_config(demo, out)
     files, (train_text,) = config.data, config.data.train
 
     console.print(f"[bold]1/4[/] corpus: {demo.megabytes:g} MB of stories to {escape(str(train_text))}")
     corpus_bytes = write_stories(train_text, demo.megabytes, seed=2 * demo.seed)
-    # Another seed writes other stories: validation text that is not in the training text.
+    # A different seed gives different stories, so the validation text is not in the training text.
     write_stories(files.valid, max(0.5, demo.megabytes / 50), seed=2 * demo.seed + 1)
 
     console.print(f"[bold]2/4[/] tokenizer: {demo.vocab_size:,} tokens to {escape(str(files.tokenizer))}")
@@ -106,8 +86,8 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     tokenizer.save(files.tokenizer)
     num_prompt_tokens = len(tokenizer.encode(demo.prompt))
     if num_prompt_tokens >= config.model.context_length:
-        raise UserError(f"the prompt has {num_prompt_tokens} tokens: allowed are fewer than {config.model.context_length}")
-    # A small corpus can hold fewer merges than were asked for.
+        raise UserError(f"the prompt has {num_prompt_tokens} tokens: expected fewer than {config.model.context_length}")
+    # A small corpus can yield fewer merges than requested.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
     header = encode_text(train_text, tokenizer, train_text.with_suffix(".tokens"))
 
@@ -115,7 +95,7 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     result = train(config)
     if result.stopped_by:
         console.print(
-            f"stopped by {result.stopped_by} after step {result.steps:,}; it goes on with\n"
+            f"stopped by {result.stopped_by} after step {result.steps:,}; resume with\n"
             f"tilewright train stories-cpu --out {out} --resume auto",
             highlight=False,
             markup=False,
@@ -136,7 +116,7 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
     console.print(_table(summary, config))
     console.print(
         f"Next: tilewright generate {out} --prompt 'Lily found a' --temperature 0.6\n"
-        "      tilewright corpus fetch tinystories: the README goes on from there to a model of 17 M parameters",
+        "      tilewright corpus fetch tinystories: the README continues from there to a model of 17 M parameters",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -146,7 +126,7 @@ def run_demo(demo: DemoConfig, console: Console | None = None) -> DemoSummary:
 
 def _table(summary: DemoSummary, config: TrainConfig) -> Table:
     result = summary.result
-    mfu = f"n/a: no peak known for this {result.device}" if result.mfu is None else f"{result.mfu:.1%} of {result.device}"
+    mfu = f"n/a: the peak of {result.device} is unknown" if result.mfu is None else f"{result.mfu:.1%} of {result.device}"
     table = Table(show_header=False, title=escape(f"\n{result.run}: {summary.seconds:.0f} s in all"))
     for name, value in {
         "corpus": f"{summary.corpus_bytes / 1e6:.1f} MB",
@@ -162,5 +142,6 @@ def _table(summary: DemoSummary, config: TrainConfig) -> Table:
         "metrics": str(result.run / "metrics.jsonl"),
         "samples": str(result.run / SAMPLES_FILE),
     }.items():
-        table.add_row(name, escape(value))
+        if name != "loss curve" or Path(value).exists():
+            table.add_row(name, escape(value))
     return table

@@ -1,4 +1,4 @@
-"""What is wrong when steps are skipped in a row: the batch, and the norms of every layer, on the weights as they still are."""
+"""Diagnose consecutive skipped steps: report the batch and the norms of every layer's outputs, weights and gradients."""
 
 import json
 import math
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_text
-from .parallel import whole
+from .parallel import full_tensor
 from .trainer import Trainer
 
 FILE_NAME = "diagnosis.json"
 
 
 def _norm(tensor: Tensor) -> float:
-    return whole(tensor.detach().float().norm()).item()
+    return full_tensor(tensor.detach().float().norm()).item()
 
 
-def _worse(norm: float) -> tuple[bool, float]:
+def _severity(norm: float) -> tuple[bool, float]:
     return not math.isfinite(norm), norm
 
 
@@ -28,10 +28,10 @@ def _first_not_finite(norms: dict[str, float]) -> str | None:
 
 
 def diagnose(trainer: Trainer) -> dict[str, Any]:
-    """Run the batch of the last step again and return where it came from, what it gave, and the norms layer by layer.
+    """Run the last step's batch again, and return its origin, its loss and the norms of each layer.
 
-    Norms are Euclidean; outputs are in the order in which the modules ran, of the worst micro-batch. The gradients are freed
-    again.
+    Norms are Euclidean. Outputs are in execution order; each norm is that of the worst micro-batch. The gradients are freed
+    afterwards.
     """
     step, world = trainer.step - 1, trainer.world
     samples = trainer.samples(step)
@@ -41,7 +41,7 @@ def diagnose(trainer: Trainer) -> dict[str, Any]:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             for part in output if isinstance(output, tuple) else (output,):
                 if isinstance(part, Tensor):
-                    outputs[name] = max(outputs.get(name, 0.0), _norm(part), key=_worse)
+                    outputs[name] = max(outputs.get(name, 0.0), _norm(part), key=_severity)
 
         return hook
 
@@ -54,7 +54,7 @@ def diagnose(trainer: Trainer) -> dict[str, Any]:
         for hook in hooks:
             hook.remove()
     everywhere = world.gather(outputs)
-    outputs = {name: max((part[name] for part in everywhere), key=_worse) for name in outputs}
+    outputs = {name: max((part[name] for part in everywhere), key=_severity) for name in outputs}
     weights = {name: _norm(p) for name, p in trainer.model.named_parameters()}
     gradients = {name: _norm(p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.optimizer.zero_grad()
@@ -77,21 +77,21 @@ def diagnose(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _in_json(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _in_json(item) for key, item in value.items()}
-    # JSON knows neither NaN nor infinity.
+        return {key: _to_json(item) for key, item in value.items()}
+    # JSON has no NaN and no infinity.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_diagnosis(run: Path, diagnosis: dict[str, Any]) -> Path:
-    """Write a diagnosis to the run's folder, what is not finite as "nan" or "inf"; return the file."""
-    write_text(run / FILE_NAME, json.dumps(_in_json(diagnosis), indent=2) + "\n")
+    """Write a diagnosis to the run's folder and return the path; NaN and infinity become the strings "nan" and "inf"."""
+    write_text(run / FILE_NAME, json.dumps(_to_json(diagnosis), indent=2) + "\n")
     return run / FILE_NAME
 
 
 def summary(diagnosis: dict[str, Any]) -> str:
-    """Return the diagnosis in a few words."""
+    """Summarize a diagnosis in one sentence."""
     found = [f"the {kind} of {name}" for kind, name in diagnosis["first_not_finite"].items() if name is not None]
-    what = f"not finite first are {' and '.join(found)}" if found else "all its norms are finite"
-    return f"the batch of step {diagnosis['step'] + 1} gives a loss of {diagnosis['loss']:.4g}; {what}"
+    what = f"the first non-finite values are {' and '.join(found)}" if found else "all norms are finite"
+    return f"the batch of step {diagnosis['step'] + 1} has a loss of {diagnosis['loss']:.4g}; {what}"

@@ -1,4 +1,4 @@
-"""Runs as folders that `transformers` reads, and models from such folders: the weights with their tokenizer."""
+"""Export a run's model and tokenizer to the Hugging Face format."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ from ..model.huggingface import (
     GENERATION_FILE,
     choose_family,
     family_of_folder,
+    is_huggingface_folder,
     write_model,
 )
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from ..tokenizer.formats import save_huggingface
-from .config import TrainConfig, load_config
-from .folder import CONFIG_FILE, TOKENIZER_FILE
-from .pretrained import is_huggingface_folder, load_text_model
+from .config import CONFIG_FILE, TOKENIZER_FILE, TrainConfig, load_config
+from .pretrained import load_text_model
 
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -25,15 +25,16 @@ _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinj
 def export_run(
     run: Path, to: Literal["hf"], out: Path | None = None, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> Path:
-    """Write the run's newest model and its tokenizer in a format of others; return the new folder, by default RUN/hf.
+    """Write the run's newest model and its tokenizer in another format; return the new folder, by default RUN/hf.
 
-    hf: the family of Hugging Face's that holds the model, for `AutoModelForCausalLM` and `AutoTokenizer` of transformers; that
-    of the folder which the run began with, where it is still there. What such a folder has beside its weights goes on with it:
-    the tokenizer, the chat template, the settings of generation. Of a vocabulary larger than our tokenizer's, only the
-    tokenizer's ids are written. A model or a pattern that cannot be held is a `UserError`.
+    `hf` is the format of `AutoModelForCausalLM` and `AutoTokenizer` in transformers. The model family is that of the Hugging
+    Face folder the run began with, if that folder still exists; otherwise a family that can represent the model. A tokenizer,
+    chat template and generation config from such a folder are copied. With our own tokenizer, embedding rows beyond its
+    vocabulary are dropped. Raise a `UserError` if no family can represent the model, or if the format cannot represent the
+    tokenizer.
     """
     if to != "hf":
-        raise UserError(f"format {to!r} is unknown: choose hf")
+        raise UserError(f"format is {to!r}: expected hf")
     config = load_config(run / CONFIG_FILE)
     family = choose_family(config.model, _family_of_init(config)).model_type
     folder = require_absent(out or run / to)
@@ -62,8 +63,8 @@ def export_run(
 
 
 def _family_of_init(config: TrainConfig) -> str | None:
-    # Two families can hold the same model, such as Mistral without windows, which is also a Llama.
-    # A run may have begun with another run; a folder that took the place of one may name one that came of it.
+    # Two families can represent the same model: Mistral without windows is also a Llama.
+    # Follow the chain of `init` folders. It can contain a cycle if a folder was replaced by a later run.
     seen: set[Path] = set()
     init = config.init
     while init is not None and init not in seen and (init / CONFIG_FILE).is_file():
@@ -80,7 +81,7 @@ def _is_huggingface_tokenizer(path: Path) -> bool:
 
 def _write_tokenizer_config(folder: Path, end: str | None, context_length: int) -> None:
     document = {
-        # Named, because for Llama's models that library would otherwise take Llama's own tokenizer.
+        # Without a class, transformers uses the Llama tokenizer for Llama models.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,

@@ -1,11 +1,11 @@
-"""The folder of a run: what lies in it, that nothing in it is overwritten, and where a run in it goes on."""
+"""The folder of a run: create it without overwriting files, and find the checkpoint to resume from."""
 
 import json
 import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import UserError
 from ..files import atomic_file, require_file, write_text
@@ -15,54 +15,46 @@ from ..tokenizer.chat_template import TEMPLATE_FILE
 from .checkpoint.layout import FOLDER_NAME as CHECKPOINTS
 from .checkpoint.layout import checkpoint_step, list_checkpoints, newest_valid, verify_checkpoint
 from .checkpoint.writer import remove_leftovers
-from .config import TrainConfig, load_config, save_config
+from .config import CONFIG_FILE, TOKENIZER_FILE, Resume, TrainConfig, holds_run, load_config, save_config
 from .diagnosis import FILE_NAME as DIAGNOSIS_FILE
 from .metrics import FILE_NAME as METRICS_FILE
 from .plot import FILE_NAME as PLOT_FILE
 from .sample_log import FILE_NAME as SAMPLES_FILE
 
-CONFIG_FILE, TOKENIZER_FILE, DATA_FILE = "config.json", "tokenizer.json", "data.json"
+DATA_FILE = "data.json"
 
-# What a folder in Hugging Face's manner says of how its model is talked to: a run that begins with such a folder keeps it.
+# Chat and generation files of a Hugging Face folder. A run that starts from such a folder copies them.
 CHAT_FILES = (TOKENIZER_CONFIG_FILE, "generation_config.json", TEMPLATE_FILE)
 
-# There while a run's folder is being made: what lies beside it then is the remains of a run that was killed before it began.
+# Marker that exists while the folder is created. A folder with it was left by a run killed before its first checkpoint.
 _BEGINNING = ".beginning"
 _MADE = (TOKENIZER_FILE, *CHAT_FILES, DATA_FILE, METRICS_FILE, SAMPLES_FILE, PLOT_FILE, DIAGNOSIS_FILE)
 
-Resume = Literal["auto"] | Path
-
-
-def holds_run(out: Path) -> bool:
-    """Return whether a run has begun in the folder."""
-    return (out / CONFIG_FILE).exists()
-
 
 def require_no_run(out: Path) -> None:
-    """Raise a `UserError` where `out` is a file, or a folder with anything in it that a run would overwrite."""
+    """Raise a `UserError` if `out` is a file, or a folder with files that a run would overwrite."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder with --out")
+        raise UserError(f"{out} is a file: choose a folder with --out")
     if holds_run(out):
-        raise UserError(f"{out} holds a run already: go on with --resume auto, or name another folder with --out")
+        raise UserError(f"{out} already contains a run: resume it with --resume auto, or choose another folder with --out")
     if (out / _BEGINNING).exists():
         return
     for name in (*_MADE, CHECKPOINTS):
         if (out / name).exists():
-            raise UserError(f"{out} holds a {name} that a run would overwrite: name another folder with --out")
+            raise UserError(f"{out} contains {name}, which a run would overwrite: choose another folder with --out")
 
 
 def mark_beginning(out: Path) -> None:
-    """Make a run's folder and note that all in it, until `begin_run`, is the remains of a beginning."""
+    """Create a run's folder and mark it as incomplete until `begin_run`."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / _BEGINNING, "")
 
 
-def make_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
-    """Put what the run begins with into a marked folder, in place of the remains of an earlier beginning.
+def make_run_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
+    """Write the initial files of a run into a marked folder, and remove those of an incomplete earlier run.
 
-    That is the tokenizer, the record of the data, and the files about chats of the folder that the weights come from.
-
-    The caller holds the lock of the folder's checkpoints.
+    The files are the tokenizer, the data record, and the chat files of the folder that the weights come from. The caller must
+    hold the lock of the folder's checkpoints.
     """
     out = config.out
     _remove_half_written(out)
@@ -82,7 +74,7 @@ def make_folder(config: TrainConfig, data_record: dict[str, Any]) -> None:
 
 
 def _remove_half_written(out: Path) -> None:
-    """Remove what processes that were killed while they wrote a file or a checkpoint have left beside it."""
+    """Remove temporary files and checkpoints of processes that were killed while writing."""
     remove_leftovers(out)
     for name in (_BEGINNING, CONFIG_FILE, *_MADE):
         for path in out.glob(f".{name}.*.tmp"):
@@ -90,26 +82,26 @@ def _remove_half_written(out: Path) -> None:
 
 
 def begin_run(config: TrainConfig) -> None:
-    """Write the configuration, once a first checkpoint is there to go on from: it is what makes the folder a run."""
+    """Write the configuration, which makes the folder a run. A first checkpoint must exist."""
     save_config(config, config.out / CONFIG_FILE)
     (config.out / _BEGINNING).unlink(missing_ok=True)
 
 
 def _read_data_file(run: Path) -> dict[str, Any]:
-    path = require_file(run / DATA_FILE, "the run's record of its data", "it cannot be resumed without")
+    path = require_file(run / DATA_FILE, "the run's data record", "the run cannot be resumed without it")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not a record of data ({error}): the run cannot be resumed without") from error
+        raise UserError(f"{path} is not a data record ({error}): the run cannot be resumed without it") from error
 
 
 def write_data_record(run: Path, record: dict[str, Any]) -> None:
-    """Note what the run has of data."""
+    """Write the run's data record."""
     write_text(run / DATA_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def restore_tokenizer(config: TrainConfig, tokenizer: AnyTokenizer) -> None:
-    """Put `tokenizer`, which the run was trained with, into its folder where another file, or none, is."""
+    """Copy the tokenizer into the run's folder if the file there is missing or differs from `tokenizer`."""
     path, source = config.out / TOKENIZER_FILE, config.data.tokenizer
     try:
         if read_tokenizer(require_file(path, "tokenizer")).fingerprint == tokenizer.fingerprint:
@@ -118,24 +110,24 @@ def restore_tokenizer(config: TrainConfig, tokenizer: AnyTokenizer) -> None:
         pass
     with atomic_file(path) as file:
         file.write(source.read_bytes())
-    print(f"restored {path}, from {source}", file=sys.stderr)
+    print(f"restored {path} from {source}", file=sys.stderr)
 
 
 def read_data_record(run: Path, since: int = 0) -> dict[str, Any]:
-    """Return what the run has noted of its data, or of those that an extension at step `since` has given it."""
+    """Return the record of the run's data, or of the data that an extension at step `since` introduced."""
     record = _read_data_file(run)
     if since == 0:
         return record
     for later in record.get("history", ()):
         if later["step"] == since:
             return later
-    raise UserError(f"{run / DATA_FILE} has no record of the data since step {since}: the run cannot be resumed without")
+    raise UserError(f"{run / DATA_FILE} has no record of the data since step {since}: the run cannot be resumed without it")
 
 
 def record_extension(config: TrainConfig, data_record: dict[str, Any]) -> None:
-    """Write what an extension has changed to the run's folder, unless it is there.
+    """Write the changes of an extension to the run's folder, unless they are already there.
 
-    The configuration comes last, for without it nobody looks at the record of data.
+    Write the configuration last: a new data record has no effect without it.
     """
     path = config.out / CONFIG_FILE
     stored = load_config(path).history
@@ -154,23 +146,23 @@ def record_extension(config: TrainConfig, data_record: dict[str, Any]) -> None:
 
 
 def find_newest_valid(run: Path, names: Collection[str] | None = None) -> Path:
-    """Return the newest valid checkpoint of a run, and say on stderr which were passed over, and why; none is a `UserError`.
+    """Return the newest valid checkpoint of a run; raise a `UserError` if there is none.
 
-    `names` as in `verify_checkpoint`.
+    Print skipped checkpoints and the reasons to stderr. `names` as in `verify_checkpoint`.
     """
     found, skipped = newest_valid(run, names)
     for folder, reason in skipped:
         print(f"skipped {folder.name}: {reason}", file=sys.stderr)
     if found is None:
         what = f"no valid checkpoint among {len(skipped)}" if skipped else "no checkpoint"
-        raise UserError(f"{run} has {what}: a run cannot go on from nothing; begin anew in another folder with --out")
+        raise UserError(f"{run} has {what}, so the run cannot be resumed: start a new run in another folder with --out")
     return found
 
 
 def checkpoint_to_resume(config: TrainConfig, resume: Resume) -> Path:
-    """Return the checkpoint that a run goes on from: the newest valid one, or the one named, which has to be valid.
+    """Return the checkpoint to resume from: the newest valid one, or the named one, which must be valid.
 
-    Later checkpoints are set aside, under names that begin with `set-aside-`, because the run comes past their steps again.
+    Rename later checkpoints to `set-aside-...`, because the resumed run reaches their steps again.
     """
     run = config.out
     if resume == "auto":
@@ -179,20 +171,20 @@ def checkpoint_to_resume(config: TrainConfig, resume: Resume) -> Path:
         found = resume
         if found.resolve() not in {folder.resolve() for folder in list_checkpoints(run)}:
             names = ", ".join(folder.name for folder in list_checkpoints(run)) or "none"
-            raise UserError(f"{found} is not a checkpoint of the run in {run}: it has {names} in {run / CHECKPOINTS}")
+            raise UserError(f"{found} is not a checkpoint of the run in {run}: {run / CHECKPOINTS} contains {names}")
         verify_checkpoint(found)
     if checkpoint_step(found) < config.since("data.train"):
         raise UserError(
-            f"{found} is from before step {config.since('data.train')}, since which the run has other data: add --extend keep, "
-            "and name in --data.train what it goes on with"
+            f"{found} is from before step {config.since('data.train')}, where the training data changed: add --extend keep, "
+            "and choose the data with --data.train"
         )
     checkpoints = list_checkpoints(run)
     for folder in checkpoints[[path.resolve() for path in checkpoints].index(found.resolve()) + 1 :]:
         aside = folder.with_name(f"set-aside-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        print(f"set {folder.name} aside as {aside.name}: the run goes on from {found.name}", file=sys.stderr)
+        print(f"renamed {folder.name} to {aside.name}: the run resumes from {found.name}", file=sys.stderr)
     _remove_half_written(run)
-    # A kill just after the configuration was written has left it.
+    # Left behind if the process was killed between the two statements of `begin_run`.
     (run / _BEGINNING).unlink(missing_ok=True)
     return found

@@ -1,4 +1,4 @@
-"""Which steps are skipped: those whose loss is not finite, or far above the losses before it; judged on the device."""
+"""Decide on the device which steps to skip: those with a non-finite loss or a loss spike."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,24 @@ MIN_HISTORY = 32
 
 
 class Guard:
-    """Judges each step without the host ever waiting for the device.
+    """Decides for each step whether to skip it, without synchronizing with the host.
 
-    A step is skipped where its loss or its gradient norm is not finite, or its loss lies more than `deviations` standard
-    deviations above the mean of the last 128 losses that were not skipped (as in OLMo's skip-step optimizer; OLMo team 2024,
-    section 3.1), once 32 are known. What it has seen belongs to the state of the run.
+    A step is skipped if its loss or gradient norm is not finite. Once 32 losses are recorded, a step is also skipped if its
+    loss is more than `deviations` standard deviations above the mean of the last 128 losses that were not skipped (as in OLMo's
+    skip-step optimizer; OLMo team 2024, section 3.1). The recorded losses are part of the checkpoint.
     """
 
     def __init__(self, device: torch.device, deviations: float | None) -> None:
         self._deviations = deviations
         self.losses = torch.zeros(HISTORY, device=device)
-        # int64: steps that were taken, that were skipped, that were skipped since the last one taken, and the most of those
-        # since anybody looked.
+        # int64: steps taken, steps skipped, consecutive skipped steps up to now, and the maximum of these since the last
+        # check by `DivergenceCheck`.
         self.taken, self.skipped, self.in_a_row, self.most_in_a_row = (
             torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)
         )
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Return whether to skip the step, as a boolean on the device, and remember it."""
+        """Return whether to skip the step, as a boolean on the device, and record its loss."""
         loss = loss.float()
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         if self._deviations is not None:
@@ -33,7 +33,7 @@ class Guard:
             is_known = torch.arange(HISTORY, device=loss.device) < known
             mean = self.losses.sum() / known
             variance = torch.where(is_known, self.losses - mean, 0).square().sum() / known
-            # A loss that hardly varies must not make a spike of rounding.
+            # If the loss is nearly constant, rounding must not count as a spike.
             deviation = variance.sqrt().clamp(min=1e-3)
             skip = skip | ((known >= MIN_HISTORY) & (loss > mean + self._deviations * deviation))
         slot = (self.taken % HISTORY).view(1)
@@ -45,6 +45,6 @@ class Guard:
         return skip
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that it remembers."""
+        """Return the state, by name."""
         names = ("losses", "taken", "skipped", "in_a_row", "most_in_a_row")
         return {name: getattr(self, name) for name in names}

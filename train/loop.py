@@ -1,4 +1,4 @@
-"""The training loop: what a step is, and when it is followed by a pause."""
+"""The training loop: takes steps and calls the callbacks."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from .trainer import Trainer
 
 
 class Loop:
-    """Takes the steps of a run that are left, or those until a signal comes.
+    """Takes the remaining steps of a run, or stops at a signal.
 
-    After a step that any callback asks for, the step's metrics are read, and the callbacks get a pause.
+    After each step that is due for some callback, the loop reads the step's metrics and gives all callbacks a pause.
     """
 
     def __init__(self, trainer: Trainer, callbacks: Sequence[Callback], stop: StopRequest | AgreedStop) -> None:
@@ -24,7 +24,7 @@ class Loop:
         self._paused_step, self._mark = trainer.step, time.perf_counter()
 
     def run(self, unfinished_row: Mapping[str, Any] | None = None) -> None:
-        """Finish the row of the last step, where it was left unfinished, and take the steps that are left."""
+        """Complete the metrics row of the last step if it is unfinished, then take the remaining steps."""
         trainer, first_step = self.trainer, self.trainer.step
         if unfinished_row is not None:
             self._pause(dict(unfinished_row))

@@ -1,7 +1,7 @@
-"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and on to a tracker where one is asked for.
+"""Metrics of a run: JSON lines in `metrics.jsonl`, and the configured tracker.
 
-A row has the step and numbers by name, null for one that is not finite. A note has the step and a text, `note`: readers of
-the numbers pass over it.
+A row holds the step and numbers by name; null is a number that is not finite. A note holds the step and a text, `note`;
+`read_metrics` ignores notes.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ DROPPED_FILE = "metrics.dropped.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics by step, without notes and lines that are damaged."""
+    """Return the rows of a run's metrics, ordered by step, without notes and damaged lines."""
     return [row for row in _read(run)[0] if "note" not in row]
 
 
 def sync_metrics(run: Path) -> None:
-    """Return when the rows that have been logged, if any, would outlive a crash of the machine."""
+    """Flush the logged rows to disk, so that they survive a crash of the machine."""
     path = run / FILE_NAME
     with contextlib.suppress(FileNotFoundError), named_errors(path):
         sync(path)
 
 
 def _read(run: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Return rows and notes by step, and the lines that are neither; a last line cut short by a crash is no line.
+    """Return rows and notes ordered by step, and the lines to drop: damaged ones and duplicates.
 
-    Of two rows of a step the later one counts.
+    If a step has two rows, the later one is kept. A last line without a newline is ignored: a crash has truncated it.
     """
     path = run / FILE_NAME
     *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -66,23 +66,23 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row.get("note", ""), str):
         return None
-    # Others write NaN, which JSON does not know.
+    # Python's json also parses NaN and Infinity.
     return row | {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
 
 
 class MetricLog:
-    """Appends rows to a run's `metrics.jsonl` and hands them on to its tracker."""
+    """Appends rows to a run's `metrics.jsonl` and sends them to its tracker."""
 
     def __init__(self, run: Path, tracker: str = "none", config: dict[str, Any] | None = None, resume_step: int = 0) -> None:
-        """Open the log; rows after `resume_step` are dropped, because a resumed run writes them again.
+        """Open the log and drop the rows after `resume_step`, which a resumed run writes again.
 
-        Lines that cannot be read go to `metrics.dropped.jsonl`, and are spoken of on stderr.
+        Damaged and duplicate lines are moved to `metrics.dropped.jsonl`, with a warning on stderr.
         """
         rows, damaged = _read(run)
         kept = []
         for row in rows:
             if "note" in row:
-                # What it speaks of still holds.
+                # Notes stay valid after a resume.
                 kept.append(row | {"step": min(row["step"], resume_step)})
             elif row["step"] <= resume_step:
                 kept.append(row)
@@ -95,18 +95,18 @@ class MetricLog:
         self._file = self._path.open("a", buffering=1)
 
     def log(self, step: int, **metrics: float | None) -> None:
-        """Write one row."""
+        """Log the metrics of a step."""
         self._write({"step": step, **metrics})
         self._tracker.log({name: value for name, value in metrics.items() if value is not None}, step)
 
     def note(self, step: int, note: str) -> None:
-        """Write what the rows from `step` on have to be read with, unless it is there already."""
+        """Write a note about the rows from `step` on, unless the same note exists already."""
         if (step, note) not in self._notes:
             self._notes.add((step, note))
             self._write({"step": step, "note": note})
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Hand a text on to the tracker."""
+        """Send a text to the tracker."""
         self._tracker.text(name, text, step)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -129,4 +129,4 @@ def _set_aside(run: Path, lines: list[bytes]) -> None:
     earlier = path.read_bytes() if path.exists() else b""
     with atomic_file(path) as file:
         file.write(earlier + b"".join(line + b"\n" for line in lines))
-    print(f"{run / FILE_NAME}: {len(lines)} lines are damaged or double; they are kept in {path}", file=sys.stderr)
+    print(f"{run / FILE_NAME}: moved {len(lines)} damaged or duplicate lines to {path}", file=sys.stderr)

@@ -1,26 +1,25 @@
-"""Training runs that have names: a model's shape, where its data lies, and settings that suit both; and fine-tuning."""
+"""Presets: named training runs with a model, data and options; and the configuration of fine-tuning runs."""
 
 import dataclasses
 from pathlib import Path
 
 from ..errors import UserError
 from ..model.config import MODELS
-from ..model.huggingface import read_config
-from .config import DataConfig, OptimizerConfig, TrainConfig, load_config
-from .folder import CONFIG_FILE, TOKENIZER_FILE
-from .pretrained import is_huggingface_folder
+from ..model.huggingface import is_huggingface_folder, read_config
+from .config import CONFIG_FILE, TOKENIZER_FILE, DataConfig, OptimizerConfig, TrainConfig, load_config
 
-# Conversations are packed, so a longer one would mostly make attention dearer. Touvron et al. 2023, section 3.1: Llama 2's.
+# The context of Llama 2's fine-tuning (Touvron et al. 2023, section 3.1). Conversations are packed, so a longer context would
+# mainly make attention more expensive.
 _FINETUNING_CONTEXT = 4096
 
 
 def corpus_files(folder: Path) -> DataConfig:
-    """Return the files that `tilewright corpus` and `tilewright tokenizer train` leave in a corpus's folder."""
+    """Return the files that `tilewright corpus` and `tilewright tokenizer train` write to the folder of a corpus."""
     return DataConfig((folder / "train.txt",), folder / "valid.txt", folder / "tokenizer.json")
 
 
 def _gpt2(name: str, lr: float, micro_batch_size: int) -> TrainConfig:
-    # Learning rates of Brown et al. 2020, table 2.1, for the nearest sizes; 0.5 M tokens a step, 10 B tokens in all.
+    # Learning rates of the nearest sizes in Brown et al. 2020, table 2.1; 0.5 M tokens per step, 10 B tokens in total.
     return TrainConfig(
         out=Path("runs") / name,
         model=MODELS[name],
@@ -60,23 +59,24 @@ PRESETS: dict[str, TrainConfig] = {
     "gpt2-large": _gpt2("gpt2-large", 2.5e-4, 8),
     "gpt2-xl": _gpt2("gpt2-xl", 2e-4, 8),
 }
+"""Configuration of each preset, by name."""
 
 
 def preset(name: str) -> TrainConfig:
-    """Return the named preset; an unknown name is a `UserError` that lists the known ones."""
+    """Return the named preset; raise a `UserError` for an unknown name."""
     if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} is unknown: expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def finetuning(folder: Path) -> TrainConfig:
-    """Return a run that begins with the weights, the shape and the tokenizer of a run, or of a folder of Hugging Face's.
+    """Return a fine-tuning run that starts from the weights, shape and tokenizer of a run or a Hugging Face folder.
 
-    Its context is that of the model, at most 4,096 tokens; its data are chats. The optimizer's settings, 64 sequences a step,
-    and a loss on the answers only are those of Llama 2's fine-tuning (Touvron et al. 2023, section 3.1).
+    The context is the model's, at most 4,096 tokens. The data are chats. The optimizer options, 64 sequences per step, and a
+    loss only on answers follow Llama 2's fine-tuning (Touvron et al. 2023, section 3.1).
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"init is {folder}, which has no {CONFIG_FILE}: name the folder of a run, or of a Hugging Face model")
+        raise UserError(f"init is {folder}, which has no {CONFIG_FILE}: expected the folder of a run or a Hugging Face model")
     model = read_config(folder) if is_huggingface_folder(folder) else load_config(folder / CONFIG_FILE).model
     chats = Path("data/chats")
     return TrainConfig(

@@ -1,5 +1,6 @@
-"""Where the time of a step goes: every kernel that a profiler saw in one of a few groups, and the rest idle."""
+"""Break down the time of a step by kernel group. Time without a kernel is idle."""
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from ..kernels.op import ALL
 
 Group = Literal["matmul", "attention", "own", "elementwise", "optimizer", "copy", "communication", "idle"]
-"""own are the other kernels of this project: norms, SwiGLU, RoPE, cross-entropy; elementwise is all else that is bound by
-bandwidth: activations, reductions, embeddings, and what a compiler fused."""
+"""own: this project's kernels other than attention (norms, SwiGLU, RoPE, cross-entropy). elementwise: all other bandwidth-bound
+kernels (activations, reductions, embeddings, compiler-fused loops)."""
 GROUPS: tuple[Group, ...] = get_args(Group)
 
-# The first that matches decides. Names are those of CUDA kernels (cuBLAS, CUTLASS, cuDNN, Inductor, Triton), and of the
-# operators that stand for them in a profile of a CPU.
+# The first match decides. The patterns match names of CUDA kernels (cuBLAS, CUTLASS, cuDNN, Inductor, Triton), and names of
+# operators in CPU profiles.
 _PATTERNS: tuple[tuple[Group, str], ...] = (
-    # Inductor names a fused loop after the operators around it, products and attention too.
+    # Inductor names a fused loop after nearby operators, which can include matrix products and attention.
     ("elementwise", r"^triton_(poi|red|per|mix)_"),
     ("communication", r"nccl|c10d|all_?reduce|all_?gather|reduce_?scatter"),
     ("copy", r"memcpy|memset|^aten::(copy_|_to_copy|zero_|fill_)$"),
@@ -35,7 +36,7 @@ _COMPILED: tuple[tuple[Group, re.Pattern[str]], ...] = tuple(
 
 @dataclass(frozen=True)
 class Event:
-    """One kernel on a device, or one operator on a CPU; times in seconds."""
+    """One kernel on a GPU, or one operator on a CPU; times in seconds."""
 
     name: str
     start: float
@@ -48,7 +49,7 @@ def _own_groups() -> dict[str, Group]:
 
 
 def classify(kernel_name: str) -> Group:
-    """Return the group of a kernel or operator by its name."""
+    """Return the group of a kernel or operator, given its name."""
     own = _own_groups().get(kernel_name)
     if own is not None:
         return own
@@ -61,11 +62,11 @@ def classify(kernel_name: str) -> Group:
 
 
 def breakdown(events: Iterable[Event], seconds: float | None = None) -> dict[Group, float]:
-    """Return the seconds of each group; they sum up to `seconds`, by default from the first start to the last end.
+    """Return the seconds of each group. They sum to `seconds`, by default the span from the first start to the last end.
 
-    Where events overlap, the time goes to the one that began first, so that nothing counts twice. Profiling slows the CPU down
-    but no kernel: with the `seconds` that the same work takes without a profiler, what is idle is right, too. Work that took
-    longer than `seconds` leaves nothing idle, and its own sum.
+    Time in which events overlap counts once, for the event that started first. Profiling slows down the host but not the
+    kernels: pass the `seconds` of the same work without the profiler to get the true idle time. If the kernels take longer than
+    `seconds`, idle is 0 and the sum exceeds `seconds`.
     """
     groups: dict[Group, float] = dict.fromkeys(GROUPS, 0.0)
     ordered = sorted(events, key=lambda event: (event.start, event.end))
@@ -79,13 +80,23 @@ def breakdown(events: Iterable[Event], seconds: float | None = None) -> dict[Gro
     return groups
 
 
-def profiled_events(profiler: torch.profiler.profile) -> list[Event]:
-    """Return the kernels that a finished profiler saw on GPUs; where it saw none, the operators on the CPU.
+def make_profiler(activities: Iterable[torch.profiler.ProfilerActivity]) -> torch.profiler.profile:
+    """Return a profiler that prints nothing.
 
-    An operator's time is its own, without that of operators that it calls.
+    Kineto logs every start and stop of a profile to stderr, at a severity (USDT, 5) above that of errors. It reads
+    KINETO_LOG_LEVEL when a process starts its first profile.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return torch.profiler.profile(activities=activities)
+
+
+def profiled_events(profiler: torch.profiler.profile) -> list[Event]:
+    """Return the GPU kernels of a finished profiler, or the CPU operators if there are no kernels.
+
+    The time of an operator excludes the operators that it calls.
     """
     seen = list(profiler.events() or ())
-    # An annotation of the CPU, such as the optimizer's step, shows on the GPU as well, around its kernels.
+    # CPU annotations, such as the optimizer step, also appear as GPU events that span their kernels.
     kernels = [event for event in seen if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     if kernels:
         return [Event(event.name, event.time_range.start * 1e-6, event.time_range.end * 1e-6) for event in kernels]

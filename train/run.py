@@ -1,4 +1,4 @@
-"""One training run, from its configuration to what it reached."""
+"""Run one training run, from its configuration to its result."""
 
 import contextlib
 import dataclasses
@@ -14,8 +14,8 @@ from ..tokenizer import AnyTokenizer
 from .callbacks.bits_per_byte import BitsPerByte
 from .callbacks.callback import Callback
 from .callbacks.checkpoints import Checkpoints
+from .callbacks.divergence import DivergenceCheck
 from .callbacks.garbage import GarbageCollection
-from .callbacks.good_steps import GoodSteps
 from .callbacks.log import Log
 from .callbacks.profiler import Profiler
 from .callbacks.samples import Samples
@@ -24,46 +24,45 @@ from .callbacks.speed import Speed
 from .callbacks.validation import Validation
 from .callbacks.verified_data import VerifiedData
 from .checkpoint.writer import CheckpointWriter
-from .config import TrainConfig
+from .config import Extend, Resume, TrainConfig, holds_run
 from .data.record import validation_notes
-from .distributed import AgreedStop, Layout, World, join, says_why_it_ends
-from .extension import Extend
-from .folder import Resume, holds_run, mark_beginning, read_data_record
+from .distributed import AgreedStop, Layout, World, ignore_sigterm_after_error, join
+from .folder import mark_beginning, read_data_record
 from .loop import Loop
 from .metrics import MetricLog
 from .opening import begin, open_run, resume_run
 from .parallel import open_writer
-from .plot import plot_losses
+from .plot import can_plot, plot_losses
 from .signals import StopRequest
 from .trainer import Trainer
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run reached."""
+    """The result of a run."""
 
     run: Path
     steps: int
     num_parameters: int
     train_loss: float
-    """Nats per token, mean of the last tenth of the logged steps."""
+    """Mean training loss over the last tenth of the logged steps, in nats per token."""
     valid_loss: float
-    """Nats per token, after the last step; NaN where a signal stopped the run before."""
+    """Validation loss after the last step, in nats per token; NaN if a signal stopped the run."""
     tokens_per_second: float
-    """Without validation, checkpoints and the first logged steps, which compile."""
+    """Training speed without validation, checkpoints and the first logged steps, which compile."""
     mfu: float | None
-    """Share of the device's dense peak, by 3x the forward FLOPs with full attention; None where no peak is known."""
+    """Share of the device's dense peak: 3x the forward FLOPs with full (not causal) attention; None if the peak is unknown."""
     device: str
     first_step_seconds: float = math.nan
-    """From the call to the end of the first step: the data, the model, the compilation; NaN where no step was taken."""
+    """Seconds from the call to the end of the first step, including data, model and compilation; NaN if no step was taken."""
     skipped_steps: int = 0
-    """Steps whose loss was not finite or a spike."""
+    """Number of steps skipped because of a non-finite loss or a loss spike."""
     stopped_by: str | None = None
-    """The signal that stopped the run before its last step."""
+    """Name of the signal that stopped the run before its last step."""
     valid_bits_per_byte: float = math.nan
-    """The validation loss in bits per byte of the text that it is of, which compares across tokenizers; NaN as that is."""
+    """`valid_loss` in bits per byte of the validation text, which is comparable across tokenizers."""
     train_bits_per_byte: float = math.nan
-    """The training loss in bits per byte of the steps' own text."""
+    """`train_loss` in bits per byte of the training text."""
 
 
 def train(
@@ -74,20 +73,25 @@ def train(
     accept_valid: bool = False,
     profile: bool = False,
 ) -> TrainResult:
-    """Train by `config` into its folder, or go on with the run in it; return what it reached.
+    """Train `config` in the folder `config.out`, or resume the run there; return the result.
 
-    `resume` is the path of one of the run's checkpoints, or "auto": the newest valid one, or a new run where the folder holds
-    none. The folder then holds the configuration, the tokenizer, `metrics.jsonl`, `loss.png` and checkpoints. A resumed run
-    repeats bit for bit what it would have done, given the same device and versions. It takes more steps than it began with
-    where its schedule allows that; what else may change from the checkpoint on, `extend` says (see `extension.Extend`).
-    `accept_valid` lets it go on with other validation data. SIGTERM, SIGINT and SIGUSR1 end it after its step with a
-    checkpoint. `profile` records a few steps. Under torchrun all its processes train the one run.
+    The folder receives the configuration, the tokenizer, `metrics.jsonl`, `loss.png` and checkpoints. SIGTERM, SIGINT and
+    SIGUSR1 stop the run after the current step, with a checkpoint. Under torchrun, all processes train one run.
+
+    Args:
+        config: The run. resume: A checkpoint of the run, or "auto": the newest valid checkpoint, or a new run if the folder
+        contains none. With the
+            same device and versions, a resumed run is bit-identical to an uninterrupted one. `config.steps` may be larger than
+            before if the schedule allows it.
+        extend: Which other options may change when the run resumes (see `extension.Extend`).
+        accept_valid: Allow other validation data when the run resumes.
+        profile: Record a few steps with the profiler (see `callbacks.profiler`).
     """
     start = time.perf_counter()
     with join(config.device, Layout.parse(config.parallel)) as world:
         if resume == "auto" and not world.on_first(lambda: holds_run(config.out)):
             if world.is_first:
-                print(f"{config.out} holds no run to go on with: a new one begins", file=sys.stderr)
+                print(f"{config.out} contains no run to resume: starting a new one", file=sys.stderr)
             resume = None
         return _train(config, resume, extend, accept_valid, profile, world, start)
 
@@ -103,13 +107,13 @@ def _train(
 ) -> TrainResult:
     trainer, tokenizer, resume = open_run(config, resume, extend, accept_valid, world)
     config = trainer.config
-    # The signals last: until all is closed, they are remembered.
-    with StopRequest() as stop, says_why_it_ends(), contextlib.closing(trainer):
+    # StopRequest is the outermost context: signals are recorded until everything else is closed.
+    with StopRequest() as stop, ignore_sigterm_after_error(), contextlib.closing(trainer):
         if not resume:
             world.on_first(lambda: mark_beginning(config.out))
         with open_writer(config, world) as writer:
             unfinished_row = resume_run(trainer, tokenizer, resume) if resume else begin(trainer, tokenizer, writer)
-            # The row of an unfinished step comes again, even where it was finished once before.
+            # The row of an unfinished step is written again, even if it was completed before.
             first_row = trainer.step - bool(unfinished_row)
             with contextlib.ExitStack() as stack:
                 metrics = None
@@ -123,13 +127,13 @@ def _train(
                     stack.callback(callback.close)
                 Loop(trainer, features.callbacks, features.stop).run(unfinished_row)
                 result = features.result()
-            if world.is_first:
+            if world.is_first and can_plot():
                 plot_losses(config.out, config.history)
             return result
 
 
 class _Features:
-    """All that a run does beside its steps."""
+    """The callbacks of a run, and the result computed from them."""
 
     def __init__(
         self,
@@ -145,10 +149,11 @@ class _Features:
         self._trainer, self.stop = trainer, stop
         self._speed, self._validation = Speed(trainer, start), Validation(trainer, stop)
         self._bits, self._log = BitsPerByte(trainer, tokenizer), Log(trainer, metrics)
-        # Of a pause the first ones complete the row; it is logged, and then saved. What is collected is the garbage of all.
+        # The order matters: the first callbacks complete the metrics row, then it is logged, then saved. Garbage collection is
+        # last.
         self.callbacks: list[Callback] = [
             self._speed,
-            GoodSteps(trainer),
+            DivergenceCheck(trainer),
             self._validation,
             SourceValidation(trainer, stop),
             self._bits,

@@ -1,4 +1,4 @@
-"""Texts that a run has written while it trained: one JSON object a line in `samples.jsonl`."""
+"""Log of the texts generated during training: JSON lines in `samples.jsonl`."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ FILE_NAME = "samples.jsonl"
 
 
 class SampleLog:
-    """Appends texts to a run's `samples.jsonl`; each outlives a crash of the machine."""
+    """Appends texts to a run's `samples.jsonl` and flushes each to disk."""
 
     def __init__(self, run: Path, resume_step: int = 0) -> None:
-        """Drop the texts after `resume_step`, which a resumed run writes again, and a last line cut short by a crash."""
+        """Drop the texts after `resume_step`, which a resumed run writes again, and a truncated last line."""
         self._path = run / FILE_NAME
         written = self._path.read_bytes() if self._path.exists() else b""
         kept = b"".join(line + b"\n" for line in written.split(b"\n")[:-1] if not _is_later(line, resume_step))
@@ -21,7 +21,7 @@ class SampleLog:
                 file.write(kept)
 
     def write(self, step: int, prompt: str, text: str) -> None:
-        """Write what a model of `step` steps has put behind a prompt."""
+        """Write the continuation of a prompt by the model after `step` steps."""
         with named_errors(self._path):
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
@@ -29,7 +29,7 @@ class SampleLog:
 
 
 def _is_later(line: bytes, step: int) -> bool:
-    # A damaged line stays as it is.
+    # Damaged lines are kept.
     try:
         return json.loads(line)["step"] > step
     except (ValueError, TypeError, LookupError, RecursionError):

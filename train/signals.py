@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, saves, and ends as if its work were done."""
+"""Stop a run gracefully on a signal: finish the current step, save a checkpoint, and exit."""
 
 import os
 import signal
@@ -13,11 +13,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop, while the context lasts.
+    """Records SIGTERM, SIGINT and SIGUSR1 inside the context; true once one has arrived.
 
-    A handler of its own only remembers the signal, so that it may come at any moment: inside a compilation, a validation or a
-    save. A second SIGINT interrupts at once, with `KeyboardInterrupt`. Outside the main thread, which alone may set handlers,
-    nothing is changed.
+    The handler only records the signal, so a signal is safe at any time, including during compilation, validation or saving. A
+    second SIGINT raises `KeyboardInterrupt` immediately. Outside the main thread, the context has no effect, because Python
+    allows only the main thread to set handlers.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            # A forked child, such as a worker of the compiler, goes as it would have gone without us.
+            # In a forked child, such as a compiler worker, restore the default action.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif number == signal.SIGINT and self.signal == signal.SIGINT:
@@ -45,19 +45,21 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # Another handler that was set since is there to stay.
+            # Keep a handler that other code has set inside the context.
             if signal.getsignal(number) == self._receive:
-                # None stands for a handler that was not set from Python, and cannot be set again from here.
+                # None means the handler was not set from Python, so Python cannot restore it.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def unless_stopped(compiling: Callable[[], T], stop: object, num_processes: int) -> T | None:
-    """Return what `compiling` gives; None where it fails after a signal, which whoever sends it sends to the compiler too.
+def unless_stopped(function: Callable[[], T], stop: object, num_processes: int) -> T | None:
+    """Return the result of `function`, or None if it fails after a stop signal.
 
-    That is before anything has changed. Of several processes the others would wait for this one: there, the error stays.
+    Use this for calls that compile: a signal sent to the process group also kills the compiler's workers, and the compilation
+    then fails before any state has changed. With several processes the error is raised, because the others would wait for this
+    one.
     """
     try:
-        return compiling()
+        return function()
     except Exception:
         if num_processes == 1 and stop:
             return None

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import os
 import random
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 
 from tilewright.model import ModelConfig
 from tilewright.tokenizer import Tokenizer, train_bpe
-from tilewright.train import OptimizerConfig, TrainConfig
+from tilewright.train import OptimizerConfig, TrainConfig, run
 from tilewright.train.metrics import FILE_NAME, read_metrics
 from tilewright.train.presets import corpus_files
+from tilewright.train.sweep import grid
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "small", "red", "bird", "in", "that", "old", "tree")
 
@@ -20,9 +22,23 @@ def write_corpus(path, num_documents, seed):
     path.write_text("".join(f"{document}.\n<|endoftext|>\n" for document in documents))
 
 
+@pytest.fixture(autouse=True)
+def short_runs():
+    """Skip the plots of runs and sweeps, and keep the objects that a run froze.
+
+    A plot takes longer than a short run, and so does a collection among all imported objects. Both have their own tests.
+    """
+    # Not `monkeypatch`, which a test may undo.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "plot_losses", lambda folder, *_: (folder / "loss.png").touch())
+        patch.setattr(grid, "plot_sweep", lambda result: (result.out / "sweep.png").touch())
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder with train.txt, valid.txt and tokenizer.json, as the commands leave it."""
+    """A folder with train.txt, valid.txt and tokenizer.json, as the commands write it."""
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder / "train.txt", 200, seed=0)
     write_corpus(folder / "valid.txt", 50, seed=1)
@@ -32,7 +48,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def config(corpus, tmp_path):
-    """A run of seconds that touches everything: warm-up, cosine, accumulation, validation, several checkpoints."""
+    """A run of seconds with a warm-up, a cosine schedule, validations and several checkpoints."""
     return TrainConfig(
         out=tmp_path / "run",
         model=ModelConfig(vocab_size=300, context_length=16, d_model=16, num_layers=2, num_heads=2, d_ff=24),
@@ -50,13 +66,13 @@ def config(corpus, tmp_path):
 
 @pytest.fixture
 def changed(config):
-    """Return the configuration with fields changed: changed(steps=3)."""
+    """Return a function that changes options of the configuration, as in changed(steps=3)."""
     return lambda **changes: dataclasses.replace(config, **changes)
 
 
 @pytest.fixture
 def surviving(monkeypatch):
-    """By checkpoint, the steps whose metrics would have outlived a power cut in the moment when it appeared."""
+    """Maps each checkpoint to the steps whose metrics were flushed to disk when the checkpoint appeared."""
     if not Path("/proc/self/fd").exists():
         pytest.skip("the names of open files are read from /proc")
     synced, at_checkpoint = [], {}

@@ -26,11 +26,11 @@ def peak(config, micro, checkpointing="none", accumulate=False):
     return training_memory(config.model, micro, policy=policy, accumulate=accumulate).peak
 
 
-def test_nothing_is_asked_of_a_configuration_of_numbers(xl):
+def test_fit_memory_returns_config_without_auto_unchanged(xl):
     assert fit_memory(xl, None) is xl
 
 
-def test_the_largest_batch(xl):
+def test_auto_batch_size_is_the_largest_that_fits(xl):
     config = fit_memory(dataclasses.replace(xl, batch_size="auto", micro_batch_size=None), GPU)
     assert config.batch_size == config.micro_batch_size
     assert peak(xl, config.batch_size) <= USABLE * GPU < peak(xl, config.batch_size + 1)
@@ -41,7 +41,7 @@ def test_the_largest_batch(xl):
 @pytest.mark.parametrize(
     ("options", "policy"), [({"weights": "bfloat16"}, {"weights": "bfloat16"}), ({"states": "8bit"}, {"moments": "8bit"})]
 )
-def test_smaller_weights_and_states_leave_room_for_more(xl, options, policy):
+def test_smaller_weights_and_states_allow_larger_batches(xl, options, policy):
     changes = {name: value for name, value in options.items() if name == "weights"}
     optimizer = dataclasses.replace(xl.optimizer, states=options.get("states", "float32"))
     config = dataclasses.replace(xl, batch_size="auto", micro_batch_size=None, optimizer=optimizer, **changes)
@@ -52,7 +52,7 @@ def test_smaller_weights_and_states_leave_room_for_more(xl, options, policy):
     assert found > fit_memory(dataclasses.replace(xl, batch_size="auto", micro_batch_size=None), GPU).batch_size
 
 
-def test_the_largest_micro_batch_divides_the_share_of_a_gpu(xl):
+def test_auto_micro_batch_is_the_largest_divisor_that_fits(xl):
     config = fit_memory(dataclasses.replace(xl, micro_batch_size="auto", batch_size=48), GPU)
     micro = config.micro_batch_size
     assert config.batch_size == 48
@@ -64,7 +64,7 @@ def test_the_largest_micro_batch_divides_the_share_of_a_gpu(xl):
     assert shared.micro_batch_size == 1
 
 
-def test_blocks_are_checkpointed_only_where_memory_demands_it(xl):
+def test_auto_checkpointing_only_if_memory_requires_it(xl):
     config = dataclasses.replace(xl, activation_checkpointing="auto", micro_batch_size=8)
     assert fit_memory(config, GPU).activation_checkpointing == "none"
     small = int(peak(xl, 8, "block", accumulate=True) / USABLE) + 10**6
@@ -74,7 +74,7 @@ def test_blocks_are_checkpointed_only_where_memory_demands_it(xl):
 
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(share=st.floats(0, 1), micro=st.sampled_from([1, 2, 4, 8, 16]))
-def test_as_few_blocks_as_fit_are_checkpointed(share, micro):
+def test_auto_checkpoints_the_fewest_blocks_that_fit(share, micro):
     small = dataclasses.replace(preset("gpt2-small"), out=Path("runs/small"), precision="bfloat16", device="cpu")
     config = dataclasses.replace(small, activation_checkpointing="auto", batch_size=16, micro_batch_size=micro)
     peaks = [peak(config, micro, blocks, accumulate=micro < 16) for blocks in range(13)]
@@ -88,24 +88,24 @@ def test_as_few_blocks_as_fit_are_checkpointed(share, micro):
 
 
 @pytest.mark.parametrize("batch_size", [48, "auto"])
-def test_smaller_sizes_come_before_checkpointing(xl, batch_size):
-    # So long that activations outweigh the gradients that come as they go.
+def test_auto_sizes_shrink_before_blocks_are_checkpointed(xl, batch_size):
+    # The context is so long that activations take more memory than gradients.
     long = dataclasses.replace(xl, model=dataclasses.replace(xl.model, context_length=4096), micro_batch_size="auto")
     config = dataclasses.replace(long, activation_checkpointing="auto", batch_size=batch_size)
-    roomy = fit_memory(config, GPU)
-    assert roomy.activation_checkpointing == "none"
-    assert 1 < roomy.micro_batch_size < 48
-    # Too little for one sequence: checkpointed as far as that one needs.
+    large = fit_memory(config, GPU)
+    assert large.activation_checkpointing == "none"
+    assert 1 < large.micro_batch_size < 48
+    # Not even one sequence fits without checkpointing, so as many blocks are checkpointed as one sequence needs.
     accumulate = batch_size == 48
     memory = int(peak(long, 1, 7, accumulate) / USABLE) + 1
     assert peak(long, 1, 6, accumulate) > USABLE * memory
-    tight = fit_memory(config, memory)
-    assert (tight.activation_checkpointing, tight.micro_batch_size) == (7, 1)
-    # As when the run goes on.
-    assert fit_memory(dataclasses.replace(config, batch_size=tight.batch_size), memory) == tight
+    small = fit_memory(config, memory)
+    assert (small.activation_checkpointing, small.micro_batch_size) == (7, 1)
+    # As when the run is resumed.
+    assert fit_memory(dataclasses.replace(config, batch_size=small.batch_size), memory) == small
 
 
-def test_a_given_number_of_blocks_is_taken_as_it_is(xl):
+def test_explicit_number_of_blocks_is_kept(xl):
     config = dataclasses.replace(xl, activation_checkpointing=20, batch_size="auto", micro_batch_size=None)
     resolved = fit_memory(config, GPU)
     assert resolved.activation_checkpointing == 20
@@ -114,7 +114,7 @@ def test_a_given_number_of_blocks_is_taken_as_it_is(xl):
     assert sizes[1] == resolved.batch_size
 
 
-def test_a_number_of_blocks_goes_through_the_command_line_and_the_runs_folder(xl, tmp_path):
+def test_number_of_blocks_round_trips_through_cli_and_config_file(xl, tmp_path):
     config = tyro.cli(TrainConfig, default=xl, args=["--activation-checkpointing", "17"])
     assert config.activation_checkpointing == 17
     save_config(config, tmp_path / "config.json")
@@ -124,21 +124,21 @@ def test_a_number_of_blocks_goes_through_the_command_line_and_the_runs_folder(xl
 
 
 @pytest.mark.parametrize("value", [-1, 49, True, "all"])
-def test_numbers_of_blocks_that_do_not_exist_are_refused(xl, value):
-    with pytest.raises(UserError, match=f"activation_checkpointing is {value!r}: it must be .*none, block, auto"):
+def test_invalid_numbers_of_blocks_raise(xl, value):
+    with pytest.raises(UserError, match=f"activation_checkpointing is {value!r}: .*none, block, auto"):
         dataclasses.replace(xl, activation_checkpointing=value)
 
 
-def test_the_mean_of_the_weights_takes_its_room(xl):
+def test_ema_is_part_of_the_memory(xl):
     config = dataclasses.replace(xl, batch_size="auto", micro_batch_size=None)
-    with_mean = fit_memory(dataclasses.replace(config, ema_decay=0.999), GPU)
-    assert with_mean.batch_size < fit_memory(config, GPU).batch_size
+    with_ema = fit_memory(dataclasses.replace(config, ema_decay=0.999), GPU)
+    assert with_ema.batch_size < fit_memory(config, GPU).batch_size
 
 
-def test_what_does_not_fit_is_said_before_anything_is_made(xl):
+def test_error_if_nothing_fits(xl):
     for checkpointing, advice in (("auto", "size$"), ("block", "size$"), (4, "size, or --activation-checkpointing auto$")):
         config = dataclasses.replace(xl, micro_batch_size="auto", activation_checkpointing=checkpointing)
-        with pytest.raises(UserError, match=rf"a step of xl does not fit in 20.0 GB: choose .*{advice}"):
+        with pytest.raises(UserError, match=rf"a step of xl does not fit in 20.0 GB: use .*{advice}"):
             fit_memory(config, 20 * 10**9)
-    with pytest.raises(UserError, match="batch_size is auto: that needs a GPU, whose memory is known"):
+    with pytest.raises(UserError, match="batch_size is auto, which needs a GPU: expected a number"):
         fit_memory(dataclasses.replace(xl, batch_size="auto"), None)

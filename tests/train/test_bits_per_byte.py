@@ -12,14 +12,14 @@ from tilewright.train.data.validation import ValidationData
 from tilewright.train.metrics import read_metrics
 
 
-def test_tokens_have_the_size_of_their_text():
+def test_token_sizes_are_bytes_of_text():
     vocab = {byte: bytes([byte]) for byte in range(256)} | {256: b"ab", 258: b"abab"}
     sizes = token_sizes(Tokenizer(vocab, [(b"a", b"b"), (b"ab", b"ab")], ["<|endoftext|>"]))
-    # 257 is no token, and 259 ends a text.
+    # 257 is not a token, and 259 is the end-of-text token.
     assert sizes.tolist() == [1] * 256 + [2, 0, 4, 0]
 
 
-def test_only_what_is_scored_counts():
+def test_bytes_per_token_ignores_unscored_targets():
     sizes = torch.tensor([1, 4, 0])
     inputs = torch.zeros(2, 3, dtype=torch.long)
     batches = [(inputs, torch.tensor([[0, 1, 2], [-100, 1, -100]])), (inputs[:1], torch.tensor([[0, 0, 0]]))]
@@ -27,12 +27,12 @@ def test_only_what_is_scored_counts():
     assert bytes_per_token([], sizes) == 0.0
 
 
-def test_a_bit_is_the_logarithm_of_two():
+def test_bits_per_byte_converts_nats_to_bits():
     assert bits_per_byte(6 * math.log(2), 2) == 3.0
     assert math.isnan(bits_per_byte(1.0, 0))
 
 
-def test_a_run_reports_the_bits_per_byte_of_its_losses(changed):
+def test_run_logs_bits_per_byte(changed):
     config = changed(steps=4)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     result = train(config)
@@ -46,7 +46,7 @@ def test_a_run_reports_the_bits_per_byte_of_its_losses(changed):
     assert read_metrics(config.out)[-1]["valid_bits_per_byte"] == result.valid_bits_per_byte
     resumed = train(config, resume="auto")
     assert resumed.valid_bits_per_byte == result.valid_bits_per_byte
-    # Of the steps, too: each by its own text.
+    # Training losses use the bytes of the step's own text.
     data = TrainingData((open_dataset(config.data.train[0], tokenizer),), config.model.context_length, config.seed)
     rows = read_metrics(config.out)
     for step, row in enumerate(rows):

@@ -11,47 +11,47 @@ from tilewright.train.extension import check_same_run
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_the_disk(name, tmp_path):
+def test_presets_round_trip_through_files(name, tmp_path):
     save_config(preset(name), tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == preset(name)
 
 
-def test_the_course_run_sees_the_courses_tokens():
+def test_tinystories_preset_has_the_token_budget_of_cs336():
     config = preset("tinystories-17m")
     assert config.steps * config.tokens_per_step == 327_680_000
 
 
-def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'gpt3' is unknown: choose one of stories-cpu, tinystories-17m"):
+def test_unknown_preset_lists_presets():
+    with pytest.raises(UserError, match=r"'gpt3' is unknown: expected one of stories-cpu, tinystories-17m"):
         preset("gpt3")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0: it must be at least 1"),
-        ({"batch_size": 6, "micro_batch_size": 4}, "micro_batch_size is 4: it must be a divisor of batch_size, 6"),
+        ({"steps": 0}, "steps is 0: expected at least 1"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "micro_batch_size is 4: expected a divisor of batch_size, 6"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
-        ({"steps": 3}, "warmup_steps is 3: it must be below steps, 3"),
+        ({"steps": 3}, "warmup_steps is 3: expected less than steps, 3"),
         ({"seed": -1}, "seed is -1"),
-        ({"precision": "float16"}, "precision is 'float16': it must be one of auto, float32, bfloat16, fp8"),
+        ({"precision": "float16"}, "precision is 'float16': .*one of auto, float32, bfloat16, fp8"),
         (
             {"cuda_graphs": True, "precision": "float32", "model": ModelConfig(300, 16, 16, 2, 2, 24, num_experts=2)},
-            "precision is '?float32'?: it must be bfloat16 where cuda_graphs is set, with experts",
+            "precision is '?float32'?: expected a precision other than float32 if cuda_graphs is set",
         ),
-        ({"steps": 3.0}, "steps is 3.0: it must be an integer"),
-        ({"steps": True}, "steps is True: it must be an integer"),
-        ({"z_loss": float("nan")}, "z_loss is nan: it must be a number"),
-        ({"batch_size": "all"}, "batch_size is 'all': it must be an integer or auto"),
-        ({"cuda_graphs": 1}, "cuda_graphs is 1: it must be true or false"),
-        ({"out": "runs/mine"}, "out is 'runs/mine': it must be a Path"),
-        ({"batch_start": 3, "batch_warmup_steps": 4}, "batch_start is 3: it must be batch_size, 4, halved"),
-        ({"batch_start": 2}, "batch_warmup_steps is 0: it must be above 0 where batch_start is set"),
+        ({"steps": 3.0}, "steps is 3.0: .*an integer"),
+        ({"steps": True}, "steps is True: .*an integer"),
+        ({"z_loss": float("nan")}, "z_loss is nan: .*a number"),
+        ({"batch_size": "all"}, "batch_size is 'all': .*an integer or auto"),
+        ({"cuda_graphs": 1}, "cuda_graphs is 1: .*true or false"),
+        ({"out": "runs/mine"}, "out is 'runs/mine': .*a Path"),
+        ({"batch_start": 3, "batch_warmup_steps": 4}, "batch_start is 3: expected batch_size, 4, divided by a power of 2"),
+        ({"batch_start": 2}, "batch_warmup_steps is 0: expected at least 1 with batch_start"),
         ({"batch_start": 1, "batch_warmup_steps": 4, "micro_batch_size": 2}, "micro_batch_size is 2: .* of batch_start, 1"),
-        ({"parallel": "tp"}, "parallel is tp: it must be ddp or fsdp, alone or with tp=N"),
+        ({"parallel": "tp"}, "parallel is tp: expected ddp or fsdp, optionally followed by ,tp=N"),
     ],
 )
-def test_impossible_runs_are_refused(changed, changes, message):
+def test_invalid_run_options_raise(changed, changes, message):
     with pytest.raises(UserError, match=message):
         changed(**changes)
 
@@ -59,27 +59,27 @@ def test_impossible_runs_are_refused(changed, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.0}, r"optimizer.lr is 0.0: it must be a finite number above 0"),
+        ({"lr": 0.0}, r"optimizer.lr is 0.0: expected a finite number above 0"),
         ({"lr": float("nan")}, r"optimizer.lr is nan"),
-        ({"final_lr": 1.0}, r"optimizer.final_lr is 1.0: it must be between 0 and lr"),
+        ({"final_lr": 1.0}, r"optimizer.final_lr is 1.0: expected 0 to lr"),
         ({"betas": (0.9, 1.0)}, r"optimizer.betas is \(0.9, 1.0\)"),
         ({"weight_decay": -0.1}, r"optimizer.weight_decay is -0.1"),
-        ({"name": "lion"}, "optimizer.name is 'lion': it must be one of adamw, muon"),
-        ({"schedule": "sine"}, "optimizer.schedule is 'sine': it must be one of cosine, wsd, linear"),
-        ({"eps": float("inf")}, r"optimizer.eps is inf: it must be a finite number above 0"),
-        ({"eps": "1e-8"}, r"optimizer.eps is '1e-8': it must be a number"),
-        ({"betas": [0.9, 0.95]}, r"optimizer.betas is \[0.9, 0.95\]: it must be a tuple of 2, each a number"),
-        ({"warmup_steps": 1.5}, r"optimizer.warmup_steps is 1.5: it must be an integer"),
-        ({"name": "schedule_free"}, r"optimizer.schedule is cosine: it must be constant where optimizer.name is schedule_free"),
+        ({"name": "lion"}, "optimizer.name is 'lion': .*one of adamw, muon"),
+        ({"schedule": "sine"}, "optimizer.schedule is 'sine': .*one of cosine, wsd, linear"),
+        ({"eps": float("inf")}, r"optimizer.eps is inf: expected a finite number above 0"),
+        ({"eps": "1e-8"}, r"optimizer.eps is '1e-8': .*a number"),
+        ({"betas": [0.9, 0.95]}, r"optimizer.betas is \[0.9, 0.95\]: .*a tuple of 2, each a number"),
+        ({"warmup_steps": 1.5}, r"optimizer.warmup_steps is 1.5: .*an integer"),
+        ({"name": "schedule_free"}, r"optimizer.schedule is cosine: expected constant if optimizer.name is schedule_free"),
         ({"max_grad_norm": 0.0}, r"optimizer.max_grad_norm is 0.0"),
     ],
 )
-def test_impossible_optimizers_are_refused(changes, message):
+def test_invalid_optimizer_options_raise(changes, message):
     with pytest.raises(UserError, match=message):
         OptimizerConfig(**changes)
 
 
-def test_a_broken_configuration_is_named(config, tmp_path):
+def test_malformed_config_file_raises(config, tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match="does not exist"):
         load_config(path)
@@ -94,16 +94,16 @@ def test_a_broken_configuration_is_named(config, tmp_path):
             load_config(path)
 
 
-def test_a_run_goes_on_only_as_it_began(config, changed):
+def test_check_same_run_rejects_changed_options(config, changed):
     check_same_run(config, changed(log_every=7, device="cuda", keep_checkpoints=9))
-    with pytest.raises(UserError, match=r"has seed 0, not 1: resume it with 0"):
+    with pytest.raises(UserError, match=r"has seed 0, not 1: keep 0"):
         check_same_run(config, changed(seed=1))
     deeper = dataclasses.replace(config.model, num_layers=3)
     with pytest.raises(UserError, match=r"has model.num_layers 2, not 3"):
         check_same_run(config, changed(model=deeper))
 
 
-def test_the_settings_of_each_part_of_a_run_are_known(changed, tmp_path):
+def test_config_of_each_phase(changed, tmp_path):
     history = (Change(4, {"batch_size": [4, 6]}), Change(8, {"steps": [12, 20], "optimizer.lr": [1e-2, 5e-3]}))
     optimizer = OptimizerConfig(lr=5e-3, final_lr=1e-3, warmup_steps=3)
     config = changed(steps=20, batch_size=6, micro_batch_size=3, optimizer=optimizer, history=history)
@@ -116,7 +116,7 @@ def test_the_settings_of_each_part_of_a_run_are_known(changed, tmp_path):
     assert load_config(tmp_path / "config.json") == config
 
 
-def test_a_configuration_of_an_earlier_version_is_read(config, tmp_path):
+def test_config_of_an_earlier_version_loads(config, tmp_path):
     path = tmp_path / "config.json"
     save_config(config, path)
     values = json.loads(path.read_text())

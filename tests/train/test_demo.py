@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
     return run_demo(DemoConfig(out=out, **TINY), console), console.file.getvalue()  # pyright: ignore
 
 
-def test_the_demo_leaves_a_run_with_its_data(demo):
+def test_demo_writes_a_run_and_its_data(demo):
     summary, _ = demo
     run = summary.result.run
     assert {path.name for path in (run / "data").iterdir()} == {
@@ -34,7 +34,7 @@ def test_the_demo_leaves_a_run_with_its_data(demo):
     assert json.loads((run / "summary.json").read_text())["result"]["valid_loss"] == summary.result.valid_loss
 
 
-def test_the_demo_shows_what_it_measured(demo):
+def test_demo_prints_its_measurements(demo):
     summary, shown = demo
     assert summary.sample.startswith("Once upon a time")
     assert summary.bytes_per_token > 1.5
@@ -43,36 +43,36 @@ def test_the_demo_shows_what_it_measured(demo):
         f"{summary.result.num_parameters:,}",
         "tokens/s",
         f"{summary.result.valid_loss:.3f} nats/token",
-        "n/a: no peak known for this CPU",
+        "n/a: the peak of",
         "loss.png",
         "Next: tilewright generate",
     ):
         assert expected in shown, expected
 
 
-def test_the_demo_repeats_itself(demo, tmp_path):
+def test_demo_is_deterministic(demo, tmp_path):
     again = run_demo(DemoConfig(out=tmp_path / "again", **TINY), Console(file=io.StringIO()))
     assert again.sample == demo[0].sample
     assert again.result.valid_loss == demo[0].result.valid_loss
 
 
-def test_a_demo_that_a_signal_stops_says_how_it_goes_on(tmp_path, monkeypatch):
+def test_interrupted_demo_prints_how_to_resume(tmp_path, monkeypatch):
     console = Console(file=io.StringIO(), width=120)
     train_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self: (signal.raise_signal(signal.SIGINT), train_step(self))[1])
     with pytest.raises(KeyboardInterrupt):
         run_demo(DemoConfig(out=tmp_path / "run", **TINY), console)
     shown = console.file.getvalue()  # pyright: ignore
-    assert f"stopped by SIGINT after step 1; it goes on with\ntilewright train stories-cpu --out {tmp_path}/run" in shown
+    assert f"stopped by SIGINT after step 1; resume with\ntilewright train stories-cpu --out {tmp_path}/run" in shown
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_folder_in_use_is_refused(demo):
-    with pytest.raises(UserError, match="holds a run already"):
+def test_existing_folder_raises(demo):
+    with pytest.raises(UserError, match="already contains a run"):
         run_demo(DemoConfig(out=demo[0].result.run, **TINY), Console(file=io.StringIO()))
 
 
-def test_the_default_folder_is_the_first_free_one(demo, tmp_path, monkeypatch):
+def test_default_folder_does_not_exist_yet(demo, tmp_path, monkeypatch):
     from tilewright.train.demo import _free_folder
 
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def test_the_default_folder_is_the_first_free_one(demo, tmp_path, monkeypatch):
     assert str(_free_folder()) == "runs/demo-2"
 
 
-def test_a_run_writes_stories(demo):
+def test_run_generates_text(demo):
     text_model = load_text_model(demo[0].result.run, "cpu")
     config = SampleConfig(("One day",), num_samples=2, max_new_tokens=5, seed=1)
     texts = write_texts(text_model, config)
@@ -92,6 +92,6 @@ def test_a_run_writes_stories(demo):
         write_texts(text_model, SampleConfig(("One day " * 100,)))
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"is the folder that of a run\?"):
+def test_folder_without_a_run_raises(tmp_path):
+    with pytest.raises(UserError, match=r"expected the folder of a run"):
         load_run(tmp_path)

@@ -1,12 +1,12 @@
 import torch
 from torch import nn
 
-from tilewright.train.ema import WeightMean
+from tilewright.train.ema import EMA
 
 
-def test_the_mean_follows_the_weights():
+def test_ema_follows_the_weights():
     model = nn.Linear(3, 2, bias=False)
-    mean = WeightMean(model, 0.9)
+    mean = EMA(model, 0.9)
     expected = model.weight.detach().clone().double()
     for step in range(1, 200):
         with torch.no_grad():
@@ -17,9 +17,9 @@ def test_the_mean_follows_the_weights():
     torch.testing.assert_close(mean.weights["weight"].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_stands_in_for_the_weights_and_steps_back():
+def test_ema_replaces_the_weights_inside_the_context():
     model = nn.Linear(3, 2, bias=False)
-    mean = WeightMean(model, 0.9)
+    mean = EMA(model, 0.9)
     own = torch.full((2, 3), 5.0)
     with torch.no_grad():
         model.weight.copy_(own)

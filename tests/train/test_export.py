@@ -1,4 +1,4 @@
-"""Runs written for transformers, and models read back from such folders."""
+"""Export of runs to the format of transformers, and loading of such folders."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ PROMPT = "the cat sat on"
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """A run of a few steps, its vocabulary larger than the tokenizer's, with a mean of its weights."""
+    """A run of a few steps with averaged weights and a vocabulary larger than the tokenizer's."""
     from tilewright.train import OptimizerConfig, TrainConfig
     from tilewright.train.presets import corpus_files
 
@@ -50,7 +50,7 @@ def exported(run, tmp_path_factory):
     return export_run(run, "hf", tmp_path_factory.mktemp("exported") / "hf")
 
 
-def test_transformers_reads_and_generates_the_same(run, exported):
+def test_transformers_generates_the_same_tokens(run, exported):
     transformers = pytest.importorskip("transformers")
     model, tokenizer = load_run(run, "cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
@@ -71,7 +71,7 @@ def test_transformers_reads_and_generates_the_same(run, exported):
     assert their_tokenizer.decode(found[0], skip_special_tokens=True) == PROMPT + tokenizer.decode(ours)
 
 
-def test_the_mean_of_the_weights_is_what_is_exported(run, exported):
+def test_export_uses_averaged_weights(run, exported):
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
     mean, weights = (load_file(checkpoint / f"{name}.safetensors")["layers.0.ln1.weight"] for name in ("ema", "model"))
     written = load_file(exported / "model.safetensors")["model.layers.0.input_layernorm.weight"]
@@ -79,7 +79,7 @@ def test_the_mean_of_the_weights_is_what_is_exported(run, exported):
     assert not torch.equal(written, weights)
 
 
-def test_ids_that_the_tokenizer_lacks_are_left_out(run, exported):
+def test_export_drops_ids_beyond_the_tokenizer(run, exported):
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     assert tokenizer.vocab_size == 300
     tensors = load_file(exported / "model.safetensors")
@@ -87,7 +87,7 @@ def test_ids_that_the_tokenizer_lacks_are_left_out(run, exported):
     assert json.loads((exported / "config.json").read_text())["vocab_size"] == 300
 
 
-def test_an_exported_folder_loads_like_a_run(run, exported):
+def test_exported_folder_loads_like_a_run(run, exported):
     ours, again = load_text_model(run, "cpu"), load_text_model(exported, "cpu")
     assert again.tokenizer.fingerprint == ours.tokenizer.fingerprint
     assert again.end_tokens == ours.end_tokens == (ours.tokenizer.end_of_text_id,)
@@ -97,10 +97,10 @@ def test_an_exported_folder_loads_like_a_run(run, exported):
         torch.testing.assert_close(again.model(tokens), ours.model(tokens)[..., :300])
 
 
-def test_what_cannot_be_exported_leaves_nothing_behind(run, tmp_path, exported):
+def test_failed_export_leaves_no_files(run, tmp_path, exported):
     with pytest.raises(UserError, match="exists already"):
         export_run(run, "hf", exported)
-    with pytest.raises(UserError, match="'gguf' is unknown"):
+    with pytest.raises(UserError, match="format is 'gguf': expected hf"):
         export_run(run, "gguf", tmp_path / "out")
     with pytest.raises(UserError, match="nowhere"):
         export_run(tmp_path / "nowhere", "hf", tmp_path / "out")
@@ -113,7 +113,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(run, tmp_path, exported):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_begins_from_a_run_or_a_folder(run, exported):
+def test_init_from_a_run_or_a_folder(run, exported):
     source, tokenizer = load_run(run, "cpu")
     tokens = torch.arange(16)[None]
     for folder, size in ((run, 310), (exported, 300)):
@@ -125,14 +125,14 @@ def test_a_model_begins_from_a_run_or_a_folder(run, exported):
             torch.testing.assert_close(model(tokens)[..., :300], source(tokens)[..., :300])
 
 
-def test_a_model_begins_from_nothing_that_does_not_fit(run, exported, corpus, tmp_path):
+def test_init_rejects_other_shapes_and_tokenizers(run, exported, corpus, tmp_path):
     source, tokenizer = load_run(run, "cpu")
     model = TransformerLM(dataclasses.replace(source.config, d_ff=40))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"has d_ff 24, not 40: leave the preset out, or set --model\.d-ff 24"):
+    with pytest.raises(UserError, match=r"has d_ff 24, not 40: omit the preset, or set --model\.d-ff 24"):
         initialise(model, run, tokenizer)
     scaled = TransformerLM(dataclasses.replace(source.config, rope_theta=77.0, rope_scaling=RopeScaling("linear", 2.0)))
-    with pytest.raises(UserError, match=r"has rope_theta 10000.0, not 77.0: leave the preset out, or set --model.rope-theta"):
+    with pytest.raises(UserError, match=r"has rope_theta 10000.0, not 77.0: omit the preset, or set --model.rope-theta"):
         initialise(scaled, run, tokenizer)
     with pytest.raises(UserError, match="has vocab_size 300, not 310"):
         initialise(TransformerLM(source.config), exported, tokenizer)
@@ -142,27 +142,27 @@ def test_a_model_begins_from_nothing_that_does_not_fit(run, exported, corpus, tm
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_tokenizer_that_cannot_be_compared_is_a_warning(run, tmp_path):
+def test_init_warns_if_the_tokenizer_cannot_be_compared(run, tmp_path):
     folder = export_run(run, "hf", tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
     source, tokenizer = load_run(run, "cpu")
     model = TransformerLM(dataclasses.replace(source.config, vocab_size=300))
-    with pytest.warns(UserWarning, match="cannot be told"):
+    with pytest.warns(UserWarning, match="cannot compare the tokenizer"):
         initialise(model, folder, tokenizer)
-    with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json: choose a tokenizer with --tokenizer"):
         load_text_model(folder)
 
 
-def test_a_run_that_began_with_a_folder_is_written_as_its_family(run, exported, tmp_path):
+def test_export_keeps_the_family_of_init(run, exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "mistral")
     path = folder / "config.json"
-    # Without windows it is a Llama too.
+    # Mistral without windows could also be exported as Llama.
     family = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     path.write_text(json.dumps(json.loads(path.read_text()) | family))
     config = load_config(run / "config.json")
     model = dataclasses.replace(config.model, vocab_size=300)
     train(dataclasses.replace(config, out=tmp_path / "run", init=folder, model=model, steps=1))
-    # What a chat needs, as a run keeps it of the folder that it began with.
+    # Chat files that a run copies from the folder of `init`.
     kept = {"chat_template.jinja": "{{ messages }}", "generation_config.json": '{"eos_token_id": [3, 7]}'}
     for name, text in kept.items():
         (tmp_path / "run" / name).write_text(text)
@@ -170,10 +170,10 @@ def test_a_run_that_began_with_a_folder_is_written_as_its_family(run, exported, 
     assert {name: (written / name).read_text() for name in kept} == kept
     assert family_of_folder(written) == "mistral"
     assert {tensor.dtype for tensor in load_file(written / "model.safetensors").values()} == {torch.bfloat16}
-    # So is a run that began with that run.
+    # The same holds for a run that starts from that run.
     again = dataclasses.replace(config, out=tmp_path / "again", init=tmp_path / "run", model=model, steps=1)
     train(again)
     assert family_of_folder(export_run(tmp_path / "again", "hf")) == "mistral"
-    # The folder may be gone by then.
+    # The folder of `init` may have been deleted.
     shutil.rmtree(folder)
     assert family_of_folder(export_run(tmp_path / "run", "hf", tmp_path / "out")) == "llama"

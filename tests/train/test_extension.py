@@ -1,4 +1,4 @@
-"""Runs that grow: more steps, another batch size, other data, another learning rate, from a checkpoint on."""
+"""Extension of runs: more steps, another batch size, other data or another learning rate from a checkpoint on."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def changes(config):
     return [(change.step, change.changes) for change in load_config(config.out / "config.json").history]
 
 
-def test_a_run_extended_twice_is_the_run_of_all_its_steps(growing, tmp_path):
+def test_run_extended_twice_equals_one_long_run(growing, tmp_path):
     whole = growing("constant", out=tmp_path / "whole")
     train(whole)
     config = growing("constant", steps=4)
@@ -41,7 +41,7 @@ def test_a_run_extended_twice_is_the_run_of_all_its_steps(growing, tmp_path):
         result = train(dataclasses.replace(config, steps=steps), resume="auto")
     assert (result.steps, outcome(config.out)) == (12, outcome(whole.out))
     assert changes(config) == [(4, {"steps": [4, 8]}), (8, {"steps": [8, 12]})]
-    # From a checkpoint of before, it is extended otherwise.
+    # From an earlier checkpoint, the run can be extended differently.
     train(dataclasses.replace(config, steps=6), resume=list_checkpoints(config.out)[1], extend="keep")
     assert changes(config) == [(4, {"steps": [4, 8]}), (4, {"steps": [8, 6]})]
     train(dataclasses.replace(config, steps=12), resume="auto")
@@ -49,7 +49,7 @@ def test_a_run_extended_twice_is_the_run_of_all_its_steps(growing, tmp_path):
     assert [row["tokens"] for row in read_metrics(config.out)] == [64 * step for step in range(1, 13)]
 
 
-def test_a_decay_that_had_begun_is_gone_back_from(growing, tmp_path, capsys):
+def test_extension_resumes_from_before_the_decay(growing, tmp_path, capsys):
     whole = growing("wsd", out=tmp_path / "whole", steps=16)
     train(whole)
     config = growing("wsd", steps=12)
@@ -58,17 +58,17 @@ def test_a_decay_that_had_begun_is_gone_back_from(growing, tmp_path, capsys):
     train(dataclasses.replace(config, steps=16), resume="auto")
     assert outcome(config.out) == outcome(whole.out)
     printed = capsys.readouterr().err
-    assert "set step-00000012 aside as set-aside-step-00000012: the run goes on from step-00000008" in printed
+    assert "renamed step-00000012 to set-aside-step-00000012: the run resumes from step-00000008" in printed
     assert "from step 8 on: steps 12 → 16" in printed
-    with pytest.raises(UserError, match=r"step-00000016 is of a learning rate that falls since step 11: name an earlier one"):
+    with pytest.raises(UserError, match=r"step-00000016 is after step 11, where the learning rate decays: use an earlier one"):
         train(dataclasses.replace(config, steps=20), resume=list_checkpoints(config.out)[-1])
     for checkpoint in list_checkpoints(config.out)[:-1]:
         shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match=r"no valid checkpoint up to step 11, .*: begin the schedule anew .* --extend RATE"):
+    with pytest.raises(UserError, match=r"no valid checkpoint up to step 11, .*: restart the schedule .* --extend RATE"):
         train(dataclasses.replace(config, steps=20), resume="auto")
 
 
-def test_the_checkpoint_that_a_decay_begins_at_stays(growing, tmp_path):
+def test_checkpoint_before_the_decay_is_kept(growing, tmp_path):
     whole, config = (
         dataclasses.replace(growing("wsd", out=tmp_path / name, steps=steps), keep_checkpoints=1, eval_every=20)
         for name, steps in (("whole", 16), ("run", 10))
@@ -82,26 +82,26 @@ def test_the_checkpoint_that_a_decay_begins_at_stays(growing, tmp_path):
     assert outcome(config.out) == outcome(whole.out)
 
 
-def test_a_cosine_begins_anew_from_a_rate(growing):
+def test_extend_restarts_a_cosine_from_a_rate(growing):
     config = growing("cosine", steps=8)
     train(config)
     before = rows(config.out)
     longer = dataclasses.replace(config, steps=16)
-    with pytest.raises(UserError, match=r"has steps 8, not 16: resume it with 8, or begin its schedule anew .* --extend RATE"):
+    with pytest.raises(UserError, match=r"has steps 8, not 16: keep 8, or restart the schedule .* --extend RATE"):
         train(longer, resume="auto")
     train(longer, resume="auto", extend=5e-3)
     found = rows(config.out)
     assert found[:8] == before
     assert (found[8]["lr"], found[-1]["lr"]) == (5e-3, 1e-3)
     assert changes(config) == [(8, {"steps": [8, 16], "optimizer.lr": [1e-2, 5e-3]})]
-    # What a queue repeats extends the run once.
+    # Repeating the command extends the run once.
     shutil.rmtree(list_checkpoints(config.out)[-1])
     train(longer, resume="auto", extend=5e-3)
     assert rows(config.out) == found
     assert len(changes(config)) == 1
 
 
-def test_batch_size_and_data_change_from_a_step_on(growing, corpus, tmp_path, monkeypatch):
+def test_extend_changes_batch_size_and_data(growing, corpus, tmp_path, monkeypatch):
     shutil.copy(corpus / "valid.txt", tmp_path / "more.txt")
     config = growing("constant", steps=4)
     train(config)
@@ -121,10 +121,10 @@ def test_batch_size_and_data_change_from_a_step_on(growing, corpus, tmp_path, mo
     assert changes(config) == [(4, {"steps": [4, 8], "batch_size": [4, 8]}), (8, {"steps": [8, 12], "data.train": paths})]
     assert read_metrics(config.out)[-1]["tokens"] == 16 * (4 * 4 + 8 * 8)
     expected = outcome(config.out)
-    # A checkpoint from before the change of data is of no use with the new ones.
-    with pytest.raises(UserError, match=r"is from before step 8, since which the run has other data: add --extend keep"):
+    # A checkpoint from before the change of data cannot be resumed with the new data.
+    with pytest.raises(UserError, match=r"is from before step 8, where the training data changed: add --extend keep"):
         train(other, resume=list_checkpoints(config.out)[1])
-    # Cut short, it goes on with what it was given last; and from before its last extension, it takes that again.
+    # An interrupted run resumes with its last options. From before its last extension, it can be extended in the same way.
     shutil.rmtree(list_checkpoints(config.out)[-1])
     train(load_config(config.out / "config.json"), resume="auto")
     assert outcome(config.out) == expected
@@ -134,7 +134,7 @@ def test_batch_size_and_data_change_from_a_step_on(growing, corpus, tmp_path, mo
         train(dataclasses.replace(other, data=config.data), resume="auto")
 
 
-def test_what_an_extension_cannot_be_is_named(growing):
+def test_invalid_extensions_raise(growing):
     config = growing("constant", steps=8)
     train(config)
 
@@ -143,23 +143,23 @@ def test_what_an_extension_cannot_be_is_named(growing):
             train(dataclasses.replace(config, **options), resume="auto", extend=extend)
 
     faster = dataclasses.replace(config.optimizer, lr=2e-2)
-    refused(r"has batch_size 4, not 8: resume it with 4, or change it from here on with --extend keep", None, batch_size=8)
-    refused(r"has steps 8, not 7: resume it with 8, or change it from here on", None, steps=7)
-    refused(r"step-00000008 has taken 8 steps of 4", "keep", steps=4)
-    refused(r"has seed 0, not 1: resume it with 0", "keep", seed=1)
+    refused(r"has batch_size 4, not 8: keep 4, or change it from this step on with --extend keep", None, batch_size=8)
+    refused(r"has steps 8, not 7: keep 8, or change it from this step on", None, steps=7)
+    refused(r"cannot extend a run from .*step-00000008, step 8 of 4", "keep", steps=4)
+    refused(r"has seed 0, not 1: keep 0", "keep", seed=1)
     refused(r"has optimizer.lr 0.01, not 0.02: .* with --extend RATE", "keep", optimizer=faster)
-    refused(r"optimizer.lr is 0.02, extend 0.03: leave out optimizer.lr", 3e-2, optimizer=faster)
-    refused(r"optimizer.final_lr is 0.001: it must be between 0 and lr, 0.0001", 1e-4, steps=9)
-    refused(r"extend is nan: it must be keep, or a learning rate above 0", float("nan"), steps=9)
+    refused(r"optimizer.lr is 0.02, but extend is 0.03: omit optimizer.lr", 3e-2, optimizer=faster)
+    refused(r"optimizer.final_lr is 0.001: expected 0 to lr, 0.0001", 1e-4, steps=9)
+    refused(r"extend is nan: expected keep, or a learning rate above 0", float("nan"), steps=9)
     assert changes(config) == []
 
 
-def test_a_new_run_is_not_extended(config):
-    with pytest.raises(UserError, match=r"extend is keep, but no run goes on: add --resume auto"):
+def test_extend_without_resume_raises(config):
+    with pytest.raises(UserError, match=r"extend is keep, but no run is resumed: add --resume auto"):
         train(config, resume="auto", extend="keep")
 
 
-def test_batches_grow_without_another_shape(changed, monkeypatch):
+def test_batch_warmup_keeps_the_micro_batch_shape(changed, monkeypatch):
     shapes = set()
     backward = Trainer._backward
 
@@ -177,7 +177,7 @@ def test_batches_grow_without_another_shape(changed, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("every", [pytest.param(3, marks=pytest.mark.long), 23])
-def test_an_extension_killed_before_any_operation_on_a_file_goes_on(growing, corpus, tmp_path, every):
+def test_extension_resumes_after_a_kill_at_any_file_operation(growing, corpus, tmp_path, every):
     shutil.copy(corpus / "valid.txt", tmp_path / "more.txt")
     start = growing("wsd", steps=8, checkpoint_every=2)
     train(start)
@@ -202,7 +202,7 @@ def test_an_extension_killed_before_any_operation_on_a_file_goes_on(growing, cor
         assert changes(config) == changes(whole)
 
 
-def test_extensions_are_drawn(config):
+def test_plot_marks_extensions(config):
     config.out.mkdir()
     (config.out / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 9)))
     plain = plot_losses(config.out).read_bytes()

@@ -1,7 +1,8 @@
-"""Damaged checkpoints, full and read-only disks, data and settings that change under a run: named, and nothing is lost."""
+"""Clear errors and exact resume after damaged checkpoints, full or read-only disks, and changed data or settings."""
 
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from tilewright.train.pretrained import load_text_model
 
 @pytest.fixture
 def own_data(config, corpus, tmp_path):
-    """The run on data of its own, which it may lose; encoded."""
+    """The run with a private copy of its data, encoded, which a test may damage."""
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("train.txt", "valid.txt", "tokenizer.json"):
@@ -67,9 +68,9 @@ def truncate(path):
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "guard.safetensors", "state.json", "manifest.json")
 DAMAGES = {
-    "truncated": (truncate, r"was truncated or changed|is damaged|cannot be read"),
+    "truncated": (truncate, r"was truncated or changed|is damaged|cannot read"),
     "flipped": (lambda path: flip_a_byte(path) if path.stat().st_size > 100 else path.write_bytes(b"?" * path.stat().st_size),
-                r"is damaged|cannot be read|not a manifest|of format|was truncated"),
+                r"is damaged|cannot read|not the manifest|of format|was truncated"),
     "missing": (lambda path: path.unlink(), r"is missing|has no manifest.json"),
 }  # fmt: skip
 
@@ -81,7 +82,7 @@ def finished():
 
 @pytest.fixture
 def run(config, finished, tmp_path_factory):
-    """A copy of a run that has ended, with three checkpoints; and what it came to."""
+    """A copy of a finished run with three checkpoints, and its outcome."""
     if not finished:
         made = dataclasses.replace(config, out=tmp_path_factory.mktemp("finished") / "run", keep_checkpoints=3)
         train(made)
@@ -90,9 +91,9 @@ def run(config, finished, tmp_path_factory):
     return dataclasses.replace(config, keep_checkpoints=3), finished["outcome"]
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_named(run, file, damage, capsys):
+# The tests of checkpoint layout detect every damage of every file.
+@pytest.mark.parametrize(("file", "damage"), [*zip(FILES, itertools.cycle(DAMAGES)), ("manifest.json", "flipped")])
+def test_resume_skips_damaged_checkpoints(run, file, damage, capsys):
     config, expected = run
     harm, reason = DAMAGES[damage]
     first, middle, last = list_checkpoints(config.out)[-3:]
@@ -105,30 +106,30 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, file, damage, capsys
     train(config, resume="auto")
     printed = capsys.readouterr().err
     for folder in (middle, last):
-        assert f"skipped {folder.name}: {folder}" in printed
-        assert f"set {folder.name} aside as set-aside-{folder.name}: the run goes on from {first.name}" in printed
+        assert re.search(rf"skipped {folder.name}: .*{folder}", printed)
+        assert f"renamed {folder.name} to set-aside-{folder.name}: the run resumes from {first.name}" in printed
     assert outcome(config.out) == expected
 
 
-def test_without_a_valid_checkpoint_a_run_neither_goes_on_nor_begins_anew(run):
+def test_resume_without_a_valid_checkpoint_changes_nothing(run):
     config, _ = run
     for folder in list_checkpoints(config.out):
         truncate(folder / "model.safetensors")
     before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"has no valid checkpoint among 3: a run cannot go on from nothing"):
+    with pytest.raises(UserError, match=r"has no valid checkpoint among 3, so the run cannot be resumed"):
         train(config, resume="auto")
     assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
 
 
-def test_a_lost_configuration_does_not_begin_a_run_anew(run):
+def test_resume_without_config_json_does_not_start_over(run):
     config, _ = run
     (config.out / "config.json").unlink()
-    with pytest.raises(UserError, match=r"holds a tokenizer.json that a run would overwrite"):
+    with pytest.raises(UserError, match=r"contains tokenizer.json, which a run would overwrite"):
         train(config, resume="auto")
     assert len(list_checkpoints(config.out)) == 3
 
 
-def test_a_damaged_configuration_is_named(run):
+def test_error_names_a_damaged_config_json(run):
     config, _ = run
     truncate(config.out / "config.json")
     (config.out / "config.json").write_text((config.out / "config.json").read_text()[:-5])
@@ -136,7 +137,7 @@ def test_a_damaged_configuration_is_named(run):
         train(config, resume="auto")
 
 
-def test_a_torn_line_of_metrics_is_written_again(run):
+def test_resume_repairs_a_partial_line_of_metrics(run):
     config, expected = run
     path = config.out / "metrics.jsonl"
     for folder in list_checkpoints(config.out)[-1:]:
@@ -147,7 +148,7 @@ def test_a_torn_line_of_metrics_is_written_again(run):
 
 
 @pytest.mark.parametrize("when", FULL)
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(config, run, when):
+def test_full_disk_raises_an_error_and_the_run_resumes_exactly(config, run, when):
     _, expected = run
     config = dataclasses.replace(config, out=config.out.with_name("full"))
     status, printed = run_in_child(command_on_a_full_disk, config, when, "--resume", "auto")
@@ -164,7 +165,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(config, run
 
 @pytest.fixture
 def read_only():
-    """Return what makes a folder and those in it read-only until the end of the test."""
+    """Return a function that makes a folder and its subfolders read-only until the end of the test."""
     locked = []
 
     def lock(folder):
@@ -182,7 +183,7 @@ def read_only():
     unlock()
 
 
-def test_a_read_only_folder_is_named_and_the_run_goes_on_when_it_is_not(run, read_only):
+def test_read_only_folder_raises_an_error_and_the_run_resumes_exactly(run, read_only):
     config, expected = run
     shutil.rmtree(list_checkpoints(config.out)[-1])
     before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
@@ -200,13 +201,13 @@ def test_a_read_only_folder_is_named_and_the_run_goes_on_when_it_is_not(run, rea
     assert outcome(config.out) == expected
 
 
-def test_a_folder_that_gets_read_only_ends_a_run_at_its_next_checkpoint(config, run):
+def test_run_ends_at_the_first_checkpoint_after_its_folder_becomes_read_only(config, run):
     _, expected = run
     config = dataclasses.replace(config, out=config.out.with_name("locked"))
     status, printed = run_in_child(command_in_a_folder_that_gets_read_only, config)
     assert status in (1, 2), printed
     message = printed.splitlines()[-1]
-    assert f"saving the checkpoint of step 8 in {config.out / 'checkpoints'} failed" in message
+    assert f"cannot save the checkpoint of step 8 in {config.out / 'checkpoints'}: " in message
     assert "Permission denied" in message
     (config.out / "checkpoints").chmod(0o755)
     assert [folder.name for folder in list_checkpoints(config.out)] == ["step-00000000", "step-00000004"]
@@ -214,7 +215,7 @@ def test_a_folder_that_gets_read_only_ends_a_run_at_its_next_checkpoint(config, 
     assert outcome(config.out) == expected
 
 
-def test_no_folder_can_be_made_in_a_read_only_one(changed, tmp_path, read_only):
+def test_error_for_a_new_run_in_a_read_only_folder(changed, tmp_path, read_only):
     (tmp_path / "locked").mkdir()
     read_only(tmp_path / "locked")
     status, printed = run_in_child(command_without_privileges, changed(out=tmp_path / "locked" / "run"))
@@ -222,14 +223,14 @@ def test_no_folder_can_be_made_in_a_read_only_one(changed, tmp_path, read_only):
     assert f"Permission denied: '{tmp_path / 'locked' / 'run'}'" in printed.splitlines()[-1]
 
 
-def test_a_read_only_folder_of_data_is_named_with_a_remedy(own_data, read_only):
+def test_error_for_read_only_data_names_a_remedy(own_data, read_only):
     text = own_data.data.train[0]
     text.with_suffix(".tokens").unlink()
     read_only(text.parent)
     status, printed = run_in_child(command_without_privileges, own_data)
     assert status == 2, printed
     message = printed.splitlines()[-1]
-    assert f"{text.parent} cannot be written to (Permission denied): encode {text} elsewhere, by `tilewright" in message
+    assert f"cannot write to {text.parent}: Permission denied; encode {text} with `tilewright tokenizer encode" in message
     read_only.undo()
     elsewhere = own_data.out.with_name("train.tokens")
     assert main(["tokenizer", "encode", str(text), "--out", str(elsewhere)]) == 0
@@ -237,7 +238,7 @@ def test_a_read_only_folder_of_data_is_named_with_a_remedy(own_data, read_only):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_what_remains_on_a_full_disk_is_said(tmp_path, monkeypatch, keep):
+def test_error_for_a_full_disk_lists_deletable_folders(tmp_path, monkeypatch, keep):
     (tmp_path / "checkpoints" / "set-aside-step-00000007").mkdir(parents=True)
     with pytest.raises(UserError) as error, CheckpointWriter(tmp_path, keep) as writer:
         for step in (1, 2):
@@ -247,8 +248,7 @@ def test_what_remains_on_a_full_disk_is_said(tmp_path, monkeypatch, keep):
         writer.save(3, {"model": {"a": torch.ones(2)}}, {})
     old = "" if keep == 1 else ", step-00000001"
     assert str(error.value).endswith(
-        "No space left on device): the run goes on from step-00000002 with --resume auto; "
-        f"not needed for that: set-aside-step-00000007{old}"
+        f"No space left on device; --resume auto continues from step-00000002; you can delete set-aside-step-00000007{old}"
     ), error.value
     assert len(list_checkpoints(tmp_path)) == keep
 
@@ -260,7 +260,7 @@ def fails_with(number):
     return fail
 
 
-def test_a_run_that_was_copied_goes_on_and_is_named_by_its_new_folder(run, changed):
+def test_copied_run_resumes_in_its_new_folder(run, changed):
     config, expected = run
     moved = dataclasses.replace(config, out=config.out.with_name("copy"))
     shutil.copytree(config.out, moved.out)
@@ -282,7 +282,7 @@ def test_a_run_that_was_copied_goes_on_and_is_named_by_its_new_folder(run, chang
 
 
 def at_step(monkeypatch, step, action):
-    """Do something once to the world as a run comes to a step."""
+    """Call `action` when the run reaches `step`."""
     judge = Guard.judge
 
     def wrapped(self, *arguments):
@@ -294,7 +294,7 @@ def at_step(monkeypatch, step, action):
 
 
 def restorable(path):
-    """Return what puts a file back as it was, its times with it."""
+    """Return a function that restores the contents and times of a file."""
     content, stat = path.read_bytes(), path.stat()
 
     def restore():
@@ -306,24 +306,23 @@ def restorable(path):
 
 TOKENS = {"training": "train.tokens", "validation": "valid.tokens"}
 HARM = {
-    "removed": (lambda path: path.unlink(), "cannot be read: No such file or directory"),
-    "truncated": (truncate, r"has \d+ bytes, its header says \d+: make it again"),
-    "changed": (flip_a_byte, "has changed: its ids are not those that its header speaks of"),
+    "removed": (lambda path: path.unlink(), r"cannot read token file {path}: No such file or directory"),
+    "truncated": (truncate, r"{path} has \d+ bytes: expected \d+ by its header; encode its text again"),
+    "changed": (flip_a_byte, "{path} has changed: the hash of its ids differs from its header"),
 }
 
 
-@pytest.mark.parametrize("file", TOKENS)
-@pytest.mark.parametrize("harm", HARM)
-def test_data_that_is_harmed_during_a_run_is_named_and_the_run_goes_on_with_it(own_data, monkeypatch, file, harm):
+@pytest.mark.parametrize(("harm", "file"), [*zip(HARM, itertools.cycle(TOKENS)), ("changed", "validation")])
+def test_data_damaged_during_a_run_raises_an_error_and_the_run_resumes_exactly(own_data, monkeypatch, file, harm):
     expected = whole(own_data)
     path = own_data.data.valid.with_name(TOKENS[file])
     restore = restorable(path)
     do, message = HARM[harm]
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: do(path))
-        with pytest.raises(UserError, match=rf"{path}.* {message}"):
+        with pytest.raises(UserError, match=message.replace("{path}", str(path))):
             train(own_data)
-    # Three batches may have been read before.
+    # Up to three batches may have been read ahead.
     assert [row["step"] for row in rows(own_data.out)] == [*range(1, 10)][: len(rows(own_data.out))]
     assert int(list_checkpoints(own_data.out)[-1].name.removeprefix("step-")) in (4, 8)
     restore()
@@ -341,13 +340,13 @@ def stopped_after(config, monkeypatch, step):
 
 
 @pytest.mark.parametrize("file", TOKENS)
-def test_data_that_was_changed_between_two_parts_of_a_run_is_named(own_data, monkeypatch, file):
+def test_resume_rejects_changed_data(own_data, monkeypatch, file):
     expected = whole(own_data)
     stopped_after(own_data, monkeypatch, 5)
     path = own_data.data.valid.with_name(TOKENS[file])
     restore = restorable(path)
     flip_a_byte(path)
-    with pytest.raises(UserError, match=rf"{path} has changed: its ids are not those that its header speaks of"):
+    with pytest.raises(UserError, match=rf"{path} has changed: the hash of its ids differs from its header"):
         train(own_data, resume="auto")
     restore()
     train(own_data, resume="auto")
@@ -360,29 +359,29 @@ def flip_ids(path):
     path.write_bytes(content)
 
 
-def test_training_ids_that_are_not_their_texts_end_a_new_run(own_data):
+def test_new_run_rejects_damaged_training_ids_while_it_runs(own_data):
     path = own_data.data.train[0].with_suffix(".tokens")
     flip_ids(path)
-    with pytest.raises(UserError, match=rf"{path} has changed: its ids are not those that its header speaks of; make it"):
+    with pytest.raises(UserError, match=rf"{path} has changed: the hash of its ids differs from its header; encode its text"):
         train(own_data)
     assert list_checkpoints(own_data.out)
 
 
-def test_validation_ids_that_are_not_their_texts_end_a_run_before_it_begins(own_data):
+def test_new_run_rejects_damaged_validation_ids_before_it_begins(own_data):
     path = own_data.data.valid.with_suffix(".tokens")
     flip_ids(path)
-    with pytest.raises(UserError, match=rf"{path} has changed: its ids are not those that its header speaks of; make it"):
+    with pytest.raises(UserError, match=rf"{path} has changed: the hash of its ids differs from its header; encode its text"):
         train(own_data)
     assert not own_data.out.exists()
 
 
-def noted(run):
+def notes_of(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["note"]) for line in lines if "note" in line]
 
 
 @pytest.mark.parametrize("way", ["replaced", "named"])
-def test_other_validation_data_are_refused_or_taken_and_noted(own_data, monkeypatch, way):
+def test_other_validation_data_need_accept_valid_and_are_noted(own_data, monkeypatch, way):
     stopped_after(own_data, monkeypatch, 5)
     known, other = own_data.data.valid, own_data.data.valid.with_name("other.txt")
     other.write_text(known.read_text()[::-1])
@@ -393,18 +392,18 @@ def test_other_validation_data_are_refused_or_taken_and_noted(own_data, monkeypa
     else:
         changed = dataclasses.replace(own_data, data=dataclasses.replace(own_data.data, valid=other))
     tokens = changed.data.valid.with_suffix(".tokens")
-    with pytest.raises(UserError, match=rf"{tokens} is not what the run was validated on, .*valid.tokens .* --accept-valid"):
+    with pytest.raises(UserError, match=rf"{tokens} is not the validation data of the run: .*valid.tokens .* --accept-valid"):
         train(changed, resume="auto")
-    assert noted(own_data.out) == []
+    assert notes_of(own_data.out) == []
     train(changed, resume="auto", accept_valid=True)
-    assert noted(own_data.out) == [(5, f"validation losses after this step are of {tokens}")]
-    # From here on they are the run's own.
+    assert notes_of(own_data.out) == [(5, f"validation losses after this step are of {tokens}")]
+    # The record now lists the new data.
     train(changed, resume=list_checkpoints(own_data.out)[-2])
-    assert noted(own_data.out) == [(5, f"validation losses after this step are of {tokens}")]
+    assert notes_of(own_data.out) == [(5, f"validation losses after this step are of {tokens}")]
     assert [row["step"] for row in rows(own_data.out)] == [*range(1, 13)]
 
 
-def test_a_record_of_before_takes_the_validation_data_as_they_are(run, capsys):
+def test_record_of_an_earlier_version_accepts_any_validation_data(run, capsys):
     config, expected = run
     path = config.out / "data.json"
     record = json.loads(path.read_text())
@@ -423,13 +422,13 @@ def swap(path):
 
 
 @pytest.mark.parametrize("harm", ["removed", "swapped", "damaged"])
-def test_the_tokenizer_of_a_run_is_checked_and_restored(run, changed, harm, capsys):
+def test_tokenizer_of_a_run_is_checked_and_restored(run, changed, harm, capsys):
     config, expected = run
     path = config.out / "tokenizer.json"
     whole = path.read_bytes()
     {"removed": lambda path: path.unlink(), "swapped": swap, "damaged": lambda path: os.truncate(path, 200)}[harm](path)
     message = {
-        "removed": f"the run's tokenizer {path} does not exist: put {config.data.tokenizer} there",
+        "removed": f"copy {config.data.tokenizer} there",
         "swapped": f"{path} is not the tokenizer that the run was trained with",
         "damaged": str(path),
     }[harm]
@@ -442,12 +441,12 @@ def test_the_tokenizer_of_a_run_is_checked_and_restored(run, changed, harm, caps
             use()
     shutil.rmtree(list_checkpoints(config.out)[-1])
     train(config, resume="auto")
-    assert f"restored {path}, from {config.data.tokenizer}" in capsys.readouterr().err
+    assert f"restored {path} from {config.data.tokenizer}" in capsys.readouterr().err
     assert path.read_bytes() == whole
     assert outcome(config.out) == expected
 
 
-def test_lost_tokens_are_made_again_from_their_text(own_data, monkeypatch):
+def test_missing_token_file_is_encoded_again(own_data, monkeypatch):
     expected = whole(own_data)
     stopped_after(own_data, monkeypatch, 5)
     own_data.data.train[0].with_suffix(".tokens").unlink()
@@ -455,14 +454,14 @@ def test_lost_tokens_are_made_again_from_their_text(own_data, monkeypatch):
     assert outcome(own_data.out) == expected
 
 
-def test_another_text_or_tokenizer_is_named(own_data, monkeypatch):
+def test_resume_rejects_another_text_or_tokenizer(own_data, monkeypatch):
     expected = whole(own_data)
     stopped_after(own_data, monkeypatch, 5)
     text, tokenizer = own_data.data.train[0], own_data.data.tokenizer
     tokens = text.with_suffix(".tokens")
     restores = [restorable(path) for path in (text, tokenizer, tokens)]
     text.write_text(text.read_text() + "the cat sat.\n")
-    with pytest.raises(UserError, match=r"train.tokens was made from another train.txt"):
+    with pytest.raises(UserError, match=r"train.tokens was encoded from another train.txt"):
         train(own_data, resume="auto")
     tokens.unlink()
     with pytest.raises(UserError, match=r"train.tokens is not the file that the run began with: it has another ids"):
@@ -472,7 +471,7 @@ def test_another_text_or_tokenizer_is_named(own_data, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer .*tokenizer.json does not exist"):
         train(own_data, resume="auto")
     Tokenizer(known.vocab, known.merges[:-1], list(known.special_tokens)).save(tokenizer)
-    with pytest.raises(UserError, match=r"was made by another tokenizer"):
+    with pytest.raises(UserError, match=r"was encoded with another tokenizer"):
         train(own_data, resume="auto")
     tokenizer.unlink()
     tokens.unlink()
@@ -482,12 +481,12 @@ def test_another_text_or_tokenizer_is_named(own_data, monkeypatch):
     assert outcome(own_data.out) == expected
 
 
-def test_other_settings_are_named_and_free_ones_are_not(run):
+def test_resume_rejects_fixed_settings_and_accepts_free_ones(run):
     config, expected = run
     shutil.rmtree(list_checkpoints(config.out)[-1])
     for changes, message in {
-        "seed": ({"seed": 1}, "has seed 0, not 1: resume it with 0"),
-        "steps": ({"steps": 13}, r"has steps 12, not 13: .* --extend RATE \(a cosine falls"),
+        "seed": ({"seed": 1}, "has seed 0, not 1: keep 0"),
+        "steps": ({"steps": 13}, r"has steps 12, not 13: .* --extend RATE \(schedule cosine decays"),
         "batch_size": ({"batch_size": 8}, "has batch_size 4, not 8"),
         "precision": ({"precision": "bfloat16"}, "has precision auto, not bfloat16"),
         "ema_decay": ({"ema_decay": 0.9}, "has ema_decay None, not 0.9"),
@@ -501,13 +500,13 @@ def test_other_settings_are_named_and_free_ones_are_not(run):
 
 
 @pytest.mark.parametrize("moment", ["beginning", "in a step"])
-def test_a_second_process_is_refused_and_does_no_harm(config, run, monkeypatch, moment):
+def test_second_process_is_rejected_and_changes_nothing(config, run, monkeypatch, moment):
     _, expected = run
     config = dataclasses.replace(config, out=config.out.with_name("twice"))
-    refused = []
+    second = []
 
     def start_another():
-        refused.append(run_in_child(command, config, "--resume", "auto"))
+        second.append(run_in_child(command, config, "--resume", "auto"))
 
     if moment == "beginning":
         begin = opening.begin_run
@@ -515,7 +514,7 @@ def test_a_second_process_is_refused_and_does_no_harm(config, run, monkeypatch, 
     else:
         at_step(monkeypatch, 5, start_another)
     train(config)
-    ((status, printed),) = refused
+    ((status, printed),) = second
     assert status == 2
-    assert "another process saves checkpoints in" in printed
+    assert "another process saves checkpoints there" in printed
     assert outcome(config.out) == expected

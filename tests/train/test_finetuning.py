@@ -1,4 +1,4 @@
-"""Fine-tuning from folders: a run on chats equals a plain PyTorch loop over what transformers computes."""
+"""Fine-tuning from folders: a run on chats equals a plain PyTorch loop with a transformers model."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ CONTEXT, STEPS, BATCH = 48, 10, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama written by transformers, with a tokenizer, a chat template and chats beside it."""
+    """A folder with a tiny Llama written by transformers, a tokenizer, a chat template and chats."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("folder") / "llama"
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def data_of(config):
 
 
 def conversations_of(config, samples):
-    """The conversations in the windows of some samples, encoded anew from their text, cropped to the context."""
+    """Return the conversations in the windows of some samples, encoded from their text and truncated to the context."""
     tokenizer, template = Tokenizer.load(config.data.tokenizer), ChatTemplate.load(config.data.tokenizer.parent)
     lines = config.data.train[0].read_text().splitlines()
     encoded = [encode_conversation(json.loads(line)["messages"], tokenizer, template) for line in lines]
@@ -82,8 +82,8 @@ def conversations_of(config, samples):
             yield torch.tensor(ids.astype(int))[: CONTEXT + 1], torch.tensor(marks & SCORED != 0)[: CONTEXT + 1]
 
 
-def loss_by_hand(model, config, samples):
-    """Return the mean loss over the tokens of the assistant, each conversation by itself, in transformers' model."""
+def reference_loss(model, config, samples):
+    """Return the mean loss over assistant tokens by the transformers model, with one forward pass per conversation."""
     loss, count = torch.zeros(()), 0
     for ids, scored in conversations_of(config, samples):
         logits = model(ids[None, :-1]).logits[0]
@@ -92,7 +92,7 @@ def loss_by_hand(model, config, samples):
     return loss / count
 
 
-def test_ten_steps_equal_a_plain_loop_over_transformers_model(folder, run):
+def test_ten_steps_equal_a_plain_loop_with_transformers(folder, run):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = run.optimizer
@@ -102,7 +102,7 @@ def test_ten_steps_equal_a_plain_loop_over_transformers_model(folder, run):
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
     losses = []
     for step, row in zip(range(STEPS), read_metrics(run.out), strict=True):
-        loss = loss_by_hand(model, run, range(step * BATCH, (step + 1) * BATCH))
+        loss = reference_loss(model, run, range(step * BATCH, (step + 1) * BATCH))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -114,8 +114,8 @@ def test_ten_steps_equal_a_plain_loop_over_transformers_model(folder, run):
     assert losses[-1] < losses[0] - 0.02
 
 
-def test_validation_is_over_the_assistants_tokens(run):
-    """Of all conversations, as `eval_sequences` is more than there are windows."""
+def test_validation_scores_only_assistant_tokens(run):
+    """`eval_sequences` exceeds the number of windows, so all conversations are scored."""
     model, _ = load_run(run.out, "cpu")
     _, valid = data_of(run)
     loss, count = 0.0, 0
@@ -132,15 +132,15 @@ def test_validation_is_over_the_assistants_tokens(run):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_micro_batches_change_nothing(folder, run, tmp_path, micro_batch_size):
+def test_micro_batch_size_does_not_change_losses(folder, run, tmp_path, micro_batch_size):
     train(run_of(folder, tmp_path / "run", micro_batch_size=micro_batch_size, steps=3))
     found, expected = ([row["loss"] for row in read_metrics(out)][:3] for out in (tmp_path / "run", run.out))
-    # The schedules differ from the second step on.
+    # The learning rates differ from the second step on.
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 class Half(World):
-    """One of two processes, where sums of counts have the other's added."""
+    """One of two processes; a sum adds the other process's count."""
 
     def __init__(self, other):
         super().__init__(torch.device("cpu"))
@@ -151,8 +151,8 @@ class Half(World):
         return value + self.other if value.dtype == torch.int64 else value
 
 
-def test_processes_share_the_number_of_scored_tokens(run, monkeypatch):
-    """Each divides by half of what both have: the mean of their gradients is that of the whole batch."""
+def test_loss_is_normalized_by_scored_tokens_of_all_processes(run, monkeypatch):
+    """Each process divides by half of the total count, so that the mean of the gradients is that of the whole batch."""
     data, valid = data_of(run)
     whole_batch = data.batch(range(BATCH))
 
@@ -170,13 +170,13 @@ def test_processes_share_the_number_of_scored_tokens(run, monkeypatch):
         gradients([tensor[rows] for tensor in whole_batch], Half(other))
         for rows, other in ((slice(0, 2), counts[1]), (slice(2, 4), counts[0]))
     ]
-    # Each loss is half of what the process adds to the sum of both.
+    # Each loss is half of the process's contribution to the sum.
     assert float(halves[0][0] + halves[1][0]) == pytest.approx(float(loss), rel=1e-6)
     for one, other, both in zip(halves[0][1], halves[1][1], expected, strict=True):
         torch.testing.assert_close((one + other) / 2, both, atol=1e-7, rtol=1e-4)
 
 
-def test_a_resumed_run_is_the_run_bit_for_bit(run, tmp_path):
+def test_resume_is_bit_identical(run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run.out, out)
     first, *later = [step for step in list_checkpoints(out) if step.name != "step-00000000"]
@@ -189,13 +189,13 @@ def test_a_resumed_run_is_the_run_bit_for_bit(run, tmp_path):
     assert found == expected
 
 
-def test_the_run_keeps_what_a_chat_needs(folder, run):
+def test_run_keeps_chat_files(folder, run):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (run.out / name).read_bytes() == (folder / name).read_bytes()
     assert ChatTemplate.load(run.out).fingerprint == ChatTemplate.load(folder).fingerprint
 
 
-def test_a_template_that_is_named_goes_with_the_run(folder, tmp_path):
+def test_named_chat_template_is_copied_to_the_run(folder, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}")
     config = run_of(folder, tmp_path / "run", steps=3, micro_batch_size=4)
@@ -203,12 +203,12 @@ def test_a_template_that_is_named_goes_with_the_run(folder, tmp_path):
     data = dataclasses.replace(config.data, train=(chats[0],), valid=chats[1], chat_template=template)
     train(dataclasses.replace(config, data=data))
     assert (tmp_path / "run" / "chat_template.jinja").read_text() == template.read_text()
-    # And from that run on to another one.
+    # A run that starts from that run copies the template again.
     again = finetuning(tmp_path / "run")
     assert ChatTemplate.load(again.data.tokenizer.parent).source == template.read_text()
 
 
-def test_the_command_needs_no_preset_and_no_widths(folder, tmp_path, capsys):
+def test_init_command_needs_no_preset(folder, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--out", out, "--data.train", folder.parent / "train.jsonl", "--data.valid", folder.parent / "valid.jsonl"]
     options += ["--steps", 1, "--batch-size", 2, "--optimizer.warmup-steps", 0, "--device", "cpu"]
@@ -223,13 +223,13 @@ def test_the_command_needs_no_preset_and_no_widths(folder, tmp_path, capsys):
     )
     assert stored.init == folder
     assert "60 conversations in" in capsys.readouterr().err
-    # From a run, by the other spelling.
+    # From a run, with the other spelling of the option.
     options[1] = tmp_path / "next"
     run_train_command([f"--init={out}", *map(str, options)], "tilewright train")
     assert load_config(tmp_path / "next" / "config.json").model == stored.model
 
 
-def test_the_context_is_one_that_windows_of_chats_fill(folder):
+def test_default_context_is_limited(folder):
     assert finetuning(folder).model.context_length == CONTEXT
     assert finetuning(folder).out.name == "llama-tuned"
 
@@ -237,11 +237,11 @@ def test_the_context_is_one_that_windows_of_chats_fill(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "3"], "^the arguments begin with --steps: name a preset first, stories-cpu, .*, or --init FOLDER$"),
-        (["--init"], "^the arguments begin with --init"),
-        (["--init", "nowhere"], r"^init is nowhere, which has no config.json: name the folder of a run"),
+        (["--steps", "3"], "^the first argument is --steps: expected --init FOLDER or a preset: stories-cpu, .*$"),
+        (["--init"], "^the first argument is --init: expected --init FOLDER or a preset"),
+        (["--init", "nowhere"], r"^init is nowhere, which has no config.json: expected the folder of a run"),
     ],
 )
-def test_arguments_without_a_beginning_are_refused(arguments, message):
+def test_arguments_without_preset_or_init_raise(arguments, message):
     with pytest.raises(UserError, match=message):
         run_train_command(arguments, "tilewright train")

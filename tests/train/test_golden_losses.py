@@ -1,7 +1,7 @@
-"""The first 100 losses of the demo's model, as they were when they were written down: any change of the mathematics shows.
+"""Compare the first 100 losses of the demo's model with recorded ones, which detects any change of the computation.
 
-They hold for every version of PyTorch: 2.11 and 2.13 differ in how `trunc_normal_` draws from a seed, by the inverse of the
-distribution or by rejection, so here it is replaced. Run as a program this file writes them down anew:
+The test replaces `trunc_normal_`, because PyTorch 2.11 and 2.13 sample it differently (inverse distribution or rejection). To
+record new losses, run this file as a program:
 `python tests/train/test_golden_losses.py`.
 """
 
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
 def demo_run(folder):
-    """The preset on its corpus, but smaller: a sequence a step."""
+    """The preset on its corpus, with one sequence per step."""
     write_stories(folder / "train.txt", 0.5, seed=0)
     write_stories(folder / "valid.txt", 0.1, seed=1)
     Tokenizer(*train_bpe(folder / "train.txt", 2048, [END_OF_TEXT]), [END_OF_TEXT]).save(folder / "tokenizer.json")
@@ -47,7 +47,7 @@ def demo_run(folder):
 
 @torch.no_grad()
 def draw(weight, mean=0.0, std=1.0, a=-2.0, b=2.0):
-    """In the place of `torch.nn.init.trunc_normal_`."""
+    """Replaces `torch.nn.init.trunc_normal_`."""
     return weight.normal_(mean, std).clamp_(a, b)
 
 
@@ -58,11 +58,11 @@ def losses(config, out):
     return {"loss": [row["loss"] for row in rows], "valid_loss": [row["valid_loss"] for row in rows if "valid_loss" in row]}
 
 
-def test_the_demo_learns_as_it_always_did(tmp_path):
+def test_losses_of_the_demo_model_match_recorded_ones(tmp_path):
     found = losses(demo_run(tmp_path), tmp_path / "run")
     golden = json.loads(GOLDEN.read_text())
-    # With AVX-512, AVX2 and neither, with one thread and two, they differ by at most 2e-7; what may be added up otherwise on
-    # other CPUs grows with the steps, while a change of the mathematics moves the second loss already.
+    # Between AVX-512, AVX2 and neither, and between one and two threads, losses differ by at most 2e-7. Differences in the
+    # order of summation grow with the steps, while a change of the computation already changes the second loss.
     assert found["loss"][:50] == pytest.approx(golden["loss"][:50], rel=1e-5)
     assert found["loss"] == pytest.approx(golden["loss"], rel=1e-4)
     assert found["valid_loss"] == pytest.approx(golden["valid_loss"], rel=1e-4)

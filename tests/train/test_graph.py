@@ -17,7 +17,7 @@ def test_steps_as_a_graph_are_those_without(changed, tmp_path, micro_batch_size)
         config = changed(device="cuda", compile=False, cuda_graphs=cuda_graphs, micro_batch_size=micro_batch_size)
         trainer = Trainer(config, TrainingData((data,), 16, 0), data)
         metrics = [trainer.train_step() for _ in range(EAGER_STEPS + 1)]
-        # Of a graph, the results of a step are overwritten by the next one.
+        # The next replay overwrites the results of a step.
         losses = [metrics[-1]["loss"].clone(), *(trainer.train_step()["loss"].clone() for _ in range(3))]
         results.append((losses, dict(trainer.model.named_parameters())))
         trainer.close()

@@ -19,7 +19,7 @@ def counts(guard):
 
 
 @pytest.mark.parametrize("deviations", [None, 6.0])
-def test_what_is_not_finite_is_skipped(deviations):
+def test_non_finite_loss_or_gradient_is_skipped(deviations):
     guard = Guard(CPU, deviations)
     assert not judge(guard, 3.0)
     assert judge(guard, math.nan)
@@ -31,7 +31,7 @@ def test_what_is_not_finite_is_skipped(deviations):
     assert counts(guard) == {"taken": 2, "skipped": 5, "in_a_row": 1, "most_in_a_row": 4}
 
 
-def test_a_spike_is_skipped_once_there_is_a_history():
+def test_spike_is_skipped_once_enough_losses_are_recorded():
     losses = [3 + 0.1 * math.sin(step) for step in range(2 * HISTORY)]
     guard = Guard(CPU, 6.0)
     for loss in losses[: MIN_HISTORY - 1]:
@@ -39,17 +39,17 @@ def test_a_spike_is_skipped_once_there_is_a_history():
     assert not Guard(CPU, 6.0).judge(torch.tensor(100.0), torch.tensor(1.0))
     for loss in losses[MIN_HISTORY - 1 :]:
         assert not judge(guard, loss)
-    # The deviation of a sine is its height over the root of two.
+    # The standard deviation of a sine is its amplitude over sqrt(2).
     deviation = 0.1 / math.sqrt(2)
     assert not judge(guard, 3 + 5.5 * deviation)
     assert judge(guard, 3 + 6.8 * deviation)
     assert judge(guard, 50.0)
-    assert not judge(guard, 0.0), "a fall is no spike"
+    assert not judge(guard, 0.0), "a decrease is not a spike"
     none = Guard(CPU, None)
     assert not any(judge(none, loss) for loss in [*losses, 50.0])
 
 
-def test_rounding_of_a_constant_loss_is_no_spike():
+def test_rounding_of_a_constant_loss_is_not_a_spike():
     guard = Guard(CPU, 6.0)
     for _ in range(HISTORY):
         judge(guard, 2.0)
@@ -57,7 +57,7 @@ def test_rounding_of_a_constant_loss_is_no_spike():
 
 
 @given(st.lists(st.floats(0, 10, width=32) | st.just(math.nan), max_size=3 * MIN_HISTORY))
-def test_the_history_is_of_the_losses_that_were_taken(losses):
+def test_history_excludes_skipped_losses(losses):
     guard = Guard(CPU, 3.0)
     kept = []
     for loss in losses:
@@ -67,7 +67,7 @@ def test_the_history_is_of_the_losses_that_were_taken(losses):
             known = torch.tensor(kept[-HISTORY:], dtype=torch.float64)
             border = float(known.mean() + 3 * known.std(correction=0).clamp(min=1e-3))
             if abs(loss - border) < 1e-4:
-                expected = skip  # too near to tell in float32
+                expected = skip  # too close to the threshold for float32
             else:
                 expected = loss > border
         assert skip == expected
@@ -76,7 +76,7 @@ def test_the_history_is_of_the_losses_that_were_taken(losses):
     assert int(guard.taken) == len(kept)
 
 
-def test_its_state_goes_on():
+def test_state_round_trips():
     first, second = Guard(CPU, 6.0), Guard(CPU, 6.0)
     for step in range(HISTORY + 7):
         judge(first, math.nan if step % 5 == 0 else 3 + 0.1 * math.sin(step))

@@ -1,4 +1,4 @@
-"""Whole runs are killed, with kill -9, wherever it can hurt; what goes on from there ends as if nothing had happened."""
+"""Kill whole runs with SIGKILL at any file operation; the resumed run must equal an uninterrupted one."""
 
 import dataclasses
 import random
@@ -12,7 +12,7 @@ from tilewright.tokenizer import Tokenizer
 from tilewright.train.data.datasets import open_data
 from tilewright.train.folder import CONFIG_FILE
 
-# On a machine that is busy, or slow.
+# Allows for a slow or busy machine.
 pytestmark = pytest.mark.timeout(600)
 
 long = pytest.mark.long
@@ -20,7 +20,7 @@ long = pytest.mark.long
 
 @pytest.fixture
 def saving(config):
-    """A run that saves as often as it can, and for about as long as it computes."""
+    """A run that saves often, and spends about as much time saving as computing."""
     open_data(config.data, Tokenizer.load(config.data.tokenizer))
     model = ModelConfig(vocab_size=300, context_length=16, d_model=64, num_layers=2, num_heads=2, d_ff=128)
     return dataclasses.replace(config, model=model, steps=4, checkpoint_every=2, keep_checkpoints=1)
@@ -39,7 +39,7 @@ def leftovers(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [pytest.param(1, marks=long), 7])
-def test_a_run_killed_before_any_operation_on_a_file_goes_on(saving, every):
+def test_run_resumes_after_a_kill_at_any_file_operation(saving, every):
     expected, num_operations = uninterrupted(saving)
     assert num_operations > 40
     before_it_began = 0
@@ -52,15 +52,15 @@ def test_a_run_killed_before_any_operation_on_a_file_goes_on(saving, every):
         assert status == 0, printed
         assert outcome(config.out) == expected, kill_at
         assert leftovers(config.out) == []
-    # While the folder was made, in the first save, and later.
+    # Kills happened during folder creation, during the first save, and later.
     assert 10 / every < before_it_began < (num_operations - 20) / every
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [pytest.param(100, marks=long), 10])
-def test_a_run_killed_many_times_ends_as_if_it_had_not_been(saving, kills):
-    # A start takes 6 operations, a checkpoint with the two steps before it 16, and some milliseconds each: so many kills never
-    # come to the end.
+def test_run_killed_many_times_equals_an_uninterrupted_run(saving, kills):
+    # A start takes 6 operations, and two steps with a checkpoint take 16, of a few milliseconds each, so the kills never reach
+    # the end of the run.
     config = dataclasses.replace(saving, steps=4 * kills)
     expected, _ = uninterrupted(config)
     rng = random.Random(0)

@@ -1,23 +1,27 @@
 import dataclasses
+import io
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from faults import command, run_in_child
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.model import ModelConfig
 from tilewright.tokenizer import Tokenizer
 from tilewright.train import OptimizerConfig, load_run, opening, train
+from tilewright.train.callbacks.log import ProgressBar
 from tilewright.train.callbacks.profiler import Profiler
 from tilewright.train.checkpoint.layout import list_checkpoints
 from tilewright.train.config import load_config
 from tilewright.train.metrics import read_metrics
 from tilewright.train.trainer import Trainer
 
-# The rest of a row is time.
+# The other metrics are timings.
 EXACT = ("step", "loss", "grad_norm", "lr", "valid_loss")
 
 
@@ -29,7 +33,7 @@ def weights(run):
     return load_file(list_checkpoints(run)[-1] / "model.safetensors")
 
 
-def test_a_run_leaves_everything_that_a_person_wants(config):
+def test_run_writes_its_files(config):
     result = train(config)
     assert sorted(path.name for path in config.out.iterdir()) == [
         "checkpoints",
@@ -51,14 +55,14 @@ def test_a_run_leaves_everything_that_a_person_wants(config):
     assert result.valid_loss == logged[-1]["valid_loss"]
     assert result.mfu is None
     assert result.tokens_per_second > 0
-    # Checkpoints hold the vocabulary padded from 300 tokens to 384.
+    # Checkpoints contain the vocabulary padded from 300 to 384 tokens.
     padding = 2 * 84 * 16
     assert result.num_parameters == sum(tensor.numel() for tensor in weights(config.out).values()) - padding
     assert result.first_step_seconds > 0
     assert (result.skipped_steps, result.stopped_by) == (0, None)
 
 
-def test_the_loss_falls(changed):
+def test_loss_decreases(changed):
     result = train(changed(steps=60, batch_size=16))
     logged = read_metrics(result.run)
     assert logged[0]["loss"] == pytest.approx(5.7, abs=0.8)  # about ln 300: nothing is known yet
@@ -66,7 +70,7 @@ def test_the_loss_falls(changed):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_a_resumed_run_is_bit_equal(changed, accumulate, tmp_path):
+def test_resumed_run_is_bit_identical(changed, accumulate, tmp_path):
     micro = 2 if accumulate else None
     whole = changed(out=tmp_path / "whole", micro_batch_size=micro)
     train(whole)
@@ -91,7 +95,7 @@ def test_resuming_a_finished_run_changes_nothing(config):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same(changed, tmp_path):
+def test_compiled_run_has_the_same_losses(changed, tmp_path):
     eager, compiled = (train(changed(out=tmp_path / str(c), steps=4, compile=c)) for c in (False, True))
     assert compiled.valid_loss == pytest.approx(eager.valid_loss, rel=1e-4)
     assert weights(compiled.run).keys() == weights(eager.run).keys()
@@ -99,7 +103,7 @@ def test_a_compiled_run_learns_the_same(changed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
-def test_a_run_on_the_kernels_learns_the_same(changed, tmp_path, device):
+def test_run_with_kernels_has_the_same_losses(changed, tmp_path, device):
     results = []
     for backend in ("triton", "reference"):
         with use_backend(backend):
@@ -108,13 +112,13 @@ def test_a_run_on_the_kernels_learns_the_same(changed, tmp_path, device):
     assert results[0].valid_loss == pytest.approx(results[1].valid_loss, rel=1e-4)
 
 
-def test_bfloat16_trains_float32_weights(changed):
+def test_bfloat16_compute_keeps_float32_weights(changed):
     result = train(changed(precision="bfloat16"))
     assert result.valid_loss < 5.2
     assert all(tensor.dtype == torch.float32 for tensor in weights(result.run).values())
 
 
-def test_an_update_that_destroys_the_weights_is_not_saved(changed, monkeypatch):
+def test_update_to_non_finite_weights_is_not_saved(changed, monkeypatch):
     config = changed(keep_checkpoints=1)
     step = Trainer.train_step
 
@@ -126,12 +130,12 @@ def test_an_update_that_destroys_the_weights_is_not_saved(changed, monkeypatch):
         return metrics
 
     monkeypatch.setattr(Trainer, "train_step", destroying)
-    with pytest.raises(UserError, match=r"valid_loss is nan: start a new run with a lower --optimizer.lr, below 0.01"):
+    with pytest.raises(UserError, match=r"valid_loss is nan: start a new run with --optimizer.lr below 0.01"):
         train(config)
     assert [folder.name for folder in list_checkpoints(config.out)] == ["step-00000004"]
 
 
-def test_a_run_interrupted_before_its_first_checkpoint_goes_on(changed, tmp_path, monkeypatch):
+def test_run_interrupted_before_its_first_checkpoint_resumes(changed, tmp_path, monkeypatch):
     whole, broken = changed(out=tmp_path / "whole"), changed(out=tmp_path / "broken")
     train(whole)
     monkeypatch.setattr(Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -143,22 +147,22 @@ def test_a_run_interrupted_before_its_first_checkpoint_goes_on(changed, tmp_path
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints"])
-def test_nothing_of_anybody_elses_is_overwritten(config, name):
+def test_foreign_files_are_not_overwritten(config, name):
     config.out.mkdir()
     (config.out / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"holds a {name} that a run would overwrite"):
+    with pytest.raises(UserError, match=rf"contains {name}, which a run would overwrite"):
         train(config)
     assert (config.out / name).read_text() == "mine"
     assert len(list(config.out.iterdir())) == 1
 
 
-def test_a_file_is_no_folder_for_a_run(changed, tmp_path):
+def test_out_that_is_a_file_raises(changed, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is a file: name a folder with --out"):
+    with pytest.raises(UserError, match="is a file: choose a folder with --out"):
         train(changed(out=tmp_path / "file"))
 
 
-def test_a_missing_tracker_is_found_before_a_folder_is_made(changed, monkeypatch):
+def test_missing_tracker_raises_before_a_folder_is_created(changed, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = changed(tracker="wandb")
     with pytest.raises(UserError, match="tracker wandb is not installed"):
@@ -166,16 +170,18 @@ def test_a_missing_tracker_is_found_before_a_folder_is_made(changed, monkeypatch
     assert not config.out.exists()
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(config):
+def test_existing_run_is_not_changed(config):
     train(config)
     before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"holds a run already: go on with --resume auto, or name another folder with --out"):
+    with pytest.raises(
+        UserError, match=r"already contains a run: resume it with --resume auto, or choose another folder with --out"
+    ):
         train(config)
     assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
 
 
-def test_resuming_refuses_what_is_not_the_same_run(config, changed, corpus, tmp_path):
-    with pytest.raises(UserError, match=r"config.json does not exist: is the folder that of a run\?"):
+def test_resume_rejects_changed_options(config, changed, corpus, tmp_path):
+    with pytest.raises(UserError, match=r"config.json does not exist: expected the folder of a run"):
         train(config, resume=config.out / "checkpoints" / "step-00000004")
     train(config)
     with pytest.raises(UserError, match="has seed 0, not 3"):
@@ -184,31 +190,31 @@ def test_resuming_refuses_what_is_not_the_same_run(config, changed, corpus, tmp_
     other.write_text((corpus / "valid.txt").read_text())
     with pytest.raises(UserError, match=r"other.tokens is not the file that the run began with: it has another ids"):
         train(changed(data=dataclasses.replace(config.data, train=(other,))), resume="auto")
-    with pytest.raises(UserError, match=r"step-00000003 is not a checkpoint of the run in .*: it has .*step-00000012"):
+    with pytest.raises(UserError, match=r"step-00000003 is not a checkpoint of the run in .*: .* contains .*step-00000012"):
         train(config, resume=config.out / "checkpoints" / "step-00000003")
     shutil.rmtree(config.out / "checkpoints")
-    with pytest.raises(UserError, match="has no checkpoint: a run cannot go on from nothing"):
+    with pytest.raises(UserError, match="has no checkpoint, so the run cannot be resumed"):
         train(config, resume="auto")
 
 
-def test_auto_begins_where_there_is_no_run(config, capsys):
+def test_resume_auto_starts_a_run_in_an_empty_folder(config, capsys):
     result = train(config, resume="auto")
     assert result.steps == 12
-    assert "holds no run to go on with: a new one begins" in capsys.readouterr().err
+    assert "contains no run to resume: starting a new one" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_from_the_checkpoint_that_is_named(changed, tmp_path, capsys):
+def test_resume_from_a_named_checkpoint(changed, tmp_path, capsys):
     whole, broken = changed(out=tmp_path / "whole", keep_checkpoints=4), changed(out=tmp_path / "broken", keep_checkpoints=4)
     train(whole)
     train(broken)
     named = broken.out / "checkpoints" / "step-00000004"
     train(broken, resume=named)
-    assert "set step-00000008 aside as set-aside-step-00000008" in capsys.readouterr().err
+    assert "renamed step-00000008 to set-aside-step-00000008" in capsys.readouterr().err
     assert rows(broken.out) == rows(whole.out)
     assert all(torch.equal(tensor, weights(broken.out)[name]) for name, tensor in weights(whole.out).items())
 
 
-def test_a_run_that_was_killed_while_its_folder_was_made_begins_again(changed, tmp_path, monkeypatch):
+def test_run_killed_during_folder_creation_starts_again(changed, tmp_path, monkeypatch):
     config = changed(out=tmp_path / "broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(opening, "begin_run", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -231,7 +237,7 @@ def test_a_run_that_was_killed_while_its_folder_was_made_begins_again(changed, t
     ],
     ids=["ema", "muon", "checkpointing", "fp8"],
 )
-def test_every_kind_of_run_resumes_bit_equal(changed, options, tmp_path):
+def test_every_kind_of_run_resumes_bit_identically(changed, options, tmp_path):
     options = {"keep_checkpoints": 3, **options}
     whole, broken = changed(out=tmp_path / "whole", **options), changed(out=tmp_path / "broken", **options)
     train(whole)
@@ -243,7 +249,7 @@ def test_every_kind_of_run_resumes_bit_equal(changed, options, tmp_path):
     assert all(torch.equal(tensor, weights(broken.out)[name]) for name, tensor in weights(whole.out).items())
 
 
-def test_validation_and_generation_use_the_mean_of_the_weights(changed):
+def test_validation_and_generation_use_averaged_weights(changed):
     config = changed(ema_decay=0.9)
     result = train(config)
     mean = load_file(list_checkpoints(config.out)[-1] / "ema.safetensors")
@@ -255,7 +261,7 @@ def test_validation_and_generation_use_the_mean_of_the_weights(changed):
     assert [row["loss"] for row in rows(config.out)] == [row["loss"] for row in rows(plain.run)]
 
 
-def test_documents_are_kept_apart_only_with_a_token_that_bounds_them(changed, config, tmp_path):
+def test_document_masks_require_an_end_of_text_token(changed, config, tmp_path):
     apart = train(changed(data=dataclasses.replace(config.data, documents=True)))
     together = train(changed(out=tmp_path / "together"))
     assert apart.valid_loss != together.valid_loss
@@ -266,7 +272,7 @@ def test_documents_are_kept_apart_only_with_a_token_that_bounds_them(changed, co
         train(changed(data=data, out=tmp_path / "none"))
 
 
-def test_the_best_checkpoint_stays(changed, monkeypatch):
+def test_best_checkpoint_is_kept(changed, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
     monkeypatch.setattr(Trainer, "validate", lambda self, interrupted: next(losses))
     config = changed(eval_every=2, checkpoint_every=2, keep_checkpoints=1)
@@ -274,22 +280,41 @@ def test_the_best_checkpoint_stays(changed, monkeypatch):
     assert [folder.name for folder in list_checkpoints(config.out)] == ["step-00000004", "step-00000012"]
 
 
-def test_a_profile_says_where_the_time_went(config, capsys):
-    train(config, profile=True)
+def test_profile_prints_the_time_of_each_group_and_no_library_log(config):
+    # In a new process, because Kineto reads its log level once.
+    status, printed = run_in_child(command, config, "--profile")
+    assert status == 0, printed
     assert sorted(path.name for path in (config.out / "profile").iterdir()) == ["trace.json"]
     assert (config.out / "profile" / "trace.json").stat().st_size > 1000
-    printed = capsys.readouterr().err
-    assert "ms; the kernels of 3 steps, in" in printed
-    assert "matmul" in printed
+    expected = re.compile(r"first step after|step |a step takes [\d.]+ ms|  [a-z]+ +[\d.]+ ms/step|.*: validation loss")
+    lines = printed.splitlines()
+    assert [line for line in lines if not expected.match(line)] == []
+    assert any(line.startswith("  matmul ") for line in lines)
 
 
-def test_a_profile_leaves_validations_and_checkpoints_out(changed, monkeypatch):
+def progress_line(width):
+    with ProgressBar(total=10_000, initial=10_000, desc="train tinystories-17m", file=io.StringIO(), ncols=width) as bar:
+        bar.start_t -= 3723
+        bar.set_postfix_str("loss 2.345, 1,234,567 tokens/s", refresh=False)
+        return str(bar)
+
+
+def test_narrow_progress_drops_the_bar_then_the_times_then_the_name():
+    assert re.fullmatch(r"train tinystories-17m: 100%\|\S+\| 10000/10000 \[1:02:0\d<\S+, loss 2.345, 1,234,567 tokens/s\]",
+                        progress_line(100))  # fmt: skip
+    assert re.fullmatch(r"train tinystories-17m: 10000/10000 \[1:02:0\d<\S+, loss 2.345, 1,234,567 tokens/s\]",
+                        progress_line(80))  # fmt: skip
+    assert progress_line(70) == "train tinystories-17m: 10000/10000, loss 2.345, 1,234,567 tokens/s"
+    assert progress_line(60) == "10000/10000, loss 2.345, 1,234,567 tokens/s"
+
+
+def test_profile_excludes_validations_and_checkpoints(changed, monkeypatch):
     measured = []
     after_step, in_pause = Profiler.after_step, Profiler.in_pause
     monkeypatch.setattr(Profiler, "after_step", lambda self: (after_step(self), measured.append(self._phase)))
     monkeypatch.setattr(Profiler, "in_pause", lambda self, pause: (in_pause(self, pause), measured.append("pause")))
     train(changed(steps=14, log_every=14, eval_every=5, checkpoint_every=5), profile=True)
-    # In step 5, with one step timed, and in step 10, with two recorded.
+    # The pauses come at step 5, with two steps timed, and at step 10, with two steps recorded.
     timing, recording = ["timing"], ["recording"]
     warm = ["warming up"] * 2
     assert measured == warm + timing * 3 + ["pause"] + timing * 2 + recording * 3 + ["pause"] + recording * 2 + ["done"] * 2 + [
@@ -298,24 +323,27 @@ def test_a_profile_leaves_validations_and_checkpoints_out(changed, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"steps": 4}, {"eval_every": 3}])
-def test_a_profile_that_has_too_few_steps_says_so(changed, capsys, changes):
+def test_profile_with_too_few_steps_prints_why(changed, capsys, changes):
     config = changed(**changes)
     train(config, profile=True)
-    assert "no profile was written: it needs 3 steps, then twice 3 without a validation" in capsys.readouterr().err
+    assert (
+        "no profile was written: it needs 3 steps, then twice 3 consecutive steps without a validation"
+        in capsys.readouterr().err
+    )
     assert not (config.out / "profile").exists()
 
 
-def test_wrong_files_are_named_before_a_folder_is_made(config, changed, tmp_path):
+def test_invalid_data_raises_before_a_folder_is_created(config, changed, tmp_path):
     missing = tmp_path / "none"
     for field, message in {
-        "tokenizer": r"tokenizer .*none does not exist: make one with `tilewright tokenizer train`",
+        "tokenizer": r"tokenizer .*none does not exist: train one with `tilewright tokenizer train`",
         "train": r"text file .*none does not exist: make a corpus with `tilewright corpus`",
     }.items():
         with pytest.raises(UserError, match=message):
             train(changed(data=dataclasses.replace(config.data, **{field: (missing,) if field == "train" else missing})))
-    with pytest.raises(UserError, match=r"vocabulary of 300 tokens, the model one of 299"):
+    with pytest.raises(UserError, match=r"vocabulary of 300 tokens: the model supports 299"):
         train(changed(model=dataclasses.replace(config.model, vocab_size=299)))
-    with pytest.raises(UserError, match="fewer than one sequence"):
+    with pytest.raises(UserError, match=r"at least 10000 \+ 1 are needed"):
         train(changed(model=dataclasses.replace(config.model, context_length=10_000)))
     assert not config.out.exists()
 

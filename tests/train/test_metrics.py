@@ -7,23 +7,23 @@ from tilewright.train.metrics import MetricLog, read_metrics
 from tilewright.train.plot import plot_losses
 
 
-def test_rows_are_on_disk_at_once(tmp_path):
+def test_rows_are_written_immediately(tmp_path):
     with MetricLog(tmp_path) as log:
         log.log(1, loss=2.5, mfu=None)
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5, "mfu": None}]
 
 
-def test_rows_outlive_a_power_cut_as_their_checkpoint_does(changed, surviving):
+def test_rows_are_flushed_before_their_checkpoint(changed, surviving):
     train(changed(log_every=2, checkpoint_every=3))
     logged = {"00000000": 0, "00000003": 3, "00000006": 6, "00000009": 9, "00000012": 12}
     assert surviving.keys() == {f"step-{step}" for step in logged}
     for step, last in logged.items():
-        # Those that were logged while it was written may have come with it.
+        # Rows logged while the checkpoint was written may be flushed too.
         expected = [row["step"] for row in read_metrics(changed().out) if row["step"] <= last]
         assert surviving[f"step-{step}"][: len(expected)] == expected
 
 
-def test_a_resumed_log_forgets_what_will_be_written_again(tmp_path):
+def test_resumed_log_drops_rows_after_the_checkpoint(tmp_path):
     with MetricLog(tmp_path) as log:
         for step in range(1, 6):
             log.log(step, loss=float(step))
@@ -53,19 +53,19 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_line_is_kept_aside_and_the_rows_after_it_stay(tmp_path, line, capsys):
+def test_damaged_line_is_moved_and_later_rows_are_kept(tmp_path, line, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + line + b'\n{"step": 3, "loss": 3.0}\n{"step": 4}\n')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
     plot_losses(tmp_path)
     with MetricLog(tmp_path, resume_step=3) as log:
         log.log(4, loss=4.0)
-    assert "1 lines are damaged or double; they are kept in" in capsys.readouterr().err
+    assert "moved 1 damaged or duplicate lines to" in capsys.readouterr().err
     assert (tmp_path / "metrics.dropped.jsonl").read_bytes() == line + b"\n"
     assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 3.0, 4.0]
 
 
-def test_of_two_rows_of_a_step_the_later_counts(tmp_path):
+def test_later_row_of_a_step_wins(tmp_path):
     first, *_ = lines = [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n', b'{"step": 1, "loss": 3.0}\n']
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
@@ -73,12 +73,12 @@ def test_of_two_rows_of_a_step_the_later_counts(tmp_path):
     assert (tmp_path / "metrics.dropped.jsonl").read_bytes() == first
 
 
-def test_a_number_that_json_does_not_know_is_none(tmp_path):
+def test_non_finite_number_is_none(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "lr": -Infinity, "grad_norm": 1e999, "mfu": 0.5}\n')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "lr": None, "grad_norm": None, "mfu": 0.5}]
 
 
-def test_a_note_is_written_once_and_stays_when_steps_come_again(tmp_path):
+def test_note_is_written_once_and_survives_a_resume(tmp_path):
     for resumed, notes in {5: [(5, "other data")], 3: [(3, "other data")]}.items():
         with MetricLog(tmp_path, resume_step=resumed) as log:
             log.note(resumed, "other data")
@@ -90,7 +90,7 @@ def test_a_note_is_written_once_and_stays_when_steps_come_again(tmp_path):
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 30])
-def test_losses_are_drawn(tmp_path, num_rows):
+def test_plot_shows_losses(tmp_path, num_rows):
     with MetricLog(tmp_path) as log:
         for step in range(1, num_rows + 1):
             log.log(step, loss=1 / step, **({"valid_loss": 2 / step} if step % 10 == 0 else {}))

@@ -5,7 +5,7 @@ from tilewright.model import ModelConfig, TransformerLM
 from tilewright.train import OptimizerConfig
 from tilewright.train.optimizer import Optimizer
 
-# Of each rule the configuration, and the dtype of the weights.
+# The configuration and the dtype of the weights of each rule.
 RULES = {
     "adamw": (OptimizerConfig(), torch.float32),
     "muon": (OptimizerConfig(name="muon"), torch.float32),
@@ -22,11 +22,11 @@ def model(request):
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("rule") == "8bit":
         pytest.importorskip("torchao")
     shape = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "num_kv_heads": 1}
-    # Its embedding is large enough that 8 bits hold its moments.
+    # The embedding is large enough for 8-bit moments.
     return TransformerLM(ModelConfig(250, 8, **shape, **getattr(request, "param", {})))
 
 
-def give_gradients(model, seed=1):
+def set_random_gradients(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
@@ -37,19 +37,19 @@ def copies(model):
 
 
 def adamw(parameters):
-    """Return torch's own, which decays matrices only."""
+    """Return torch's AdamW, with weight decay on matrices only."""
     groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
     return [
         torch.optim.AdamW(group, betas=(0.9, 0.95), weight_decay=decay) for group, decay in zip(groups, (0.1, 0), strict=True)
     ]
 
 
-def test_adamw_is_torchs_own(model):
+def test_adamw_equals_torch(model):
     optimizer = Optimizer(model, OptimizerConfig())
     expected = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
     theirs = adamw(expected.values())
     for step, lr in enumerate((0.01, 0.02, 0.005)):
-        give_gradients(model, step)
+        set_random_gradients(model, step)
         for n, parameter in model.named_parameters():
             expected[n].grad = parameter.grad.clone()
         optimizer.set_learning_rate(lr)
@@ -62,19 +62,19 @@ def test_adamw_is_torchs_own(model):
         torch.testing.assert_close(parameter.detach(), expected[n].detach(), rtol=1e-5, atol=1e-6)
 
 
-# Rows of each linear map's own matrix, by the layer that holds it.
+# Rows of each linear map, by layer.
 MATRICES = {"attn.qkv_proj": (16, 8, 8), "attn.output_proj": (16,), "ffn.gate_up_proj": (24, 24), "ffn.down_proj": (16,)}
 EXPERTS = {"num_experts": 3}
 
 
 def matrices_of(tensor, sizes):
-    """The matrices of a weight, or of its gradient: of experts there are several."""
+    """Return the matrices of a weight or a gradient. Experts have several."""
     tensors = tensor.unbind() if tensor.dim() == 3 else [tensor]
     return [part for tensor in tensors for part in tensor.split(sizes)]
 
 
 @pytest.mark.parametrize("model", [{}, EXPERTS], ids=["dense", "experts"], indirect=True)
-def test_muon_is_torchs_own_on_each_linear_map(model):
+def test_muon_equals_torch_on_each_linear_map(model):
     optimizer = Optimizer(model, OptimizerConfig(name="muon"))
     sizes_of = MATRICES if model.config.num_experts is None else MATRICES | {"ffn.router": (3,)}
     rows = {f"layers.{i}.{name}.weight": sizes for i in range(2) for name, sizes in sizes_of.items()}
@@ -102,24 +102,24 @@ def test_muon_is_torchs_own_on_each_linear_map(model):
     for n, parameter in rest.items():
         torch.testing.assert_close(weights[n].detach(), parameter.detach(), rtol=1e-5, atol=1e-6)
     for n, parts in expected.items():
-        # Products of many matrices at once round otherwise, in bfloat16.
+        # Batched bfloat16 products round differently.
         torch.testing.assert_close(weights[n].flatten(0, -2), torch.cat(list(parts)).detach(), rtol=0, atol=2e-4)
     momenta = {n for n in optimizer.tensors() if n.startswith("momentum_buffer.")}
     assert momenta == {f"momentum_buffer.{n}" for n in rows}
 
 
-def of_dtype(model, dtype):
+def cast_parameters(model, dtype):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_skipped_step_changes_nothing(model, rule):
+def test_skipped_step_changes_nothing(model, rule):
     config, dtype = RULES[rule]
-    optimizer = Optimizer(of_dtype(model, dtype), config)
+    optimizer = Optimizer(cast_parameters(model, dtype), config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    give_gradients(model)
+    set_random_gradients(model)
     optimizer.step(TAKE)
     weights = copies(model)
     state = {key: value.clone() for key, value in optimizer.tensors().items()}
@@ -128,26 +128,26 @@ def test_a_skipped_step_changes_nothing(model, rule):
     optimizer.step(SKIP)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     assert all(torch.equal(value, state[key]) for key, value in optimizer.tensors().items())
-    give_gradients(model, 2)
+    set_random_gradients(model, 2)
     optimizer.step(TAKE)
     assert all(p.isfinite().all() and not torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    clean = of_dtype(TransformerLM(model.config), dtype)
+    clean = cast_parameters(TransformerLM(model.config), dtype)
     clean.load_state_dict(before)
     never_skipped = Optimizer(clean, config)
     for seed in (1, 2):
-        give_gradients(clean, seed)
+        set_random_gradients(clean, seed)
         never_skipped.step(TAKE)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), clean.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("model", [{}, EXPERTS], ids=["dense", "experts"], indirect=True)
 @pytest.mark.parametrize("rule", RULES)
-def test_its_state_goes_on(model, rule):
+def test_restored_state_continues_exactly(model, rule):
     config, dtype = RULES[rule]
-    first = Optimizer(of_dtype(model, dtype), config, seed=3)
-    give_gradients(model)
+    first = Optimizer(cast_parameters(model, dtype), config, seed=3)
+    set_random_gradients(model)
     first.step(TAKE)
-    twin = of_dtype(TransformerLM(model.config), dtype)
+    twin = cast_parameters(TransformerLM(model.config), dtype)
     twin.load_state_dict(model.state_dict())
     second = Optimizer(twin, config, seed=3)
     second.allocate()
@@ -155,7 +155,7 @@ def test_its_state_goes_on(model, rule):
     for key, value in second.tensors().items():
         value.copy_(first.tensors()[key])
     for each, optimizer in ((model, first), (twin, second)):
-        give_gradients(each, 3)
+        set_random_gradients(each, 3)
         optimizer.set_learning_rate(0.01)
         optimizer.step(TAKE)
         optimizer.zero_grad()
@@ -175,7 +175,7 @@ def test_norms_are_not_decayed(model):
         torch.testing.assert_close(parameter.detach(), weights[name] * (0.95 if parameter.dim() > 1 else 1.0))
 
 
-def test_schedule_free_is_the_librarys(model):
+def test_schedule_free_equals_the_library(model):
     schedulefree = pytest.importorskip("schedulefree")
     config = OptimizerConfig(name="schedule_free", schedule="constant", lr=0.01, warmup_steps=3)
     optimizer = Optimizer(model, config)
@@ -187,7 +187,7 @@ def test_schedule_free_is_the_librarys(model):
     theirs = schedulefree.AdamWScheduleFree(groups, lr=0.01, betas=config.betas, warmup_steps=3)
     theirs.train()
     for step in range(6):
-        give_gradients(model, step)
+        set_random_gradients(model, step)
         for n, parameter in model.named_parameters():
             expected[n].grad = parameter.grad.clone()
         optimizer.set_learning_rate(config.lr * min(1, (step + 1) / config.warmup_steps))
@@ -201,7 +201,7 @@ def test_schedule_free_is_the_librarys(model):
             torch.testing.assert_close(parameter.detach(), expected[n].detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_moments_in_8_bits_step_almost_as_in_32():
+def test_8_bit_moments_approximate_float32():
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64, bias=False)
@@ -210,7 +210,7 @@ def test_moments_in_8_bits_step_almost_as_in_32():
     optimizers = [Optimizer(layer, OptimizerConfig(states="8bit")), Optimizer(twin, OptimizerConfig())]
     for step in range(10):
         for each, optimizer in zip((layer, twin), optimizers, strict=True):
-            give_gradients(each, step)
+            set_random_gradients(each, step)
             optimizer.step(TAKE)
     state = optimizers[0].tensors()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
@@ -220,5 +220,5 @@ def test_moments_in_8_bits_step_almost_as_in_32():
         "exp_avg_sq_scales.weight": (torch.float32, (16,)),
         "step.weight": (torch.float32, ()),
     }
-    # Of 10 steps of 1e-3.
+    # The weights have moved by up to 10 steps of 1e-3.
     torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=5e-4)

@@ -1,4 +1,4 @@
-"""Runs under each rule of update: they learn, go on bit for bit, and are opened again."""
+"""Runs with each optimizer: they learn, resume bit for bit, and can be loaded."""
 
 import dataclasses
 
@@ -21,17 +21,17 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_run_goes_on_bit_for_bit_and_is_opened_again(changed, config, tmp_path, rule):
+def test_resume_is_bitwise_and_load_run_returns_the_weights(changed, config, tmp_path, rule):
     if rule == "8bit":
         pytest.importorskip("torchao")
     options = {"optimizer": dataclasses.replace(config.optimizer, **RULES[rule])}
     if rule == "bfloat16":
         options |= {"weights": "bfloat16", "ema_decay": 0.9}
-    whole, broken = (changed(out=tmp_path / name, keep_checkpoints=3, **options) for name in ("whole", "broken"))
+    whole, resumed = (changed(out=tmp_path / name, keep_checkpoints=3, **options) for name in ("whole", "resumed"))
     valid_loss = train(whole).valid_loss
-    train(broken)
-    train(broken, resume=broken.out / "checkpoints" / "step-00000004")
-    assert outcome(broken.out) == outcome(whole.out)
+    train(resumed)
+    train(resumed, resume=resumed.out / "checkpoints" / "step-00000004")
+    assert outcome(resumed.out) == outcome(whole.out)
     losses = [row["loss"] for row in read_metrics(whole.out)]
     assert losses[-1] < losses[0] - 0.3
     last = list_checkpoints(whole.out)[-1]
@@ -49,18 +49,18 @@ def test_a_run_goes_on_bit_for_bit_and_is_opened_again(changed, config, tmp_path
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [
-        ({"name": "muon"}, {"weights": "bfloat16"}, "weights is bfloat16: it must be float32, unless optimizer.name is adamw"),
+        ({"name": "muon"}, {"weights": "bfloat16"}, "weights is bfloat16: expected float32 unless optimizer.name is adamw"),
         (RULES["8bit"], {"weights": "bfloat16"}, "weights is bfloat16"),
-        (RULES["8bit"] | {"name": "muon"}, {}, "optimizer.states is 8bit: it must be float32 unless name is adamw"),
-        ({"name": "schedule_free"}, {}, "optimizer.schedule is cosine: it must be constant where optimizer.name is"),
-        (RULES["schedule_free"] | {"betas": (0.0, 0.9)}, {}, r"optimizer.betas is \(0.0, 0.9\): it must be above 0"),
+        (RULES["8bit"] | {"name": "muon"}, {}, "optimizer.states is 8bit: expected float32 unless optimizer.name is adamw"),
+        ({"name": "schedule_free"}, {}, "optimizer.schedule is cosine: expected constant if optimizer.name is"),
+        (RULES["schedule_free"] | {"betas": (0.0, 0.9)}, {}, r"optimizer.betas is \(0.0, 0.9\): expected a first beta above 0"),
         (
             RULES["schedule_free"],
             {"ema_decay": 0.9},
-            "ema_decay is 0.9: it must be left out where optimizer.name is schedule_free",
+            "ema_decay is 0.9: expected None if optimizer.name is schedule_free",
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(changed, config, rule, options, message):
+def test_incompatible_options_are_rejected(changed, config, rule, options, message):
     with pytest.raises(UserError, match=message):
         changed(optimizer=dataclasses.replace(config.optimizer, **rule), **options)

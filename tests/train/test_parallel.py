@@ -1,4 +1,4 @@
-"""Runs of four processes that divide layers and sequences, against the same run of one. As a program: what torchrun starts."""
+"""Runs of four processes with tensor and context parallelism, compared to one process. torchrun runs this file as a program."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ import torch
 from tilewright.errors import UserError
 from tilewright.model import ModelConfig
 from tilewright.train import OptimizerConfig, TrainConfig, train
-from tilewright.train.checkpoint.joined import in_order_of_processes, joined_parts, rows_of_processes
+from tilewright.train.checkpoint.joined import joined_parts, order_rows_by_process, rows_by_process
 from tilewright.train.checkpoint.layout import list_checkpoints
 from tilewright.train.checkpoint.reader import read_tensors, tensor_names
 from tilewright.train.config import load_config, save_config
@@ -21,7 +21,7 @@ from tilewright.train.distributed import Layout, World, check_parallel
 from tilewright.train.metrics import read_metrics
 from tilewright.train.presets import corpus_files
 
-# On a machine that is busy, or slow.
+# For slow or busy machines.
 pytestmark = pytest.mark.timeout(600)
 
 LAYOUTS = ("ddp,tp=2", "ddp,cp=2", "fsdp,tp=2,cp=2")
@@ -29,19 +29,19 @@ STEPS, HALF = 4, 2
 
 
 def go_back(source, run):
-    """Copy a run as if it had ended after half its steps."""
+    """Copy a run without its last checkpoint, as if it had stopped after half its steps."""
     shutil.copytree(source, run)
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
 
 
 def without_masks(config):
-    """Return a run whose keys and values travel around a ring: it has neither documents nor windows."""
+    """Return a run without documents and windows, for which context parallelism uses ring attention."""
     model = dataclasses.replace(config.model, window=None, window_pattern="L", local_rope_theta=None, attention_softcap=20.0)
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, documents=False))
 
 
 def train_all(folder):
-    """Train what `runs` compares."""
+    """Train the runs that the fixture `runs` provides."""
     base = load_config(folder / "base.json")
     for layout in LAYOUTS:
         train(dataclasses.replace(base, out=folder / layout, parallel=layout))
@@ -77,7 +77,7 @@ def assert_same(run, expected):
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """A folder with the run of one process, `one`, and all those of `train_all`."""
+    """A folder with the run `one` of a single process, and all runs of `train_all`."""
     folder = tmp_path_factory.mktemp("runs")
     shape = {"d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "qk_norm": True, "qkv_bias": True}
     windows = {"window": 10, "window_pattern": "LG", "local_rope_theta": 100.0}
@@ -111,18 +111,18 @@ def runs(corpus, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_four_processes_learn_what_one_does(runs, layout):
+def test_four_processes_equal_one(runs, layout):
     assert_same(runs / layout, runs / "one")
 
 
 @pytest.mark.slow
-def test_attention_around_a_ring_is_that_of_one_process(runs, tmp_path):
+def test_ring_attention_equals_one_process(runs, tmp_path):
     train(dataclasses.replace(without_masks(load_config(runs / "base.json")), out=tmp_path / "one"))
     assert_same(runs / "ring", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout(runs, tmp_path):
+def test_resume_in_another_layout(runs, tmp_path):
     assert_same(runs / "one-then-four", runs / "one")
     assert_same(runs / "ddp-then-fsdp", runs / "one")
     go_back(runs / "fsdp,tp=2,cp=2", tmp_path / "again")
@@ -131,22 +131,22 @@ def test_a_run_goes_on_in_another_layout(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_first_checkpoint_has_the_same_bits_however_layers_are_divided(runs):
+def test_initial_weights_do_not_depend_on_the_layout(runs):
     ours, theirs = (read_tensors(list_checkpoints(runs / name)[0], "model") for name in ("fsdp,tp=2,cp=2", "one"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_each_process_has_its_share_of_every_part_of_a_joined_weight():
+def test_processes_share_every_part_of_a_joined_weight():
     parts, tp = (8, 4, 4), 2
     weight = torch.arange(16).view(16, 1)
-    rows = [list(r) for r in rows_of_processes(parts, tp)]
+    rows = [list(r) for r in rows_by_process(parts, tp)]
     assert rows == [[0, 1, 2, 3], [8, 9], [12, 13], [4, 5, 6, 7], [10, 11], [14, 15]]
     layer = torch.nn.Module()
     from tilewright.model.layers import JoinedLinear
 
     layer.qkv_proj = JoinedLinear(1, parts)
     assert joined_parts(layer) == {"qkv_proj.weight": parts}
-    ordered = in_order_of_processes({"qkv_proj.weight": weight, "other": weight}, layer, tp)
+    ordered = order_rows_by_process({"qkv_proj.weight": weight, "other": weight}, layer, tp)
     assert ordered["qkv_proj.weight"].flatten().tolist() == [0, 1, 2, 3, 8, 9, 12, 13, 4, 5, 6, 7, 10, 11, 14, 15]
     assert ordered["other"] is weight
 
@@ -164,19 +164,19 @@ def test_each_process_has_its_share_of_every_part_of_a_joined_weight():
         ({"parallel": "ddp,tp=2", "precision": "fp8"}, 2, "with tp=2 choose bfloat16 or float32"),
     ],
 )
-def test_what_a_layout_cannot_divide_is_refused(changed, changes, size, message):
+def test_indivisible_configurations_are_rejected(changed, changes, size, message):
     config = changed(**changes)
     with pytest.raises(UserError, match=message):
         check_parallel(config, World(torch.device("cpu"), 0, size, layout=Layout.parse(config.parallel)))
 
 
-def test_experts_are_not_divided(changed, config):
+def test_experts_reject_tensor_parallelism(changed, config):
     experts = changed(parallel="ddp,tp=2", model=dataclasses.replace(config.model, num_experts=4))
     with pytest.raises(UserError, match="experts need ddp or fsdp alone, not tp=2,cp=1"):
         check_parallel(experts, World(torch.device("cpu"), 0, 2, layout=Layout(tp=2)))
 
 
-def test_a_size_is_given_once():
+def test_parse_rejects_duplicate_sizes():
     assert Layout.parse("fsdp,cp=4,tp=2") == Layout(sharded=True, tp=2, cp=4)
     with pytest.raises(UserError, match="tp and cp once at most"):
         Layout.parse("ddp,tp=2,tp=2")

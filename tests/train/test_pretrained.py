@@ -1,4 +1,4 @@
-"""Folders of models with their tokenizers: what bounds a text, and what does not fit together."""
+"""Loading of folders with a model and a tokenizer: begin and end tokens, and mismatches."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def save_model(folder, vocab_size, **settings):
-    """Write a Llama of random weights, with the end tokens that `settings` name."""
+    """Write a Llama with random weights, and the end tokens in `settings`."""
     config = transformers.LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -33,7 +33,7 @@ def save_model(folder, vocab_size, **settings):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with Mistral's kind of tokenizer: 404 ids, of which <s> is 1 and </s> 2."""
+    """A folder with a tokenizer like Mistral's: 404 ids, with <s> = 1 and </s> = 2."""
     save_model(tmp_path, 410)
     make("mistral", tmp_path / "tokenizer.json")
     return tmp_path
@@ -43,7 +43,7 @@ def write(path, **content):
     path.write_text(json.dumps(content))
 
 
-def test_a_model_may_have_more_ids_than_its_tokenizer(folder):
+def test_model_may_have_more_ids_than_its_tokenizer(folder):
     text = load_text_model(folder, "cpu")
     assert isinstance(text.tokenizer, HuggingFaceTokenizer)
     assert (text.tokenizer.vocab_size, text.model.config.vocab_size, text.num_ids) == (404, 410, 404)
@@ -61,13 +61,13 @@ def test_a_model_may_have_more_ids_than_its_tokenizer(folder):
         ({"add_bos_token": True, "bos_token": None}, ()),
     ],
 )
-def test_what_begins_a_text(folder, config, begin):
+def test_begin_tokens(folder, config, begin):
     if config is not None:
         write(folder / "tokenizer_config.json", **config)
     assert load_text_model(folder, "cpu").begin_tokens == begin
 
 
-def test_a_template_may_be_one_step_of_several(folder):
+def test_template_may_be_one_of_several_processors(folder):
     document = json.loads((folder / "tokenizer.json").read_text())
     step = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     document["post_processor"] = {"type": "Sequence", "processors": [step, document["post_processor"]]}
@@ -88,7 +88,7 @@ def test_a_template_may_be_one_step_of_several(folder):
         (None, None, {"content": "</s>"}, (2,)),
     ],
 )
-def test_what_ends_a_text_is_said_by_the_first_file_that_names_it(folder, generation, model, tokenizer, end):
+def test_end_tokens_come_from_the_first_file_that_has_any(folder, generation, model, tokenizer, end):
     write(folder / "generation_config.json", eos_token_id=generation)
     config = json.loads((folder / "config.json").read_text())
     write(folder / "config.json", **{**config, "eos_token_id": model})
@@ -99,30 +99,34 @@ def test_what_ends_a_text_is_said_by_the_first_file_that_names_it(folder, genera
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("generation_config.json", '{"eos_token_id": "</s>"}', 'eos_token_id "</s>": it must be an id or a list of ids'),
-        ("generation_config.json", '{"eos_token_id": [true]}', "it must be an id or a list of ids"),
-        ("generation_config.json", '{"eos_token_id": 410}', "ends with the id 410, but the model has 410 ids"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', 'eos_token_id "</s>": expected an id or a list of ids'),
+        ("generation_config.json", '{"eos_token_id": [true]}', "expected an id or a list of ids"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 410}',
+            "ends with id 410 in .*: expected an id below .* 410",
+        ),
         ("generation_config.json", "{", "generation_config.json is not JSON, or is cut off"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json holds a JSON list"),
-        ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token '<end>', which is no special token"),
-        ("tokenizer_config.json", '{"eos_token": 2}', "eos_token 2, which is no special token"),
-        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "a"}', "bos_token 'a', which is no special token"),
+        ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token '<end>': expected a special token"),
+        ("tokenizer_config.json", '{"eos_token": 2}', "eos_token 2: expected a special token"),
+        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "a"}', "bos_token 'a': expected a special token"),
     ],
 )
-def test_files_that_say_nothing_sensible_are_named(folder, name, content, message):
+def test_malformed_files_raise(folder, name, content, message):
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
         load_text_model(folder, "cpu")
     assert str(folder) in str(caught.value)
 
 
-def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folder):
+def test_tokenizer_with_more_ids_than_the_model_raises(folder):
     save_model(folder, 403)
-    with pytest.raises(UserError, match=r"ids up to 403, such as 403 for .*, but the model has 403"):
+    with pytest.raises(UserError, match=r"ids up to 403, such as 403 for .*: expected ids below the model's vocab_size, 403"):
         load_text_model(folder, "cpu")
 
 
-def test_special_tokens_may_have_ids_beyond_the_model(folder):
+def test_special_tokens_may_exceed_the_models_ids(folder):
     document = json.loads((folder / "tokenizer.json").read_text())
     document["added_tokens"].append({**document["added_tokens"][0], "id": 404, "content": "<image>"})
     write(folder / "tokenizer.json", **document)
@@ -131,13 +135,20 @@ def test_special_tokens_may_have_ids_beyond_the_model(folder):
     assert (text.tokenizer.vocab_size, text.num_ids) == (405, 404)
 
 
-def test_a_folder_without_tokenizer_is_refused(folder):
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
+def test_a_folder_without_tokenizer_needs_one_by_name(folder, tmp_path):
+    expected = load_text_model(folder)
+    elsewhere = tmp_path / "elsewhere.json"
+    (folder / "tokenizer.json").rename(elsewhere)
+    text = load_text_model(folder, tokenizer_file=elsewhere)
+    assert text.tokenizer.fingerprint == expected.tokenizer.fingerprint
+    assert (text.begin_tokens, text.end_tokens) == (expected.begin_tokens, expected.end_tokens)
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
+        load_text_model(folder, tokenizer_file=tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json: choose a tokenizer with --tokenizer"):
         load_text_model(folder, "cpu")
 
 
-def test_a_run_ends_texts_as_the_folder_that_it_began_with(changed, corpus):
+def test_run_keeps_the_end_tokens_of_init(changed, corpus):
     config = changed(steps=4)
     train(config)
     end = Tokenizer.load(corpus / "tokenizer.json").end_of_text_id
@@ -147,10 +158,12 @@ def test_a_run_ends_texts_as_the_folder_that_it_began_with(changed, corpus):
     write(config.out / "tokenizer_config.json", add_bos_token=True, bos_token="<|endoftext|>")
     text = load_text_model(config.out, "cpu")
     assert (text.begin_tokens, text.end_tokens) == ((end,), (5, 6))
+    with pytest.raises(UserError, match=r"none\.json does not exist: expected the tokenizer that the run was trained with, "):
+        load_text_model(config.out, "cpu", config.out / "none.json")
 
 
 @pytest.mark.parametrize("style", ["llama", "gemma"])
-def test_a_run_with_a_tokenizer_of_another_library(changed, tmp_path, style):
+def test_run_with_a_foreign_tokenizer(changed, tmp_path, style):
     path = make(style, tmp_path / "tokenizer.json")
     for name in ("train", "valid"):
         (tmp_path / f"{name}.txt").write_text("The cat sat on the mat.\n" * 50)
@@ -163,7 +176,7 @@ def test_a_run_with_a_tokenizer_of_another_library(changed, tmp_path, style):
     assert (text.begin_tokens, text.end_tokens) == ((begin,), ())
 
 
-def test_templates_of_tokenizers_that_ours_holds_are_read_too(corpus, tmp_path):
+def test_template_prefix_of_converted_tokenizers(corpus, tmp_path):
     tokenizer = Tokenizer(*train_bpe(corpus / "train.txt", 300, ["<|endoftext|>"]), ["<|endoftext|>"])
     save_huggingface(tmp_path / "tokenizer.json", tokenizer.data)
     document = json.loads((tmp_path / "tokenizer.json").read_text())

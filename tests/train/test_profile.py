@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tilewright.train.profile import GROUPS, Event, breakdown, classify, profiled_events
 
-# Names as profilers of an H100 and of a CPU show them.
+# Names in profiles of an H100 and of a CPU.
 NAMES = {
     "matmul": [
         "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NNT",
@@ -49,11 +49,11 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "group"), [(name, group) for group, names in NAMES.items() for name in names])
-def test_kernels_are_told_apart_by_their_names(name, group):
+def test_classify_kernels_by_name(name, group):
     assert classify(name) == group
 
 
-def test_idle_time_is_what_no_kernel_takes():
+def test_time_without_a_kernel_is_idle():
     events = [Event("nvjet_a", 1.0, 2.0), Event("swiglu_forward", 2.5, 3.0), Event("ncclDevKernel_x", 4.0, 5.0)]
     groups = breakdown(events)
     assert {name: seconds for name, seconds in groups.items() if seconds} == {
@@ -65,8 +65,8 @@ def test_idle_time_is_what_no_kernel_takes():
     assert sum(breakdown([]).values()) == 0
 
 
-def test_what_overlaps_counts_once():
-    # A copy beside a product, a kernel inside another, and two that begin at once.
+def test_overlapping_time_counts_once():
+    # A copy overlaps a product, one kernel lies inside another, and one starts when others end.
     events = [
         Event("nvjet_a", 0.0, 2.0),
         Event("Memcpy DtoH", 1.0, 3.0),
@@ -80,14 +80,14 @@ times = st.integers(0, 1000)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["nvjet_a", "Memcpy", "attention_forward", "add"]), times, times), min_size=1))
-def test_groups_sum_up_to_the_whole_time(drawn):
+def test_groups_sum_to_the_total_time(drawn):
     events = [Event(name, min(a, b), max(a, b)) for name, a, b in drawn]
     groups = breakdown(events)
     assert sum(groups.values()) == max(event.end for event in events) - min(event.start for event in events)
     assert min(groups.values()) >= 0
 
 
-def test_a_profile_of_a_cpu_gives_each_operator_its_own_time():
+def test_cpu_profile_excludes_nested_operators():
     layer = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

@@ -1,4 +1,4 @@
-"""A run is a function of its settings and its data: however it is cut into parts, and its batches into pieces."""
+"""A run depends only on its options and data, not on interruptions or the micro-batch size."""
 
 import shutil
 
@@ -14,12 +14,12 @@ from tilewright.train.data.datasets import open_data
 from tilewright.train.data.sampling import TrainingData
 
 
-def test_40_steps_across_an_epoch_border_are_replayed_exactly(changed, tmp_path):
+def test_40_steps_across_an_epoch_boundary_are_replayed_exactly(changed, tmp_path):
     options = {"steps": 40, "batch_size": 8, "eval_every": 10, "checkpoint_every": 5, "keep_checkpoints": 8}
     whole, again = changed(out=tmp_path / "whole", **options), changed(out=tmp_path / "again", **options)
     (train_data, *_), _ = open_data(whole.data, Tokenizer.load(whole.data.tokenizer))
     data = TrainingData((train_data,), whole.model.context_length, whole.seed)
-    # The border lies among the steps, before some of the parts and after others.
+    # The epoch boundary is inside the run, before some interruptions and after others.
     assert 15 * 8 < data.num_windows[0] < 30 * 8, data.num_windows
     train(whole)
     expected = outcome(whole.out)
@@ -36,7 +36,7 @@ def test_40_steps_across_an_epoch_border_are_replayed_exactly(changed, tmp_path)
         assert outcome(broken.out) == expected, part
 
 
-def test_one_times_eight_and_eight_times_one_agree(changed, tmp_path):
+def test_gradient_accumulation_matches_one_batch(changed, tmp_path):
     runs = [changed(out=tmp_path / str(micro), batch_size=8, micro_batch_size=micro, precision="float32") for micro in (8, 1)]
     for config in runs:
         train(config)

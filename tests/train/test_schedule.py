@@ -22,14 +22,14 @@ def rates(schedule, steps=101, **options):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_warm_up_is_a_line_and_the_last_step_has_the_final_rate(schedule):
+def test_linear_warmup_and_final_rate(schedule):
     values = rates(schedule)
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == 1.0
     assert values[-1] == 0.1
 
 
-def test_the_shapes():
+def test_shapes_of_the_schedules():
     half = 10 + 45
     assert rates("cosine")[half] == pytest.approx(0.55)
     assert rates("cosine")[10 + 30] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 3)))
@@ -41,17 +41,17 @@ def test_the_shapes():
     assert rates("wsd", decay_share=1.0) == pytest.approx(rates("linear"))
 
 
-def test_the_rate_can_fall_to_zero():
+def test_rate_can_decay_to_zero():
     config = OptimizerConfig(lr=1.0, final_lr=0.0, schedule="linear", warmup_steps=0)
     assert all_rates(config, 5) == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
-def test_a_constant_rate_stays():
+def test_constant_rate():
     assert rates("constant")[10:] == [1.0] * 91
 
 
 @pytest.mark.parametrize(("schedule", "same"), [("constant", 100), ("wsd", 80)])
-def test_more_steps_leave_the_rates_as_they_were_until_the_decay(schedule, same):
+def test_more_steps_change_no_rate_before_the_decay(schedule, same):
     shorter, longer = rates(schedule, 100), rates(schedule, 200)
     assert shorter[:same] == longer[:same]
     config = dataclasses.replace(preset("stories-cpu"), steps=100, optimizer=OptimizerConfig(schedule="wsd", warmup_steps=10))
@@ -59,7 +59,7 @@ def test_more_steps_leave_the_rates_as_they_were_until_the_decay(schedule, same)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_begins_anew_without_a_warm_up(schedule):
+def test_restarted_schedule_has_no_warmup(schedule):
     optimizer = OptimizerConfig(lr=0.5, final_lr=0.1, schedule=schedule, warmup_steps=10)
     history = (Change(101, {"steps": [101, 181], "optimizer.lr": [1.0, 0.5]}),)
     values = all_rates(optimizer, 181, history)
@@ -69,7 +69,7 @@ def test_a_schedule_begins_anew_without_a_warm_up(schedule):
     assert (values[101], values[-1]) == (0.5, 0.1)
 
 
-def test_batches_double_in_equal_parts():
+def test_batch_warmup_doubles_in_equal_parts():
     config = dataclasses.replace(preset("stories-cpu"), batch_size=32, batch_start=4, batch_warmup_steps=10)
     sizes = [batch_size(config, step) for step in range(12)]
     assert sizes == [4, 4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32]
@@ -77,7 +77,7 @@ def test_batches_double_in_equal_parts():
     assert sequences(config, 5, 11) == sum(sizes[5:11])
 
 
-def test_batches_of_every_part_of_a_run_are_counted():
+def test_sequences_of_all_phases_are_counted():
     history = (Change(3, {"batch_size": [8, 4]}), Change(5, {"batch_size": [4, 16]}))
     config = dataclasses.replace(preset("stories-cpu"), batch_size=16, history=history)
     sizes = [batch_size(config, step) for step in range(8)]
@@ -92,7 +92,7 @@ def test_batches_of_every_part_of_a_run_are_counted():
     st.floats(0, 1),
     st.floats(0.001, 1),
 )
-def test_rates_rise_to_the_peak_and_never_rise_again(schedule, steps, warmup, final, share):
+def test_rates_rise_to_the_peak_then_never_rise(schedule, steps, warmup, final, share):
     warmup = min(warmup, steps - 1)
     config = OptimizerConfig(lr=1.0, final_lr=final, schedule=schedule, warmup_steps=warmup, decay_share=share)
     values = all_rates(config, steps)

@@ -8,7 +8,7 @@ from tilewright.train.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered(number):
+def test_signal_is_recorded(number):
     with StopRequest() as stop:
         assert not stop
         assert stop.signal is None
@@ -17,7 +17,7 @@ def test_a_signal_is_remembered(number):
         assert stop.signal == number
 
 
-def test_a_second_interrupt_comes_at_once():
+def test_second_interrupt_raises_immediately():
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -25,7 +25,7 @@ def test_a_second_interrupt_comes_at_once():
         assert stop
 
 
-def test_an_interrupt_after_another_signal_is_the_first_of_its_kind():
+def test_first_interrupt_after_another_signal_does_not_raise():
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -34,7 +34,7 @@ def test_an_interrupt_after_another_signal_is_the_first_of_its_kind():
         assert stop
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     def mine(*_):
         pass
 
@@ -47,7 +47,7 @@ def test_handlers_are_put_back():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_handler_that_is_set_meanwhile_stays():
+def test_handler_set_inside_the_context_is_kept():
     before = signal.getsignal(signal.SIGTERM)
     try:
         with StopRequest():
@@ -57,7 +57,7 @@ def test_a_handler_that_is_set_meanwhile_stays():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_other_threads_change_nothing():
+def test_other_threads_set_no_handlers():
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     seen = []
 
@@ -72,7 +72,7 @@ def test_other_threads_change_nothing():
     assert seen == handlers
 
 
-def test_a_forked_child_goes_as_it_would_have_gone():
+def test_forked_child_has_the_default_action():
     with StopRequest() as stop:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,4 @@
-"""Losses that are not finite, or spike: the step is skipped and counted, and too many in a row end the run with a diagnosis."""
+"""Non-finite losses and spikes: steps are skipped and counted, and too many consecutive ones stop the run with a diagnosis."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tilewright.train.trainer import Trainer, TrainingLoss
 
 
 def spoil(monkeypatch, steps, change):
-    """Let `change` come over the losses of some steps, counted from 1, and return where each step leaves the weights."""
+    """Apply `change` to the losses of some steps, counted from 1; return the weights after each step."""
     weights, forward, train_step = {}, TrainingLoss.forward, Trainer.train_step
     now = [0]
 
@@ -45,7 +45,7 @@ SPOILT = {"nan": lambda loss: loss * math.nan, "inf": lambda loss: loss * math.i
 
 @pytest.mark.parametrize("kind", SPOILT)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_steps_without_a_finite_loss_change_nothing_and_are_counted(changed, config, monkeypatch, kind, optimizer):
+def test_steps_with_a_non_finite_loss_are_skipped_and_counted(changed, config, monkeypatch, kind, optimizer):
     config = changed(optimizer=dataclasses.replace(config.optimizer, name=optimizer), max_skipped_steps=3)
     weights = spoil(monkeypatch, {5, 6, 10}, SPOILT[kind])
     result = train(config)
@@ -56,8 +56,8 @@ def test_steps_without_a_finite_loss_change_nothing_and_are_counted(changed, con
     assert rows(config.out)[-1]["loss"] < rows(config.out)[0]["loss"]
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(config, monkeypatch):
-    # The root of 0 has no finite slope.
+def test_step_with_a_non_finite_gradient_is_skipped(config, monkeypatch):
+    # The derivative of sqrt at 0 is infinite.
     weights = spoil(monkeypatch, {5}, lambda loss: loss + (loss - loss).sqrt())
     assert train(config).skipped_steps == 1
     assert same(weights[4], weights[5])
@@ -66,14 +66,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(config, monkeypatch):
     assert row["grad_norm"] is None
 
 
-def test_a_spike_changes_nothing(changed, monkeypatch):
+def test_step_with_a_spike_is_skipped(changed, monkeypatch):
     config = changed(steps=50, log_every=10, eval_every=50)
     weights = spoil(monkeypatch, {45}, lambda loss: 10 * loss)
     assert train(config).skipped_steps == 1
     assert [step for step in range(2, 51) if same(weights[step - 1], weights[step])] == [45]
 
 
-def test_a_step_of_the_accumulation_that_is_not_finite_skips_the_whole(changed, monkeypatch):
+def test_non_finite_micro_batch_skips_the_whole_step(changed, monkeypatch):
     config, calls = changed(micro_batch_size=1), []
 
     def third(loss):
@@ -85,7 +85,7 @@ def test_a_step_of_the_accumulation_that_is_not_finite_skips_the_whole(changed, 
     assert same(weights[4], weights[5])
 
 
-def test_a_run_with_skipped_steps_resumes_bit_equal(changed, monkeypatch, tmp_path):
+def test_run_with_skipped_steps_resumes_bit_identically(changed, monkeypatch, tmp_path):
     whole, broken = changed(out=tmp_path / "whole"), changed(out=tmp_path / "broken", keep_checkpoints=3)
     spoil(monkeypatch, {4, 5, 7}, SPOILT["nan"])
     train(whole)
@@ -94,20 +94,20 @@ def test_a_run_with_skipped_steps_resumes_bit_equal(changed, monkeypatch, tmp_pa
     assert outcome(broken.out) == outcome(whole.out)
 
 
-def test_a_lower_limit_does_not_hold_for_what_was_before(changed, monkeypatch):
+def test_lower_limit_does_not_apply_to_earlier_steps(changed, monkeypatch):
     config = changed(keep_checkpoints=3)
     spoil(monkeypatch, {5, 6, 7}, SPOILT["nan"])
     train(config)
     stricter = dataclasses.replace(config, max_skipped_steps=2)
     assert train(stricter, resume=config.out / "checkpoints" / "step-00000008").skipped_steps == 3
-    with pytest.raises(DivergedError, match="2 steps in a row"):
+    with pytest.raises(DivergedError, match="2 consecutive steps"):
         train(stricter, resume=config.out / "checkpoints" / "step-00000004")
 
 
-def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(changed, config, monkeypatch):
+def test_too_many_consecutive_skips_stop_the_run(changed, config, monkeypatch):
     bad = changed(max_skipped_steps=3, steps=40, eval_every=40)
     spoil(monkeypatch, {5, 6, 9, *range(17, 41)}, SPOILT["nan"])
-    with pytest.raises(DivergedError, match=r"3 steps in a row had a loss that is not finite or a spike.*below 0.01") as error:
+    with pytest.raises(DivergedError, match=r"3 consecutive steps had a non-finite loss or a loss spike.*below 0.01") as error:
         train(bad)
     diagnosis = json.loads((bad.out / "diagnosis.json").read_text())
     assert str(bad.out / "diagnosis.json") in str(error.value)
@@ -122,7 +122,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(changed, co
     assert rows(bad.out)[-1]["skipped_steps"] == 3
 
 
-def test_the_diagnosis_names_the_layer_and_the_batch(changed, monkeypatch):
+def test_diagnosis_file_names_the_layer_and_the_batch(changed, monkeypatch):
     config = changed(max_skipped_steps=2, steps=10)
     train_step = Trainer.train_step
 

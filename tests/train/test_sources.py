@@ -22,19 +22,19 @@ from tilewright.train.trainer import Trainer
 
 @pytest.fixture
 def mixed(config, corpus):
-    """A run on two sources, each validated by itself."""
+    """A run on two sources, each with validation data."""
     files = (corpus / "train.txt", corpus / "valid.txt")
     data = dataclasses.replace(config.data, train=files, weights=(3.0, 1.0), source_valid=files[::-1])
     return dataclasses.replace(config, data=data, micro_batch_size=2)
 
 
-def test_the_losses_of_the_sources_add_up_to_that_of_the_step(mixed, tmp_path):
+def test_source_losses_average_to_the_step_loss(mixed, tmp_path):
     plain = dataclasses.replace(mixed, data=dataclasses.replace(mixed.data, source_valid=None), out=tmp_path / "plain")
     train(plain)
     named = dataclasses.replace(mixed, data=dataclasses.replace(mixed.data, names=("old", "new")))
     train(named)
     expected, rows = read_metrics(plain.out), read_metrics(named.out)
-    # To look at the sources changes nothing.
+    # Logging by source does not change training.
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
     for row in rows:
         assert 0.75 * row["loss/old"] + 0.25 * row["loss/new"] == pytest.approx(row["loss"], rel=1e-5)
@@ -45,15 +45,15 @@ def test_each_source_is_validated_on_its_own_text(mixed):
     train(mixed)
     rows = [row for row in read_metrics(mixed.out) if "valid_loss" in row]
     for row in rows:
-        # The validation text of the first source is that of the run.
+        # The first source has the same validation text as the run.
         assert row["valid_loss/train"] == row["valid_loss"]
         assert row["valid_bits_per_byte/train"] == row["valid_bits_per_byte"]
         assert row["valid_loss/valid"] != row["valid_loss"]
-    # Without names, no loss of training is told apart.
+    # Without names, training losses are not logged by source.
     assert "loss/train" not in rows[0]
 
 
-def test_a_source_that_a_step_lacks_has_no_loss():
+def test_source_without_sequences_in_a_step_has_nan_loss():
     sources = Sources(("a", "b", "c"))
     targets = torch.tensor([[1, 2], [3, -100], [-100, -100]])
     losses = sources.training_losses(
@@ -64,7 +64,7 @@ def test_a_source_that_a_step_lacks_has_no_loss():
     assert math.isnan(losses["loss/c"])
 
 
-def test_the_loss_of_a_sequence_is_that_of_the_sequence_alone(mixed):
+def test_loss_by_sequence_equals_the_loss_of_each_sequence_alone(mixed):
     tokenizer = Tokenizer.load(mixed.data.tokenizer)
     train_data, valid = open_data(mixed.data, tokenizer)
     data = TrainingData(train_data, mixed.model.context_length, mixed.seed)
@@ -84,7 +84,7 @@ def test_the_loss_of_a_sequence_is_that_of_the_sequence_alone(mixed):
 
 
 class Shared(World):
-    """The first of two processes, the other of which has the other half of the same sequences."""
+    """The first of two processes that each have half of the positions of the same sequences."""
 
     def __init__(self, others):
         super().__init__(torch.device("cpu"), size=2, layout=Layout(cp=2))
@@ -94,21 +94,21 @@ class Shared(World):
         return value + self._others
 
 
-def test_the_losses_of_sequences_that_processes_share_are_of_all_their_targets():
+def test_losses_of_shared_sequences_count_all_targets():
     targets = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     world = Shared(torch.tensor([[3.0, 5.0], [4.0, 4.0]]))
     losses = Sources(("a", "b")).training_losses(torch.tensor([1.0, 3.0]), targets, torch.tensor([0, 1]), world)
     assert losses == {"loss/a": 1.0, "loss/b": 2.0}
 
 
-def test_the_validation_text_of_a_source_is_verified_and_recorded(mixed, tmp_path):
+def test_validation_text_of_a_source_is_verified_and_recorded(mixed, tmp_path):
     own = (tmp_path / "own.txt", mixed.data.valid)
     own[0].write_text(mixed.data.valid.read_text())
     mixed = dataclasses.replace(mixed, data=dataclasses.replace(mixed.data, source_valid=own), steps=4)
     train(mixed)
     own[0].with_suffix(".tokens").unlink()
     own[0].write_text(own[0].read_text() * 2)
-    with pytest.raises(UserError, match=r"own.tokens is not what source train was validated on, .* at step 0.* --accept-valid"):
+    with pytest.raises(UserError, match=r"own.tokens is not the validation data of source train: .* step 0.* --accept-valid"):
         train(mixed, resume="auto")
     train(mixed, resume="auto", accept_valid=True)
     record = json.loads((mixed.out / "data.json").read_text())
@@ -116,20 +116,20 @@ def test_the_validation_text_of_a_source_is_verified_and_recorded(mixed, tmp_pat
     with own[0].with_suffix(".tokens").open("r+b") as file:
         file.seek(HEADER_BYTES)
         file.write(b"\xff\x00")
-    with pytest.raises(UserError, match=r"own.tokens has changed: its ids are not those"):
+    with pytest.raises(UserError, match=r"own.tokens has changed: the hash of its ids"):
         train(mixed, resume="auto")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": ("a",)}, r"data.names is \('a',\): it must be a name without / for each of the 2 training files"),
-        ({"names": ("a", "a")}, "all different"),
-        ({"names": ("a", "b/c")}, "a name without /"),
-        ({"source_valid": ()}, "data.source_valid is .*: it must be one file for each of the 2 sources"),
-        ({"packing": "greedy"}, "data.packing is 'greedy': it must be one of none, best_fit"),
+        ({"names": ("a",)}, r"data.names is \('a',\): expected distinct names without / for each of the 2 training files"),
+        ({"names": ("a", "a")}, "distinct names"),
+        ({"names": ("a", "b/c")}, "names without /"),
+        ({"source_valid": ()}, "data.source_valid is .*: expected one file for each of the 2 sources"),
+        ({"packing": "greedy"}, "data.packing is 'greedy': .*one of none, best_fit"),
     ],
 )
-def test_names_and_texts_have_to_fit_the_sources(mixed, changes, message):
+def test_invalid_names_and_validation_texts_raise(mixed, changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(mixed.data, **changes)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tilewright.errors import UserError
 from tilewright.model import Sampling, generate
 from tilewright.train import SampleConfig, TextModel, write_texts
-from tilewright.train.sample import read_prompts
+from tilewright.train.options import read_prompts
 from tilewright.train.texts import TextStream, continue_texts, encode_prompt
 
 
@@ -23,7 +23,7 @@ def text_model():
     stop=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30),
 )
-def test_a_text_ends_before_the_first_stop_string_however_tokens_cut_it(text_model, text, stop, cuts):
+def test_text_ends_before_the_first_stop_string(text_model, text, stop, cuts):
     stream, ids, pieces = TextStream(text_model, [1], stop), text_model.tokenizer.encode(text), []
     for cut in cuts:
         part, ids = ids[:cut], ids[cut:]
@@ -34,7 +34,7 @@ def test_a_text_ends_before_the_first_stop_string_however_tokens_cut_it(text_mod
     assert stream.stopped == bool(places)
 
 
-def test_only_what_may_begin_a_stop_string_is_held_back(text_model):
+def test_stream_holds_back_only_prefixes_of_stop_strings(text_model):
     stream = TextStream(text_model, [1], ["END", "</s>"])
     encode = text_model.tokenizer.encode
     assert [stream.add(encode(part)) for part in ("one", " E", "N", "x <", "/s", "> more", "more")] == [
@@ -43,7 +43,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back(text_model):
     assert stream.stopped
 
 
-def test_texts_equal_those_of_the_model_alone(text_model):
+def test_texts_equal_direct_generation(text_model):
     prompts, sampling = ["the", "a", ""], Sampling(0.8, top_p=0.9, repetition_penalty=1.2)
     options = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "stop_tokens": text_model.end_tokens}
     texts = continue_texts(text_model, prompts, 12, sampling, num_samples=2, seed=5, num_slots=2)
@@ -58,7 +58,7 @@ def test_texts_equal_those_of_the_model_alone(text_model):
     assert cut.num_tokens < whole.num_tokens
 
 
-def test_a_prompt_stands_behind_what_begins_every_text(text_model):
+def test_prompt_follows_the_begin_tokens(text_model):
     begin = TextModel(text_model.model, text_model.tokenizer, begin_tokens=(258,))
     assert encode_prompt(begin, "a") == [258, 97]
     assert encode_prompt(begin, "<|endoftext|>a") == [258, 97]
@@ -66,7 +66,7 @@ def test_a_prompt_stands_behind_what_begins_every_text(text_model):
     assert encode_prompt(begin, "") == encode_prompt(text_model, "") == [258]
 
 
-def test_prompts_come_from_a_file(text_model, tmp_path):
+def test_prompts_from_a_file(text_model, tmp_path):
     lines, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_text("the cat\r\n\na dog\n")
     rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("two\nlines", "")))
@@ -85,11 +85,11 @@ def test_prompts_come_from_a_file(text_model, tmp_path):
     lines.write_bytes(b"\xef\xbb\xbfthe cat\n")
     assert read_prompts(lines) == ["the cat"]
     rows.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(UserError, match=r'line 2 is {"text": "b"}: a JSON object with a string "prompt" is needed'):
+    with pytest.raises(UserError, match=r'line 2 is {"text": "b"}: expected a JSON object with a string "prompt"'):
         SampleConfig(prompts_file=rows)
 
 
-def test_a_long_prompt_is_cropped_only_when_asked(text_model):
+def test_long_prompt_is_cropped_only_with_crop(text_model):
     config = SampleConfig(("the " * 150,), max_new_tokens=5)
     with pytest.raises(UserError, match="exceed the context of 256 tokens: shorten the prompt, crop it"):
         write_texts(text_model, config)
@@ -102,12 +102,12 @@ def test_a_long_prompt_is_cropped_only_when_asked(text_model):
     [
         ({"num_samples": 0}, "num_samples is 0"),
         ({"prompt": ()}, "there is no prompt"),
-        ({"seed": 2**63}, "seed is 9223372036854775808: it must be from -9223372036854775808 to 9223372036854775807"),
+        ({"seed": 2**63}, "seed is 9223372036854775808: expected from -9223372036854775808 to 9223372036854775807"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"stop": ("a", "")}, "a stop string is empty"),
         ({"min_p": 2.0}, "min_p is 2.0"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(UserError, match=message):
         SampleConfig(**options)

@@ -16,20 +16,20 @@ def log_steps(run, tracker, resume_step, last_step):
         log.text(last_step, "sample", "Once\n<b>upon")
 
 
-def test_tensorboard_receives_every_number_and_text(tmp_path):
+def test_tensorboard_receives_all_numbers_and_texts(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log_steps(tmp_path, "tensorboard", 0, 4)
     log_steps(tmp_path, "tensorboard", 2, 5)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(step, step) for step in range(1, 6)]
-    # Of texts that came again, it shows both.
+    # TensorBoard shows both copies of a repeated text.
     event = events.Tensors("sample/text_summary")[-1]
     assert (event.step, event.tensor_proto.string_val[0].decode()) == (5, "    Once\n    <b>upon\n")
 
 
 class FakeWandb(types.ModuleType):
-    """Notes what it is asked for; `refused` are the options of `init` that fail."""
+    """Records its calls; `refused` are the options of `init` that fail."""
 
     class Error(Exception):
         pass
@@ -58,7 +58,7 @@ def wandb(monkeypatch):
     return install
 
 
-def test_wandb_goes_on_with_the_run_of_the_folder_and_rewinds_it(tmp_path, wandb):
+def test_wandb_resumes_and_rewinds_the_run(tmp_path, wandb):
     fake = wandb()
     log_steps(tmp_path, "wandb", 0, 2)
     log_steps(tmp_path, "wandb", 2, 3)
@@ -78,7 +78,7 @@ def test_wandb_goes_on_with_the_run_of_the_folder_and_rewinds_it(tmp_path, wandb
     ]
 
 
-def test_where_wandb_cannot_rewind_it_goes_on(tmp_path, wandb, capsys):
+def test_wandb_resumes_if_it_cannot_rewind(tmp_path, wandb, capsys):
     fake = wandb(refused=["resume_from"])
     log_steps(tmp_path, "wandb", 0, 2)
     log_steps(tmp_path, "wandb", 1, 3)
@@ -86,19 +86,19 @@ def test_where_wandb_cannot_rewind_it_goes_on(tmp_path, wandb, capsys):
     assert [call for call in fake.calls if isinstance(call, dict)] == [
         {"id": id, "resume": "allow"}, {"resume_from": f"{id}?_step=1"}, {"id": id, "resume": "allow"}
     ]  # fmt: skip
-    assert f"does not rewind run {id} to step 1 (not on this server)" in capsys.readouterr().err
+    assert f"cannot rewind run {id} to step 1 and keeps the later steps: not on this server" in capsys.readouterr().err
 
 
-def test_a_wandb_that_refuses_is_named_and_the_metrics_stay(tmp_path, wandb):
+def test_wandb_error_raises_and_keeps_the_metrics(tmp_path, wandb):
     log_steps(tmp_path, "none", 0, 3)
     wandb(refused=["id"])
-    with pytest.raises(UserError, match=r"tracker wandb cannot begin \(not on this server\): set WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"cannot start tracker wandb \(not on this server\): set WANDB_MODE=offline"):
         log_steps(tmp_path, "wandb", 1, 3)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def records(data):
-    """Yield the records of a file of W&B: LevelDB's log format after 7 bytes of its own."""
+    """Yield the records of a W&B file: a header of 7 bytes, then LevelDB's log format."""
     place, record = 7, b""
     while place + 7 <= len(data):
         if (left := -place % 32768) < 7:
@@ -112,14 +112,14 @@ def records(data):
             record = b""
 
 
-def test_the_real_wandb_takes_it_offline(tmp_path, monkeypatch):
+def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="an extra of its own, large")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log_steps(tmp_path, "wandb", 0, 3)
-    # A run's folder is named after its second.
+    # W&B names the folder of a run after the time in seconds.
     time.sleep(1.1)
     log_steps(tmp_path, "wandb", 2, 4)
     id = (tmp_path / "wandb-id.txt").read_text().strip()
@@ -135,7 +135,7 @@ def test_the_real_wandb_takes_it_offline(tmp_path, monkeypatch):
     assert losses == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 3.0), (4, 4.0)]
 
 
-def test_a_missing_tracker_says_how_to_get_it(tmp_path, monkeypatch):
+def test_missing_tracker_names_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'tilewright\[wandb\]'"):
         MetricLog(tmp_path, "wandb")

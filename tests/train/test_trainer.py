@@ -16,7 +16,7 @@ from tilewright.train.trainer import Trainer, TrainingLoss
 
 @pytest.fixture
 def make(config):
-    """Return a trainer of the configuration with fields changed."""
+    """Return a function that builds a trainer with changed options."""
     made = []
 
     def make(**changes):
@@ -36,19 +36,19 @@ def copies(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-def test_one_step_is_adamw_with_clipping(make):
+def test_step_equals_adamw_with_clipping(make):
     trainer = make()
     before = copies(trainer)
     metrics = trainer.train_step()
     assert metrics["lr"] == pytest.approx(1e-2 / 3)
-    # In its first step Adam moves each element by the learning rate, whatever the size of its gradient.
+    # In the first step, Adam moves each element by the learning rate, independent of the gradient's magnitude.
     for name, p in trainer.model.named_parameters():
         decay = 0.1 * float(metrics["lr"]) * before[name] if p.dim() > 1 else 0
         assert (p - before[name] + decay).abs().max() <= 1.001 * float(metrics["lr"]), name
     assert (trainer.model.ln_final.weight - 1).abs().min() > 0
 
 
-def test_gradients_are_clipped_to_the_norm(make, monkeypatch):
+def test_gradients_are_clipped_to_max_grad_norm(make, monkeypatch):
     trainer = make(optimizer=OptimizerConfig(max_grad_norm=0.01, warmup_steps=1))
     used = []
     parameters = list(trainer.model.parameters())
@@ -60,7 +60,7 @@ def test_gradients_are_clipped_to_the_norm(make, monkeypatch):
     assert used == [pytest.approx(0.01, rel=1e-3)]
 
 
-def test_validation_is_the_mean_over_its_tokens(make):
+def test_validation_loss_is_the_mean_over_tokens(make):
     trainer = make(eval_sequences=10)  # batches of 4, 4 and 2
     data = trainer.valid_data
     starts = np.linspace(0, len(data) - 17, 10).astype(np.int64)
@@ -76,7 +76,7 @@ def test_validation_can_be_interrupted(make):
     assert trainer.validate(lambda: next(answers)) is None
 
 
-def test_steps_read_the_samples_of_their_number(make):
+def test_steps_read_consecutive_samples(make):
     trainer = make()
     trainer.train_step()
     for step in (1, 2):
@@ -85,7 +85,7 @@ def test_steps_read_the_samples_of_their_number(make):
         assert trainer.samples(step) == range(4 * step, 4 * step + 4)
 
 
-def test_the_z_loss_is_in_the_training_loss_only(make):
+def test_z_loss_is_only_in_the_training_loss(make):
     plain, with_z = make(), make(z_loss=0.1)
     inputs, targets = plain.train_data.batch(range(4))
     hidden = plain.model.hidden_states(inputs)
@@ -96,25 +96,25 @@ def test_the_z_loss_is_in_the_training_loss_only(make):
     assert with_z.validate() == plain.validate()
 
 
-def test_documents_do_not_see_each_other(make):
+def test_attention_is_masked_between_documents(make):
     trainer = make()
     inputs = torch.randint(0, 256, (2, 16))
     end = Tokenizer.load(trainer.config.data.tokenizer).end_of_text_id
     inputs[:, 5] = end
     targets = torch.full((2, 16), -100)
-    targets[:, 6:] = 1  # losses of the second document only
+    targets[:, 6:] = 1  # score only the second document
     apart, together = TrainingLoss(trainer.model, end_of_text=end), TrainingLoss(trainer.model)
     other = inputs.clone()
     other[:, :5] = (other[:, :5] + 1) % 256
     assert apart(inputs, targets).item() == apart(other, targets).item()
     assert together(inputs, targets).item() != together(other, targets).item()
-    # The token that ends a document still sees it.
+    # The end-of-text token attends to its document.
     targets[:] = -100
     targets[:, 5] = 1
     assert apart(inputs, targets).item() != apart(other, targets).item()
 
 
-def test_a_step_whose_loss_is_not_finite_is_skipped(make, monkeypatch):
+def test_step_with_a_non_finite_loss_is_skipped(make, monkeypatch):
     trainer = make(ema_decay=0.9)
     trainer.train_step()
     before, state = copies(trainer), {key: value.clone() for key, value in trainer.optimizer.tensors().items()}
@@ -131,7 +131,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(make, monkeypatch):
     assert not any(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if p.dim() > 1)
 
 
-def test_a_diagnosis_names_the_layer_and_the_batch(make):
+def test_diagnosis_names_the_layer_and_the_batch(make):
     trainer = make()
     trainer.train_step()
     with torch.no_grad():
@@ -147,12 +147,12 @@ def test_a_diagnosis_names_the_layer_and_the_batch(make):
     assert [place["file"] for place in diagnosis["batch"]] == [str(trainer.train_data.datasets[0].path)] * 4
     windows = trainer.train_data.datasets[0].windows(np.array([p["first_token"] for p in diagnosis["batch"]]), 17)
     assert torch.equal(torch.from_numpy(windows[:, :-1]), trainer.train_data.batch(trainer.samples(1))[0])
-    assert "the batch of step 2 gives a loss of nan" in summary(diagnosis)
+    assert "the batch of step 2 has a loss of nan" in summary(diagnosis)
     assert "the weights of layers.1.ffn.down_proj.weight" in summary(diagnosis)
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_checkpointed_blocks_give_the_same_gradients(make):
+def test_checkpointing_does_not_change_gradients(make):
     gradients = []
     for mode in ("none", "block"):
         trainer = make(activation_checkpointing=mode)

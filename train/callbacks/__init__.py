@@ -1,1 +1,1 @@
-"""What a run does beside its steps, a feature a file."""
+"""Callbacks of the training loop, one feature in each file."""

@@ -1,4 +1,4 @@
-"""The losses of a run in bits per byte of its text, which compare across tokenizers."""
+"""Log losses in bits per byte, which are comparable across tokenizers."""
 
 import math
 
@@ -11,9 +11,9 @@ from .callback import Callback, Pause
 
 
 class BitsPerByte(Callback):
-    """Adds `bits_per_byte` of the step's own text to every row, and `valid_bits_per_byte` of the validation's where it has one.
+    """Adds `bits_per_byte` of the step's text to every row, and `valid_bits_per_byte` to rows with a validation loss.
 
-    A training loss holds z-loss and router loss, where there are any.
+    The training loss includes z-loss and router loss.
     """
 
     def __init__(self, trainer: Trainer, tokenizer: AnyTokenizer) -> None:
@@ -23,10 +23,9 @@ class BitsPerByte(Callback):
         self._sizes = sizes.to(trainer.device)
 
     def in_pause(self, pause: Pause) -> None:
-        """Count the bytes of the step's targets, on the device; of the validation's they are known."""
+        """Count the bytes of the last step's targets on the device, and add the metrics."""
         row = pause.row
         if pause.num_steps:
-            # Within a step it would be one more thing to do; here the targets of the last one are still there.
             targets = self.trainer.targets
             scored = targets >= 0
             counts = torch.stack([(self._sizes[targets.clamp(min=0)] * scored).sum(), scored.sum()])
@@ -37,5 +36,5 @@ class BitsPerByte(Callback):
             row["valid_bits_per_byte"] = finite(self.of_validation(row["valid_loss"]))
 
     def of_validation(self, loss: float) -> float:
-        """Return a validation loss, nats per token, in bits per byte."""
+        """Convert a validation loss from nats per token to bits per byte."""
         return bits_per_byte(loss, self._valid_bytes_per_token)

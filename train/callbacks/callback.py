@@ -1,4 +1,4 @@
-"""What a callback is: a feature of a run that hears of its steps."""
+"""Base class of callbacks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,40 +8,40 @@ from ..trainer import Trainer
 
 @dataclass
 class Pause:
-    """A halt between two steps, in which the host waits for the device."""
+    """A point between two steps at which the host has synchronized with the device."""
 
     row: dict[str, Any]
-    """What is logged of the step before; callbacks add to it."""
+    """Metrics of the last step; callbacks add to them."""
     num_steps: int
-    """Steps since the pause before; 0 where a resumed run finishes the row of its checkpoint."""
+    """Steps since the previous pause; 0 when a resumed run completes the row of its checkpoint."""
     seconds: float
-    """What these steps took, without pauses."""
+    """Duration of these steps, without pauses."""
     finished: bool = True
-    """Whether the row is complete. A signal may come before it is: then it waits in the checkpoint."""
+    """Whether the row is complete. If a signal interrupts its callbacks, the row is saved in the checkpoint."""
 
 
 class Callback:
-    """A feature of a run. A run calls the hooks of its callbacks in the order of their list, in all processes."""
+    """A feature of a run. The loop calls the hooks in the order of its list of callbacks, in all processes."""
 
     every: int | None = None
-    """Steps between two pauses that the callback asks for, beside the one after the last step."""
+    """Request a pause every so many steps; there is always a pause after the last step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.config = trainer, trainer.config
 
     def is_due(self, every: int | None) -> bool:
-        """Return whether the step that was taken last is one of `every` so many, or the run's last one."""
+        """Return whether the current step is a multiple of `every`, or the last step of the run."""
         step = self.trainer.step
         return every is not None and (step % every == 0 or step == self.config.steps)
 
     def after_step(self) -> None:
-        """Hear of a step; the host does not wait for the device here."""
+        """Run after every step. Do not synchronize with the device here."""
 
     def in_pause(self, pause: Pause) -> None:
-        """Act in a pause, which any callback may have asked for."""
+        """Run at a pause, which any callback may have requested."""
 
     def at_end(self) -> None:
-        """Act after the last step, or after the one that a signal came in."""
+        """Run after the last step, or after the step in which a signal arrived."""
 
     def close(self) -> None:
-        """Free what the callback holds, in whatever way the run ends."""
+        """Release resources. This runs however the run ends."""

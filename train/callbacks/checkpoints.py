@@ -1,4 +1,4 @@
-"""Checkpoints while a run trains."""
+"""Save checkpoints during training."""
 
 from ..checkpoint.writer import CheckpointWriter
 from ..schedule import decay_start
@@ -7,7 +7,10 @@ from .callback import Callback, Pause
 
 
 class Checkpoints(Callback):
-    """Saves every `checkpoint_every` steps, before a decay begins, and at the end, with the row of its step if unfinished."""
+    """Saves every `checkpoint_every` steps, before the wsd decay, and at the end.
+
+    A checkpoint includes the metrics row of its step if that row is unfinished.
+    """
 
     def __init__(self, trainer: Trainer, writer: CheckpointWriter) -> None:
         super().__init__(trainer)
@@ -17,21 +20,21 @@ class Checkpoints(Callback):
         self._pause: Pause | None = None
 
     def is_due(self, every: int | None) -> bool:
-        """Return whether to save after the step that was taken last; from before a decay, a run can be extended."""
+        """Return whether to save after the current step; the checkpoint before a wsd decay allows extending the run."""
         return super().is_due(every) or self.trainer.step == self._decay_start
 
     def after_step(self) -> None:
-        """Forget the pause after the step before."""
+        """Clear the pause of an earlier step."""
         self._pause = None
 
     def in_pause(self, pause: Pause) -> None:
-        """Save, where the step is one to be saved."""
+        """Save if the step is due."""
         self._pause = pause
         if pause.num_steps and self.is_due(self.every):
             self._save()
 
     def at_end(self) -> None:
-        """Save what has not been; return when all is whole on disk."""
+        """Save the last step if it is not saved yet, and wait for the writer."""
         if self.trainer.step != self._saved_step:
             self._save()
         self.writer.wait()

@@ -1,4 +1,4 @@
-"""Python's garbage collector, which would stop a step: a run calls it in its pauses."""
+"""Run Python's garbage collector at pauses only, so that it does not delay steps."""
 
 import gc
 
@@ -7,7 +7,10 @@ from .callback import Callback, Pause
 
 
 class GarbageCollection(Callback):
-    """Collects in pauses only, and never looks again at what lives before the first step and after it."""
+    """Disables automatic garbage collection and collects at pauses.
+
+    Objects that exist before training or after the first step are frozen, which excludes them from collections.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -17,18 +20,18 @@ class GarbageCollection(Callback):
         gc.disable()
 
     def after_step(self) -> None:
-        """Set aside what the first step has made, such as compiled code."""
+        """Freeze the objects that the first step created, such as compiled code."""
         if not self._has_begun:
             self._has_begun = True
             gc.collect()
             gc.freeze()
 
     def in_pause(self, pause: Pause) -> None:
-        """Collect."""
+        """Collect garbage."""
         gc.collect()
 
     def close(self) -> None:
-        """Leave the collector as it was."""
+        """Restore the state of the collector."""
         gc.unfreeze()
         if self._was_enabled:
             gc.enable()

@@ -1,38 +1,61 @@
-"""What a run tells of its steps: rows of metrics, lines on the console, and a bar that shows how far it is."""
+"""Log the metrics of a run to its file, and show them on the console with a progress bar."""
 
 import math
 import sys
 from typing import Any, Literal
 
 from tqdm import tqdm
+from tqdm.utils import disp_len
 
 from ..metrics import MetricLog
 from ..trainer import Trainer
 from .callback import Callback, Pause
 
+# Layouts of the progress bar, from wide to narrow. A narrow terminal drops the bar, then the times, then the name.
+_LAYOUTS = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+    "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+    "{desc}: {n_fmt}/{total_fmt}{postfix}",
+    "{n_fmt}/{total_fmt}{postfix}",
+)
+
+
+class ProgressBar(tqdm):
+    """A progress bar with the widest layout that fits the terminal without truncation."""
+
+    def __str__(self) -> str:
+        meter: dict[str, Any] = dict(self.format_dict)
+        width = meter.pop("ncols")
+        for layout in _LAYOUTS:
+            meter["bar_format"] = layout
+            # Without ncols, the line is not truncated.
+            if width is None or disp_len(self.format_meter(**meter)) <= width:
+                break
+        return self.format_meter(**meter, ncols=width)
+
 
 class Log(Callback):
-    """Writes the row of every pause to the run's metrics, and shows it."""
+    """Writes the row of every pause to the run's metrics and to the console."""
 
     def __init__(self, trainer: Trainer, metrics: MetricLog | None) -> None:
-        """Write to `metrics`, or nowhere in a process that is not the first."""
+        """Write to `metrics`, which is None in all processes except the first."""
         super().__init__(trainer)
         self.every, self._metrics = self.config.log_every, metrics
         self._rows: list[dict[str, Any]] = []
-        self._bar = tqdm(
+        self._bar = ProgressBar(
             total=self.config.steps,
             initial=trainer.step,
             desc=f"train {self.config.out.name}",
-            unit="step",
+            dynamic_ncols=True,
             disable=None if trainer.world.is_first else True,
         )
 
     def after_step(self) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         self._bar.update()
 
     def in_pause(self, pause: Pause) -> None:
-        """Write and show the row, where it is finished."""
+        """Write and show the row if it is finished."""
         if not pause.finished:
             return
         step, row = self.trainer.step, pause.row
@@ -40,16 +63,16 @@ class Log(Callback):
         if self._metrics is None:
             return
         self._metrics.log(step, **row)
-        self._bar.set_postfix(loss=_number(row["loss"], ".3f"), tokens_per_s=f"{row['tokens_per_second']:,.0f}")
+        self._bar.set_postfix_str(f"loss {_number(row['loss'], '.3f')}, {row['tokens_per_second']:,.0f} tokens/s")
         if "valid_loss" in row or not sys.stderr.isatty():
             tqdm.write(_line(step, self.config.steps, row), file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         self._bar.close()
 
     def mean_of_last(self, name: Literal["loss", "bits_per_byte"]) -> float:
-        """Return the mean of the last tenth of the rows that have a number there; NaN where none has."""
+        """Return the mean of `name` over the last tenth of the rows that have it; NaN if none has."""
         values = [row[name] for row in self._rows if row[name] is not None]
         tail = values[-max(1, len(values) // 10) :]
         return sum(tail) / len(tail) if tail else math.nan

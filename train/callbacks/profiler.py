@@ -1,12 +1,13 @@
-"""A few steps of a run under the profiler: their trace, their memory, and where their time went."""
+"""Profile a few steps of a run: trace, memory snapshot, and the time of each group of kernels."""
 
 import sys
 import time
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
-from ..profile import breakdown, profiled_events
+from ..profile import breakdown, make_profiler, profiled_events
 from ..trainer import Trainer
 from .callback import Callback, Pause
 
@@ -16,10 +17,10 @@ STEPS = 3
 
 
 class Profiler(Callback):
-    """Watches the steps of a process: the first 3 warm up, 3 in a row are timed as they are, and 3 in a row recorded.
+    """Skips 3 warm-up steps, times 3 consecutive steps without the profiler, and records 3 consecutive steps with it.
 
-    `trace.json` (for chrome://tracing or Perfetto) and, on a GPU, `memory.pickle` (for PyTorch's memory visualiser, which reads
-    nothing else) go to the run's folder `profile`; the shares of the time are printed on stderr.
+    Writes `trace.json` (for chrome://tracing or Perfetto) and, on a GPU, `memory.pickle` (for PyTorch's memory visualizer) to
+    the run's folder `profile`, and prints the time of each group of kernels to stderr.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -31,7 +32,7 @@ class Profiler(Callback):
         self._profiler: torch.profiler.profile | None = None
 
     def after_step(self) -> None:
-        """Take note of a finished step."""
+        """Count the step, and enter the next phase when the current one is complete."""
         self._left -= 1
         if self._left > 0 or self._phase == "done":
             return
@@ -44,7 +45,7 @@ class Profiler(Callback):
             self._end()
 
     def in_pause(self, pause: Pause) -> None:
-        """Begin again with what is being timed or recorded, where more than a row of metrics has come between its steps."""
+        """Restart the current phase if a validation, samples or a checkpoint interrupted it."""
         config = self.config
         if not any(self.is_due(every) for every in (config.eval_every, config.sample_every, config.checkpoint_every)):
             return
@@ -55,11 +56,11 @@ class Profiler(Callback):
             self._record()
 
     def close(self) -> None:
-        """End a recording that the run's end has cut short; say so."""
+        """Stop an incomplete recording, and print that no profile was written."""
         if self._phase != "done":
-            print(
-                f"no profile was written: it needs {WARMUP_STEPS} steps, then twice {STEPS} without a validation or a "
-                "checkpoint in between",
+            tqdm.write(
+                f"no profile was written: it needs {WARMUP_STEPS} steps, then twice {STEPS} consecutive steps without a "
+                "validation, samples or a checkpoint",
                 file=sys.stderr,
             )
         self._stop_recording()
@@ -78,7 +79,7 @@ class Profiler(Callback):
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=200_000)
-        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler = make_profiler(activities)
         self._profiler.start()
 
     def _stop_recording(self) -> None:
@@ -101,10 +102,8 @@ class Profiler(Callback):
         profiler.export_chrome_trace(str(self._folder / "trace.json"))
         groups = breakdown(profiled_events(profiler), self._seconds)
         total = sum(groups.values())
-        print(
-            f"a step takes {1e3 * self._seconds / STEPS:.1f} ms; the kernels of {STEPS} steps, in {self._folder}:",
-            file=sys.stderr,
-        )
+        lines = [f"a step takes {1e3 * self._seconds / STEPS:.1f} ms; mean over {STEPS} steps, trace in {self._folder}:"]
         for group, seconds in sorted(groups.items(), key=lambda item: -item[1]):
             if seconds:
-                print(f"  {group:14} {1e3 * seconds / STEPS:8.2f} ms a step  {seconds / total:6.1%}", file=sys.stderr)
+                lines.append(f"  {group:14} {1e3 * seconds / STEPS:8.2f} ms/step  {seconds / total:6.1%}")
+        tqdm.write("\n".join(lines), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Texts that the model writes while it trains, for whoever watches the run."""
+"""Generate sample texts during training."""
 
 import sys
 
@@ -12,36 +12,36 @@ from ...tokenizer import AnyTokenizer
 from ..config import TrainConfig
 from ..device import resolve_dtype
 from ..metrics import MetricLog
-from ..parallel import whole
+from ..options import SampleConfig
+from ..parallel import full_tensor
 from ..pretrained import TextModel, text_bounds
-from ..sample import SampleConfig
 from ..sample_log import SampleLog
 from ..texts import continue_texts, encode_prompt
 from ..trainer import Trainer
 from .callback import Callback, Pause
-from .good_steps import diverged
+from .divergence import diverged
 
 
 class Samples(Callback):
-    """Goes on with each of `sample_prompts` every `sample_every` steps, with the mean of the weights where there is one.
+    """Continues each of `sample_prompts` every `sample_every` steps, with the averaged weights if the run has them.
 
-    Tokens are drawn as `tilewright generate` draws them by default, with the run's seed and generators of their own: the same
-    weights give the same texts, and the run itself goes as it would have gone without. The first process writes.
+    Sampling uses the defaults of `tilewright generate` and the run's seed. Its random generators are separate, so the same
+    weights give the same texts, and sampling does not change the run. Only the first process generates.
     """
 
     def __init__(self, trainer: Trainer, tokenizer: AnyTokenizer, metrics: MetricLog | None, resume_step: int) -> None:
-        """Write to `metrics` and the run's `samples.jsonl`, without the texts there after `resume_step`."""
+        """Open the run's `samples.jsonl` and drop its texts after `resume_step`; texts also go to the tracker of `metrics`."""
         super().__init__(trainer)
         config = self.config
         self.every, self._tokenizer, self._metrics = config.sample_every, tokenizer, metrics
         self._log = SampleLog(config.out, resume_step) if trainer.world.is_first else None
 
     def in_pause(self, pause: Pause) -> None:
-        """Write the texts, where the step is one to write at."""
+        """Generate the texts if the step is due."""
         if not pause.finished or not self.is_due(self.every):
             return
-        with self.trainer.mean_of_weights():
-            model = self._whole_model()
+        with self.trainer.averaged_weights():
+            model = self._full_model()
             if model is not None:
                 self._write(model)
 
@@ -53,8 +53,8 @@ class Samples(Callback):
         try:
             texts = continue_texts(text_model, config.sample_prompts, max_new_tokens, SampleConfig().sampling, seed=config.seed)
         except UserError as error:
-            # The prompts were looked at before the run began: what is left is that the weights are no numbers.
-            raise diverged(config, f"no text can be drawn after step {step} ({error})") from error
+            # `check_samples` has checked the prompts, so the weights must be non-finite.
+            raise diverged(config, f"cannot generate samples after step {step} ({error})") from error
         for number, text in enumerate(texts, 1):
             if self._log is not None:
                 self._log.write(step, text.prompt, text.text)
@@ -62,18 +62,18 @@ class Samples(Callback):
                 self._metrics.text(step, f"sample/{number}", text.prompt + text.text)
             tqdm.write(f"step {step}, sample {number}: {text.prompt}{text.text}", file=sys.stderr)
 
-    def _whole_model(self) -> TransformerLM | None:
-        """Return the model in the first process, None in the others.
+    def _full_model(self) -> TransformerLM | None:
+        """Return the unsharded model in the first process, None in the others.
 
-        Where there are others, it is a copy: the first process alone has no shards to gather, and calls no module that waits
-        for the others. Matrices are gathered one after the other.
+        With several processes the model is a copy, because the first process cannot run sharded modules alone. Parameters are
+        gathered one at a time.
         """
         trainer = self.trainer
         if trainer.world.size == 1:
             return trainer.model
         dtype, weights = resolve_dtype("auto", trainer.device), {}
         for name, tensor in trainer.model.state_dict().items():
-            gathered = whole(tensor)
+            gathered = full_tensor(tensor)
             if trainer.world.is_first:
                 weights[name] = gathered.to(dtype) if gathered.dim() > 1 else gathered
         if not trainer.world.is_first:
@@ -86,10 +86,10 @@ class Samples(Callback):
 
 
 def check_samples(config: TrainConfig, tokenizer: AnyTokenizer) -> None:
-    """Raise a `UserError` where the run is to write texts, and the model cannot go on with a prompt."""
+    """Raise a `UserError` if the run generates samples and the model cannot continue one of the prompts."""
     if config.sample_every is None:
         return
-    # Whether there are any, and of valid Unicode.
+    # Its constructor rejects an empty list and invalid Unicode.
     SampleConfig(prompt=config.sample_prompts)
     with torch.device("meta"):
         model = TransformerLM(config.model)
@@ -98,10 +98,10 @@ def check_samples(config: TrainConfig, tokenizer: AnyTokenizer) -> None:
         try:
             checked_prompt(config.model, encode_prompt(text_model, prompt), None)
         except UserError as error:
-            raise UserError(f"sample_prompts has {prompt:.60}: {error}") from error
+            raise UserError(f"sample_prompts contains {prompt:.60}: {error}") from error
 
 
 def _bounds(config: TrainConfig, tokenizer: AnyTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    # The folder whose files the run's own is given.
+    # `make_run_folder` copies the chat files from this folder.
     folder = config.init or config.data.tokenizer.parent
     return text_bounds(folder, tokenizer, config.model.vocab_size)

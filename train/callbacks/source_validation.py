@@ -1,4 +1,4 @@
-"""Validation of each source of a mixture while a run trains."""
+"""Validate each source of a data mixture during training."""
 
 from ..distributed import AgreedStop
 from ..signals import StopRequest, unless_stopped
@@ -8,14 +8,14 @@ from .callback import Callback, Pause
 
 
 class SourceValidation(Callback):
-    """Adds `valid_loss/NAME` and `valid_bits_per_byte/NAME` of each source to the rows that hold a validation loss."""
+    """Adds `valid_loss/NAME` and `valid_bits_per_byte/NAME` of each source to rows with a validation loss."""
 
     def __init__(self, trainer: Trainer, stop: StopRequest | AgreedStop) -> None:
         super().__init__(trainer)
         self._stop = stop
 
     def in_pause(self, pause: Pause) -> None:
-        """Validate on each source; where a signal comes between, the row stays unfinished."""
+        """Validate each source; if a signal interrupts, the row stays unfinished."""
         if "valid_loss" not in pause.row:
             return
         validate = self.trainer.validate_sources

@@ -1,4 +1,4 @@
-"""How fast a run trains."""
+"""Measure training speed."""
 
 import math
 import sys
@@ -15,25 +15,25 @@ from .callback import Callback, Pause
 
 
 class Speed(Callback):
-    """Adds the tokens seen, their number per second, MFU, HFU, the share of time spent waiting for data, and peak memory."""
+    """Adds tokens seen, tokens per second, MFU, HFU, the share of time spent waiting for data, and peak memory."""
 
     def __init__(self, trainer: Trainer, start: float) -> None:
-        """Take note of the call's `start`, by `time.perf_counter`."""
+        """Initialize with the `start` time of the run, from `time.perf_counter`."""
         super().__init__(trainer)
         self._start = start
         self.first_step_seconds = math.nan
-        """From the call to the end of the first step; NaN before that."""
+        """Seconds from `start` to the end of the first step; NaN before that."""
         gpu = gpu_of(trainer.device)
         peak = gpu and gpu.peak_flops(trainer.peak)
         self._peak = peak and peak * trainer.world.size
         policy = Policy(checkpointing=trainer.model.activation_checkpointing, vocabulary="padded")
         flops = hardware_flops(operations(self.config.model, 1, None, policy))
         self._hardware_flops_per_token = flops / self.config.model.context_length
-        self._laps: list[tuple[int, float]] = []  # tokens, seconds
+        self._intervals: list[tuple[int, float]] = []  # tokens, seconds
         self._waited = 0.0
 
     def after_step(self) -> None:
-        """Say how long the first step took."""
+        """Print the time to the first step."""
         if not math.isnan(self.first_step_seconds):
             return
         if self.trainer.device.type == "cuda":
@@ -44,8 +44,8 @@ class Speed(Callback):
         tqdm.write(f"first step after {self.first_step_seconds:.1f} s", file=sys.stderr)
         if self._peak is not None:
             tqdm.write(
-                f"MFU: the model's FLOPs, attention in full, backward twice the forward pass, of {self._peak / 1e12:,.0f} "
-                "TFLOP/s; HFU: with what is computed again",
+                f"MFU: model FLOPs (3x the forward pass, full attention) relative to {self._peak / 1e12:,.0f} TFLOP/s; "
+                "HFU: includes recomputation",
                 file=sys.stderr,
             )
 
@@ -66,11 +66,11 @@ class Speed(Callback):
         if trainer.device.type == "cuda":
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
         self._waited = waited
-        self._laps.append((tokens, seconds))
+        self._intervals.append((tokens, seconds))
 
     def total(self) -> tuple[float, float | None]:
-        """Return the tokens per second and the MFU of the run; the first lap, which compiles, counts only where it is alone."""
-        tokens, seconds = (sum(column) for column in zip(*(self._laps[1:] or self._laps or [(0, 1.0)]), strict=True))
+        """Return tokens per second and MFU of the run; exclude the first interval, which compiles, if there are others."""
+        tokens, seconds = (sum(column) for column in zip(*(self._intervals[1:] or self._intervals or [(0, 1.0)]), strict=True))
         return tokens / seconds, self._mfu(tokens / seconds)
 
     def _mfu(self, tokens_per_second: float) -> float | None:

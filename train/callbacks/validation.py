@@ -1,4 +1,4 @@
-"""Validation while a run trains."""
+"""Validate during training."""
 
 import math
 
@@ -6,21 +6,21 @@ from ..distributed import AgreedStop
 from ..signals import StopRequest, unless_stopped
 from ..trainer import Trainer
 from .callback import Callback, Pause
-from .good_steps import diverged
+from .divergence import diverged
 
 
 class Validation(Callback):
-    """Adds `valid_loss`, nats per token, to the rows of every `eval_every` steps; one that is not finite ends the run."""
+    """Adds `valid_loss` (nats per token) to the row every `eval_every` steps; a non-finite loss ends the run."""
 
     def __init__(self, trainer: Trainer, stop: StopRequest | AgreedStop) -> None:
         super().__init__(trainer)
         self.every, self._stop = self.config.eval_every, stop
         self.loss = math.nan
-        """Of the last validation; NaN where a signal came before its end."""
+        """Loss of the last validation; NaN if a signal interrupted it."""
         self._interrupted = False
 
     def in_pause(self, pause: Pause) -> None:
-        """Validate; where a signal comes between, the row stays unfinished."""
+        """Validate; if a signal interrupts, the row stays unfinished."""
         if not self.is_due(self.every):
             return
         self._validate()
@@ -28,12 +28,12 @@ class Validation(Callback):
             pause.finished = False
             return
         if not math.isfinite(self.loss):
-            # A step's loss is from before its update; this one is from after.
+            # The guard checks losses before the update; this loss is after it.
             raise diverged(self.config, f"valid_loss is {self.loss}")
         pause.row["valid_loss"] = self.loss
 
     def at_end(self) -> None:
-        """Validate a finished run that was resumed, for its result."""
+        """Validate a finished run that was resumed, because its result needs a validation loss."""
         if self.trainer.step == self.config.steps and math.isnan(self.loss) and not self._interrupted:
             self._validate()
 

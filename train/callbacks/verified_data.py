@@ -1,4 +1,4 @@
-"""Training data whose hashes are verified while a run trains."""
+"""Verify the hashes of the training data during training."""
 
 from ..data.verification import Verification
 from ..trainer import Trainer
@@ -6,9 +6,9 @@ from .callback import Callback, Pause
 
 
 class VerifiedData(Callback):
-    """Ends a run whose token files do not hold what their headers say, before an epoch ends or the run says that it is done.
+    """Raises an error if a token file does not match the hash in its header, at the latest before the second epoch or the end.
 
-    The first process reads for all.
+    Only the first process reads the files.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -16,21 +16,21 @@ class VerifiedData(Callback):
         self._verification = Verification(trainer.train_data.datasets if trainer.world.is_first else [])
 
     def after_step(self) -> None:
-        """Wait for the files where the second epoch begins."""
+        """Wait for the verification at the start of the second epoch."""
         if sum(self.trainer.train_data.num_windows) in self.trainer.samples(self.trainer.step - 1):
             self._finish()
 
     def in_pause(self, pause: Pause) -> None:
-        """Raise what has been found so far."""
+        """Raise an error that the verification has found so far."""
         self._verification.check()
 
     def at_end(self) -> None:
-        """Wait for the files after the last step, whose checkpoint is on disk by now; a run that was stopped does not."""
+        """Wait for the verification after the last step, unless a signal stopped the run. Its checkpoint is on disk by then."""
         if self.trainer.step == self.config.steps:
             self._finish()
 
     def close(self) -> None:
-        """End the thread that reads."""
+        """Stop the verification thread."""
         self._verification.close()
 
     def _finish(self) -> None:

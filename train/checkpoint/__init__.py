@@ -1,1 +1,1 @@
-"""Checkpoints: folders of safetensors and JSON with hashes, written while training goes on, whole or in shards."""
+"""Checkpoints: folders of safetensors and JSON with hashes, whole or sharded, written in the background."""

@@ -1,4 +1,4 @@
-"""A checkpoint written again: as single files, in shards, or as torch.distributed.checkpoint has it, and back."""
+"""Conversion of checkpoints between single files, shards, and the format of torch.distributed.checkpoint (DCP)."""
 
 import contextlib
 import shutil
@@ -24,12 +24,12 @@ from .writer import write_manifest
 def convert_checkpoint(
     source: Path, out: Path, num_shards: int | None = None, to: Literal["tilewright", "dcp"] = "tilewright"
 ) -> None:
-    """Write the checkpoint in the folder `source` again as the folder `out`, of single files or in shards along dimension 0.
+    """Convert the checkpoint folder `source` to the new folder `out`: single files, or `num_shards` shards along dimension 0.
 
-    dcp: as torch.distributed.checkpoint saves {"model": {...}, "optimizer": {...}, ...}, with our `state.json` beside it. A
-    folder of that form may be `source` too, and becomes single files; its metadata is a pickle, of which only what describes
-    tensors is taken. Holds the largest file to be written in memory, to and from dcp all of them. `source` must be valid, and
-    `out` not exist.
+    `to="dcp"` writes what torch.distributed.checkpoint saves for {"model": {...}, "optimizer": {...}, ...}, and copies
+    `state.json`. A DCP folder as `source` becomes single files. The metadata of DCP is a pickle; only the classes that
+    describe tensors are unpickled. Needs memory for the largest output file, or for all tensors to and from DCP. Raises a
+    `UserError` if `source` is not valid or `out` exists.
     """
     from_dcp = (source / METADATA_FILE).exists()
     if num_shards is not None and (num_shards < 1 or from_dcp or to == "dcp"):
@@ -38,17 +38,17 @@ def convert_checkpoint(
     if not from_dcp or to == "dcp":
         verify_checkpoint(source)
     elif not (source / STATE_FILE).exists():
-        raise UserError(f"{source} has no {STATE_FILE}, which says its step: allowed is what `--to dcp` wrote")
+        raise UserError(f"{source} has no {STATE_FILE}, which holds the step: expected a folder that `--to dcp` wrote")
     require_absent(out, "name another folder")
     if to == "dcp":
         _write_dcp(source, out)
         return
     with atomic_folder(out) as temporary:
-        files = _from_dcp(source, temporary) if from_dcp else _again(source, temporary, num_shards)
+        files = _from_dcp(source, temporary) if from_dcp else _to_tilewright(source, temporary, num_shards)
         write_manifest(temporary, files, (source / STATE_FILE).read_bytes())
 
 
-def _again(source: Path, folder: Path, num_shards: int | None) -> dict[str, FileRecord]:
+def _to_tilewright(source: Path, folder: Path, num_shards: int | None) -> dict[str, FileRecord]:
     files: dict[str, FileRecord] = {}
     for group in tensor_names(source):
         reader = TensorReader(source, group)
@@ -67,7 +67,7 @@ def _write_dcp(source: Path, out: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save  # slow to import
 
     tensors = {name: read_tensors(source, name) for name in tensor_names(source)}
-    with atomic_folder(out) as temporary, _alone():
+    with atomic_folder(out) as temporary, _without_process_group():
         save(tensors, checkpoint_id=temporary, no_dist=True)
         shutil.copyfile(source / STATE_FILE, temporary / STATE_FILE)
 
@@ -77,8 +77,8 @@ def _from_dcp(source: Path, folder: Path) -> dict[str, FileRecord]:
 
     entries, reader = read_metadata(source)
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    with _alone():
-        # An invariant type: it takes any state dict.
+    with _without_process_group():
+        # The parameter's type is invariant, hence the cast.
         load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=True)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -88,7 +88,7 @@ def _from_dcp(source: Path, folder: Path) -> dict[str, FileRecord]:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _without_process_group() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,8 +1,8 @@
-"""Checkpoints of a job whose tensors are sharded: each process writes its part, and any number of processes reads them.
+"""Sharded checkpoints: each process writes its shards, and any number of processes can read them.
 
-Each file `NAME.safetensors` of a checkpoint becomes a folder `NAME` with such a file from every process, in the form that
-torch.distributed.checkpoint gives to safetensors: its `HuggingFaceStorageReader` reads them. Manifest, state and which ones
-stay are as `writer.py` has them. Reading needs no process group, and takes either form.
+Instead of a file `NAME.safetensors`, a sharded checkpoint has a folder `NAME` with one or more files per process. Their format
+is the safetensors format of torch.distributed.checkpoint, which `HuggingFaceStorageReader` reads. The manifest, the state and
+the retention policy are the same as in `writer.py`. Reading needs no process group.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch.futures import Future
 from ...errors import UserError
 from ...files import make_folder, publish_folder, sync, temporary_name
 from ..metrics import sync_metrics
-from .joined import NONE, Joined, parts_of_state, places
+from .joined import NONE, Joined, parts_of_state, row_spans
 from .layout import Tensors, free_folder
 from .tensor_files import write_tensors
 from .writer import CheckpointWriter, Copies, remove_leftovers, remove_unwanted, write_manifest
@@ -38,17 +38,16 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def shard_name(group: str, index: int, count: int, piece: int = 0) -> str:
-    """Return the file of a process; it holds each tensor once: a second piece of one goes to a second file."""
-    again = f"-{piece + 1}" if piece else ""
-    return f"{group}/shard-{index + 1:05d}-of-{count:05d}{again}.safetensors"
+    """Return the name of a process's file. A file holds one piece per tensor; further pieces go to further files."""
+    suffix = f"-{piece + 1}" if piece else ""
+    return f"{group}/shard-{index + 1:05d}-of-{count:05d}{suffix}.safetensors"
 
 
 class ShardedCheckpointWriter(CheckpointWriter):
-    """A `CheckpointWriter` for a job: every process has one, and calls the same methods in the same order.
+    """A `CheckpointWriter` for several processes. All processes must call the same methods in the same order.
 
-    Tensors that are no DTensors are taken to be the same in all processes: the first process's are saved, as is its state.
-    What fails in one process is raised in all. `run` is a folder that all processes see; `joined` is what `joined_parts`
-    returns of the model.
+    Tensors other than DTensors must be equal in all processes; the first process saves them, and its state. An error in one
+    process is raised in all. `run` is a folder that all processes share. `joined` is the result of `joined_parts`.
     """
 
     def __init__(self, run: Path, keep: int, keep_step: int | None = None, joined: Joined = NONE) -> None:
@@ -56,7 +55,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
         self._joined = joined
 
     def _open(self) -> int | None:
-        # A group of its own, because the thread's collectives must not mix with those of training.
+        # A separate group, because collectives of the writer thread must not interleave with collectives of training.
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
@@ -84,7 +83,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
             try:
                 save_shards({}, storage_writer=storage, planner=_Planner(plan, copies, rows), process_group=self._group)
             except CheckpointException as error:
-                # Raised when every process has stopped writing.
+                # When this is raised, all processes have stopped writing.
                 if dist.get_rank() == 0:
                     with contextlib.suppress(OSError):
                         remove_leftovers(self._run)
@@ -93,7 +92,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
         self._start(step, write)
 
     def _plan(self, tensors: dict[str, Tensor]) -> tuple[SavePlan, dict[MetadataIndex, range]]:
-        """Return what this process could write, and which rows of a tensor each item is that is not all that it holds."""
+        """Return the save plan of this process, and the local rows of each item that is only a part of a local tensor."""
         plan = create_default_local_save_plan(tensors, dist.get_rank() == 0)
         items: list[WriteItem] = []
         rows_of: dict[MetadataIndex, range] = {}
@@ -103,7 +102,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
             if parts is None or data is None or not isinstance(tensor, DTensor):
                 items.append(item)
                 continue
-            for rows, offsets in places(tensor, data.chunk.offsets, data.chunk.sizes[0], parts):
+            for rows, offsets in row_spans(tensor, data.chunk.offsets, data.chunk.sizes[0], parts):
                 chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size([len(rows), *data.chunk.sizes[1:]]))
                 index = MetadataIndex(name, chunk.offsets)
                 rows_of[index] = rows
@@ -112,7 +111,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
 
 
 class _Planner(DefaultSavePlanner):
-    """Has every shard written once, from the copy that was taken of it."""
+    """Resolves each item of the plan to its snapshot. Replicated items are written once."""
 
     def __init__(self, plan: SavePlan, copies: Copies, rows: dict[MetadataIndex, range]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
@@ -132,13 +131,12 @@ _Contents = tuple[dict[str, Tensor], dict[str, Sequence[int]]]
 
 
 class _ShardWriter(StorageWriter):
-    """Writes the shards of a process; in the first one also makes the folder, and completes it when all have written.
+    """Writes the shards of a process. The first process also creates the folder, and publishes it after all have written.
 
-    torch's own HuggingFaceStorageWriter holds a process's file in memory once more, and what it wrote would have to be read
-    again to be hashed.
+    torch's HuggingFaceStorageWriter would copy each file in memory, and its output would have to be read again for the hash.
     """
 
-    # Known to the first process alone.
+    # Set in the first process only.
     _folder: Path
     _temporary: Path
 
@@ -167,7 +165,7 @@ class _ShardWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         temporary, index, count = plan.storage_data
-        # By group, of each file its tensors and where they begin.
+        # For each group, the tensors and the offsets of each file.
         files: dict[str, list[_Contents]] = {group: [({}, {})] for group in self._groups}
         for item in plan.items:
             assert item.tensor_data is not None
@@ -182,7 +180,7 @@ class _ShardWriter(StorageWriter):
             for piece, (tensors, offsets) in enumerate(contents):
                 name = shard_name(group, index, count, piece)
                 record = write_tensors(temporary / name, tensors, offsets)
-                # Only the machine that wrote a file can sync it.
+                # Only the machine that wrote a file can fsync it.
                 sync(temporary / name)
                 results.append(WriteResult(MetadataIndex(name), record["bytes"], record))
         future: Future[list[WriteResult]] = Future()
@@ -192,7 +190,7 @@ class _ShardWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {result.index.fqn: result.storage_data for of_process in results for result in of_process}
         write_manifest(self._temporary, files, self._state)
-        # This process is the one that logs them.
+        # The first process writes the metrics.
         sync_metrics(self._run)
         publish_folder(self._temporary, self._folder)
         remove_unwanted(self._run, self._folder, self._keep, self._keep_step)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: safetensors hashed while they are written, and read back whole or by region."""
+"""Safetensors files of checkpoints: hashed while they are written, and read whole or by region."""
 
 import hashlib
 import itertools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import UserError
 
-# Where a shard's tensors begin in the whole ones, by their names: the key and the form of torch.distributed.checkpoint.
+# The metadata key under which torch.distributed.checkpoint stores the offsets of each shard in the whole tensor.
 SHARDING_KEY = "DCP_SHARDING_INFO"
 OFFSETS_KEY = "saved_offsets"
 
@@ -35,20 +35,20 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _DTYPE_OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
-# Small enough that what was hashed is still in the cache when it is written.
+# Small enough to stay in the CPU cache between the hash and the write.
 _CHUNK = 1 << 20
 
 
 class FileRecord(TypedDict):
-    """What a manifest knows of a file."""
+    """The entry of a file in the manifest."""
 
     bytes: int
     sha256: str | None
-    """None where the checkpoint is of a format that did not hash its files."""
+    """None if the checkpoint's format has no hashes."""
 
 
 class _HashedFile:
-    """A new file that is hashed as it is written."""
+    """A new file that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
@@ -72,25 +72,25 @@ class _HashedFile:
 
 
 def write_bytes(path: Path, content: bytes) -> FileRecord:
-    """Write a new file."""
+    """Write a new file and return its record."""
     with _HashedFile(path) as file:
         file.write(content)
         return file.finish()
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
-    """Return safetensors' name of a dtype; a `ValueError` names the tensor where it has none."""
+    """Return the safetensors name of the dtype of the tensor `name`. Raises a `ValueError` if there is none."""
     if dtype not in _DTYPES:
-        raise ValueError(f"{name} is of {dtype}, which safetensors cannot hold")
+        raise ValueError(f"{name} has dtype {dtype}, which safetensors does not support")
     return _DTYPES[dtype]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None = None) -> FileRecord:
-    """Write contiguous CPU tensors as a new safetensors file without a second copy in memory.
+    """Write contiguous CPU tensors to a new safetensors file without a second copy in memory, and return its record.
 
-    `offsets`, where given, say at which index of the whole tensor each of these pieces begins.
+    `offsets` holds the offset of each tensor in the whole tensor, if the tensors are shards.
     """
-    # The format has no padding between tensors; wider elements first keeps each aligned to its own size.
+    # The format has no padding between tensors. Wider elements first keeps every tensor aligned to its element size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     if offsets is not None:
@@ -111,7 +111,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[st
 
 
 def tensors_length(path: Path) -> int:
-    """Return how many bytes a safetensors file has by its own header; a header that cannot be read is a `UserError`."""
+    """Return the length in bytes that the header of a safetensors file implies. Raises a `UserError` for an invalid header."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -122,18 +122,18 @@ def tensors_length(path: Path) -> int:
 
 
 class TensorReader:
-    """The tensors of one name in a checkpoint, be they in one file or in shards.
+    """Reads the tensors of one group of a checkpoint, from one file or from shards.
 
-    `shapes` and `dtypes` say what there is. What cannot be read is a `UserError`.
+    `shapes` and `dtypes` describe the whole tensors. A file that cannot be read raises a `UserError`.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         single = folder / f"{name}.safetensors"
         paths = [single] if single.exists() else sorted((folder / name).glob("*.safetensors"))
         if not paths:
-            raise UserError(f"{folder} holds no tensors named {name}")
+            raise UserError(f"{folder} has no tensors of the group {name}")
         self._folder = folder
-        # Of each tensor the pieces: where each begins, its shape, and its slice of an open file.
+        # The pieces of each tensor: offsets, shape, and the slice of an open file.
         self._pieces: dict[str, list[tuple[list[int], list[int], Any]]] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -156,9 +156,9 @@ class TensorReader:
             self.dtypes[key] = _DTYPE_OF_NAME[piece.get_dtype()]
 
     def join_numbered(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Let `KEY.0`, `KEY.1`, ... be read as the tensor KEY of these `shapes`, where the checkpoint does not have it whole.
+        """Concatenate `KEY.0`, `KEY.1`, ... along the rows for each KEY of `shapes` that the checkpoint lacks.
 
-        So Muon's momenta were saved, by the matrices of a weight, whose rows follow each other.
+        Earlier versions saved the momenta of Muon so, one tensor per matrix of a weight.
         """
         for key, shape in shapes.items():
             if key in self.shapes or f"{key}.0" not in self.shapes:
@@ -176,7 +176,7 @@ class TensorReader:
             self.shapes[key], self.dtypes[key] = whole.shape, whole.dtype
 
     def read_into(self, key: str, target: Tensor, offsets: Sequence[int] | None = None) -> None:
-        """Copy into `target` the region of a tensor that begins at `offsets` and has the target's shape."""
+        """Copy the region of a tensor at `offsets`, in the shape of `target`, into `target`."""
         at = offsets or [0] * target.dim()
         num_read = 0
         for piece_at, piece_shape, piece in self._pieces[key]:
@@ -193,19 +193,21 @@ class TensorReader:
             target[place].copy_(values)
             num_read += values.numel()
         if num_read != target.numel():
-            raise UserError(f"{self._folder} holds {num_read} of {target.numel()} elements of {key}: a shard of it is missing")
+            raise UserError(
+                f"cannot read {key} from {self._folder}: it holds {num_read} of {target.numel()} elements; a shard is missing"
+            )
 
     def read(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Return all tensors whole, in memory of their own."""
+        """Return all whole tensors in new memory."""
         whole = {key: torch.empty(shape, dtype=self.dtypes[key], device=device) for key, shape in self.shapes.items()}
         for key, tensor in whole.items():
             self.read_into(key, tensor)
         return whole
 
     def read_shard(self, index: int, count: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """Return part `index` of `count` along dimension 0, as `torch.chunk` cuts, and where in the whole each tensor begins.
+        """Return shard `index` of `count` of each tensor, and its offsets. Splits dimension 0 as `torch.chunk` does.
 
-        What is not there to be cut is in part 0.
+        Scalars and empty tensors are in shard 0.
         """
         tensors, offsets = {}, {}
         for key, shape in self.shapes.items():
@@ -219,4 +221,4 @@ class TensorReader:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}): go on from another checkpoint")
+    return UserError(f"cannot read {path}: {error}; use another checkpoint")

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: copied to the CPU at once, hashed and written by a thread."""
+"""Asynchronous checkpoint writer: `save` copies the tensors to the CPU, and a thread hashes and writes them."""
 
 import contextlib
 import fcntl
@@ -27,16 +27,16 @@ Copies = dict[str, dict[str, Tensor]]
 
 
 class Snapshots:
-    """Copies of tensors on the CPU, in memory that the next copies use again."""
+    """Copies tensors to CPU buffers that it reuses for the next copies."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def take(self, tensors: Tensors) -> tuple[Copies, Callable[[], None]]:
-        """Return contiguous copies, valid until the next call, and what to call before they are read.
+        """Return contiguous copies, and a function that waits for them. Call it before you read the copies.
 
-        Tensors on a GPU are copied in the order of the current stream: whatever it does next cannot change the copies, and
-        nothing waits for them here.
+        The copies are valid until the next call. Copies from a GPU are asynchronous and ordered on the current stream: work
+        launched later on that stream cannot change them.
         """
         buffers: dict[tuple[str, str], Tensor] = {}
         devices = set()
@@ -60,11 +60,11 @@ class Snapshots:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time, and removes those that are no longer wanted; a context manager.
+    """Writes the checkpoints of a run, one at a time, and removes old ones. A context manager.
 
-    The newest `keep` stay, that of `keep_step`, and the one with the lowest validation loss, of equals the newest. Damaged ones
-    of earlier steps and whatever is of later steps are left alone. Metrics logged before a save are on disk before its
-    checkpoint is. While it is open, another process that would save checkpoints of the run is refused.
+    Keeps the newest `keep` checkpoints, the checkpoint of `keep_step`, and the newest with the lowest validation loss. Does not
+    touch damaged checkpoints of earlier steps or any checkpoint of a later step. Flushes the metrics to disk before it
+    publishes a checkpoint. Holds a lock on the folder: a second process that opens a writer for it gets a `UserError`.
     """
 
     def __init__(self, run: Path, keep: int, keep_step: int | None = None) -> None:
@@ -81,10 +81,10 @@ class CheckpointWriter:
         return _lock(self._run / FOLDER_NAME)
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], valid_loss: float | None = None) -> None:
-        """Copy the tensors to the CPU and return; a thread writes them, and the state, of JSON's types, with its step and loss.
+        """Copy the tensors to the CPU and return. A thread writes them, with the step, the loss and `state` (JSON types).
 
-        Waits first for the save before this one, and raises its failure as `wait` does; then nothing is saved. The memory of
-        the copies, pinned for tensors on a GPU, is kept for the next save.
+        Waits for the previous save first. If that save failed, raises its error as `wait` does and saves nothing. Keeps the
+        CPU buffers, pinned for tensors on a GPU, for the next save.
         """
         self.wait()
         if valid_loss is not None and not math.isfinite(valid_loss):
@@ -106,8 +106,8 @@ class CheckpointWriter:
             try:
                 write()
             except OSError as error:
-                what = f"saving the checkpoint of step {step} in {self._run / FOLDER_NAME} failed ({error})"
-                self._failure = UserError(f"{what}: {self._what_remains()}")
+                what = f"cannot save the checkpoint of step {step} in {self._run / FOLDER_NAME}"
+                self._failure = UserError(f"{what}: {error}; {self._recovery_hint()}")
                 self._failure.__cause__ = error
             except Exception as error:
                 self._failure = error
@@ -118,22 +118,23 @@ class CheckpointWriter:
             self._written.clear()
             threading.Thread(target=run, name="checkpoint", daemon=True).start()
         except BaseException:
-            # Without a thread nobody else would.
+            # No thread runs that would set it.
             self._written.set()
             raise
 
-    def _what_remains(self) -> str:
+    def _recovery_hint(self) -> str:
         names = [folder.name for folder in list_checkpoints(self._run)]
         if not names:
-            return "there is none before it"
+            return "the run has no earlier checkpoint"
         aside = sorted(path.name for path in (self._run / FOLDER_NAME).glob("set-aside-*"))
-        # A new one is written before an old one is removed.
-        unneeded = ", ".join([*aside, *names[:-1]]) or "nothing in it; a second checkpoint needs as much room as the first"
-        return f"the run goes on from {names[-1]} with --resume auto; not needed for that: {unneeded}"
+        unneeded = [*aside, *names[:-1]]
+        # The writer removes an old checkpoint only after it has written the new one.
+        space = f"you can delete {', '.join(unneeded)}" if unneeded else "free disk space for a second checkpoint"
+        return f"--resume auto continues from {names[-1]}; {space}"
 
     def wait(self) -> None:
-        """Return when the last save is on disk; where it failed raise why, once: a `UserError` for what the disk refused."""
-        # A thread that is joined counts as ended once Ctrl-C has interrupted that, though it still runs (Python 3.11 and 3.12).
+        """Wait until the last save is on disk. If it failed, raise its error once, as a `UserError` for an `OSError`."""
+        # An event, because Ctrl-C during Thread.join marks a running thread as ended (Python 3.11 and 3.12).
         self._written.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -164,20 +165,20 @@ class CheckpointWriter:
 
 
 def write_manifest(folder: Path, files: dict[str, FileRecord], state: bytes) -> None:
-    """Write what completes a checkpoint: its state, then the manifest of it and of `files`."""
+    """Complete a checkpoint: write its state, then the manifest of all its files."""
     files = {**files, STATE_FILE: write_bytes(folder / STATE_FILE, state)}
     write_bytes(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, separators=(",", ":")).encode())
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what killed saves and removals have left; raise an `OSError` where the folder of the checkpoints is gone."""
+    """Remove the temporary folders of killed saves and removals. Raises an `OSError` if the checkpoint folder is missing."""
     for path in (run / FOLDER_NAME).iterdir():
         if path.name.startswith(".step-") and path.name.endswith(".tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_unwanted(run: Path, newest: Path, keep: int, keep_step: int | None) -> None:
-    """Remove what `CheckpointWriter` does not keep once `newest` is written."""
+    """Remove the checkpoints that `CheckpointWriter` does not keep after it has written `newest`."""
     step = checkpoint_step(newest)
     losses: dict[Path, float | None] = {}
     for folder in list_checkpoints(run):
@@ -199,13 +200,17 @@ def _lock(folder: Path) -> int:
         make_folder(folder)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): no checkpoint could be saved") from error
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose a folder for checkpoints that is writable"
+        ) from error
     try:
-        # Of this process alone: a child that outlives it does not hold the lock.
+        # A POSIX lock belongs to this process: a child that outlives it does not hold it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
-        raise UserError(f"another process saves checkpoints in {folder}: stop it, or train in another folder") from None
+        raise UserError(
+            f"cannot lock {folder}: another process saves checkpoints there; stop it, or use another folder"
+        ) from None
     except OSError:
-        pass  # A file system without locks.
+        pass  # The file system does not support locks.
     return descriptor

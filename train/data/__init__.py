@@ -1,1 +1,1 @@
-"""The data of a run: a corpus, its token files, and the batches that are drawn from them."""
+"""The data of a run: corpora, token files, and the batches that a run samples from them."""

@@ -5,27 +5,27 @@ from bisect import bisect_left, insort
 import numpy as np
 
 
-def pack_best_fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack pieces into as few bins as best-fit-decreasing needs: each, the largest first, in the fullest bin with room for it.
+def pack_best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack pieces into bins by best-fit decreasing: each piece, largest first, goes into the fullest bin that can hold it.
 
-    `sizes` (n,) are integers from 1 to `room`. Returns the numbers of the pieces, (n,) int64, bin by bin, and where in them
-    each bin begins, with n at the end, (bins + 1,) int64. Pieces of one size keep their order.
+    `sizes` (n,) are integers from 1 to `capacity`. Returns the indices of the pieces in the order of the bins, (n,) int64, and
+    the offset of each bin in them, (bins + 1,) int64; the last offset is n. Pieces of equal size keep their order.
 
-    Pieces of one size are alike, and so are bins with as much room left, so that whole groups are placed at once: time is
-    that of a sort, and of a few array operations for each group.
+    Pieces of equal size are interchangeable, and so are bins with equal free capacity. The algorithm therefore places whole
+    groups at once: it costs one sort and a few array operations per group.
     """
     order = np.argsort(-sizes.astype(np.int64), kind="stable")
     bin_of = np.empty(len(sizes), np.int64)
-    # By the room that is left: bins as arrays, in the order in which they came to it, and the rooms themselves, ascending.
+    # Open bins by free capacity, as arrays in the order of arrival, and the free capacities in ascending order.
     open_bins: dict[int, list[np.ndarray]] = {}
-    rooms: list[int] = []
+    sizes_left: list[int] = []
     num_bins = 0
 
     def leave(bins: np.ndarray, left: int) -> None:
         if left:
             if left not in open_bins:
                 open_bins[left] = []
-                insort(rooms, left)
+                insort(sizes_left, left)
             open_bins[left].append(bins)
 
     found, counts = np.unique(sizes, return_counts=True)
@@ -34,16 +34,16 @@ def pack_best_fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]
         pieces = order[first : first + count]
         first += count
         while len(pieces):
-            place = bisect_left(rooms, size)
-            if place < len(rooms):
-                left = rooms.pop(place)
+            place = bisect_left(sizes_left, size)
+            if place < len(sizes_left):
+                left = sizes_left.pop(place)
                 groups = open_bins.pop(left)
                 bins = groups[0] if len(groups) == 1 else np.concatenate(groups)
             else:
-                left, each = room, room // size
+                left, each = capacity, capacity // size
                 bins = np.arange(num_bins, num_bins - (-len(pieces) // each))
                 num_bins += len(bins)
-            # The fullest bin with room takes a piece, and is then fuller still: it goes on until it has no room for another.
+            # After a piece, the fullest bin is still the fullest: it takes pieces until the next one does not fit.
             each = left // size
             full, rest = divmod(len(pieces), each)
             if full < len(bins):

@@ -1,4 +1,4 @@
-"""Chats encoded to a marked token file, which says which tokens the assistant wrote."""
+"""Encoding of chats to a marked token file, whose marks select the tokens that the assistant wrote."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ from .token_file import FileStamp, TokenHeader, TokenWriter
 
 
 def chats_fingerprint(tokenizer: AnyTokenizer, template: ChatTemplate) -> str:
-    """Return the sha256, in hex, of everything that decides which ids and marks a conversation gets."""
+    """Return the SHA-256 (hex) of the tokenizer and the template, which together determine ids and marks."""
     return hashlib.sha256(f"{tokenizer.fingerprint} {template.fingerprint}".encode()).hexdigest()
 
 
@@ -28,11 +28,11 @@ def encode_chats(
     num_workers: int | None = None,
     advance: Advance | None = None,
 ) -> TokenHeader:
-    """Encode each conversation of `path` to the marked token file `out`, in parallel; it appears only when it is whole.
+    """Encode the conversations in `path` to the marked token file `out`, in parallel. `out` appears only when it is complete.
 
-    A line is an object whose `messages` are objects of `role` and `content`, both texts. Scored are the tokens of what the
-    assistant wrote and of what ends its turns. A line that cannot be used is a `UserError` that gives its number, and so is
-    a file where the assistant never speaks.
+    Each line is a JSON object with `messages`, a list of objects with the strings `role` and `content`. The tokens of the
+    assistant's messages, and the tokens that end its turns, are scored. Raises a `UserError` for an invalid line, with its
+    number, and for a file without messages of the assistant.
     """
     require_file(path, "chats")
     require_absent(out)
@@ -50,14 +50,14 @@ def encode_chats(
                     num_bytes += len(line)
                 advance(sum(map(len, group.lines)))
         if not num_scored:
-            raise UserError(f"{path} has no message of the role assistant: there is nothing to learn")
+            raise UserError(f"{path} has no message of the role assistant: at least one is needed for training")
         if FileStamp.of(path) != stamp:
-            raise UserError(f"{path} changed while it was encoded: encode it again")
+            raise UserError(f"cannot encode {path}: the file changed in the meantime; encode it again")
         return writer.save(num_bytes, digest.hexdigest(), stamp)
 
 
 def chats_sha256(path: Path) -> str:
-    """Return the hash of the lines of `path`, as the header of its token file has it."""
+    """Return the SHA-256 (hex) of the lines of `path`, as in `TokenHeader.text_sha256`."""
     digest = hashlib.sha256()
     for group in iter_chat_lines(path):
         for line in group.lines:

@@ -1,4 +1,4 @@
-"""A text split into training and validation text, each document by its own bytes alone."""
+"""Splitting of a text into training and validation text, by a hash of each document."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _TABLES = (".jsonl", ".ndjson", ".parquet")
 
 @dataclass(frozen=True)
 class Split:
-    """What a split gave: documents and bytes of each side."""
+    """The number of documents and bytes on each side of a split."""
 
     train_documents: int
     train_bytes: int
@@ -32,15 +32,15 @@ class Split:
 
 
 def split_corpus(texts: Sequence[Path | str], folder: Path, valid_share: float) -> Split:
-    """Write each document of `texts`, which `END_OF_TEXT` bounds, to train.txt or valid.txt in `folder`.
+    """Write each document of `texts` to train.txt or valid.txt in `folder`. `END_OF_TEXT` separates documents.
 
-    A document's side is told by the SHA-256 of its bytes, white space around it left out: it depends neither on the order nor
-    on the other documents, a document that occurs twice falls on the same side twice, and whatever is validation text at some
-    `valid_share` is so at a larger one. Documents keep their bytes and their order; blank ones are left out. `texts` are files,
-    folders or globs of plain text, .gz or .zst. Memory: the largest document.
+    The SHA-256 of a document's bytes, without surrounding white space, decides its side. The side is therefore independent of
+    the order and of the other documents, duplicates fall on the same side, and a larger `valid_share` only adds documents to
+    the validation text. Documents keep their bytes and their order; blank documents are dropped. `texts` are files, folders or
+    globs of plain text, .gz or .zst. Needs memory for the largest document.
 
-    Raises a `UserError` where a file exists already, a side would be empty, a document has more than 1 GiB, or `valid_share`
-    is not between 0 and 1.
+    Raises a `UserError` if an output file exists, a side is empty, a document is larger than 1 GiB, or `valid_share` is not
+    between 0 and 1.
     """
     if not 0 < valid_share < 1:
         raise UserError(f"valid_share is {valid_share}: it must be between 0 and 1")
@@ -48,7 +48,7 @@ def split_corpus(texts: Sequence[Path | str], folder: Path, valid_share: float) 
     paths = [Path(source.path) for source in resolve([*texts]) if isinstance(source, Files)]
     for path in paths:
         if path.suffix.lower() in _TABLES or Path(path.stem).suffix.lower() in _TABLES:
-            raise UserError(f"{path} is a table of documents: plain text, with {END_OF_TEXT} after each document, is needed")
+            raise UserError(f"{path} is a table of documents: expected plain text with {END_OF_TEXT} after each document")
     below = int(valid_share * 2**64)
     documents, sizes = [0, 0], [0, 0]
     with ExitStack() as stack:
@@ -63,17 +63,17 @@ def split_corpus(texts: Sequence[Path | str], folder: Path, valid_share: float) 
                 sizes[side] += len(document)
         if 0 in documents:
             total, side = sum(documents), "valid.txt" if documents[0] else "train.txt"
-            raise UserError(f"no document of {total} would be in {side} at a valid_share of {valid_share}: choose another")
+            raise UserError(f"valid_share is {valid_share}: none of {total} documents would be in {side}; choose another value")
     return Split(documents[0], sizes[0], documents[1], sizes[1])
 
 
 def _documents(path: Path, bar: "tqdm[Any]") -> Iterator[bytes]:
-    """Yield each document with the mark and the newline behind it; the last one gets a mark if it has none."""
+    """Yield each document with its end mark and the newline after the mark. Adds a missing mark to the last document."""
     held = bytearray()
     with open_stream(path) as stream:
         while data := stream.read(_READ_BYTES):
             bar.update(len(data))
-            # A mark may lie across two reads, and the newline behind it in the second.
+            # A mark may cross the border of two reads, or its newline may be in the second read.
             searched = max(0, len(held) - len(_MARK))
             held += data
             start = 0
@@ -86,7 +86,7 @@ def _documents(path: Path, bar: "tqdm[Any]") -> Iterator[bytes]:
                 start = end
             del held[:start]
             if len(held) > _MAX_DOCUMENT_BYTES:
-                raise UserError(f"{path} has a document of more than 1 GiB: {END_OF_TEXT} must stand behind each document")
+                raise UserError(f"{path} has a document of more than 1 GiB: expected {END_OF_TEXT} after each document")
     if held:
         whole = held.endswith(_MARK)
         yield bytes(held) if whole else bytes(held.removesuffix(b"\n")) + b"\n" + _MARK + b"\n"

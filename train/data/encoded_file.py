@@ -1,4 +1,4 @@
-"""A token file beside its text or chats: made where it is missing, and never taken for that of another text."""
+"""The token file of a text or of chats: encoded if missing, and checked against its source if present."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +23,10 @@ def open_encoded(
     num_workers: int | None = None,
     advance: Advance | None = None,
 ) -> TokenDataset:
-    """Open `tokens`, the token file of a text or of chats, which are encoded first where it is missing.
+    """Open `tokens`, the token file of `text` (plain text or chats). Encodes `text` if the file is missing.
 
-    A token file of another text, another tokenizer or another template is a `UserError`: it is never overwritten. Whether the
-    text is the same is told by its name, size and time, and by its hash where these differ. `advance` as for `encode_text`.
+    Raises a `UserError` if the token file belongs to another text, tokenizer or template, and never overwrites it. The text is
+    identified by name, size and modification time, or by its hash if these differ. `advance` is passed to `encode_text`.
     """
     if not tokens.exists():
         if holds_chats(text):
@@ -40,15 +40,15 @@ def open_encoded(
 
 
 def open_tokens(path: Path, tokenizer: AnyTokenizer, template: ChatTemplate | None = None) -> TokenDataset:
-    """Open a token file; one of another tokenizer or chat template is a `UserError`."""
+    """Open a token file. Raises a `UserError` if it was encoded with another tokenizer or chat template."""
     dataset = TokenDataset(path)
     if dataset.header.marked:
         if dataset.header.tokenizer != chats_fingerprint(tokenizer, _required(template, path)):
-            raise UserError(f"{path} was made by another tokenizer or chat template: remove it to have it made again")
+            raise UserError(f"{path} was encoded with another tokenizer or chat template; remove it to encode it again")
     elif dataset.header.tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"{path} was made by another tokenizer, or, if the pattern is a regular expression, with another version of"
-            " regex: remove it to have it made again, or name its tokenizer"
+            f"{path} was encoded with another tokenizer, or with another version of the package regex if the pattern is a "
+            "regular expression; remove it to encode it again, or name its tokenizer"
         )
     return dataset
 
@@ -56,15 +56,15 @@ def open_tokens(path: Path, tokenizer: AnyTokenizer, template: ChatTemplate | No
 def _required(template: ChatTemplate | None, path: Path) -> ChatTemplate:
     if template is None:
         raise UserError(
-            f"{path} has chats, and the tokenizer's folder no chat template: name one with --data.chat-template, or put it "
-            "there as chat_template.jinja"
+            f"{path} has chats, but the tokenizer's folder has no chat_template.jinja; add one, or name a template with "
+            "--data.chat-template"
         )
     return template
 
 
 def _hashes(text: Path) -> Iterator[str]:
     yield text_sha256(text, END_OF_TEXT)
-    # Older versions encoded tables without ends of documents; in other texts they are in the text.
+    # Earlier versions encoded tables without the ends of documents. Other texts contain them.
     if text_bytes(text) is None:
         yield text_sha256(text)
 
@@ -72,7 +72,7 @@ def _hashes(text: Path) -> Iterator[str]:
 def _check_text(text: Path, dataset: TokenDataset) -> None:
     stamp, header = dataset.header.text_file, dataset.header
     if stamp is not None and stamp.name == text.name and not text.exists():
-        # A text that is encoded is no longer needed.
+        # The text may be deleted once it is encoded.
         return
     require_file(text, "text file")
     if FileStamp.of(text) == stamp:
@@ -83,5 +83,5 @@ def _check_text(text: Path, dataset: TokenDataset) -> None:
         changed = text_bytes(text) not in (None, header.text_bytes) or header.text_sha256 not in _hashes(text)
     if changed:
         if stamp is None or stamp.name == text.name:
-            raise UserError(f"{dataset.path} was made from another {text.name}: remove it to have it made again")
-        raise UserError(f"{dataset.path} was made from {stamp.name}, not from {text.name}: name one of the texts differently")
+            raise UserError(f"{dataset.path} was encoded from another {text.name}; remove it to encode the text again")
+        raise UserError(f"{dataset.path} was encoded from {stamp.name}, not from {text.name}; rename one of the texts")

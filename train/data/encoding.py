@@ -1,4 +1,4 @@
-"""Text to token files and back. Encoding runs in parallel, and goes on after whatever interrupted it."""
+"""Conversion of text to token files and back. Encoding is parallel and resumable."""
 
 import fcntl
 import hashlib
@@ -20,7 +20,7 @@ from ...tokenizer.text.sources import Block, iter_blocks, text_bytes
 from ...tokenizer.workers import POOL_BYTES, choose_workers
 from .token_file import FileStamp, TokenDataset, TokenHeader, TokenWriter, read_header
 
-# Bytes of text between two saves: a second or a few of work.
+# Bytes of text between two saves: a few seconds of work.
 SAVE_EVERY = 1 << 26
 
 
@@ -33,16 +33,16 @@ def encode_text(
     save_every: int = SAVE_EVERY,
     advance: Advance | None = None,
 ) -> TokenHeader:
-    """Encode a text file to the token file `out`, in parallel; `out` appears only when it is whole.
+    """Encode a text file to the token file `out`, in parallel. `out` appears only when it is complete.
 
-    Documents of JSON lines and of Parquet are ended by `<|endoftext|>`, where that is a special token. `advance` is told of the
-    bytes of text that are done; without it there is a progress bar.
+    `<|endoftext|>`, if it is a special token, follows each document of JSON lines or Parquet. `advance` is called with the
+    number of bytes of text after each block; the default is a progress bar.
 
-    The ids so far are kept beside it, in a file with the ending .part that is saved every `save_every` bytes of text. Called
-    again after an interruption, this goes on from there and ends with the same bytes; where the text, the tokenizer or the
-    ids are no longer the same, it begins again. Of several processes that want the same file, one encodes and the others wait.
+    Ids are written to `OUT.part`, which is saved every `save_every` bytes of text. A second call after an interruption resumes
+    from the last save and gives the same bytes. It restarts if the text, the tokenizer or the ids have changed. If several
+    processes encode to the same file, one encodes and the others wait.
 
-    Raises a `UserError` where `out` exists, the text is missing or cannot be read, or changes meanwhile.
+    Raises a `UserError` if `out` exists, or if the text is missing, cannot be read, or changes during the call.
     """
     require_file(text, "text file", "make a corpus with `tilewright corpus`")
     require_absent(out)
@@ -51,13 +51,13 @@ def encode_text(
     part = out.with_name(f"{out.name}.part")
     with _locked(part, text) as file:
         if out.exists():
-            # Another process has made it while this one waited.
+            # Another process has written it while this one waited for the lock.
             part.unlink()
             return TokenDataset(out).header
         try:
             header = _encode(text, tokenizer, file, part, num_workers, save_every, advance)
             require_absent(out)
-            # A crash may undo the renaming; then the part is there again, and whole.
+            # A crash may undo the rename. The complete .part file then exists again.
             part.replace(out)
         except BaseException:
             if not _is_saved(part):
@@ -87,14 +87,14 @@ def _encode(
             writer.save(done, digest.hexdigest(), stamp)
             saved = done
     if FileStamp.of(text) != stamp:
-        raise UserError(f"{text} changed while it was encoded: encode it again")
+        raise UserError(f"cannot encode {text}: the file changed in the meantime; encode it again")
     return writer.save(done, digest.hexdigest(), stamp)
 
 
 def _begin(
     text: Path, tokenizer: AnyTokenizer, file: BinaryIO, part: Path, stamp: FileStamp, advance: Advance | None
 ) -> "tuple[TokenWriter, Iterator[Block], hashlib._Hash]":
-    """Return a writer, the blocks of text that it still lacks, and the hash of those before."""
+    """Return a writer, the remaining blocks of text, and the hash of the blocks that are already encoded."""
 
     def blocks() -> Iterator[Block]:
         end = END_OF_TEXT if tokenizer.end_of_text_id is not None else ""
@@ -109,7 +109,7 @@ def _begin(
 
 
 def _writer_of(file: BinaryIO, part: Path, tokenizer: AnyTokenizer, stamp: FileStamp) -> TokenWriter | None:
-    """Return a writer that goes on with the file, or None where that is no beginning of this text by this tokenizer."""
+    """Return a writer that appends to the file, or None if the file does not hold a prefix of this text by this tokenizer."""
     try:
         header = read_header(file, part)
         if (header.text_file, header.tokenizer, header.vocab_size) == (stamp, tokenizer.fingerprint, tokenizer.vocab_size):
@@ -120,8 +120,8 @@ def _writer_of(file: BinaryIO, part: Path, tokenizer: AnyTokenizer, stamp: FileS
 
 
 def _skip(blocks: Iterator[Block], size: int, digest: "hashlib._Hash", advance: Advance | None) -> None:
-    # Reading anew costs little beside encoding, gives the hash, and leads to the same place in compressed text too.
-    with progress("reading what is encoded", size, advance=advance) as advance:
+    # Reading is cheap compared to encoding. It also gives the hash, and works for compressed text, which has no seek.
+    with progress("skipping encoded text", size, advance=advance) as advance:
         while size > 0:
             block = next(blocks, None)
             if block is None:
@@ -132,7 +132,7 @@ def _skip(blocks: Iterator[Block], size: int, digest: "hashlib._Hash", advance: 
 
 
 def _is_saved(part: Path) -> bool:
-    # Read anew: what the failed file still holds back would fail again.
+    # Opens the file again: a flush of the failed file object would fail once more.
     try:
         with part.open("rb") as file:
             read_header(file, part)
@@ -143,14 +143,14 @@ def _is_saved(part: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, text: Path) -> Iterator[BinaryIO]:
-    """Yield the file at `path`, made where it is missing, that no other process yields meanwhile."""
+    """Yield the file at `path` under an exclusive lock. Creates the file if it is missing."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
-                f"{path.parent} cannot be written to ({error.strerror}): encode {text} elsewhere, by `tilewright tokenizer "
-                f"encode {text} --out FOLDER/{text.stem}.tokens`, and name that file in place of the text"
+                f"cannot write to {path.parent}: {error.strerror}; encode {text} with `tilewright tokenizer encode {text} "
+                f"--out FOLDER/{text.stem}.tokens`, and use that file instead of the text"
             ) from error
         with os.fdopen(descriptor, "r+b") as file:
             try:
@@ -161,14 +161,14 @@ def _locked(path: Path, text: Path) -> Iterator[BinaryIO]:
             except OSError as error:
                 if not os.fstat(file.fileno()).st_size:
                     path.unlink(missing_ok=True)
-                raise UserError(f"{path} cannot be locked ({error.strerror}): encode {text} on another disk") from error
-            if _stands_at(path, file):
+                raise UserError(f"cannot lock {path}: {error.strerror}; encode {text} on another disk") from error
+            if _is_file_at(path, file):
                 yield file
                 return
 
 
-def _stands_at(path: Path, file: BinaryIO) -> bool:
-    # Whoever held the lock before may have renamed or removed the file.
+def _is_file_at(path: Path, file: BinaryIO) -> bool:
+    # The previous holder of the lock may have renamed or removed the file.
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -176,9 +176,9 @@ def _stands_at(path: Path, file: BinaryIO) -> bool:
 
 
 def text_sha256(text: Path, document_end: str = "") -> str:
-    """Return the hash of a text as `TokenHeader.text_sha256` has it, with a progress bar.
+    """Return the SHA-256 of a text, as in `TokenHeader.text_sha256`, with a progress bar.
 
-    `document_end` is as in `iter_blocks`.
+    `document_end` is passed to `iter_blocks`.
     """
     digest = hashlib.sha256()
     with tqdm(total=text_bytes(text), desc=f"checking {text.name}", unit="B", unit_scale=True, disable=None) as bar:
@@ -189,7 +189,7 @@ def text_sha256(text: Path, document_end: str = "") -> str:
 
 
 def decode_text(dataset: TokenDataset, tokenizer: AnyTokenizer, piece_tokens: int = 2**16) -> Iterator[bytes]:
-    """Yield the text of a token file piece by piece, as bytes, because it may hold some that are no character."""
+    """Yield the text of a token file in pieces, as bytes, because the text may contain invalid UTF-8."""
     decoder = tokenizer.stream_decoder("surrogateescape")
     for start in range(0, len(dataset), piece_tokens):
         length = min(piece_tokens, len(dataset) - start)

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub as text on this disk: resumable, with the same bytes as without an interruption."""
+"""Resumable download of datasets of the Hugging Face hub to text files. An interruption does not change the output bytes."""
 
 import json
 import shutil
@@ -21,39 +21,39 @@ from .text_shards import ShardsState, TextShards, document
 INDEX = "corpus.json"
 _STATE = ".fetch.json"
 _SAMPLED_FILES = 4
-# Text of JSON lines for a byte of the file.
+# Estimated bytes of text per byte of a compressed JSON lines file.
 _EXPANSION = {".gz": 3, ".zst": 4}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Which text of which dataset becomes a corpus."""
+    """The dataset, and the part of it, that becomes a corpus."""
 
     repo: str
     """OWNER/NAME on the hub."""
     config: str | None = None
-    """None: the one that the dataset's card calls the default."""
+    """Name of a config; None: the default of the dataset's card."""
     split: str = "train"
     valid_split: str | None = None
-    """None: `validation` where there is one, else every `holdout`-th document of `split`."""
+    """Split of the validation text; None: `validation` if it exists, else every `holdout`-th document of `split`."""
     column: str = "text"
     revision: str | None = None
     """A branch, a tag or a commit; None: the newest."""
     files: str | None = None
-    """A glob of the repository's files, in place of a config."""
+    """A glob of files in the repository, instead of a config."""
     holdout: int = 2000
     shard_megabytes: float | None = 1000.0
-    """Size of a file of training text; None: a single one."""
+    """Size of each file of training text; None: a single file."""
     max_gigabytes: float | None = None
-    """Fetch no more training text than this, and the document that reaches it."""
+    """Stop after the document of the training split that reaches this size."""
     documents: int | None = None
-    """Fetch no more documents than this of the training split."""
+    """Stop after this number of documents of the training split."""
 
     def __post_init__(self) -> None:
         for name in ("holdout", "shard_megabytes", "max_gigabytes", "documents"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{name.replace('_', '-')} is {value}: a finite number above 0 is needed")
+                raise UserError(f"{name.replace('_', '-')} is {value}: it must be a finite number above 0")
 
 
 DATASETS: Mapping[str, Dataset] = {
@@ -83,36 +83,36 @@ class _State:
 
 
 def dataset_of(name: str) -> Dataset:
-    """Return the preset of this name, or the dataset that the hub has under it; else raise a `UserError`."""
+    """Return the preset `name`, or the dataset OWNER/NAME of the hub. Raises a `UserError` for any other name."""
     if name in DATASETS:
         return DATASETS[name]
     if name.count("/") != 1:
-        raise UserError(f"there is no preset {name!r}, only {', '.join(DATASETS)}; others are named as on the hub: OWNER/NAME")
+        raise UserError(f"dataset is {name!r}: expected one of {', '.join(DATASETS)}, or OWNER/NAME of a dataset on the hub")
     return Dataset(name)
 
 
 def fetch(dataset: Dataset, folder: Path | str, save_every: int = 1 << 25) -> None:
-    """Fetch a dataset into `folder`: its training text as train.txt, or train/00000.txt and so on, and valid.txt.
+    """Fetch a dataset into `folder`: train.txt, or the shards train/00000.txt, train/00001.txt, ..., and valid.txt.
 
-    `END_OF_TEXT` follows each document. Their sizes, documents and hashes are in corpus.json, which appears last. An
-    interrupted fetch goes on at the row group where it was last saved, every `save_every` bytes, from the same commit of the
-    dataset; a finished one is not fetched again. Raises a `UserError` for whatever the hub does not have or give, and
-    before it begins where the text would not fit on the disk.
+    `END_OF_TEXT` follows each document. corpus.json, which is written last, lists the bytes, documents and hash of each file.
+    The state is saved every `save_every` bytes. A second call after an interruption resumes at the row group of the last save,
+    from the same commit of the dataset. A complete corpus is not fetched again. Raises a `UserError` if the hub denies the
+    data or, before the fetch begins, if the text does not fit on the disk.
     """
     try:
         import huggingface_hub  # noqa: F401
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise UserError(f"fetching a corpus needs more packages: pip install 'tilewright[hub]' ({error})") from error
+        raise UserError(f"cannot fetch a corpus: {error}; pip install 'tilewright[hub]'") from error
     folder = Path(folder)
     with refused_writes(folder):
         make_folder(folder)
     try:
         with locked_folder(folder, f"another process that fetches to {folder}"):
             if not _is_complete(dataset, folder):
-                _Fetch(dataset, folder).run(save_every)
+                _Fetcher(dataset, folder).run(save_every)
     finally:
-        # Nothing is left of a fetch that could not begin.
+        # Removes the folder if the fetch failed before it wrote a file.
         with suppress(OSError):
             folder.rmdir()
 
@@ -125,30 +125,30 @@ def _is_complete(dataset: Dataset, folder: Path) -> bool:
             origin, shards = content["origin"], [*content["train"], *content["valid"]]
             sizes = {shard["name"]: shard["bytes"] for shard in shards}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is not the index of a corpus: remove {folder} to fetch it again") from error
+            raise UserError(f"{index} is not the index of a corpus; remove {folder} to fetch it again") from error
         if origin != asdict(dataset):
-            raise UserError(f"{folder} holds another corpus, or another part of this one: name another folder with --out")
+            raise UserError(f"{folder} holds another corpus, or another part of this one; name another folder with --out")
         for name, size in sizes.items():
             if not (folder / name).exists() or (folder / name).stat().st_size != size:
-                raise UserError(f"{folder / name} is no longer the file that was fetched: remove {folder} to fetch it again")
+                raise UserError(f"{folder / name} has changed since it was fetched; remove {folder} to fetch it again")
         state.unlink(missing_ok=True)
     elif not state.exists():
         present = [folder / name for name in ("train.txt", "train", "valid.txt") if (folder / name).exists()]
-        # Earlier versions fetched these two files without an index, and nothing else.
+        # Earlier versions fetched exactly these two files, without an index.
         if dataset.shard_megabytes is not None or len(present) < 2:
             for path in present:
-                raise UserError(f"{path} exists already: remove it, or name another folder with --out")
+                raise UserError(f"{path} exists already; remove it, or name another folder with --out")
             return False
     else:
         return False
-    print(f"{folder}: complete already, not fetched again")
+    print(f"{folder}: already complete, not fetched again")
     return True
 
 
-class _Fetch:
+class _Fetcher:
     def __init__(self, dataset: Dataset, folder: Path):
         self.dataset, self.folder, self.state_file = dataset, folder, folder / _STATE
-        self.remedy = f"remove {folder} to begin again"
+        self.remedy = f"remove {folder} to fetch again"
         self.state = self._saved_state() or self._first_state()
         self.reader = HubReader(dataset.repo, self.state.snapshot.commit)
 
@@ -156,7 +156,7 @@ class _Fetch:
         dataset, state = self.dataset, self.state
         if not state.complete:
             self._check_disk()
-            # Before any text, so that what an interruption leaves is known for a fetch.
+            # Before any text, so that an interrupted folder is recognized as a fetch.
             write_text(self.state_file, json.dumps(asdict(state)))
         shard_bytes = None if dataset.shard_megabytes is None else round(dataset.shard_megabytes * 1e6)
         self.train = TextShards(self.folder, "train", shard_bytes, state.train, self.remedy)
@@ -183,9 +183,9 @@ class _Fetch:
             config = dacite.Config(cast=[tuple], strict=True)
             state = dacite.from_dict(_State, json.loads(self.state_file.read_bytes()), config)
         except (ValueError, TypeError, AttributeError, dacite.DaciteError) as error:
-            raise UserError(f"{self.state_file} is not the state of a fetch: {self.remedy}") from error
+            raise UserError(f"{self.state_file} is not the state of a fetch; {self.remedy}") from error
         if state.origin != asdict(self.dataset):
-            raise UserError(f"{self.state_file} belongs to another fetch: repeat its options, or {self.remedy}")
+            raise UserError(f"{self.state_file} belongs to a fetch with other options; repeat those options, or {self.remedy}")
         if not state.complete:
             check_unchanged(self.dataset.repo, state.snapshot)
         return state
@@ -197,16 +197,16 @@ class _Fetch:
         wanted = [dataset.split] if valid is None else [dataset.split, valid]
         for split in wanted:
             if split not in snapshot.splits:
-                raise UserError(f"{dataset.repo} has no split {split!r}, only {', '.join(snapshot.splits)}")
+                raise UserError(f"{dataset.repo} has no split {split!r}: expected one of {', '.join(snapshot.splits)}")
         if valid is None and dataset.documents is not None and dataset.documents < dataset.holdout:
             raise UserError(
-                f"documents is {dataset.documents}: {dataset.holdout} are needed for one to be held out as validation text"
+                f"documents is {dataset.documents}: it must be at least holdout, {dataset.holdout}, to hold out a document"
             )
         snapshot = replace(snapshot, splits={split: snapshot.splits[split] for split in wanted})
         return _State(asdict(dataset), snapshot, _Progress(dataset.split))
 
     def _check_disk(self) -> None:
-        """Say what will be read and written, and refuse what the disk cannot hold; see `_estimate`."""
+        """Print the estimated sizes. Raises a `UserError` if the text does not fit on the disk; see `_estimate`."""
         commit, splits = self.state.snapshot.commit, self.state.snapshot.splits
         estimates = [self._estimate(split, files) for split, files in splits.items()]
         read, written = (sum(sizes) for sizes in zip(*estimates, strict=True))
@@ -215,14 +215,14 @@ class _Fetch:
         sizes = f"{written / 1e9:,.2f} GB of text to write, {free / 1e9:,.2f} GB free"
         if written > free:
             raise UserError(
-                f"{self.dataset.repo} does not fit on the disk of {self.folder}: about {sizes}; set --max-gigabytes, or name a"
-                " folder of another disk with --out"
+                f"cannot fetch {self.dataset.repo} to {self.folder}: about {sizes}; set --max-gigabytes, or name a folder on "
+                "another disk with --out"
             )
         count = sum(map(len, splits.values()))
         print(f"{self.dataset.repo} at {commit[:8]}: {count} files, about {read / 1e9:,.2f} GB to read, {sizes}")
 
     def _estimate(self, split: str, files: tuple[HubFile, ...]) -> tuple[float, float]:
-        """Return the bytes to read and those of text, by the footers of a few files, and of compressed lines by experience."""
+        """Estimate the bytes to read and the bytes of text, from the footers of a sample of files or a typical compression."""
         column, total = self.dataset.column, sum(file.size for file in files)
         if tables := [file for file in files if file.path.endswith(PARQUET)]:
             sample = tables[:: -(-len(tables) // _SAMPLED_FILES)]
@@ -265,7 +265,7 @@ class _Fetch:
                 for text in texts:
                     if progress.documents >= wanted or (is_train and written >= most):
                         return
-                    if not (text := _cleaned(text)):
+                    if not (text := _clean(text)):
                         continue
                     progress.documents += 1
                     held_out = holds_out and progress.documents % self.dataset.holdout == 0
@@ -279,15 +279,15 @@ class _Fetch:
                     saved = written
 
     def _save(self) -> None:
-        # The text before the state, so that the state never promises bytes that a crash could lose.
+        # Syncs the text before the state, so that the state never counts bytes that a crash could lose.
         self.state.train, self.state.valid = self.train.sync(), self.valid.sync()
         write_text(self.state_file, json.dumps(asdict(self.state)))
         self.train.publish()
 
 
-def _cleaned(text: str | None) -> str:
+def _clean(text: str | None) -> str:
     text = text or ""
-    # Again and again, because what is left can close up to another one.
+    # Repeated, because a removal can join the text around it to another mark.
     while END_OF_TEXT in text:
         text = text.replace(END_OF_TEXT, "")
     return text.strip()

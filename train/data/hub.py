@@ -1,4 +1,4 @@
-"""Datasets on the Hugging Face hub: which files the split of a dataset consists of, and what the hub's errors mean."""
+"""Datasets on the Hugging Face hub: the files of each split, and translation of the hub's errors."""
 
 import os
 import re
@@ -11,17 +11,17 @@ from ...errors import UserError, one_line
 
 PARQUET = ".parquet"
 JSON_LINES = re.compile(r".*\.(jsonl?|ndjson)(\.gz|\.zst)?")
-# Where the hub keeps what it converted by itself, as CONFIG/SPLIT/0000.parquet.
+# The branch of the hub's automatic conversion, with files CONFIG/SPLIT/0000.parquet.
 _CONVERTED = "refs/convert/parquet"
-# The hub has changed its HTTP library twice, so its errors are known by where they come from.
+# huggingface_hub has changed its HTTP library twice, so errors are recognized by their package.
 _HTTP_LIBRARIES = {"httpx", "httpx2", "requests"}
-# Seconds for the first answer, so that a machine without a network is told at once.
-_PATIENCE = 10
+# Short timeout of the first request, so that a machine without a network fails soon.
+_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository; `oid` is the hash of its content."""
+    """A file of a repository. `oid` is the hash of its contents."""
 
     path: str
     size: int
@@ -30,40 +30,41 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of each split at one commit, which no later upload changes."""
+    """The files of each split at a fixed commit."""
 
     commit: str
     splits: Mapping[str, tuple[HubFile, ...]]
 
 
 def find_splits(repo: str, config: str | None, revision: str | None, files: str | None) -> Snapshot:
-    """Return the splits of a dataset, each of Parquet files or JSON lines.
+    """Return the splits of a dataset, each a list of Parquet or JSON lines files.
 
-    `files` is a glob of the files of the repository, a single split "train"; by default they are those that the dataset's card
-    names for `config` (by default the card's own default), or those that the hub has converted to Parquet. Raises a `UserError`
-    for a dataset, a revision or a config that is not there, for one that is gated, and without a network.
+    With `files`, a glob of paths in the repository, the matching files are the split "train". Otherwise the dataset's card
+    lists the files of `config` (None: the default config of the card). If it lists none that can be read, the files are those
+    that the hub has converted to Parquet. Raises a `UserError` if the dataset, the revision or the config does not exist, if
+    access is denied, or without a network.
     """
     from huggingface_hub import HfApi
 
     with hub_errors(repo):
-        info = HfApi().dataset_info(repo, revision=revision, timeout=_PATIENCE)
+        info = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT_S)
         commit = info.sha or ""
         if files is not None:
-            found = _matching(repo, commit, {"train": [files]})
+            found = _match(repo, commit, {"train": [files]})
             if not found:
                 raise UserError(f"{repo} has no Parquet files or JSON lines that match {files!r}")
             return Snapshot(commit, found)
         card = info.card_data.to_dict() if info.card_data else {}
-        if declared := _declared(card.get("configs") or []):
+        if declared := _globs_in_card(card.get("configs") or []):
             default = next((entry["config_name"] for entry in card["configs"] if entry.get("default")), None)
-            found = _matching(repo, commit, declared[_chosen(repo, config, declared, default)])
+            found = _match(repo, commit, declared[_choose_config(repo, config, declared, default)])
             if found:
                 return Snapshot(commit, found)
-        return _converted(repo, config)
+        return _converted_snapshot(repo, config)
 
 
 def list_files(repo: str, commit: str, folder: str = "") -> dict[str, HubFile]:
-    """Return the files of a repository below a folder, by their paths."""
+    """Return the files in a folder of a repository, recursively, by path."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
@@ -76,19 +77,19 @@ def list_files(repo: str, commit: str, folder: str = "") -> dict[str, HubFile]:
 
 
 def check_unchanged(repo: str, snapshot: Snapshot) -> None:
-    """Raise a `UserError` that names a file which the commit no longer holds as it was."""
+    """Raise a `UserError` if a file of the snapshot has changed or is gone."""
     files = [file for files in snapshot.splits.values() for file in files]
     with hub_errors(repo):
         now = list_files(repo, snapshot.commit, _common_folder(file.path for file in files))
     for file in files:
         if now.get(file.path) != file:
             raise UserError(
-                f"{file.path} of {repo} has changed on the hub since the fetch began: begin again in another folder"
+                f"{file.path} of {repo} has changed on the hub since the fetch began; fetch again to another folder"
             )
 
 
-def _declared(configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """Return the globs of the files by config and split, out of the forms in which a card may write them."""
+def _globs_in_card(configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """Return the globs of a card's files by config and split. A card may write them in several forms."""
     declared: dict[str, dict[str, list[str]]] = {}
     for entry in configs:
         folder = str(entry.get("data_dir") or "").strip("/")
@@ -102,13 +103,13 @@ def _declared(configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[
     return {config: splits for config, splits in declared.items() if splits}
 
 
-def _chosen(repo: str, config: str | None, configs: Mapping[str, Any], default: str | None = None) -> str:
+def _choose_config(repo: str, config: str | None, configs: Mapping[str, Any], default: str | None = None) -> str:
     if config is None:
         config = default or ("default" if "default" in configs else next(iter(configs)) if len(configs) == 1 else None)
         if config is None:
-            raise UserError(f"{repo} has several configs: choose one with --config, of {_names(configs)}")
+            raise UserError(f"{repo} has several configs: choose one of {_names(configs)} with --config")
     if config not in configs:
-        raise UserError(f"{repo} has no config {config!r}, only {_names(configs)}")
+        raise UserError(f"{repo} has no config {config!r}: expected one of {_names(configs)}")
     return config
 
 
@@ -117,8 +118,8 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(listed[:30]) + (f" and {len(listed) - 30} more" if len(listed) > 30 else "")
 
 
-def _matching(repo: str, commit: str, splits: Mapping[str, Sequence[str]]) -> dict[str, tuple[HubFile, ...]]:
-    """Return the files of each split that match its globs and can be read; splits without any are left out."""
+def _match(repo: str, commit: str, splits: Mapping[str, Sequence[str]]) -> dict[str, tuple[HubFile, ...]]:
+    """Return the readable files that match the globs of each split. Omits splits without a match."""
     from fsspec.utils import glob_translate
 
     globs = [glob for each in splits.values() for glob in each]
@@ -138,15 +139,15 @@ def _common_folder(paths: Iterable[str]) -> str:
     return "" if folder == "." else folder
 
 
-def _converted(repo: str, config: str | None) -> Snapshot:
+def _converted_snapshot(repo: str, config: str | None) -> Snapshot:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        commit = HfApi().dataset_info(repo, revision=_CONVERTED, timeout=_PATIENCE).sha or ""
+        commit = HfApi().dataset_info(repo, revision=_CONVERTED, timeout=_TIMEOUT_S).sha or ""
     except RevisionNotFoundError:
         raise UserError(
-            f"{repo} has no Parquet files or JSON lines by its card, and the hub has converted none: name files with --files"
+            f"the card of {repo} lists no Parquet or JSON lines files, and the hub has converted none; name files with --files"
         ) from None
     configs: dict[str, dict[str, list[HubFile]]] = {}
     for path, file in sorted(list_files(repo, commit).items()):
@@ -154,14 +155,14 @@ def _converted(repo: str, config: str | None) -> Snapshot:
             name, split, _ = path.split("/")
             configs.setdefault(name, {}).setdefault(split, []).append(file)
     if not configs:
-        raise UserError(f"the hub has converted no file of {repo} to Parquet: name files with --files")
-    splits = configs[_chosen(repo, config, configs)]
+        raise UserError(f"the hub has converted no file of {repo} to Parquet; name files with --files")
+    splits = configs[_choose_config(repo, config, configs)]
     return Snapshot(commit, {split: tuple(files) for split, files in splits.items()})
 
 
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Turn what the hub and the network raise into a `UserError` of one line; a full disk and the like pass unchanged."""
+    """Convert errors of the hub and the network to one-line `UserError`s. Other errors, such as a full disk, pass through."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -175,24 +176,24 @@ def hub_errors(repo: str) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise UserError(
-            f"{repo} is gated: accept its terms on https://huggingface.co/datasets/{repo}, then log in with `hf auth login`"
+            f"{repo} is gated; accept its terms on https://huggingface.co/datasets/{repo}, then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"the hub has no dataset {repo!r}, or a private one: check the name, or log in with `hf auth login`"
+            f"the hub has no dataset {repo!r}, or it is private; check the name, or log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{repo} has no such revision (any more): {one_line(error)}") from error
+        raise UserError(f"{repo} does not have this revision: {one_line(error)}") from error
     except HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a dataset: {one_line(error)}") from error
+        raise UserError(f"{repo!r} is not a valid name of a dataset: {one_line(error)}") from error
     except Exception as error:
         modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
         known = isinstance(error, HfHubHTTPError | OfflineModeIsEnabled | ConnectionError | TimeoutError)
         if not known and _HTTP_LIBRARIES.isdisjoint(modules):
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
-        limited = "its rate limit is reached: wait, or log in with `hf auth login` for a higher one"
+        limited = "the rate limit is reached; wait, or log in with `hf auth login` for a higher limit"
         raise UserError(
             f"cannot fetch {repo} from the Hugging Face hub: {limited if status == 429 else one_line(error)};"
-            " what was fetched so far is kept and the same command resumes; `tilewright corpus stories` makes a corpus offline"
+            " the same command resumes the fetch; `tilewright corpus stories` generates a corpus offline"
         ) from error

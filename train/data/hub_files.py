@@ -1,4 +1,4 @@
-"""The text of files on the hub, read by ranges: of Parquet only the column's bytes, of JSON lines the whole stream."""
+"""Text of files on the hub, read by range requests: one column of Parquet files, whole JSON lines files."""
 
 import gzip
 import io
@@ -13,24 +13,24 @@ from ...errors import UserError
 from ...tokenizer.text.sources import json_text
 from .hub import PARQUET, HubFile, hub_errors
 
-# Row groups that are read ahead: the wait for one answer is hidden behind those of others, in bounded memory.
+# Bounds of the read-ahead of row groups, which hides the latency of requests.
 _REQUESTS_AHEAD = 8
 _BYTES_AHEAD = 1 << 27
 _STREAM_BYTES = 1 << 23
-# Lines of a file between two places at which a fetch can go on.
+# Lines per unit of a JSON lines file. A fetch can resume between units.
 _LINES = 1000
-_SECONDS = 60
+_TIMEOUT_S = 60
 
 
 class Place(NamedTuple):
-    """Where a fetch goes on: the file by its number, and the row group, or thousand lines, in it."""
+    """The position where a fetch resumes: the index of a file, and of a row group or a block of 1,000 lines in it."""
 
     file: int
     unit: int
 
 
 class HubReader:
-    """Ranges of the files of one commit; a connection that breaks is made again, with longer and longer waits."""
+    """Reads ranges of the files of a commit. Retries broken connections with exponential backoff."""
 
     def __init__(self, repo: str, commit: str):
         from huggingface_hub.utils import build_hf_headers
@@ -39,23 +39,23 @@ class HubReader:
         self._headers = build_hf_headers()
 
     def read(self, file: HubFile, start: int, size: int) -> bytes:
-        """Return `size` bytes from `start`; raises a `UserError` where the hub does not give them."""
+        """Return `size` bytes from offset `start`. Raises a `UserError` if the hub does not provide them."""
         from huggingface_hub import constants
         from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
         url = f"{constants.ENDPOINT}/datasets/{self.repo}/resolve/{quote(self.commit)}/{quote(file.path)}"
         headers = {**self._headers, "Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
         with hub_errors(self.repo):
-            response = http_backoff("GET", url, headers=headers, timeout=_SECONDS)
+            response = http_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S)
             hf_raise_for_status(response)
         total = response.headers.get("Content-Range", f"/{len(response.content)}").rpartition("/")[2]
         if total != str(file.size) or len(response.content) != size:
-            raise UserError(f"{file.path} of {self.repo} has {total} bytes, not {file.size}: it has changed on the hub")
+            raise UserError(f"{file.path} of {self.repo} has {total} bytes: expected {file.size}; it has changed on the hub")
         return response.content
 
 
 class _RangeFile(io.RawIOBase):
-    """A file on the hub as Python knows files. What lies in `held`, which begins at `held_start`, needs no request."""
+    """A file object for a file on the hub. Reads within `held`, the bytes from `held_start` on, need no request."""
 
     def __init__(self, reader: HubReader, file: HubFile, held_start: int = 0, held: bytes = b""):
         self._reader, self._file, self._at = reader, file, 0
@@ -90,9 +90,9 @@ class _RangeFile(io.RawIOBase):
 def iter_units(
     reader: HubReader, files: Sequence[HubFile], column: str, begin: Place
 ) -> Iterator[tuple[Place, Iterator[str | None]]]:
-    """Yield the texts of each unit from `begin` on, with the place behind it; read those of one before asking for the next.
+    """Yield the place after each unit, from `begin` on, and the unit's texts. Consume the texts before you take the next unit.
 
-    Raises a `UserError` for a missing column, one that holds no text, and a file that is damaged or of another kind.
+    Raises a `UserError` if the column is missing or does not hold text, or if a file is damaged or has another format.
     """
     number = begin.file
     while number < len(files):
@@ -126,10 +126,10 @@ def _parquet_units(
             while waiting and (
                 len(waiting) >= _REQUESTS_AHEAD or group.size + sum(each.size for each, _ in waiting) > _BYTES_AHEAD
             ):
-                yield _decoded(reader, files, column, *waiting.popleft())
+                yield _decode(reader, files, column, *waiting.popleft())
             waiting.append((group, pool.submit(reader.read, files[group.file], group.start, group.size)))
         while waiting:
-            yield _decoded(reader, files, column, *waiting.popleft())
+            yield _decode(reader, files, column, *waiting.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -144,27 +144,27 @@ def _groups(reader: HubReader, files: Sequence[HubFile], column: str, skipped: i
 
 
 def read_metadata(reader: HubReader, file: HubFile, column: str) -> Any:
-    """Return the `pyarrow.parquet.FileMetaData` of a file, which has a text column of this name."""
+    """Return the `pyarrow.parquet.FileMetaData` of a file. Raises a `UserError` if it lacks the text column `column`."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         metadata = parquet.read_metadata(_RangeFile(reader, file))
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file.path} of {reader.repo} is damaged, or no Parquet: {error}") from None
+        raise UserError(f"{file.path} of {reader.repo} is damaged, or not a Parquet file: {error}") from None
     schema = metadata.schema.to_arrow_schema()
     if column not in schema.names:
-        raise UserError(f"{reader.repo} has no column {column!r}, only {', '.join(schema.names)}: choose one with --column")
+        raise UserError(f"{reader.repo} has no column {column!r}: choose one of {', '.join(schema.names)} with --column")
     kind = schema.field(column).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"column {column!r} of {reader.repo} holds {kind}, not text: choose one with --column")
+        raise UserError(f"column {column!r} of {reader.repo} has type {kind}: expected text; choose one with --column")
     return metadata
 
 
 def column_sizes(metadata: Any, column: str) -> tuple[int, int]:
-    """Return the bytes of a column in a file: compressed, and of its text."""
+    """Return the compressed bytes of a column in a file, and the bytes of its text."""
     chunks = [_column_chunk(metadata, unit, column) for unit in range(metadata.num_row_groups)]
-    # Each text has its length before it, in four bytes.
+    # A length of four bytes precedes each text.
     text = sum(chunk.total_uncompressed_size - 4 * chunk.num_values for chunk in chunks)
     return sum(chunk.total_compressed_size for chunk in chunks), max(0, text)
 
@@ -174,7 +174,7 @@ def _column_chunk(metadata: Any, unit: int, column: str) -> Any:
     return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == column)
 
 
-def _decoded(
+def _decode(
     reader: HubReader, files: Sequence[HubFile], column: str, group: _Group, data: Future[bytes]
 ) -> tuple[Place, Iterator[str | None]]:
     behind = Place(group.file + 1, 0) if group.is_last else Place(group.file, group.unit + 1)
@@ -218,7 +218,7 @@ def _lines(reader: HubReader, file: HubFile) -> Iterator[bytes]:
         try:
             import zstandard
         except ImportError:
-            raise UserError(f"{file.path} needs zstandard: pip install 'tilewright[data]'") from None
+            raise UserError(f"cannot read {file.path}: it needs zstandard; pip install 'tilewright[data]'") from None
         stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True))
     try:
         yield from (line for line in stream if line.strip())

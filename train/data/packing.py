@@ -1,4 +1,4 @@
-"""Windows of a model's context packed with whole conversations of chats, or whole documents of text."""
+"""Packing of whole conversations, or whole documents, into windows of the model's context length."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,20 +19,21 @@ _SCAN_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Packing:
-    """How windows are filled."""
+    """The packing of windows."""
 
     method: Literal["none", "best_fit"] = "none"
-    """none: text is cut into windows side by side, and conversations are packed in the file's order."""
+    """none: text is split into consecutive windows, and conversations are packed in file order."""
     end_of_text: int | None = None
-    """The id that ends each document; best_fit of text needs it."""
+    """The id at the end of each document. Required for best_fit packing of text."""
 
 
 class PackedWindows:
-    """Windows of `context_length` + 1 tokens that hold whole conversations, or whole documents: their pieces.
+    """Windows of `context_length` + 1 tokens, packed with pieces: whole conversations, or whole documents.
 
-    A conversation longer than a window is cropped to its first tokens. A document longer than a window is cut into full ones,
-    which share a token so that each is a target, and a rest that is packed as other documents are. Without best_fit, pieces
-    stay in the file's order, and each window has as many as fit. Memory: 13 bytes a piece, and 8 a window.
+    A conversation longer than a window is cropped to its first tokens. A document longer than a window is split into full
+    windows and a rest, which is packed as other documents are; consecutive pieces share a token, so that every token is a
+    target. Without best_fit, pieces stay in file order, and each window takes as many as fit. Needs 13 bytes of memory per
+    piece and 8 per window.
     """
 
     def __init__(self, dataset: TokenDataset, context_length: int, packing: Packing = Packing()) -> None:
@@ -44,7 +45,7 @@ class PackedWindows:
             begins = np.ones(len(starts), bool)
         else:
             borders = _document_borders(dataset, packing.end_of_text)
-            starts, sizes, begins = _cut(borders, self.length)
+            starts, sizes, begins = _split_documents(borders, self.length)
         self._num_whole = len(borders) - 1
         self._num_longer = int(np.count_nonzero(np.diff(borders) > self.length))
         if packing.method == "best_fit":
@@ -59,25 +60,25 @@ class PackedWindows:
         return len(self._bounds) - 1
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return the first token in the file, and the size in tokens, of each piece of a window."""
+        """Return the offset in the file and the size, both in tokens, of each piece of a window."""
         inside = slice(*self._bounds[window : window + 2])
         return list(zip(self._starts[inside].tolist(), self._sizes[inside].tolist(), strict=True))
 
     def summary(self) -> str:
-        """Return in a line what the windows hold."""
+        """Return a one-line summary of the windows."""
         share = int(self._sizes.sum(dtype=np.int64)) / (len(self) * self.length)
-        what, longer = ("conversations", "cropped to that") if self._is_chat else ("documents", "cut into several")
-        rest = f"; {self._num_longer:,} are longer, and {longer}" if self._num_longer else ""
+        what, longer = ("conversations", "cropped") if self._is_chat else ("documents", "split")
+        rest = f"; {self._num_longer:,} longer than a window, {longer}" if self._num_longer else ""
         return (
             f"{self.dataset.path}: {self._num_whole:,} {what} in {len(self):,} windows of {self.length:,} "
             f"tokens, {share:.1%} filled{rest}"
         )
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs, targets (int64) and document ids (int32), (B, T) each, of the `windows` of these numbers.
+        """Return inputs and targets (int64) and document ids (int32), (B, T) each, of the windows with these indices.
 
-        Each piece is a document, and so is what is left of a window behind its last one. Targets are -100 there, at the first
-        token of what goes on from another window, and in chats where they are not scored.
+        Each piece is a document of its own, and so is the padding at the end of a window. Targets are -100 in the padding, at
+        the first token of a piece that continues another window's document, and at tokens of chats that are not scored.
         """
         first, last = self._bounds[windows], self._bounds[windows + 1]
         pieces = np.concatenate([np.arange(*bounds) for bounds in zip(first, last, strict=True)] or [np.empty(0, np.int64)])
@@ -104,21 +105,21 @@ class PackedWindows:
 
 
 def packed_windows(dataset: TokenDataset, context_length: int, packing: Packing) -> PackedWindows | None:
-    """Return the windows of a file that is packed: of chats always, of text by best_fit; None where it is not."""
+    """Return packed windows for chats, and for text with best_fit; None for other text."""
     packs = dataset.header.marked or packing.method == "best_fit"
     return PackedWindows(dataset, context_length, packing) if packs else None
 
 
 def conversation_borders(dataset: TokenDataset) -> np.ndarray:
-    """Return the first token of each conversation, and the number of all tokens behind them: (conversations + 1,) int64."""
+    """Return the offset of each conversation, then the number of all tokens: (conversations + 1,) int64."""
     return np.append(_places(dataset, lambda records: records["marks"] & BEGINS), len(dataset))
 
 
 def _document_borders(dataset: TokenDataset, end_of_text: int | None) -> np.ndarray:
-    # The token that ends a document belongs to it.
+    # The end-of-text token belongs to the document before it.
     ends = _places(dataset, lambda records: records == end_of_text) + 1
     if not len(ends):
-        raise UserError(f"{dataset.path} has no end-of-text token that bounds documents: data.packing must be none")
+        raise UserError(f"{dataset.path} has no end-of-text token: data.packing must be none")
     borders = np.concatenate([[0], ends])
     return borders if borders[-1] == len(dataset) else np.append(borders, len(dataset))
 
@@ -132,8 +133,8 @@ def _scan(dataset: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:
         yield first, dataset.records(np.array([first]), min(_SCAN_TOKENS, len(dataset) - first))[0]
 
 
-def _cut(borders: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the start and size of the pieces of documents, at most `length` long, and whether a document begins with each."""
+def _split_documents(borders: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split documents into pieces of at most `length` tokens. Return offsets, sizes, and whether each begins a document."""
     stride, sizes = length - 1, np.diff(borders)
     counts = np.maximum(1, -(-(sizes - 1) // stride))
     document = np.repeat(np.arange(len(counts)), counts)
@@ -142,11 +143,11 @@ def _cut(borders: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _bounds_in_order(sizes: np.ndarray, length: int) -> Iterator[int]:
-    """Yield the first piece of each window, then the number of pieces, where each window has as many as fit."""
-    room = 0
+    """Pack pieces in order, as many as fit into each window. Yield the first piece of each window, then their number."""
+    free = 0
     for piece, size in enumerate(sizes.tolist()):
-        if size > room:
+        if size > free:
             yield piece
-            room = length
-        room -= size
+            free = length
+        free -= size
     yield len(sizes)

@@ -1,28 +1,28 @@
-"""Seeded permutations of any size in constant memory, the same in every version of NumPy.
+"""Seeded permutations of any size in constant memory, independent of the NumPy version.
 
-A permutation is a generalised Feistel network over a rectangle just larger than the range, walked along its cycles until it
-comes back into the range (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 4 and 5). Its round function
-and keys are the finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators").
+A permutation is a generalized Feistel network over a domain slightly larger than the range, with cycle walking (Black & Rogaway
+2002, "Ciphers with Arbitrary Finite Domains", sections 4 and 5). Round function and keys use the finalizer of SplitMix64
+(Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators").
 """
 
 from math import isqrt
 
 import numpy as np
 
-# Where images of pairs no longer differ from uniform ones in a chi-squared test, for sizes from 9 to 513.
+# The fewest rounds for which the images of pairs pass a chi-squared test of uniformity, for sizes from 9 to 513.
 _ROUNDS = 8
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Return uint64 values that look random, a bijection of `values` (uint64, any shape)."""
+    """Apply a pseudorandom bijection to uint64 `values` of any shape."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def make_keys(*parts: int | np.ndarray) -> np.ndarray:
-    """Return uint64 keys that depend on all `parts` and their order: non-negative integers, or arrays (n,) of them."""
+    """Return uint64 keys, (n,) or (1,), that depend on all `parts` in order: non-negative integers, or arrays (n,) of them."""
     keys = np.zeros(1, np.uint64)
     for part in parts:
         keys = mix((keys + _GAMMA) ^ mix(np.asarray(part, np.uint64).reshape(-1) + _GAMMA))
@@ -30,9 +30,9 @@ def make_keys(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Return the images of `values` under permutations of range(size), each chosen by its key.
+    """Return the image of each value under the permutation of range(size) that its key selects, (n,) int64.
 
-    values (n,), integers in range(size), which goes up to 2^63; keys (n,) or (1,), uint64; the result is (n,) int64.
+    `values` (n,) are integers in range(size), `size` is at most 2^63, and `keys` are (n,) or (1,) uint64.
     """
     images = np.asarray(values, np.uint64)
     keys = np.broadcast_to(keys, images.shape)
@@ -43,7 +43,7 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    # At most one row longer than the range, so that few values fall outside.
+    # The domain is at most one row larger than the range, so that few values fall outside the range.
     height = np.uint64(isqrt(size - 1) + 1)
     width = np.uint64(-(-size // int(height)))
     row, column = np.divmod(values, width)
@@ -54,5 +54,5 @@ def _feistel(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _noise(half: np.ndarray, round: int, keys: np.ndarray) -> np.ndarray:
-    # A half is below 2^32, as it is at most the root of 2^63, rounded up.
+    # A half is below 2^32, because it is at most the square root of 2^63, rounded up.
     return mix(keys + (half | np.uint64(round << 32)) * _GAMMA)

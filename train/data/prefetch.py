@@ -1,4 +1,4 @@
-"""Batches made ahead of time in a thread, so that no step waits for its data."""
+"""Prefetching of batches in a thread."""
 
 import queue
 import threading
@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# One that waits to be taken, and one that is made meanwhile.
+# One batch is ready while the thread prepares the next.
 _DEPTH = 2
 _CLOSING_SECONDS = 10.0
 
 
 class Prefetcher(Iterator[tuple[Tensor, ...]]):
-    """The tensors of `make(step)` for each step in range(first, last), on `device`, made in a thread up to two steps ahead.
+    """Yields the tensors of `make(step)` on `device` for each step in range(first, last). A thread runs up to two steps ahead.
 
-    For a GPU they are pinned in the thread and copied without blocking: they may be used on the current stream at once. An
-    error in `make` is raised where its step is taken. Close it, or leave it to the end of the process.
+    For a GPU, the thread pins the tensors, and the copy to the device is asynchronous on the current stream. An error in `make`
+    is raised when the consumer takes that step. A `Prefetcher` that is not closed ends with the process.
     """
 
     waited: float
-    """Seconds that the consumer has waited for data."""
+    """Seconds that the consumer has waited for batches."""
 
     def __init__(self, make: Callable[[int], tuple[Tensor, ...]], first: int, last: int, device: torch.device | str) -> None:
         self.waited = 0.0
@@ -30,8 +30,8 @@ class Prefetcher(Iterator[tuple[Tensor, ...]]):
         self._left = last - first
         self._ready: queue.Queue[tuple[Tensor, ...] | BaseException] = queue.Queue(_DEPTH)
         stop = threading.Event()
-        # A daemon, because the interpreter waits for other threads before it runs what would close this one. It knows nothing
-        # of `self`, so that what nobody uses is closed.
+        # A daemon, because at exit the interpreter joins other threads before it runs finalizers. The thread holds no reference
+        # to `self`, so that an unused prefetcher is collected and closed.
         arguments = (make, range(first, last), self._gpu(), self._ready, stop)
         thread = threading.Thread(target=_work, args=arguments, name="prefetch", daemon=True)
         self._close = weakref.finalize(self, _stop, thread, self._ready, stop)
@@ -57,7 +57,7 @@ class Prefetcher(Iterator[tuple[Tensor, ...]]):
         return tuple(tensor.to(self._device, non_blocking=True) for tensor in item)
 
     def close(self) -> None:
-        """Stop making batches, once the one in the making is done; closing again does nothing."""
+        """Stop the thread after its current batch. A second call does nothing."""
         self._close()
 
 
@@ -66,7 +66,7 @@ def _work(
 ) -> None:
     try:
         if gpu is not None:
-            # A thread begins with the first GPU, and pinning would take memory there.
+            # A new thread uses the first GPU, and pinning would allocate memory there.
             torch.cuda.set_device(gpu)
         for step in steps:
             tensors = make(step)
@@ -82,9 +82,9 @@ def _work(
 def _stop(thread: threading.Thread, ready: "queue.Queue", stop: threading.Event) -> None:
     stop.set()
     if thread is threading.current_thread():
-        # The garbage collector runs wherever it likes, in the thread and within `ready` too.
+        # The garbage collector may run the finalizer in the prefetch thread, even inside a method of `ready`.
         return
-    # Makes room for what the thread may be about to put, which is one thing at most.
+    # Unblocks the thread, which may be waiting to put one more item.
     while not ready.empty():
         ready.get_nowait()
     thread.join(_CLOSING_SECONDS)

@@ -1,4 +1,4 @@
-"""Remote files (https, s3, gs, az, hf): fetched once to the user's cache through fsspec, then used as local ones."""
+"""Remote files (https, s3, gs, az, hf), copied to the user's cache with fsspec."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from ...caches import user_cache
 from ...errors import UserError, one_line
 from ...files import WRITE_ERRORS, locked_folder, make_folder, named_errors, refused_writes, write_text
 
-# The package beside fsspec that reads each of them.
+# The package that fsspec needs for each protocol.
 _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
-# "memory" is fsspec's own, for tests. A path has lost one of the two slashes of a URL.
+# "memory" is a file system of fsspec for tests. `Path` drops one of the two slashes of a URL.
 _URL = re.compile(rf"({'|'.join([*_PACKAGES, 'memory'])}):/+(.+)")
-# What servers call the version of a file, the best first.
+# The names of the version of a file on different servers, in order of preference.
 _VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "mtime", "created")
 
 _READ_BYTES = 1 << 24
@@ -33,7 +33,7 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class _File:
-    """A remote file as its server describes it."""
+    """A remote file with the size and version that the server reports."""
 
     place: str
     size: int | None
@@ -42,32 +42,32 @@ class _File:
 
 @dataclass
 class _Record:
-    """What a folder of the cache holds: the files by their names there."""
+    """The contents of a cache folder: files by local name."""
 
     url: str
     is_file: bool
-    """Whether the URL is that of a file, not of a folder."""
+    """Whether the URL names a file, not a folder or a glob."""
     files: dict[str, _File] = field(default_factory=dict)
     complete: bool = False
 
 
 class _Unreachable(UserError):
-    """Nobody answers, or not as a server of files does."""
+    """The server does not answer, or answers with an unexpected error."""
 
 
 def url_of(path: Path | str) -> str | None:
-    """Return the URL that a path stands for (`Path("s3://b/x")` is written `s3:/b/x`), or None for a local path."""
+    """Return the URL in a path, or None for a local path. `Path("s3://b/x")` becomes `s3:/b/x`; both forms are accepted."""
     match = _URL.fullmatch(str(path))
     return f"{match[1]}://{match[2]}" if match else None
 
 
 def local(path: Path) -> Path:
-    """Return a local path as it is, and for a remote one its copy in the user's cache, fetched where it is missing.
+    """Return a local path itself, or the local copy of a remote path. Fetches missing files to the user's cache.
 
-    The copy of a glob, or of a folder, is a folder of the files; a web server has neither. A copy is checked by the sizes and
-    versions (ETag and the like) that the server tells; what has changed is fetched anew, and where nobody answers a complete
-    copy is used as it is. An interrupted fetch goes on where it stopped. Raises a `UserError` where a file is missing or may
-    not be read, where the disk is too small, and where a package is not installed.
+    The copy of a folder or a glob is a folder; web servers support neither. The size and version (such as the ETag) that the
+    server reports decide whether a copy is current; changed files are fetched again. If the server does not answer, a complete
+    copy is used. An interrupted fetch resumes. Raises a `UserError` if a file is missing or access is denied, if the disk is
+    too small, or if a package is not installed.
     """
     if (url := url_of(path)) is None:
         return path
@@ -83,11 +83,11 @@ def _update(url: str, folder: Path) -> Path:
     try:
         with _named_errors(url):
             filesystem, place = _open_filesystem(url)
-            wanted = _listed(filesystem, place, url)
+            wanted = _list_files(filesystem, place, url)
     except _Unreachable as error:
         if record is None or not record.complete:
             raise
-        tqdm.write(f"{error}: the copy in {folder} is used", file=sys.stderr)
+        tqdm.write(f"{error}; using the copy in {folder}", file=sys.stderr)
         wanted = record
     else:
         held = record.files if record else {}
@@ -127,40 +127,40 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        # A listing is never taken from memory: another process may have written there since.
+        # No cached listings: another process may have changed the folder.
         options: dict[str, Any] = {"use_listings_cache": False} if scheme in ("s3", "gs", "az", "hf") else {}
         return url_to_fs(url, **options)
     except ImportError as error:
-        raise UserError(f"{url} needs fsspec and {_PACKAGES.get(scheme)}: pip install them ({one_line(error)})") from None
+        raise UserError(f"cannot read {url}: {one_line(error)}; pip install fsspec {_PACKAGES.get(scheme)}") from None
 
 
-def _listed(filesystem: Any, place: str, url: str) -> _Record:
+def _list_files(filesystem: Any, place: str, url: str) -> _Record:
     web = url.startswith("http")
     if web and "*" in url:
-        raise UserError(f"{url} is a glob, and a web server has no list of its files: name each of them")
-    # In the address of a web page a question mark begins a query.
+        raise UserError(f"{url} is a glob: web servers do not list files; name each file")
+    # In an http URL, a question mark begins a query.
     if not web and re.search(r"[*?[]", url):
         places = filesystem.glob(place)
     elif not web and filesystem.isdir(place):
         places = filesystem.find(place)
     else:
         name = url.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
-        return _Record(url, True, {name: _described(filesystem, place)}, complete=True)
+        return _Record(url, True, {name: _describe(filesystem, place)}, complete=True)
     files = {each.rsplit("/", 1)[-1]: each for each in sorted(places)}
     if not files:
-        raise UserError(f"{url} holds no file")
+        raise UserError(f"{url} has no files")
     if len(files) < len(places):
-        raise UserError(f"{url} holds files of the same name in different folders: name one folder")
-    return _Record(url, False, {name: _described(filesystem, each) for name, each in files.items()}, complete=True)
+        raise UserError(f"{url} has files of the same name in different folders; name one folder")
+    return _Record(url, False, {name: _describe(filesystem, each) for name, each in files.items()}, complete=True)
 
 
-def _described(filesystem: Any, place: str) -> _File:
-    told = filesystem.info(place)
-    return _File(place, told.get("size"), next((str(told[key]) for key in _VERSIONS if told.get(key)), ""))
+def _describe(filesystem: Any, place: str) -> _File:
+    info = filesystem.info(place)
+    return _File(place, info.get("size"), next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
 
 
 def _fetch(filesystem: Any, file: _File, copy: Path) -> None:
-    # The version is part of the name, so that no copy is put together from two.
+    # The name contains the version, so that a resumed fetch never mixes two versions.
     version = hashlib.sha256(f"{file.size} {file.version}".encode()).hexdigest()[:16]
     part = copy.with_name(f".{copy.name}.{version}.part")
     for other in copy.parent.iterdir():
@@ -168,17 +168,17 @@ def _fetch(filesystem: Any, file: _File, copy: Path) -> None:
             other.unlink()
     with named_errors(part), part.open("ab") as out:
         if file.size is None:
-            # A server that does not count its bytes cannot go on from one of them.
+            # A server that does not report a size cannot resume.
             out.truncate(0)
         _read_to_end(filesystem, file, out, copy.name)
         os.fsync(out.fileno())
-        if file.size not in (None, out.tell()) or (file.version and _described(filesystem, file.place) != file):
-            raise UserError(f"{file.place} changed while it was fetched: fetch it again")
+        if file.size not in (None, out.tell()) or (file.version and _describe(filesystem, file.place) != file):
+            raise UserError(f"cannot fetch {file.place}: it changed in the meantime; fetch it again")
     part.replace(copy)
 
 
 def _read_to_end(filesystem: Any, file: _File, out: BinaryIO, name: str) -> None:
-    """Append to `out` what it lacks; a connection that breaks is made again, `_ATTEMPTS` times without a new byte."""
+    """Append the missing bytes to `out`. Gives up after `_ATTEMPTS` consecutive connections without a new byte."""
     failures = 0
     with tqdm(desc=f"fetching {name}", total=file.size, initial=out.tell(), unit="B", unit_scale=True, disable=None) as bar:
         while file.size is None or out.tell() < file.size:
@@ -189,10 +189,10 @@ def _read_to_end(filesystem: Any, file: _File, out: BinaryIO, name: str) -> None
                     return
                 error: Exception = ConnectionError(f"the connection ended after {out.tell()} of {file.size} bytes")
             except Exception as caught:
-                if not _is_of_network(caught) or file.size is None:
+                if not _is_network_error(caught) or file.size is None:
                     raise
                 if isinstance(caught, ValueError):
-                    # So fsspec says that a web server sends a file from its beginning or not at all.
+                    # fsspec raises ValueError if a web server does not support range requests.
                     out.truncate(0)
                     out.seek(0)
                 error = caught
@@ -204,7 +204,7 @@ def _read_to_end(filesystem: Any, file: _File, out: BinaryIO, name: str) -> None
 
 
 def _append(filesystem: Any, file: _File, out: BinaryIO, bar: Any) -> None:
-    # A web server is asked for the whole file in one request, and for the rest of one in requests of a block each.
+    # A whole file from a web server takes one request; a resumed file takes one request per block.
     block_size = 0 if file.place.startswith("http") and not out.tell() else _READ_BYTES
     with filesystem.open(file.place, "rb", cache_type="none", block_size=block_size) as remote:
         if out.tell():
@@ -212,7 +212,7 @@ def _append(filesystem: Any, file: _File, out: BinaryIO, bar: Any) -> None:
         while data := remote.read(_READ_BYTES):
             out.write(data)
             bar.update(len(data))
-            # What has arrived outlives the process.
+            # Flushes, so that a killed process loses no received bytes.
             out.flush()
 
 
@@ -220,20 +220,20 @@ def _require_space(url: str, folder: Path, files: dict[str, _File]) -> None:
     size, free = sum(file.size or 0 for file in files.values()), shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"{url} needs {size / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB: free some, or set"
-            " XDG_CACHE_HOME to a folder of another disk"
+            f"cannot fetch {url}: it needs {size / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB free; free "
+            "some space, or set XDG_CACHE_HOME to a folder on another disk"
         )
 
 
-def _is_of_network(error: Exception) -> bool:
-    # The packages that fsspec calls share no class of errors, but what is missing, forbidden or of the disk has one.
+def _is_network_error(error: Exception) -> bool:
+    # The packages behind fsspec share no base class for network errors. Other errors have a class of their own.
     if isinstance(error, FileNotFoundError | PermissionError | UserError):
         return False
     return not isinstance(error, OSError) or error.errno not in WRITE_ERRORS
 
 
-def _plain(error: Exception) -> Exception:
-    """Return what a web server meant, where fsspec says of any answer, and of none, that the file was not found."""
+def _cause_of(error: Exception) -> Exception:
+    """Return the actual error of a web server. fsspec raises FileNotFoundError for any status, and without an answer."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error
@@ -246,11 +246,11 @@ def _named_errors(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as caught:
-        error = _plain(caught)
+        error = _cause_of(caught)
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{url} does not exist") from None
         if isinstance(error, PermissionError):
-            raise UserError(f"{url} may not be read: {one_line(error)}") from None
-        if not _is_of_network(error):
+            raise UserError(f"cannot read {url}: access is denied ({one_line(error)})") from None
+        if not _is_network_error(error):
             raise
-        raise _Unreachable(f"{url} cannot be read ({one_line(error)}); what was fetched so far is kept") from error
+        raise _Unreachable(f"cannot read {url}: {one_line(error)}; the same command resumes the fetch") from error

@@ -1,4 +1,4 @@
-"""Many texts encoded to token shards: several at once, each resumed by itself, the same for any number of workers."""
+"""Parallel encoding of many texts to token shards. Each shard is resumable, and the number of workers does not change it."""
 
 import glob
 import threading
@@ -20,11 +20,11 @@ from .token_file import TokenDataset
 
 
 class _Stopped(Exception):
-    """Ends the encodings that still run when one has failed."""
+    """Stops the other encodings after one has failed."""
 
 
 def default_folder(path: Path) -> Path:
-    """Return where the shards of a folder or a glob of texts go: beside the folder, under its name and the ending .tokens."""
+    """Return the folder for the shards of a folder or a glob of texts: the path of the text folder with the suffix .tokens."""
     folder = _base(path).resolve()
     return folder.with_name(folder.name + ENDING)
 
@@ -37,18 +37,18 @@ def encode_shards(
     num_workers: int | None = None,
     indexed: bool = True,
 ) -> list[TokenDataset]:
-    """Encode files, folders and globs of texts or chats to token shards in `folder`, one a file, with an index; return them.
+    """Encode files, folders and globs of texts or chats to token shards in `folder`, one per file, and return the shards.
 
-    Shards are in the order of the texts, whatever the number of workers. Those that are there stay, and are checked as
-    `open_encoded` does. Until all are whole, the index names those to come, so that nobody reads the folder; without
-    `indexed` it is left alone. Called again after an interruption, or with more texts, this goes on from there.
+    Shards are in the order of the texts. Existing shards are kept and checked as in `open_encoded`. A second call, after an
+    interruption or with more texts, encodes the missing shards. An index lists the shards. While shards are missing, it lists
+    them without hashes, so that the folder cannot be opened. `indexed=False` does not write or change the index.
     """
     files = _files_by_shard(texts, folder)
     if indexed and not all(tokens.exists() for tokens in files):
         announce_shards(folder, [tokens.name for tokens in files])
     sizes = {tokens: text.stat().st_size for tokens, text in files.items()}
     workers = choose_workers(num_workers, sum(sizes.values()))
-    # Small files keep one worker busy each. Where processes encode, each text starts its own.
+    # In threads, several files are encoded at once. With subprocesses, one file at a time, because each starts its own pool.
     at_once = min(workers, len(files)) if encodes_in_threads(tokenizer) else 1
     known = [text_bytes(text) for text in files.values()]
     total = None if None in known else sum(size or 0 for size in known)
@@ -62,7 +62,7 @@ def encode_shards(
             advance(dataset.header.text_bytes)
         return dataset
 
-    # The largest first, so that none is left to a single worker at the end.
+    # The largest file first, so that no worker is left alone with it at the end.
     found = _map(encode, sorted(files, key=lambda tokens: -sizes[tokens]), at_once, f"encoding {len(files):,} files", total)
     shards = [found[tokens] for tokens in files]
     if indexed:
@@ -71,7 +71,7 @@ def encode_shards(
 
 
 def _files_by_shard(texts: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Return the text of each shard. Its name is the text's in its folder, so that more texts change no name."""
+    """Return the text of each shard. A shard is named by the relative path of its text, so that more texts change no name."""
     files: dict[Path, Path] = {}
     for path in texts:
         for source in resolve(path):
@@ -80,15 +80,15 @@ def _files_by_shard(texts: Sequence[Path], folder: Path) -> dict[Path, Path]:
             _require_text(text, path)
             tokens = folder / ("-".join(text.relative_to(_base(path)).parts) + ENDING)
             if tokens in files:
-                raise UserError(f"{text} and {files[tokens]} would both be {tokens.name}: name one of them differently")
+                raise UserError(f"{text} and {files[tokens]} would both be encoded to {tokens.name}; rename one of them")
             files[tokens] = text
     return files
 
 
 def _require_text(text: Path, named: Path) -> None:
-    # A folder's tokenizer, indices and records are no texts; whoever names such a file itself means it.
+    # In a folder, .json files are tokenizers, indices and records. A .json file that is named directly is a text.
     if text.suffix in (ENDING, ".part") or (text.suffix == ".json" and named.is_dir()):
-        raise UserError(f"{named} has {text}, which is no text: name a folder, or a quoted glob, of texts alone")
+        raise UserError(f"{named} has {text}, which is not a text; name a folder, or a quoted glob, of texts only")
 
 
 def _base(path: Path) -> Path:
@@ -103,7 +103,7 @@ def _base(path: Path) -> Path:
 def _map(
     encode: Callable[[Path, Advance], TokenDataset], tasks: Sequence[Path], at_once: int, what: str, total: int | None
 ) -> dict[Path, TokenDataset]:
-    """Return `encode` of each task, `at_once` in threads under one progress bar; an error in one ends all."""
+    """Run `encode` for each task in `at_once` threads with one progress bar. An error in one task stops all."""
     stop, lock = threading.Event(), threading.Lock()
 
     def advance(num_bytes: int) -> None:

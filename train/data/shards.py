@@ -1,11 +1,11 @@
 """Token shards: several token files that are read as one, in the order of their index or of their names.
 
-Their ids are one stream: a window may begin in one shard and end in the next, as it may in one text and the next.
+The ids form one stream: a window may cross from one shard to the next.
 
     fineweb.tokens/
         000_00000.parquet.tokens
         000_00001.parquet.tokens
-        index.json                 what each shard holds, and in which order they are read
+        index.json                 the order and the contents of the shards
 """
 
 import glob
@@ -29,16 +29,16 @@ _FORMAT = "tilewright-token-shards-1"
 
 
 class ShardedDataset(TokenDataset):
-    """The ids of several token files, one behind the other. None stays open: any number of them takes no file handle."""
+    """The concatenated ids of several token files. Files are opened for each read, so that no handles stay open."""
 
     def __init__(self, path: Path, shards: Sequence[TokenDataset]) -> None:
-        """Join `shards`, at least one; `path` names them together. Shards that do not fit together are a `UserError`."""
+        """Join one or more `shards` under the name `path`. Raises a `UserError` if tokenizers or record types differ."""
         self.path, self._shards = path, tuple(shards)
         first = self._shards[0]
         for shard in self._shards:
             for name, what in {"tokenizer": "tokenizer", "vocab_size": "vocabulary", "dtype": "kind of records"}.items():
                 if getattr(shard.header, name) != getattr(first.header, name):
-                    raise UserError(f"{shard.path} has another {what} than {first.path}: name them as two sources")
+                    raise UserError(f"{shard.path} has another {what} than {first.path}; name them as two sources")
         headers = [shard.header for shard in self._shards]
         self._offsets = np.cumsum([0, *(header.num_tokens for header in headers)]).tolist()
         self._dtype = DTYPES[first.header.dtype]
@@ -50,15 +50,15 @@ class ShardedDataset(TokenDataset):
             text_sha256="",
             text_file=None,
         )
-        """That of one file of all their ids; but the hash is of the shards' hashes, and no text is named."""
+        """The header of the concatenated ids. `sha256` is the hash of the shards' hashes, and `text_file` is None."""
 
     @property
     def files(self) -> tuple[TokenDataset, ...]:
-        """The shards, in order."""
+        """The shards in order."""
         return self._shards
 
     def spans(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Return what `TokenDataset.spans` does; a span may cross from one shard to the next."""
+        """Return the same as `TokenDataset.spans`. A span may cross from one shard to the next."""
         self._require_inside(starts, sizes)
         parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         place = 0
@@ -69,7 +69,7 @@ class ShardedDataset(TokenDataset):
                 parts[shard].append((start - self._offsets[shard], here, place))
                 start, size, place, shard = start + here, size - here, place + here, shard + 1
         found = np.empty(place, self._dtype)
-        # Each shard is opened once, however many spans are in it.
+        # Opens each shard once for all its spans.
         for shard, spans in parts.items():
             inside, counts, places = np.array(spans).T
             records, done = self._shards[shard].spans(inside, counts), 0
@@ -85,34 +85,34 @@ class ShardedDataset(TokenDataset):
 
 
 def find_shards(path: Path) -> list[Path] | None:
-    """Return the token files that a folder, its index or a glob stands for, in order; None where it stands for texts."""
+    """Return the token files of a folder, an index or a glob, in order; None for texts."""
     if path.name == INDEX_FILE:
-        return _indexed(path)
+        return _shards_in_index(path)
     if path.is_dir():
-        return _indexed(path / INDEX_FILE) if (path / INDEX_FILE).exists() else _in_folder(path)
+        return _shards_in_index(path / INDEX_FILE) if (path / INDEX_FILE).exists() else _shards_in_folder(path)
     if path.exists() or not glob.has_magic(str(path)):
         return None
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     shards = [each for each in found if each.suffix == ENDING and each.is_file()]
     if shards and len(shards) < len(found):
         other = next(each for each in found if each not in shards)
-        raise UserError(f"{path} names token files and {other}: name token files alone, such as '{path.parent}/*{ENDING}'")
+        raise UserError(f"{path} matches token files and {other}; name token files only, such as '{path.parent}/*{ENDING}'")
     return shards or None
 
 
-def _in_folder(folder: Path) -> list[Path] | None:
+def _shards_in_folder(folder: Path) -> list[Path] | None:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     shards = [path for path in files if path.suffix == ENDING]
-    # Beside a text lies the token file that was made of it, and beside shards may lie what describes them.
+    # A folder of texts may contain their token files; a folder of shards may contain .json files.
     if shards and (others := [path for path in files if path.suffix not in (ENDING, ".json")]):
         raise UserError(
-            f"{folder} has token files and {others[0].name}: name one kind, such as '{folder}/*{ENDING}' or "
+            f"{folder} has token files and {others[0].name}; name files of one kind, such as '{folder}/*{ENDING}' or "
             f"'{folder}/*{others[0].suffix}'"
         )
     return shards or None
 
 
-def _indexed(index: Path) -> list[Path]:
+def _shards_in_index(index: Path) -> list[Path]:
     entries = _read_index(index)
     shards = [index.with_name(name) for name in entries]
     for shard in shards:
@@ -121,31 +121,31 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def check_index(shards: Sequence[TokenDataset]) -> None:
-    """Raise a `UserError` where a shard is not the one that the index of its folder, if there is one, speaks of."""
+    """Raise a `UserError` if a shard differs from its entry in the index of its folder. A folder may have no index."""
     indices = {folder: folder / INDEX_FILE for folder in {shard.path.parent for shard in shards}}
     entries = {folder: _read_index(index) if index.exists() else {} for folder, index in indices.items()}
     for shard in shards:
         known = entries[shard.path.parent].get(shard.path.name)
         if known not in (None, shard.header.sha256):
-            raise UserError(f"{shard.path} is not the shard that {indices[shard.path.parent]} speaks of: encode its text again")
+            raise UserError(f"{shard.path} is not the shard listed in {indices[shard.path.parent]}; encode its text again")
 
 
 def _read_index(index: Path) -> dict[str, str | None]:
-    """Return the hash of each shard's ids, by its name, in order; None where it is still to be made."""
+    """Return the hash of each shard's ids by shard name, in order; None for a shard that is not encoded yet."""
     try:
         values: dict[str, Any] = json.loads(require_file(index, "index of token shards").read_text())
         if values["format"] != _FORMAT:
             raise ValueError(f"its format is {values['format']!r}")
         entries = {str(entry["name"]): entry["sha256"] for entry in values["shards"]}
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{index} is not an index of token shards ({error!r}): encode the texts again") from error
+        raise UserError(f"{index} is not an index of token shards: {error!r}; encode the texts again") from error
     if not entries or any(Path(name).name != name for name in entries):
-        raise UserError(f"{index} is not an index of token shards: it names files that are not beside it, or none")
+        raise UserError(f"{index} is not an index of token shards: it lists no file, or a file of another folder")
     return entries
 
 
 def announce_shards(folder: Path, names: Sequence[str]) -> None:
-    """Write an index that only names the shards to come, so that a folder that lacks some is not taken for whole."""
+    """Write an index of the names of the shards to encode, so that an incomplete folder cannot be opened."""
     with refused_writes(folder):
         make_folder(folder)
     _write_index(folder, {"format": _FORMAT, "shards": [{"name": name, "sha256": None} for name in names]})
@@ -153,14 +153,14 @@ def announce_shards(folder: Path, names: Sequence[str]) -> None:
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     path, text = folder / INDEX_FILE, json.dumps(index, indent=1) + "\n"
-    # What is there already may be in a folder that nobody may write to.
+    # Does not write an unchanged index, because the folder may be read-only.
     if not path.exists() or path.read_text() != text:
         with refused_writes(folder):
             write_text(path, text)
 
 
 def write_index(folder: Path, shards: Sequence[TokenDataset]) -> None:
-    """Write the index of the shards in a folder, in their order."""
+    """Write the index of the shards in a folder, in the given order."""
     entries = [
         {
             "name": shard.path.name,

@@ -1,15 +1,15 @@
-"""A seeded generator of children's stories: a corpus of any size to train a small model on, with no download.
+"""A seeded generator of children's stories: a corpus of any size for small models, without a download.
 
-A story is a plot told by a cast. The cast (hero, friend, grown-ups, places and things) is drawn first and stays the same
-to the last sentence; the plot is a row of beats, each told in one of several ways. `stories.txt` holds all of it:
+A story combines a cast and a plot. The cast (hero, friend, grown-ups, places and things) is sampled once per story. The plot is
+a sequence of beats, and each beat has several alternative texts. `stories.txt` contains:
 
-- `# names`: who takes part, and the parts that names of people and villages are made of.
-- `# words`: `slot: word, word, ...`, common words first. A plural, or a gerund, follows a slash where it is not regular.
-- `# shared`: beats that several plots use, as `name: one way / another way / ...`; the way `_` says nothing.
-- `# plots`: `## title` and then the beats; `=` opens a paragraph, `-` goes on in the same one, `@name` is a shared beat.
+- `# names`: characters, and stems and endings of the names of people and villages.
+- `# words`: `slot: word, word, ...`, common words first. An irregular plural, or a gerund, follows a slash.
+- `# shared`: beats that several plots use, as `name: one text / another text / ...`; the text `_` is empty.
+- `# plots`: `## title` and then the beats; `=` begins a paragraph, `-` continues it, `@name` is a shared beat.
 
-In a way of telling, `(a|b|)` is a choice of its own, and `{toy}`, `{toy+}`, `{a toy}`, `{A toy}` are the slot's word, its
-second form, and the word after its article. `{he}` is the hero, `{f.he}` the friend, `{p.he}` the parent, `{e.he}` the elder.
+In a text, `(a|b|)` is a random choice. `{toy}`, `{toy+}`, `{a toy}`, `{A toy}` are the slot's word, its second form, and the
+word with its article. `{he}` refers to the hero, `{f.he}` to the friend, `{p.he}` to the parent, `{e.he}` to the elder.
 """
 
 import re
@@ -21,16 +21,16 @@ from itertools import product
 import numpy as np
 
 _DRAW_BITS = 12
-_DRAWS = 75  # a story: one for its script, one a wheel, one a beat; five of them fit into 64 random bits
-_STORIES = 1024  # drawn at a time
+_DRAWS = 75  # per story: one for its script, one per table, one per beat; 64 random bits give five draws
+_STORIES = 1024  # stories per batch of random bits
 
 _Slots = dict[str, str]
-_Wheel = tuple[_Slots, ...]  # 2**_DRAW_BITS entries, common ones many times
+_Table = tuple[_Slots, ...]  # 2**_DRAW_BITS entries; common items occur many times
 _Beat = tuple[str, ...]
 
 _PRONOUNS = {"she": ("she", "her", "her", "herself"), "he": ("he", "him", "his", "himself")}
 
-# Letters mislead in these: "a useful unicorn", "an hour".
+# Exceptions whose sound differs from the spelling: "a useful unicorn", "an hour".
 _LIKE_CONSONANT = ("uni", "use", "uku", "eu", "one")
 _LIKE_VOWEL = ("hour", "honest", "heir")
 
@@ -54,7 +54,7 @@ def _article(word: str) -> str:
 
 
 def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]  # str.capitalize would lower the rest
+    return text[0].upper() + text[1:]  # str.capitalize would lowercase the rest
 
 
 def _forms(key: str, entry: str) -> _Slots:
@@ -76,13 +76,13 @@ def _person(role: str, key: str, name: str, pronoun: str) -> _Slots:
 
 
 def _compounds(stems: list[str], endings: list[str]) -> list[str]:
-    # Shifted by one each time, so that the common names are not all of one stem.
+    # Rotates the endings, so that common names (the first ones) have different stems.
     turns = range(len(endings))
     return [stem + endings[(i + turn) % len(endings)] for turn in turns for i, stem in enumerate(stems)]
 
 
-def _wheel(items: list[_Slots]) -> _Wheel:
-    """A wheel on which item k of n takes a share near k**(-2/3), as words in a language do; integers only, so exact."""
+def _table(items: list[_Slots]) -> _Table:
+    """Return a table where item k of n has a share near k**(-2/3), as in natural language, by exact integer arithmetic."""
     used = _used_slots()
     items = [{slot: word for slot, word in item.items() if slot in used} for item in items]
     size = 1 << _DRAW_BITS
@@ -90,7 +90,7 @@ def _wheel(items: list[_Slots]) -> _Wheel:
 
 
 def _ways(way: str) -> list[str]:
-    """Every reading of one way of telling, as templates for the % operator, which fills slots faster than format."""
+    """Return all variants of a text as templates for the % operator, which is faster than str.format."""
     parts = re.split(r"\(([^)]*)\)", way)
     choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     return [re.sub(r"\{([^}]+)\}", r"%(\1)s", "".join(chosen)) for chosen in product(*choices)]
@@ -98,8 +98,8 @@ def _ways(way: str) -> list[str]:
 
 def _beat(start: str, ways: list[str]) -> _Beat:
     told = [_ways(start + way) if way != "_" else [""] for way in ways]
-    # Ways with many readings are not told more often than the others.
-    return tuple(readings[i % len(readings)] for i in range(max(map(len, told))) for readings in told)
+    # Each text has the same share, regardless of its number of variants.
+    return tuple(variants[i % len(variants)] for i in range(max(map(len, told))) for variants in told)
 
 
 @cache
@@ -116,8 +116,8 @@ def _used_slots() -> frozenset[str]:
     return frozenset(re.findall(r"\{([^}]+)\}", _sections()["shared"] + _sections()["plots"]))
 
 
-def _casts() -> list[list[_Wheel]]:
-    """The wheels of a cast of children and of a cast of animals: hero and friend first, a later wheel overrules."""
+def _casts() -> list[list[_Table]]:
+    """Return the tables of a cast of children and of a cast of animals. Hero and friend come first; later tables override."""
     names, words = _entries(_sections()["names"], ", "), _entries(_sections()["words"], ", ")
 
     def people(she: list[str], he: list[str]) -> list[tuple[str, str]]:
@@ -134,31 +134,31 @@ def _casts() -> list[list[_Wheel]]:
     villages = _compounds(names["village-stem"], names["village-ending"])
     surnames = _compounds(names["surname-stem"], names["surname-ending"])
     common = [
-        *(_wheel([_forms(slot, word) for word in entries]) for slot, entries in words.items()),
-        _wheel([_person("p.", "parent", *parent.split("/")) for parent in names["parent"]]),
-        _wheel([_person("e.", "title", *title.split("/")) for title in names["title"]]),
-        _wheel([{"surname": surname} for surname in surnames]),
-        _wheel([{"village": village} for village in villages]),
+        *(_table([_forms(slot, word) for word in entries]) for slot, entries in words.items()),
+        _table([_person("p.", "parent", *parent.split("/")) for parent in names["parent"]]),
+        _table([_person("e.", "title", *title.split("/")) for title in names["title"]]),
+        _table([{"surname": surname} for surname in surnames]),
+        _table([{"village": village} for village in villages]),
     ]
     return [
         [
-            _wheel([_person("", "name", *person) | girl_or_boy[person[1]] for person in children]),
-            _wheel([_person("f.", "friend", *person) | {"f.the": ""} for person in children]),
+            _table([_person("", "name", *person) | girl_or_boy[person[1]] for person in children]),
+            _table([_person("f.", "friend", *person) | {"f.the": ""} for person in children]),
             *common,
         ],
         [
-            _wheel([_person("", "name", *person) for person in animals]),
-            _wheel([_person("f.", "friend", *person) for person in animals]),
+            _table([_person("", "name", *person) for person in animals]),
+            _table([_person("f.", "friend", *person) for person in animals]),
             *common,
-            _wheel([kind | {"home": kind["kind+"], "near": "near", "others": "animals"} for kind in species]),
-            _wheel([{"f.the": f" the {kind}"} for kind in names["friend"]]),
+            _table([kind | {"home": kind["kind+"], "near": "near", "others": "animals"} for kind in species]),
+            _table([{"f.the": f" the {kind}"} for kind in names["friend"]]),
         ],
     ]
 
 
 @cache
-def _scripts() -> list[tuple[list[_Wheel], list[_Beat]]]:
-    """Every plot with every cast: the wheels that its slots need, and its beats."""
+def _scripts() -> list[tuple[list[_Table], list[_Beat]]]:
+    """Return the scripts, every plot with every cast: the tables that its slots use, and its beats."""
     shared = _entries(_sections()["shared"], " / ")
 
     def beat(start: str, told: str) -> _Beat:
@@ -171,12 +171,12 @@ def _scripts() -> list[tuple[list[_Wheel], list[_Beat]]]:
         beats = [beat("", "@open"), beat(" ", "@like")]
         beats += [beat("\n\n" if mark == "=" else " ", " ".join(told.split())) for mark, told in marked]
         slots = set(re.findall(r"%\(([^)]+)\)s", "".join("".join(ways) for ways in beats)))
-        scripts += [([wheel for wheel in cast if not slots.isdisjoint(wheel[0])], beats) for cast in casts]
+        scripts += [([table for table in cast if not slots.isdisjoint(table[0])], beats) for cast in casts]
     return scripts
 
 
 def _draws(seed: int) -> Iterator[list[int]]:
-    # Raw output and integer arithmetic, because only the raw stream is the same in every version of numpy.
+    # Raw bits and integer arithmetic, because NumPy guarantees only the raw stream across versions.
     bits = np.random.PCG64(seed)
     shifts = np.arange(0, 64 - _DRAW_BITS + 1, _DRAW_BITS, dtype=np.uint64)
     while True:
@@ -186,15 +186,15 @@ def _draws(seed: int) -> Iterator[list[int]]:
 
 
 def generate_stories(seed: int = 0) -> Iterator[str]:
-    """Yield stories without end, of 500 to 1,500 bytes each; the same `seed` (0 or more) gives the same ones everywhere."""
+    """Yield an endless stream of stories of 500 to 1,500 bytes. A `seed` (0 or more) gives the same stories everywhere."""
     scripts = _scripts()
     for draws in _draws(seed):
-        wheels, beats = scripts[draws[0] % len(scripts)]
+        tables, beats = scripts[draws[0] % len(scripts)]
         slots: _Slots = {}
-        for wheel, draw in zip(wheels, draws[1:], strict=False):
-            slots.update(wheel[draw])
+        for table, draw in zip(tables, draws[1:], strict=False):
+            slots.update(table[draw])
         if slots.get("friend") == slots["name"]:
-            friends = wheels[1]
-            slots.update(friends[draws[2] - len(friends) // 2])  # half a wheel away stands another name
+            friends = tables[1]
+            slots.update(friends[draws[2] - len(friends) // 2])  # the entry half a table away has another name
         ways = zip(beats, reversed(draws), strict=False)
         yield "".join([beat[draw % len(beat)] for beat, draw in ways]) % slots

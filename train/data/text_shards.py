@@ -1,4 +1,4 @@
-"""Documents on their way to one text file, or to shards of it, which appear only when they are whole."""
+"""A resumable writer of documents to one text file or to shards. Files appear only when they are complete."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ _HASH_BYTES = 1 << 20
 
 
 def document(text: str) -> bytes:
-    """Return a text as it stands in a corpus: in UTF-8, with `END_OF_TEXT` behind it on a line of its own."""
+    """Return a document of a corpus in UTF-8: the text, then `END_OF_TEXT` on a separate line."""
     return encode_utf8(f"{text}\n{END_OF_TEXT}\n")
 
 
 @dataclass
 class Shard:
-    """A file of a corpus: its name in the folder, and what is in it."""
+    """A file of a corpus: its path in the folder, and its contents."""
 
     name: str
     bytes: int = 0
@@ -31,34 +31,34 @@ class Shard:
 
 @dataclass
 class ShardsState:
-    """What of some shards is on the disk for sure; the last one is still written to."""
+    """The shards with their contents as of the last sync. The last shard is not complete yet."""
 
     shards: list[Shard] = field(default_factory=list)
 
 
 class TextShards:
-    """Writes `NAME.txt`, or `NAME/00000.txt` and so on, each ending with the document that reaches `shard_bytes`.
+    """Writes `NAME.txt`, or `NAME/00000.txt`, `NAME/00001.txt`, ...; a shard ends with the document that reaches `shard_bytes`.
 
-    Until they are published, the files have hidden names.
+    Files have hidden names until they are published.
     """
 
     def __init__(self, folder: Path, name: str, shard_bytes: int | None, state: ShardsState, remedy: str):
-        """Go on behind `state`; where the files do not hold what it says, a `UserError` gives the `remedy`."""
+        """Resume after `state`. Raises a `UserError` with the `remedy` if the files differ from it."""
         self._folder, self._name, self._shard_bytes = folder, name, shard_bytes
         self.state = state if state.shards else ShardsState([Shard(self._name_of(0))])
         self._unsaved: list[BinaryIO] = []
         with refused_writes(folder):
             make_folder((folder / self._name_of(0)).parent)
         self._publish_whole()
-        self._file, self._digest = self._reopened(self.state.shards[-1], remedy)
+        self._file, self._digest = self._reopen(self.state.shards[-1], remedy)
 
     @property
     def size(self) -> int:
-        """Return the number of bytes written."""
+        """The number of bytes written."""
         return sum(shard.bytes for shard in self.state.shards)
 
     def write(self, data: bytes) -> None:
-        """Append a document to the last shard, or begin another one with it."""
+        """Append a document to the last shard, or begin a new shard with it."""
         shard = self.state.shards[-1]
         if self._shard_bytes is not None and shard.bytes >= self._shard_bytes:
             shard = self._begin_shard()
@@ -69,7 +69,7 @@ class TextShards:
         shard.documents += 1
 
     def sync(self) -> ShardsState:
-        """Bring all to the disk and return what is there."""
+        """Sync all files to the disk and return their state."""
         for file in [*self._unsaved, self._file]:
             with named_errors(self._folder):
                 file.flush()
@@ -77,13 +77,13 @@ class TextShards:
         for file in self._unsaved:
             file.close()
         self._unsaved.clear()
-        # A file that is new to its folder outlives a crash of the machine only so.
+        # Syncs the folder, so that a new file survives a crash of the machine.
         sync(self._part(self.state.shards[-1]).parent)
         self.state.shards[-1].sha256 = self._digest.hexdigest()
         return self.state
 
     def publish(self, last: bool = False) -> None:
-        """Give the whole shards their names, after a state that tells of them was saved; at the end the last one too."""
+        """Rename the complete shards to their final names, with `last` the last shard too. Call it after the state is saved."""
         self._publish_whole()
         if last:
             self._rename(self.state.shards[-1])
@@ -113,11 +113,11 @@ class TextShards:
             self._rename(shard)
 
     def _rename(self, shard: Shard) -> None:
-        # It has its name already where a crash came between the renaming and what follows it.
+        # After a crash, the file may already have its final name.
         if (part := self._part(shard)).exists():
             part.replace(self._folder / shard.name)
 
-    def _reopened(self, shard: Shard, remedy: str) -> "tuple[BinaryIO, hashlib._Hash]":
+    def _reopen(self, shard: Shard, remedy: str) -> "tuple[BinaryIO, hashlib._Hash]":
         part, digest = self._part(shard), hashlib.sha256()
         published = self._folder / shard.name
         path = published if shard.bytes and not part.exists() and published.exists() else part
@@ -128,7 +128,7 @@ class TextShards:
             left -= len(data)
         if digest.hexdigest() != shard.sha256:
             file.close()
-            raise UserError(f"{path} does not hold the {shard.bytes} bytes that were saved there: {remedy}")
+            raise UserError(f"{path} does not hold the {shard.bytes} bytes that were saved; {remedy}")
         file.seek(shard.bytes)
         if path == part:
             file.truncate()

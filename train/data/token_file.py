@@ -1,9 +1,9 @@
 """Token files: the ids of a text on disk.
 
-A token file is one JSON line padded with spaces to 4,096 bytes, then the ids as little-endian uint16, or uint32 where the
-vocabulary is larger than 65,536. The line is the `TokenHeader`: it says what is in the file and from which text it was made.
+A token file begins with a JSON line, padded with spaces to 4,096 bytes: the `TokenHeader`, which describes the ids and their
+text. The ids follow as little-endian uint16, or as uint32 if the vocabulary is larger than 65,536.
 
-In a marked file, which has a format of its own, a byte of marks follows each id: those of `tokenizer/chats.py`.
+A marked file is a second format, in which a byte of marks follows each id. `tokenizer/chats.py` defines the marks.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _HASH_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What says cheaply that a file is still the one it was; a copy has another, so that only its bytes can tell."""
+    """A cheap identity of a file. If it differs, as it does for a copy, only a hash of the contents can decide."""
 
     name: str
     size: int
@@ -48,20 +48,20 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What a token file says of itself."""
+    """The header of a token file."""
 
     dtype: str
     num_tokens: int
     sha256: str
-    """Of the ids, as they lie in the file."""
+    """The hash of the ids as they are stored."""
     vocab_size: int
     tokenizer: str
-    """Fingerprint of the tokenizer."""
+    """The fingerprint of the tokenizer."""
     text_bytes: int = 0
     text_sha256: str = ""
-    """Of the text: for a plain file, of its bytes."""
+    """The hash of the text; for a plain file, the hash of its bytes."""
     text_file: FileStamp | None = None
-    """The text's file when it was encoded; None where the ids come from no file."""
+    """The text file when it was encoded; None if the ids do not come from a file."""
     format: str = FORMAT
 
     @property
@@ -71,10 +71,10 @@ class TokenHeader:
 
 
 class TokenWriter:
-    """Ids on their way into a token file, or with `marked` into a marked one; `header` says what it holds so far.
+    """Writes ids to a token file, or to a marked token file. `header` describes the ids of the last save.
 
-    `file` is open for reading and writing. Ids that `resumed`, an earlier header of the file, speaks of stay; whatever else is
-    there gives way.
+    `file` is open for reading and writing. `resumed` is an earlier header of the file: the writer keeps the ids that it covers,
+    and truncates the rest.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class TokenWriter:
         file.seek(HEADER_BYTES)
         _hash_file(file, kept, self._digest)
         if self._digest.hexdigest() != self.header.sha256:
-            raise ValueError("the ids in the file are not those that its header speaks of")
+            raise ValueError("the hash of the ids in the file differs from its header")
         self._num_tokens = self.header.num_tokens
         file.truncate(HEADER_BYTES + kept)
         file.seek(HEADER_BYTES + kept)
 
     def append(self, ids: np.ndarray, marks: np.ndarray | None = None) -> None:
-        """Write ids (n,), in a marked file with their marks, (n,) uint8; an id outside the vocabulary is a `UserError`."""
-        # Before the cast, which would make a valid id of an invalid one.
+        """Append ids (n,), for a marked file with marks (n,) uint8. Raises a `UserError` for an id outside the vocabulary."""
+        # Before the cast, which could turn an invalid id into a valid one.
         if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < self.header.vocab_size:
             raise UserError(f"token {low if low < 0 else high} is outside the vocabulary of {self.header.vocab_size}")
         if marks is None:
@@ -113,7 +113,7 @@ class TokenWriter:
         self._num_tokens += len(ids)
 
     def save(self, text_bytes: int = 0, text_sha256: str = "", text_file: FileStamp | None = None) -> TokenHeader:
-        """Bring the ids to the disk, then the header that speaks of them; return it."""
+        """Sync the ids to the disk, then write the header of all ids so far, and return it."""
         old = self.header
         num_tokens, sha256 = self._num_tokens, self._digest.hexdigest()
         self.header = TokenHeader(
@@ -121,8 +121,8 @@ class TokenWriter:
         )
         line = json.dumps(asdict(self.header)).encode()
         if len(line) >= HEADER_BYTES:
-            raise UserError(f"the header of a token file has {len(line)} bytes, allowed are {HEADER_BYTES - 1}")
-        # In this order, so that a header never speaks of ids that a crash could lose.
+            raise UserError(f"the header of a token file has {len(line)} bytes: at most {HEADER_BYTES - 1} are allowed")
+        # In this order, so that a header never covers ids that a crash could lose.
         self._file.flush()
         os.fsync(self._file.fileno())
         end = self._file.tell()
@@ -135,9 +135,9 @@ class TokenWriter:
 
 
 def write_tokens(path: Path, arrays: Iterable[np.ndarray], vocab_size: int, tokenizer: str = "") -> TokenHeader:
-    """Write the ids of `arrays`, in order, to a token file; `path` appears only when it is whole.
+    """Write the ids of `arrays`, in order, to a token file. `path` appears only when it is complete.
 
-    `tokenizer` is the fingerprint of the tokenizer whose ids they are.
+    `tokenizer` is the fingerprint of the tokenizer.
     """
     with atomic_file(path) as file:
         writer = TokenWriter(file, vocab_size, tokenizer)
@@ -147,31 +147,31 @@ def write_tokens(path: Path, arrays: Iterable[np.ndarray], vocab_size: int, toke
 
 
 def read_header(file: BinaryIO | FileIO, path: Path) -> TokenHeader:
-    """Return the header of an open token file; `path` is for the `UserError` where it has none."""
+    """Return the header of an open token file. Raises a `UserError` that names `path` if there is no valid header."""
     try:
         values = json.loads(file.read(HEADER_BYTES))
         format = values.get("format") if isinstance(values, dict) else None
         if format not in (FORMAT, MARKED_FORMAT) and str(format).startswith(("tilewright-tokens-", "tilewright-marked-")):
-            raise UserError(f"{path} is a token file of another version, {format}: remove it to have it made again")
+            raise UserError(f"{path} is a token file of another version, {format}; remove it to encode it again")
         header = dacite.from_dict(TokenHeader, values, dacite.Config(strict=True))
         dtype = token_dtype(header.vocab_size).name
         expected = (dtype + _MARKED, MARKED_FORMAT) if header.marked else (dtype, FORMAT)
         if (header.dtype, header.format) != expected or header.num_tokens < 0:
             raise ValueError
     except (ValueError, TypeError, AttributeError, dacite.DaciteError) as error:
-        raise UserError(f"{path} is not a token file: make one with `tilewright tokenizer encode`") from error
+        raise UserError(f"{path} is not a token file; create one with `tilewright tokenizer encode`") from error
     return header
 
 
 class TokenDataset:
     """The ids of a token file.
 
-    They are read, not mapped: a file that is cut off under a map ends the process with SIGBUS. Each read makes sure first that
-    the file is the one that was opened, by its size and time, and by its hash where those differ.
+    The file is read, not memory-mapped, because truncation of a mapped file raises SIGBUS. Each read first checks that the file
+    has not changed since it was opened: by size and modification time, or by its hash if these differ.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Open `path`; a file that is not a whole token file is a `UserError`."""
+        """Open `path`. Raises a `UserError` if it is not a complete token file."""
         self.path = require_file(path, "token file")
         with self._open() as file:
             self.header = read_header(file, self.path)
@@ -186,18 +186,18 @@ class TokenDataset:
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return the `length` ids from each of `starts`, as int64 (len(starts), length).
 
-        A file that was removed, cut off or changed since it was opened, or that holds an id outside its vocabulary, is a
-        `UserError`.
+        Raises a `UserError` if the file was removed, truncated or changed since it was opened, or if it holds an id outside its
+        vocabulary.
         """
         records = self.records(starts, length)
         return (records["id"] if self.header.marked else records).astype(np.int64)
 
     def records(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return what `windows` does as it lies in the file: in a marked one, records of `id` and `marks`."""
+        """Return the same as `windows` in the dtype of the file; a marked file has records of `id` and `marks`."""
         return self.spans(starts, np.full(len(starts), length)).reshape(len(starts), length)
 
     def spans(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Return `sizes` records, as `records` does, from each of `starts`, one span behind the other: (sum of sizes,)."""
+        """Return the concatenated records of spans with the given `starts` and `sizes`: (sum of sizes,)."""
         self._require_inside(starts, sizes)
         found = np.empty(int(sizes.sum()), self._dtype)
         rest = found.view(np.uint8).data
@@ -208,12 +208,12 @@ class TokenDataset:
                 wanted, rest = rest[: size * self._dtype.itemsize], rest[size * self._dtype.itemsize :]
                 while wanted:
                     if not (count := file.readinto(wanted)):
-                        raise UserError(f"{self.path} was cut off while it was read: make it again")
+                        raise UserError(f"{self.path} was truncated while it was read; encode its text again")
                     wanted = wanted[count:]
         ids = found["id"] if self.header.marked else found
         if (high := ids.max(initial=0)) >= self.header.vocab_size:
             raise UserError(
-                f"{self.path} holds token {high}, outside its vocabulary of {self.header.vocab_size}: make it again"
+                f"{self.path} holds token {high}, outside its vocabulary of {self.header.vocab_size}; encode its text again"
             )
         return found
 
@@ -223,13 +223,13 @@ class TokenDataset:
 
     @property
     def files(self) -> "tuple[TokenDataset, ...]":
-        """The token files that the ids are in: this one."""
+        """The token files that hold the ids: this file."""
         return (self,)
 
     def verify(self, after_piece: Callable[[int], object] | None = None) -> None:
-        """Read all ids; raise a `UserError` where they are not those that the header speaks of.
+        """Hash all ids. Raises a `UserError` if the hash differs from the header.
 
-        `after_piece` is called with the bytes of each piece that was read, and may raise; without it there is a progress bar.
+        `after_piece` is called with the number of bytes after each piece, and may raise; the default is a progress bar.
         """
         with self._open() as file:
             self._verify(file, after_piece)
@@ -238,7 +238,7 @@ class TokenDataset:
         try:
             return FileIO(self.path)
         except OSError as error:
-            raise UserError(f"token file {self.path} cannot be read: {error.strerror}") from error
+            raise UserError(f"cannot read token file {self.path}: {error.strerror}") from error
 
     def _stamp_of(self, file: FileIO) -> FileStamp:
         stat = os.fstat(file.fileno())
@@ -247,7 +247,7 @@ class TokenDataset:
     def _check_size(self, stamp: FileStamp) -> None:
         expected = HEADER_BYTES + self.header.num_tokens * self._dtype.itemsize
         if stamp.size != expected:
-            raise UserError(f"{self.path} has {stamp.size} bytes, its header says {expected}: make it again")
+            raise UserError(f"{self.path} has {stamp.size} bytes: expected {expected} by its header; encode its text again")
 
     def _check_unchanged(self, file: FileIO) -> None:
         stamp = self._stamp_of(file)
@@ -266,20 +266,20 @@ class TokenDataset:
         try:
             _hash_file(file, self.stamp.size - HEADER_BYTES, digest, after_piece)
         except OSError as error:
-            raise UserError(f"token file {self.path} cannot be read: {error.strerror}") from error
+            raise UserError(f"cannot read token file {self.path}: {error.strerror}") from error
         if digest.hexdigest() != self.header.sha256:
-            raise UserError(f"{self.path} has changed: its ids are not those that its header speaks of; make it again")
+            raise UserError(f"{self.path} has changed: the hash of its ids differs from its header; encode its text again")
 
 
 def _hash_file(
     file: BinaryIO | FileIO, size: int, digest: "hashlib._Hash", after_piece: Callable[[int], object] | None = None
 ) -> None:
-    # A file that memory cannot hold beside all else would push out what is read again.
-    forgets = hasattr(os, "posix_fadvise") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    # A file that is large relative to memory would evict useful pages from the page cache.
+    drops_pages = hasattr(os, "posix_fadvise") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     while size and (data := file.read(min(size, _HASH_BYTES))):
         digest.update(data)
         size -= len(data)
-        if forgets:
+        if drops_pages:
             os.posix_fadvise(file.fileno(), file.tell() - len(data), len(data), os.POSIX_FADV_DONTNEED)
         if after_piece is not None:
             after_piece(len(data))

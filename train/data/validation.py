@@ -1,4 +1,4 @@
-"""What a run validates on: sequences that cover a file evenly, the same ones every time."""
+"""The validation sequences of a run: a fixed set, evenly spaced over a file."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from .token_file import TokenDataset
 
 
 class ValidationData:
-    """`num_sequences` windows spread evenly over a file, each place at most once; packed ones where training's are."""
+    """At most `num_sequences` distinct windows, evenly spaced over a file, packed as training data is."""
 
     def __init__(
         self,
@@ -26,11 +26,11 @@ class ValidationData:
             last, most = len(dataset) - self._length, (len(dataset) - 1) // context_length
         else:
             last, most = len(self._packed) - 1, len(self._packed)
-        # First tokens, or the numbers of packed windows.
+        # Offsets of first tokens, or indices of packed windows.
         self._places = np.linspace(0, last, min(num_sequences, most)).astype(np.int64)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the sequences, `batch_size` at a time; tensors are those of `TrainingData.batch`."""
+        """Yield the sequences in batches of at most `batch_size`, with the tensors of `TrainingData.batch`."""
         for first in range(0, len(self._places), batch_size):
             places = self._places[first : first + batch_size]
             if self._packed is None:

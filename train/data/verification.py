@@ -1,4 +1,4 @@
-"""Whether token files hold the ids that their headers speak of, found out in a thread while a run trains on them."""
+"""Background verification of the hashes of token files while a run trains on them."""
 
 import contextlib
 import os
@@ -19,9 +19,9 @@ class _ClosedError(Exception):
 
 
 class Verification:
-    """Reads and hashes the files of `datasets` in a thread of the lowest priority, which rests as long as it reads.
+    """Hashes the files of `datasets` in a thread of the lowest priority, which sleeps after each piece for as long as it took.
 
-    Once it is waited for, it no longer rests.
+    After a call of `finish`, the thread no longer sleeps.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset]) -> None:
@@ -32,12 +32,12 @@ class Verification:
         threading.Thread(target=self._run, name="verification", daemon=True).start()
 
     def check(self) -> None:
-        """Raise what has been found so far: a `UserError` that names the file."""
+        """Raise the error found so far, if any: a `UserError` that names the file."""
         if self._failure is not None:
             raise self._failure
 
     def finish(self) -> None:
-        """Return when all files are read, with a progress bar; raise as `check` does."""
+        """Wait, with a progress bar, until all files are hashed. Raises as `check` does."""
         self._hurry.set()
         total = sum(file.stamp.size for file in self._files)
         with tqdm(
@@ -48,14 +48,14 @@ class Verification:
         self.check()
 
     def close(self) -> None:
-        """End the thread, whatever it has still to read."""
+        """Stop the thread without hashing the rest."""
         self._closing.set()
         self._hurry.set()
         self._ended.wait()
 
     def _run(self) -> None:
         if sys.platform == "linux":
-            # There a thread has a priority of its own.
+            # On Linux the priority is per thread.
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         try:

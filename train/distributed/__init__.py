@@ -1,19 +1,5 @@
-"""The processes of a job, as torchrun starts them, one a GPU: who each is, what they agree on, and how they end together."""
+"""The processes of a torchrun job, one per GPU: rendezvous, communication, agreed stops and errors."""
 
-from .agreed_stop import AgreedStop
-from .errors import is_first_process, report_error, says_why_it_ends
-from .joining import join
-from .layout import Layout, check_parallel
-from .world import IGNORED_TARGET, World
+from ...lazy import attach_stub
 
-__all__ = [
-    "IGNORED_TARGET",
-    "AgreedStop",
-    "Layout",
-    "World",
-    "check_parallel",
-    "is_first_process",
-    "join",
-    "report_error",
-    "says_why_it_ends",
-]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

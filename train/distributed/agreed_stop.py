@@ -1,4 +1,4 @@
-"""A request to stop that all processes of a job heed after the same step."""
+"""A request to stop that takes effect after the same step in all processes."""
 
 import signal
 
@@ -10,25 +10,25 @@ from ..signals import StopRequest
 
 
 class AgreedStop:
-    """A `StopRequest` of all processes, which ask it equally often.
+    """The maximum of the `StopRequest` of all processes. All processes must evaluate it equally often.
 
-    A question is answered with what all knew when it was asked before: nobody waits for the answer to travel.
+    Each evaluation returns the result of the all-reduce that the previous evaluation started, so no step waits for it.
     """
 
     def __init__(self, own: StopRequest, group: dist.ProcessGroup | None) -> None:
         self.signal: signal.Signals | None = None
         self._own, self._group = own, group
-        self._asked: tuple[dist.Work, Tensor] | None = None
+        self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __bool__(self) -> bool:
-        if self._asked is not None:
-            work, number = self._asked
+        if self._pending is not None:
+            work, number = self._pending
             work.wait()
             self.signal = signal.Signals(int(number)) if number else None
-        self._asked = None
+        self._pending = None
         if self.signal is None:
             number = torch.tensor(self._own.signal or 0)
             work = dist.all_reduce(number, dist.ReduceOp.MAX, self._group, async_op=True)
             assert work is not None
-            self._asked = work, number
+            self._pending = work, number
         return self.signal is not None

@@ -1,4 +1,4 @@
-"""Errors of a job: said once however many processes meet them, and before torchrun ends the others."""
+"""Error reports of a job: each message is printed once, before torchrun terminates the processes."""
 
 import contextlib
 import os
@@ -10,35 +10,35 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from .store import torchrun_store
-
 
 def is_first_process() -> bool:
-    """Return whether this process is the first of those that torchrun started, or alone."""
+    """Return whether this process has rank 0 or runs without torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager
-def says_why_it_ends() -> Iterator[None]:
-    """After an error in the context, ignore SIGTERM where there are other processes.
+def ignore_sigterm_after_error() -> Iterator[None]:
+    """In a job of several processes, ignore SIGTERM after an error in the context.
 
-    With it torchrun ends them once one has ended, before they can say what they have met.
+    When one process exits, torchrun sends SIGTERM to the others, which would end before they could report their errors.
     """
     try:
         yield
     except BaseException:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            on_sigterm(signal.SIG_IGN)
+            set_sigterm_handler(signal.SIG_IGN)
         raise
 
 
 def report_error(message: str) -> None:
-    """Print an error on stderr, once however many processes meet it."""
+    """Print an error on stderr, once per job."""
     if _is_new(message):
         print(f"tilewright: error: {message}", file=sys.stderr, flush=True)
 
 
 def _is_new(message: str) -> bool:
+    from .store import torchrun_store  # imports torch
+
     try:
         store = torchrun_store(timedelta(seconds=10))
         return store is None or store.add(f"error/{zlib.crc32(message.encode())}", 1) == 1
@@ -46,8 +46,8 @@ def _is_new(message: str) -> bool:
         return True
 
 
-def on_sigterm(handler: Any) -> None:
-    """Handle SIGTERM so from now on."""
-    # Only the main thread may, and None stands for a handler that was not set from Python.
+def set_sigterm_handler(handler: Any) -> None:
+    """Set the handler of SIGTERM, if this is the main thread and `handler` is not None."""
+    # Python sets handlers in the main thread only. `signal.getsignal` returns None for a handler that C code installed.
     if threading.current_thread() is threading.main_thread() and handler is not None:
         signal.signal(signal.SIGTERM, handler)

@@ -1,4 +1,4 @@
-"""How the processes of a job divide a run: the option `parallel`, and what cannot be divided so."""
+"""The layout of a job, from the option `parallel`, and its limits."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """What `--parallel` says, such as "fsdp,tp=2,cp=2"."""
+    """The parsed value of `--parallel`, such as "fsdp,tp=2,cp=2"."""
 
     sharded: bool = False
-    """Whether each process holds a shard of the weights (fsdp), not all of them (ddp)."""
+    """Whether weights are sharded over the processes (fsdp) or replicated (ddp)."""
     tp: int = 1
-    """Processes that share the heads and the widths of each layer (tensor parallelism)."""
+    """The number of processes over which heads and feed-forward widths are divided (tensor parallelism)."""
     cp: int = 1
-    """Processes that share each sequence (context parallelism)."""
+    """The number of processes over which each sequence is divided (context parallelism)."""
 
     @classmethod
     def parse(cls, parallel: str) -> "Layout":
-        """Read the option; each of tp and cp may be given once."""
+        """Parse the option. Raises a `UserError` if tp or cp occurs twice."""
         first, *rest = parallel.split(",")
         sizes = dict(part.split("=") for part in rest)
         if len(sizes) < len(rest):
@@ -35,10 +35,10 @@ ALONE = Layout()
 
 
 def check_parallel(config: TrainConfig, world: "World") -> None:
-    """Raise a `UserError` where a run cannot be spread over these processes."""
+    """Raise a `UserError` if the run cannot be divided over the processes of `world`."""
     if config.cuda_graphs and (world.size > 1 or world.device.type != "cuda"):
         raise UserError(
-            f"cuda_graphs is set: that needs one process, on a GPU, not {world.size} on {world.device.type}; "
+            f"cuda_graphs is set: it needs one process on a GPU, not {world.size} on {world.device.type}; "
             "choose --no-cuda-graphs"
         )
     layout = Layout.parse(config.parallel)
@@ -53,8 +53,8 @@ def _check_processes(config: TrainConfig, layout: Layout, size: int) -> None:
     share = layout.tp * layout.cp
     if size % share:
         raise UserError(
-            f"parallel is {config.parallel}: the number of processes must be a multiple of {share}, not {size}; start so many "
-            "with torchrun --nproc-per-node"
+            f"parallel is {config.parallel}: the number of processes must be a multiple of {share}, not {size}; set it with "
+            "torchrun --nproc-per-node"
         )
     what = "processes" if share == 1 else f"groups of {share} processes"
     for name in ("batch_size", "batch_start"):
@@ -68,13 +68,13 @@ def _check_tensor_parallel(config: TrainConfig, tp: int) -> None:
     for name, size in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads), ("d_ff", model.d_ff)):
         if size % tp:
             raise UserError(f"model.{name} is {size}: with tp={tp} it must be a multiple of {tp}")
-    for name, value, served in (
+    for name, value, supported in (
         ("optimizer.name", config.optimizer.name, "adamw"),
         ("optimizer.states", config.optimizer.states, "float32"),
         ("weights", config.weights, "float32"),
     ):
-        if value != served:
-            raise UserError(f"{name} is {value}: with tp={tp} choose {served}")
+        if value != supported:
+            raise UserError(f"{name} is {value}: with tp={tp} choose {supported}")
     if config.precision.startswith("fp8"):
         raise UserError(f"precision is {config.precision}: with tp={tp} choose bfloat16 or float32")
 

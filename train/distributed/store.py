@@ -1,4 +1,4 @@
-"""The store of torchrun, to which its processes have access before they have found each other."""
+"""Access to the key-value store of torchrun."""
 
 import os
 from datetime import timedelta
@@ -7,14 +7,14 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 
 
 def torchrun_store(timeout: timedelta) -> Store | None:
-    """Return the store of torchrun, to which all its processes have access before they have found each other.
+    """Return torchrun's store, which its processes can use before they initialize a process group.
 
-    None where it has none of its own, or several machines take part.
+    Returns None if torchrun provides no store, or if the job has several machines.
     """
     several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
     if several or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
-    # It outlives a restart, with the addresses of processes that are gone (PyTorch issue 135712). Only on one machine does this
-    # count say the same to all.
+    # The store survives a restart and still holds the addresses of the old processes (PyTorch issue 135712), so the prefix
+    # contains the restart count. The count is equal in all processes on one machine only.
     return PrefixStore(f"tilewright/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -1,4 +1,4 @@
-"""The processes of a job, and what they agree on."""
+"""The processes of a job and their communication."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class World:
-    """The processes of a job; by default this one alone, where nothing is communicated.
+    """The processes of a job. By default a single process, which does not communicate.
 
-    All processes call the methods that communicate, in the same order. Processes that share layers (tp) are neighbours in rank,
-    then those that share sequences (cp); all of these read the same rows, and are one of `num_readers`.
+    All processes must call the communicating methods in the same order. The ranks of a tp group are consecutive; tp groups that
+    share sequences (cp) follow each other. All processes of such a tp x cp group read the same rows, as one of `num_readers`.
     """
 
     def __init__(
@@ -34,20 +34,20 @@ class World:
     ) -> None:
         self.device, self.rank, self.size, self.layout = device, rank, size, layout
         self.times_read = layout.tp * layout.cp
-        """Processes that read the same rows."""
+        """The number of processes that read the same rows."""
         self.num_readers = size // self.times_read
         self.num_replicas = size // layout.tp
-        """Processes with gradients of their own for the same weights: the gradients are averaged over them."""
-        # Of the hosts alone: what goes over it waits for no GPU, and no GPU for it.
+        """The number of processes over which the gradient of a weight is averaged."""
+        # A gloo group, so that communication between hosts does not synchronize with the GPUs.
         self._hosts = hosts
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and talks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """Return in all processes what `function` returns in the first one, which alone runs it, or raise its `UserError`."""
+        """Run `function` in the first process. Return its result, or raise its `UserError`, in all processes."""
         if self.size == 1:
             return function()
         result, failure = None, None
@@ -64,38 +64,41 @@ class World:
         return result  # pyright: ignore[reportReturnType]
 
     def first_before_others(self, function: Callable[[], T]) -> T:
-        """Return what `function` returns here; the others run it when the first process has, or raise its `UserError`."""
+        """Run `function` in the first process, then in the others, and return the local result.
+
+        If the first process raises a `UserError`, all processes raise it.
+        """
         results: list[T] = []
-        # What it returns stays where it is.
+        # The result itself is not communicated.
         self.on_first(lambda: results.append(function()))
         return results[0] if results else function()
 
     def gather(self, value: T) -> list[T]:
-        """Return the value of each process."""
+        """Return the values of all processes, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self._hosts)
         return values
 
     def sum(self, value: Tensor) -> Tensor:
-        """Add up the processes' values in place, in the order of the device's work; the host does not wait."""
+        """Sum the values of all processes in place, in stream order. Does not synchronize the host."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def largest(self, value: Tensor) -> Tensor:
-        """Take the elementwise maximum of the processes' values in place, as `sum` adds them up."""
+        """Take the elementwise maximum of the values of all processes in place, in stream order."""
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
     def rows(self, samples: range) -> range:
-        """Return this process's part of the samples of a step, whose number has to divide by `num_readers`."""
+        """Return this process's part of the samples of a step. The number of samples must be a multiple of `num_readers`."""
         share, reader = len(samples) // self.num_readers, self.rank // self.times_read
         return samples[reader * share : (reader + 1) * share]
 
     def own_rows(self, inputs: Tensor, targets: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """Return this process's rows of a batch, (B, T) each; where B does not divide, rows with ignored targets fill up."""
+        """Return this process's rows of (B, T) tensors. Pads B to a multiple of `num_readers` with ignored targets."""
         missing = -len(inputs) % self.num_readers
         batch = inputs, targets, *others
         if missing:
@@ -105,5 +108,5 @@ class World:
         return tuple(tensor[own.start : own.stop] for tensor in batch)
 
     def agreed(self, stop: StopRequest) -> "StopRequest | AgreedStop":
-        """Return what is true in all processes at the same time once `stop` is in any."""
+        """Return a request that becomes true in all processes after the same step, once `stop` is true in any."""
         return stop if self.size == 1 else AgreedStop(stop, self._hosts)

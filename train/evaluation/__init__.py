@@ -1,6 +1,5 @@
-"""Evaluation of a trained model: bits per byte of texts, multiple choice, the CORE metric, and tasks of lm-eval."""
+"""Evaluate a trained model: bits per byte of texts, multiple choice, the CORE metric, and lm-eval tasks."""
 
-from .report import EvalConfig, evaluate
-from .scoring import Request, Scorer, TokenScores
+from ...lazy import attach_stub
 
-__all__ = ["EvalConfig", "Request", "Scorer", "TokenScores", "evaluate"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,8 +1,8 @@
-"""The CORE metric: accuracy on 22 tasks, each centred on what guessing reaches, and their mean.
+"""The CORE metric: the mean of the centered accuracies on 22 tasks (Li et al. 2024, DataComp-LM, https://arxiv.org/abs/2406.11794).
 
-Li et al. 2024 (DataComp-LM, https://arxiv.org/abs/2406.11794) define it; prompts, examples and the rule that picks an answer
-are those of nanochat, whose bundle is read here: `core.yaml` lists the tasks, `eval_meta_data.csv` the accuracy of guessing in
-percent, and `eval_data/` holds the items as JSON lines.
+The centered accuracy is 0 for guessing and 1 for perfect answers. Prompts, few-shot examples and the choice of an answer follow
+nanochat. Its bundle contains `core.yaml` (the tasks), `eval_meta_data.csv` (the accuracy of guessing in percent) and
+`eval_data/` (the items as JSON lines).
 """
 
 import csv
@@ -22,7 +22,7 @@ from .multiple_choice import examples_for
 from .scoring import Request, Scorer, TokenScores
 from .tasks import read_items
 
-# nanochat's: so `limit` takes the same items.
+# The same seed as nanochat, so that `limit` selects the same items.
 _SHUFFLE_SEED = 1337
 
 Item = dict[str, Any]
@@ -30,15 +30,15 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class CoreTask:
-    """A task of the bundle."""
+    """A task of a CORE bundle."""
 
     label: str
     kind: str
-    """multiple_choice: one context, several continuations; schema: several contexts, one continuation; language_modeling: the
-    continuation is to be the most likely text."""
+    """multiple_choice: one context, several continuations; schema: several contexts, one continuation; language_modeling:
+    correct if greedy decoding yields the continuation."""
     num_fewshot: int
     delimiter: str
-    """What stands between a context and its continuation."""
+    """Text between a context and its continuation."""
     baseline: float
     """Accuracy of guessing, from 0 to 1."""
     items: list[Item]
@@ -54,15 +54,15 @@ _ANSWERS = {"multiple_choice": "choices", "schema": "context_options"}
 
 
 def read_bundle(folder: Path, limit: int | None = None) -> list[CoreTask]:
-    """Return the tasks of a bundle, each with its items in nanochat's order, the first `limit` of them.
+    """Return the tasks of a bundle, each with its first `limit` items in nanochat's order.
 
-    What is missing or of another form is a `UserError`.
+    Raise a `UserError` if a file is missing or malformed.
     """
     path = require_file(folder / "core.yaml", "the list of tasks", "give the folder of nanochat's eval_bundle")
     try:
         yaml = import_module("yaml")
     except ImportError:
-        raise UserError(f"{path} needs PyYAML to be read: pip install 'tilewright[eval]'") from None
+        raise UserError(f"cannot read {path} without PyYAML: pip install 'tilewright[eval]'") from None
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
         baselines = _read_baselines(folder / "eval_meta_data.csv")
@@ -70,7 +70,7 @@ def read_bundle(folder: Path, limit: int | None = None) -> list[CoreTask]:
             raise ValueError("core.yaml lists no task")
         return [_read_task(entry, baselines, folder / "eval_data", limit) for entry in entries]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{folder} is no bundle of CORE's tasks: {type(error).__name__}: {error}".splitlines()[0]) from None
+        raise UserError(f"{folder} is not a CORE bundle: {type(error).__name__}: {error}".splitlines()[0]) from None
 
 
 def _read_baselines(path: Path) -> dict[str, float]:
@@ -81,34 +81,35 @@ def _read_baselines(path: Path) -> dict[str, float]:
 def _read_task(entry: dict[str, Any], baselines: dict[str, float], data: Path, limit: int | None) -> CoreTask:
     label, kind = entry["label"], entry["icl_task_type"]
     if kind not in _FIELDS:
-        raise UserError(f"task {label} of CORE is of type {kind!r}: allowed are {', '.join(_FIELDS)}")
+        raise UserError(f"CORE task {label} has type {kind!r}: expected one of {', '.join(_FIELDS)}")
     if label not in baselines:
-        raise UserError(f"task {label} of CORE has no row in eval_meta_data.csv: its random baseline is needed")
+        raise UserError(f"CORE task {label} has no row in eval_meta_data.csv: add its random baseline")
     if not 0 <= baselines[label] < 1:
-        raise UserError(f"the random baseline of {label} is {100 * baselines[label]:g}: percent from 0 to below 100 are needed")
+        raise UserError(
+            f"the random baseline of {label} is {100 * baselines[label]:g}: expected a percentage from 0 to below 100"
+        )
     items = []
     for place, item in read_items(require_file(data / entry["dataset_uri"], f"the data of {label},")):
         if missing := [name for name in _FIELDS[kind] if name not in item]:
-            raise UserError(f"{place} is no item of {label}: {missing[0]!r} is missing")
-        # Answers of language modelling are no choice.
+            raise UserError(f"{place} is not an item of {label}: {missing[0]!r} is missing")
         if kind != "language_modeling":
             answers, gold = item[_ANSWERS[kind]], item["gold"]
             if not isinstance(answers, list) or type(gold) is not int or not 0 <= gold < len(answers):
                 raise UserError(
-                    f"{place} is no item of {label}: gold is {gold!r:.20}, and must be the place of an answer, from 0"
+                    f"{place} is not an item of {label}: gold is {gold!r:.20}, expected the index of an answer, counted from 0"
                 )
         items.append(item)
     random.Random(_SHUFFLE_SEED).shuffle(items)
     items, num_fewshot = items[:limit], int(entry["num_fewshot"][0])
     if num_fewshot >= len(items):
         raise UserError(
-            f"task {label} of CORE shows {num_fewshot} examples: it has {len(items)} items, and needs more than that"
+            f"CORE task {label} needs {num_fewshot} examples: expected more than {num_fewshot} items, found {len(items)}"
         )
     return CoreTask(label, kind, num_fewshot, entry.get("continuation_delimiter", " "), baselines[label], items)
 
 
 def prompts_of(task: CoreTask, index: int) -> list[str]:
-    """Return the prompts of an item: one for each answer; of language modelling the one without and the one with it."""
+    """Return the prompts of an item: one for each answer, or for language_modeling one without and one with the answer."""
     item, examples = task.items[index], examples_for(index, task.items, task.num_fewshot)
     pairs = [_answered(task.kind, example) for example in examples]
     shown = "".join(f"{context}{task.delimiter}{continuation}\n\n" for context, continuation in pairs)
@@ -117,7 +118,7 @@ def prompts_of(task: CoreTask, index: int) -> list[str]:
     if task.kind == "schema":
         return [f"{shown}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
     before = f"{shown}{item['context'].strip()}{task.delimiter}"
-    # Without the blank at its end, which is a part of the next token.
+    # Strip the space at the end, which belongs to the next token.
     return [before.strip(), before + item["continuation"]]
 
 
@@ -130,7 +131,7 @@ def _answered(kind: str, item: Item) -> tuple[str, str]:
 
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Return the length of the longest beginning that all have."""
+    """Return the length of the longest common prefix."""
     return next((i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1), min(map(len, sequences)))
 
 
@@ -143,23 +144,20 @@ def _requests_of(scorer: Scorer, task: CoreTask, index: int) -> list[Request]:
         num_scored = [len(each) - begin for each in tokens]
     if task.kind == "language_modeling":
         tokens, num_scored = tokens[1:], num_scored[1:]
-    # Nothing stands before a first token.
+    # The first token has no context, so it cannot be scored.
     return [scorer.request(each, min(num, len(each) - 1)) for each, num in zip(tokens, num_scored, strict=True)]
 
 
 def _is_right(task: CoreTask, item: Item, scores: Sequence[TokenScores]) -> bool:
     if task.kind == "language_modeling":
         return bool(scores[0].is_greedy.all())
-    # An answer of which nothing is left to score, because others begin with it, is never chosen.
+    # An answer that is a prefix of the others has no token to score. It is never chosen.
     means = [each.nats.mean() if each.nats.size else np.inf for each in scores]
     return int(np.argmin(means)) == item["gold"]
 
 
 def score_core(scorer: Scorer, tasks: Sequence[CoreTask]) -> dict[str, Any]:
-    """Return the CORE metric, and of each task its accuracy, the centred one, and how many prompts the context cuts.
-
-    A centred accuracy is 0 where the model is as good as guessing and 1 where it is always right.
-    """
+    """Return the CORE metric, and for each task the accuracy, the centered accuracy and the number of truncated prompts."""
     rows = {}
     for task in tqdm(tasks, desc="CORE", unit="task", disable=None):
         rows[task.label] = _score_task(scorer, task)

@@ -1,6 +1,6 @@
-"""Our models in lm-eval, the Language Model Evaluation Harness (Gao et al. 2024): its tasks, its prompts, its figures.
+"""Evaluate models with lm-eval, the Language Model Evaluation Harness (Gao et al. 2024).
 
-Importing this needs lm-eval; `require_harness` says how to get it.
+Importing this module requires lm-eval; call `report.require_harness` first.
 """
 
 import json
@@ -20,26 +20,26 @@ from ...model import generate
 from .scoring import Request, Scorer
 from .texts import SlidingWindow
 
-# lm-eval's own, where a task does not say.
+# lm-eval's default.
 _MAX_NEW_TOKENS = 256
 _MAX_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class HarnessModel(LM):
-    """A model as lm-eval asks for it."""
+    """Implements lm-eval's model interface."""
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
         self._scorer, self._device = scorer, scorer.device
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Return of each (context, continuation) the log-likelihood in nats, and whether it is the most likely text."""
+        """Return, for each (context, continuation), the log-likelihood in nats and whether greedy decoding yields it."""
         scored = self._scorer.score(self._scorer.continuation(*_arguments(request)) for request in requests)
         bar = tqdm(scored, total=len(requests), desc="log-likelihoods", disable=None)
         return [(-float(scores.nats.sum()), bool(scores.is_greedy.all())) for _, scores in bar]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Return the log-likelihood of each (text,) in nats, by windows that are as long as the context and do not overlap."""
+        """Return the log-likelihood of each (text,) in nats, over non-overlapping windows of the context length."""
         scorer = self._scorer
         totals = [0.0] * len(requests)
         owners: list[int] = []
@@ -57,7 +57,7 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return what follows each (context, options), up to the first of the strings `until`; greedy unless it samples."""
+        """Return the continuation of each (context, options), up to the first of the strings in `until`."""
         scorer = self._scorer
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -68,7 +68,7 @@ class HarnessModel(LM):
                 options = json.loads(key)
                 new = next((options[name] for name in _MAX_NEW_TOKENS_NAMES if options.get(name)), _MAX_NEW_TOKENS)
                 new = min(new, scorer.context_length - 1)
-                # The ends of prompts that are too long, as lm-eval has them.
+                # Truncate long prompts on the left, as lm-eval does.
                 prompts = {i: self._prompt(_arguments(requests[i])[0])[new - scorer.context_length :] for i in members}
                 for batch in scorer.batches(members, lambda i, new=new, prompts=prompts: len(prompts[i]) + new):
                     found = self._generate([prompts[i] for i in batch], new, options)
@@ -81,7 +81,7 @@ class HarnessModel(LM):
         tokens = self._scorer.encode(context)
         prompt = [*(self._scorer.begin if tokens else self._scorer.start), *tokens]
         if not prompt:
-            raise UserError("a prompt is empty, and the tokenizer has no token that begins or ends a text: none to go on from")
+            raise UserError("a prompt is empty, and the tokenizer has no begin or end token to start from")
         return prompt
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[str]:
@@ -103,7 +103,7 @@ class HarnessModel(LM):
         return [_before(self._continuation(prompt, new), stops) for prompt, new in zip(prompts, found, strict=True)]
 
     def _continuation(self, prompt: list[int], tokens: list[int]) -> str:
-        # Behind the prompt, because some tokenizers take a blank from what a text begins with.
+        # Decode after the prompt, because some tokenizers drop a space at the start of a text.
         decoder = self._scorer.tokenizer.stream_decoder()
         decoder.decode(prompt)
         return decoder.decode(tokens) + decoder.finish()
@@ -120,21 +120,21 @@ def _before(text: str, stops: Sequence[str]) -> str:
 
 
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> tuple[list[str], TaskManager]:
-    """Return the names that lm-eval knows for `names`, which may be patterns; `folder` may define more tasks, in YAML."""
+    """Return the lm-eval tasks that match `names`, which may be patterns; `folder` may define more tasks in YAML."""
     if folder is not None and not folder.is_dir():
-        raise UserError(f"the folder of lm-eval's tasks {folder} does not exist")
+        raise UserError(f"the folder of lm-eval tasks {folder} does not exist")
     manager = _manager(names, folder)
     found = {name: manager.match_tasks([name]) for name in names}
     for name, matches in found.items():
         if not matches:
-            raise UserError(f"task {name!r} is unknown to lm-eval: `lm-eval ls tasks` lists what it knows")
+            raise UserError(f"unknown lm-eval task {name!r}: `lm-eval ls tasks` lists all tasks")
     return [match for matches in found.values() for match in matches], manager
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     if folder is None:
         return TaskManager()
-    # To look through all of lm-eval's own takes seconds.
+    # Indexing all of lm-eval's own tasks takes seconds.
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return manager if all(map(manager.match_tasks, ([name] for name in names))) else TaskManager(include_path=str(folder))
 
@@ -142,16 +142,16 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
 def run_tasks(
     scorer: Scorer, tasks: tuple[list[str], TaskManager], num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return the figures of tasks that `find_tasks` has found, by lm-eval's names of them."""
+    """Run the tasks that `find_tasks` returned; return their metrics by task and by lm-eval's name of the metric."""
     names, manager = tasks
     result = simple_evaluate(
         HarnessModel(scorer), tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
     )
-    # None only in the other ones of several processes.
+    # None only in processes other than the first.
     assert result is not None
     return {
         task: {
-            # "acc,none" is the accuracy without a filter.
+            # "acc,none" is the metric "acc" without a filter.
             name.removesuffix(",none"): value
             for name, value in row.items()
             if isinstance(value, int | float)

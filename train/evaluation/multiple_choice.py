@@ -1,4 +1,4 @@
-"""Accuracy on questions, by the likelihood of each answer."""
+"""Multiple-choice accuracy: choose the answer with the greatest likelihood."""
 
 import math
 import random
@@ -14,14 +14,14 @@ from .tasks import Question
 
 T = TypeVar("T")
 
-# nanochat's, so that CORE's prompts are the same ones.
+# The same seed as nanochat, so that CORE prompts are identical.
 _SEED = 1234
 
 
 def examples_for(index: int, items: Sequence[T], count: int) -> list[T]:
-    """Return `count` other items than the one at `index`, drawn by its own seed: the same ones whatever else is evaluated."""
+    """Return `count` random items other than the one at `index`; they depend only on `index`, `count` and the items."""
     if not 0 <= count < len(items):
-        raise UserError(f"{count} examples are asked for: allowed are 0 to {len(items) - 1}, one less than there are items")
+        raise UserError(f"the number of examples is {count}: expected 0 to {len(items) - 1}, one less than the number of items")
     drawn = random.Random(_SEED + index).sample(range(len(items) - 1), count)
     return [items[i + (i >= index)] for i in drawn]
 
@@ -29,11 +29,11 @@ def examples_for(index: int, items: Sequence[T], count: int) -> list[T]:
 def score_questions(
     scorer: Scorer, name: str, questions: Sequence[Question], num_fewshot: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
-    """Return the accuracies on the first `limit` questions, each after `num_fewshot` others with their answers.
+    """Return the accuracies on the first `limit` questions, with `num_fewshot` examples before each question.
 
-    `acc` takes the answer with the greatest log-likelihood; `acc_norm` divides it by the answer's characters, as lm-eval does,
-    and `acc_bytes` by its bytes. `acc_stderr` is the standard error of `acc`. `cut` prompts are longer than the context, which
-    holds the ends of those.
+    `acc` chooses the answer with the greatest log-likelihood. `acc_norm` divides the log-likelihood by the answer's length in
+    characters, as lm-eval does, and `acc_bytes` by its length in bytes. `acc_stderr` is the standard error of `acc`. `cut` is
+    the number of prompts that exceed the context and are truncated on the left.
     """
     asked = questions[:limit]
 
@@ -52,7 +52,7 @@ def score_questions(
             request, scores = next(scored)
             nats[i] = scores.nats.sum()
             cut += request.is_cut
-        # Without the blank before it.
+        # Without the leading space.
         answers = [continuation[1:] for continuation in question.continuations]
         lengths = {
             "acc": np.ones(len(answers)),
@@ -66,5 +66,5 @@ def score_questions(
 
 
 def standard_error(accuracy: float, num_items: int) -> float | None:
-    """Return the standard error of an accuracy, with the sample's variance; None of a single item."""
+    """Return the standard error of an accuracy, from the unbiased sample variance; None for a single item."""
     return math.sqrt(accuracy * (1 - accuracy) / (num_items - 1)) if num_items > 1 else None

@@ -1,4 +1,4 @@
-"""The report of an evaluation as tables for a person."""
+"""Print an evaluation report as tables."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...tables import print_table
+
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
+        table.add_column(column, justify="left" if i == 0 else "right")
     return table
 
 
@@ -35,7 +37,7 @@ def _tasks(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _core(core: Mapping[str, Any]) -> Table:
-    table = _table("CORE", "task", "shots", "items", "accuracy", "guessing", "centred", "cut")
+    table = _table("CORE", "task", "shots", "items", "accuracy", "guessing", "centered", "cut")
     for name, row in core["tasks"].items():
         figures = (f"{row[key]:.4f}" for key in ("accuracy", "baseline", "centred"))
         table.add_row(escape(name), str(row["num_fewshot"]), f"{row['items']:,}", *figures, f"{row['cut']:,}")
@@ -45,10 +47,10 @@ def _core(core: Mapping[str, Any]) -> Table:
 
 
 def _harness(rows: Mapping[str, Mapping[str, float]]) -> Table:
-    table = _table("lm-eval", "task", "figure", "value")
+    table = _table("lm-eval", "task", "metric", "value")
     for name, row in rows.items():
-        for figure, value in row.items():
-            table.add_row(escape(name), escape(figure), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+        for metric, value in row.items():
+            table.add_row(escape(name), escape(metric), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     return table
 
 
@@ -60,4 +62,4 @@ def print_report(report: dict[str, Any]) -> None:
     for part, table in (("text", _texts), ("tasks", _tasks), ("core", _core), ("harness", _harness)):
         if part in report:
             console.print()
-            console.print(table(report[part]))
+            print_table(console, table(report[part]))

@@ -1,7 +1,7 @@
-"""Multiple-choice tasks: how an item of each public data set becomes prompts and continuations.
+"""Multiple-choice tasks: convert items of public data sets to prompts and continuations.
 
-The prompts are those of lm-eval (the Language Model Evaluation Harness, Gao et al. 2024), whose accuracies are then comparable.
-An item is an object in the format of the data set on the Hugging Face hub.
+The prompts match lm-eval (the Language Model Evaluation Harness, Gao et al. 2024), so the accuracies are comparable. An item is
+an object in the format of the data set on the Hugging Face hub.
 """
 
 import json
@@ -17,7 +17,7 @@ Item = Mapping[str, Any]
 
 
 class Question(NamedTuple):
-    """A question: answer i is the continuation i after the context i, and begins with the blank between the two."""
+    """A question. Answer i is continuation i after context i; the continuation includes the space between them."""
 
     contexts: tuple[str, ...]
     continuations: tuple[str, ...]
@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
     @property
     def answered(self) -> str:
-        """The text of the question with its right answer: an example for others."""
+        """The question with its correct answer, for use as a few-shot example."""
         return self.contexts[self.gold] + self.continuations[self.gold]
 
 
@@ -57,7 +57,7 @@ def _piqa(item: Item) -> Question:
 
 
 def _winogrande(item: Item) -> Question:
-    # The answers stand in the contexts, and what follows the gap is scored (Trinh and Le 2018, partial evaluation).
+    # The contexts contain the answers, and the text after the gap is scored (Trinh and Le 2018, partial evaluation).
     before, gap, after = item["sentence"].partition("_")
     if not gap:
         raise ValueError("its sentence has no _")
@@ -76,7 +76,7 @@ def _openbookqa(item: Item) -> Question:
 def _copa(item: Item) -> Question:
     word = {"cause": "because", "effect": "therefore"}[item["question"]]
     choices = [item["choice1"], item["choice2"]]
-    # Two blanks, as in lm-eval.
+    # `_choose` adds a second space, as in lm-eval.
     lowered = [f" {choice[0].lower()}{choice[1:]}" for choice in choices]
     return _choose(f"{item['premise'].strip()[:-1]} {word}", lowered, int(item["label"]))
 
@@ -128,26 +128,26 @@ TASKS: dict[str, Callable[[Item], Question]] = {
 
 
 def read_questions(folder: Path, task: str) -> list[Question]:
-    """Return the questions in `folder`/`task`.jsonl; a task that is unknown, or an item of another form, is a `UserError`."""
+    """Return the questions in `folder`/`task`.jsonl; raise a `UserError` for an unknown task or a malformed item."""
     if task not in TASKS:
-        raise UserError(f"task {task!r} is unknown: choose from {', '.join(TASKS)}, or give it to --harness")
-    path = require_file(folder / f"{task}.jsonl", f"the data of {task},", "one item of its data set a line, as JSON")
+        raise UserError(f"task is {task!r}: expected one of {', '.join(TASKS)}; use --harness for other tasks")
+    path = require_file(folder / f"{task}.jsonl", f"the data of {task},", "one item of its data set per line, as JSON")
     questions = []
     for place, item in read_items(path):
         try:
             question = TASKS[task](item)
             if not 0 <= question.gold < len(question.continuations):
-                raise ValueError(f"its answer is {question.gold}, counted from 0, of {len(question.continuations)}")
+                raise ValueError(f"its answer is {question.gold}, expected 0 to {len(question.continuations) - 1}")
         except KeyError as error:
-            raise UserError(f"{place} is no item of {task}: {error} is missing or has no such value") from None
+            raise UserError(f"{place} is not an item of {task}: {error} is missing or is not a known value") from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{place} is no item of {task}: {error}") from None
+            raise UserError(f"{place} is not an item of {task}: {error}") from None
         questions.append(question)
     return questions
 
 
 def read_items(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the objects of a file of JSON lines, each with the place where it stands, for messages."""
+    """Return the objects of a JSON lines file, each with its file and line for error messages."""
     items = []
     for number, line in enumerate(read_text(path, "the file of items").split("\n"), 1):
         place = f"{path}, line {number}"
@@ -158,8 +158,8 @@ def read_items(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place} is not JSON: {error}") from None
         if not isinstance(item, dict):
-            raise UserError(f"{place} is a {type(item).__name__}: an object is needed")
+            raise UserError(f"{place} is a {type(item).__name__}: expected a JSON object")
         items.append((place, item))
     if not items:
-        raise UserError(f"{path} holds no item: one a line is needed")
+        raise UserError(f"{path} contains no items: expected one item per line")
     return items

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of text files, by a window that slides over each document."""
+"""Perplexity and bits per byte of text files, with a sliding window over each document."""
 
 import dataclasses
 import math
@@ -25,14 +25,15 @@ class TextFigures:
     """Sums over texts."""
 
     nats: float = 0.0
-    """Negative log-likelihood of all tokens that were scored."""
+    """Negative log-likelihood of all scored tokens."""
     tokens: int = 0
+    """Number of scored tokens."""
     bytes: int = 0
-    """Of the text that these tokens stand for."""
+    """Bytes of text in the scored tokens."""
     documents: int = 0
 
     def as_row(self) -> dict[str, Any]:
-        """Return the sums, and what follows from them."""
+        """Return the sums and the ratios computed from them."""
         nats_per_token = self.nats / self.tokens if self.tokens else math.nan
         return {
             **dataclasses.asdict(self),
@@ -44,21 +45,21 @@ class TextFigures:
 
 
 class SlidingWindow:
-    """Cuts the tokens of a document, which come in pieces, into requests that score each token once.
+    """Splits the tokens of a document, added in pieces, into requests that score each token once.
 
-    The first window is as long as the context, and all in it is scored; each further one adds `stride` tokens, which see the
-    context's length less the stride at least. The last one adds what is left, with a context as long as any.
+    The first window has the length of the context, and all its tokens are scored. Each further window scores `stride` new
+    tokens, each with at least `context_length - stride` tokens of context. The last window scores the remaining tokens.
     """
 
     def __init__(self, start: Sequence[int], context_length: int, stride: int) -> None:
-        """Begin with tokens that are not scored; where there are none, the first token of the document is not."""
+        """Begin with the tokens `start`, which are not scored; if it is empty, the first token is not scored."""
         self._context, self._stride = context_length, stride
         self._held = np.array(start, np.int64)
-        # Within what is held: the tokens that are done with, and where the next window ends.
+        # Positions in the held tokens: the end of the tokens already scored, and the end of the next window.
         self._done, self._end = max(1, len(start)), context_length + 1
 
     def add(self, tokens: np.ndarray) -> Iterator[Request]:
-        """Take the next tokens of the document; yield the windows that are full."""
+        """Add the next tokens of the document; yield the windows that are full."""
         self._held = np.concatenate((self._held, tokens))
         while self._end <= len(self._held):
             yield self._window(self._end)
@@ -68,7 +69,7 @@ class SlidingWindow:
             self._done, self._end = self._done - dropped, self._end - dropped
 
     def finish(self) -> Iterator[Request]:
-        """Yield the window of what is left, if anything is."""
+        """Yield the window of the remaining tokens, if there are any."""
         if self._done < len(self._held):
             yield self._window(len(self._held))
 
@@ -82,16 +83,16 @@ class SlidingWindow:
 def score_texts(
     scorer: Scorer, paths: Sequence[Path], stride: int | None = None, join_documents: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return the figures of each file, by its name, and with several of all together.
+    """Return the results of each file, by its name, and of all together under "all" if there are several.
 
-    What stands between the documents of a file, and before the first, is not scored. With `join_documents` a window reaches
-    from one document into the next, as it does in training; else each is scored by itself.
+    Separator tokens between documents, and tokens before the first document, are not scored. With `join_documents`, windows
+    span documents, as in training; otherwise each document is scored separately.
     """
     files = [file for file in resolve(list(paths)) if isinstance(file, Files)]
     if stride is None:
         stride = max(1, scorer.context_length // 2)
     if not 1 <= stride <= scorer.context_length:
-        raise UserError(f"stride is {stride}: it must be from 1 to {scorer.context_length}, the length of the context")
+        raise UserError(f"stride is {stride}: expected 1 to {scorer.context_length}, the context length")
     if join_documents and scorer.separator is None:
         raise UserError("join_documents is set, but the tokenizer has no token that ends a document")
     rows, total = {}, TextFigures()
@@ -110,29 +111,29 @@ def _score_file(scorer: Scorer, file: Files, stride: int, join_documents: bool) 
     with tqdm(total=text_bytes(file), desc=Path(file.path).name, unit="B", unit_scale=True, disable=None) as bar:
         requests = _requests(scorer, file, stride, join_documents, figures, bar)
         for request, scores in scorer.score(requests):
-            # No text holds what stands between documents, because special tokens are not recognised in it.
-            is_text = ~np.isin(request.tokens[-request.num_scored :], _between(scorer))
+            # Separators are special tokens, which never come from the text, so they can be removed by id.
+            is_text = ~np.isin(request.tokens[-request.num_scored :], _separator_tokens(scorer))
             nats = scores.nats[is_text]
             figures.nats += float(nats.sum())
             figures.tokens += nats.size
     if not figures.tokens:
-        raise UserError(f"{file.path} has no token to score: a longer text is needed")
+        raise UserError(f"{file.path} has no token to score: expected a longer text")
     return figures
 
 
-def _between(scorer: Scorer) -> list[int]:
+def _separator_tokens(scorer: Scorer) -> list[int]:
     return [] if scorer.separator is None else [scorer.separator, *scorer.begin]
 
 
 def _requests(
     scorer: Scorer, file: Files, stride: int, join_documents: bool, figures: TextFigures, bar: tqdm
 ) -> Iterator[Request]:
-    """Yield the windows of a file, and count its documents and bytes."""
+    """Yield the windows of a file; add its documents and bytes to `figures`."""
 
-    def begun() -> SlidingWindow:
+    def new_window() -> SlidingWindow:
         return SlidingWindow(scorer.start, scorer.context_length, stride)
 
-    window, is_begun = begun(), False
+    window, is_begun = new_window(), False
     for texts, are_whole in _pieces(file, scorer):
         encoded = scorer.tokenizer.encode_batch(texts, allowed_special=(), disallowed_special=())
         bounds = encoded.offsets.tolist()
@@ -143,7 +144,7 @@ def _requests(
                 bar.update(size)
                 figures.bytes += size
                 if not is_begun and not scorer.start:
-                    # Nothing stands before this document's first token, which is therefore not scored.
+                    # Without a start token, the first token of the document is not scored.
                     figures.bytes -= len(scorer.tokenizer.decode_bytes(ids[:1].tolist()))
                 figures.documents += not is_begun
                 is_begun = True
@@ -151,16 +152,16 @@ def _requests(
             if is_whole and is_begun:
                 is_begun = False
                 if join_documents:
-                    yield from window.add(np.array(_between(scorer), np.int64))
+                    yield from window.add(np.array(_separator_tokens(scorer), np.int64))
                 else:
                     yield from window.finish()
-                    window = begun()
+                    window = new_window()
     yield from window.finish()
 
 
 def _pieces(file: Files, scorer: Scorer) -> Iterator[tuple[list[str], list[bool]]]:
-    """Yield pieces of documents that can be encoded apart, some at a time, and whether a document ends with each."""
-    # In a table every row is a document. In other files END_OF_TEXT stands between documents, and is itself no text.
+    """Yield batches of pieces that can be encoded independently, and for each piece whether it ends a document."""
+    # In JSON lines and Parquet files, every row is a document. In other files, END_OF_TEXT separates documents.
     is_table = {".jsonl", ".ndjson", ".parquet"} & {suffix.lower() for suffix in Path(file.path).suffixes[-2:]}
     for block in iter_blocks(file, (END_OF_TEXT,), pattern=scorer.tokenizer.pattern):
         data = block.data.tobytes()

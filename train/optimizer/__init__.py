@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW in one of its forms, or Muon for the matrices of the blocks and AdamW for the rest."""
+"""The optimizer of a run: a variant of AdamW, or Muon for the matrices of the blocks and AdamW for the other parameters."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from ...model.experts import GroupedLinear
 from ...model.layers import JoinedLinear
 from ..config import OptimizerConfig
 from .adamw import AdamW
-from .eight_bit import EightBitAdamW, can_be_coded
+from .eight_bit import EightBitAdamW, is_quantizable
 from .muon import Muon
 from .part import Part
 from .rounded import RoundedAdamW
@@ -15,24 +15,24 @@ from .schedule_free import ScheduleFree, ScheduleFreeMean
 
 
 class Optimizer:
-    """The rules of update of a model's parameters, as one: decays matrices and leaves norms alone.
+    """Updates all parameters of a model. Weight decay applies to matrices, not to norms.
 
-    Muon orthogonalises the update of each linear map's own matrix; a `JoinedLinear` or a `GroupedLinear` holds several. The
-    host never waits for the device. The parameters must not move any more.
+    Muon orthogonalizes the update of each linear map separately; a `JoinedLinear` or a `GroupedLinear` holds several maps. A
+    step never synchronizes the host with the device. Move the model to its device before you construct the optimizer.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, seed: int = 0) -> None:
-        """Step float32 weights, or bfloat16 ones; `seed` is that of the rounding of these."""
+        """Construct the optimizer for float32 or bfloat16 weights. `seed` seeds the stochastic rounding of bfloat16 weights."""
         named = dict(model.named_parameters())
         self._parameters = list(named.values())
-        # A tensor, so that a graph that holds the step, compiled or captured, reads each step's value.
+        # A tensor, so that a compiled or captured graph reads the current value at each step.
         self._lr = torch.tensor(config.lr, device=self._parameters[0].device)
-        by_muon = {n for n, p in named.items() if config.name == "muon" and p.dim() >= 2 and n.startswith("layers.")}
-        rest = {n: p for n, p in named.items() if n not in by_muon}
+        muon_names = {n for n, p in named.items() if config.name == "muon" and p.dim() >= 2 and n.startswith("layers.")}
+        rest = {n: p for n, p in named.items() if n not in muon_names}
         matrices, vectors = ({n: p for n, p in rest.items() if (p.dim() >= 2) == decays} for decays in (True, False))
         self._parts: list[Part] = []
         for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            coded = {n: p for n, p in group.items() if config.states == "8bit" and can_be_coded(p)}
+            coded = {n: p for n, p in group.items() if config.states == "8bit" and is_quantizable(p)}
             if coded:
                 self._parts.append(EightBitAdamW(coded, self._lr, config, decay))
             others = {n: p for n, p in group.items() if n not in coded}
@@ -42,19 +42,19 @@ class Optimizer:
             elif others:
                 rule = ScheduleFree if config.name == "schedule_free" else AdamW
                 self._parts.append(rule(others, self._lr, config, decay))
-        if by_muon:
+        if muon_names:
             layers = (layer for layer in model.modules() if isinstance(layer, JoinedLinear | GroupedLinear))
             rows = {layer.weight: layer.parts for layer in layers}
-            self._parts.append(Muon({n: named[n] for n in named if n in by_muon}, self._lr, config, rows))
+            self._parts.append(Muon({n: named[n] for n in named if n in muon_names}, self._lr, config, rows))
         self.mean = ScheduleFreeMean(self._parts) if config.name == "schedule_free" else None
 
     def set_learning_rate(self, lr: float) -> None:
-        """Use `lr` for the next step of every parameter."""
+        """Set the learning rate of the next steps."""
         self._lr.fill_(lr)
 
     @torch.no_grad()
     def step(self, skip: Tensor) -> None:
-        """Take a step, or leave weights and state as they are where the device finds `skip` true."""
+        """Take a step. Where `skip` (bool, on the device) is true, leave weights and state unchanged."""
         if not self._parts[0].state:
             self.allocate()
         for part in self._parts:
@@ -66,10 +66,10 @@ class Optimizer:
             parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state as tensors by kind and parameter, such as `exp_avg.ln_final.weight`."""
+        """Return the whole state, keyed by kind and parameter name, such as `exp_avg.ln_final.weight`."""
         return {name: tensor for part in self._parts for name, tensor in part.tensors().items()}
 
     def allocate(self) -> None:
-        """Make the whole state, as it is before the first step; a checkpoint of any later one can be read into it."""
+        """Allocate the initial state. A checkpoint of any step can be loaded into it."""
         for part in self._parts:
             part.allocate()

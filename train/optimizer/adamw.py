@@ -1,4 +1,4 @@
-"""AdamW on float32 weights, by PyTorch's fused kernel."""
+"""AdamW on float32 weights with PyTorch's fused kernel."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from .part import Part, gradients
 
 
 class AdamW(Part):
-    """Loshchilov & Hutter 2019, with `torch.optim.AdamW`'s own kernel: its class runs Python for each parameter."""
+    """AdamW (Loshchilov & Hutter 2019). Calls the kernel of `torch.optim.AdamW` without that class's Python loop."""
 
     def __init__(self, named: Mapping[str, nn.Parameter], lr: Tensor, config: OptimizerConfig, weight_decay: float) -> None:
         super().__init__(named, lr)
@@ -18,7 +18,7 @@ class AdamW(Part):
         self._steps = lr.new_zeros(len(self.weights))
 
     def allocate(self) -> None:
-        """Make the state as it is before the first step."""
+        """Allocate the initial state."""
         self.state = {
             "step": list(self._steps.unbind()),
             "exp_avg": [torch.zeros_like(weight) for weight in self.weights],
@@ -26,8 +26,8 @@ class AdamW(Part):
         }
 
     def step(self, skip: Tensor) -> None:
-        """Take a step, or leave weights and state as they are where the device finds `skip` true."""
-        # What a loss scaler sets: the kernel reads it on the device.
+        """Take a step. Where `skip` (bool, on the device) is true, leave weights and state unchanged."""
+        # The kernel reads the flag of a loss scaler on the device.
         found_inf = skip.float()
         self._steps += 1 - found_inf
         beta1, beta2 = self._config.betas

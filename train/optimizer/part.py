@@ -1,4 +1,4 @@
-"""What the rules of update share: the parameters that a rule steps, its state, and how both lie in this process."""
+"""The base class of the update rules, and helpers for flat buffers and shards."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# One launch for a list of tensors.
+# One kernel launch for a list of tensors.
 foreach_add_ = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 foreach_mul_ = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
-# Of one batch of parameters, whose gradients a rule lays side by side: bounds what the rule holds for a moment.
+# Bounds the flat buffer of gradients that a rule allocates for a batch of parameters.
 CHUNK_ELEMENTS = 1 << 26
 
 
 class Part:
-    """Named parameters under one rule of update; of a DTensor a process steps its own shard.
+    """Named parameters with one update rule. A process updates its own shard of a DTensor.
 
-    `state` holds, by its kind, a tensor for each parameter; it is empty until `allocate`. `lr` is read on the device.
+    `state` maps a kind, such as "exp_avg", to one tensor per parameter; `allocate` fills it. `lr` is a tensor on the device.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], lr: Tensor) -> None:
@@ -29,15 +29,15 @@ class Part:
         self.state: dict[str, list[Tensor]] = {}
 
     def allocate(self) -> None:
-        """Make the state as it is before the first step."""
+        """Allocate the initial state."""
         raise NotImplementedError
 
     def step(self, skip: Tensor) -> None:
-        """Take a step, or leave weights and state as they are where the device finds `skip` true."""
+        """Take a step. Where `skip` (bool, on the device) is true, leave weights and state unchanged."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state by kind and parameter; what is of a shard is a DTensor."""
+        """Return the state, keyed by kind and parameter name. The state of a sharded parameter is a DTensor."""
         return {
             f"{kind}.{name}": like(parameter, value)
             for kind, values in self.state.items()
@@ -46,7 +46,7 @@ class Part:
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients, or this process's shards of them."""
+    """Return the gradient of each parameter, or this process's shard of it."""
     found = []
     for parameter in parameters:
         assert parameter.grad is not None
@@ -55,13 +55,13 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return a tensor itself, or this process's shard of a DTensor."""
+    """Return this process's shard of a DTensor, or any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
-def first_element(parameter: Any) -> int:
-    """Return the place of this process's shard along dimension 0 in the whole parameter, flattened; 0 of no DTensor."""
+def shard_offset(parameter: Any) -> int:
+    """Return the offset of this process's shard (dimension 0) in the flattened parameter, in elements; 0 if not a DTensor."""
     if not hasattr(parameter, "to_local"):
         return 0
     (chunk,) = parameter.__create_chunk_list__()
@@ -69,8 +69,8 @@ def first_element(parameter: Any) -> int:
 
 
 def like(parameter: Any, value: Tensor) -> Tensor:
-    """Return what belongs to a parameter's shard as a DTensor of the same placement; of a whole parameter as it is."""
-    # A count of steps is the same in all processes.
+    """Return the state `value` of a sharded parameter as a DTensor with its placement, or of any other parameter as it is."""
+    # A scalar, such as the step, is equal in all processes.
     if not hasattr(parameter, "to_local") or value.dim() == 0:
         return value
     from torch.distributed.tensor import DTensor  # slow to import
@@ -80,7 +80,7 @@ def like(parameter: Any, value: Tensor) -> Tensor:
 
 
 def chunks(sizes: Sequence[int], most: int = CHUNK_ELEMENTS) -> Iterator[slice]:
-    """Cut a sequence of tensors, given by their sizes, into runs of at most so many elements, or of one tensor."""
+    """Split tensors of the given sizes into consecutive batches of at most `most` elements, or of one larger tensor."""
     first = total = 0
     for i, size in enumerate(sizes):
         if i > first and total + size > most:
@@ -91,12 +91,12 @@ def chunks(sizes: Sequence[int], most: int = CHUNK_ELEMENTS) -> Iterator[slice]:
         yield slice(first, len(sizes))
 
 
-def laid_out(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parts of a vector as views with the shapes of tensors that lie in it side by side."""
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of a vector with the shapes of the tensors in `like`. Inverts `flatten`."""
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the elements of all tensors as one vector."""
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate the elements of all tensors to one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])

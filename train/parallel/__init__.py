@@ -1,14 +1,14 @@
-"""A model spread over the processes of a job: whole in each (DDP), in shards (FSDP2), by layers (TP) and sequences (CP)."""
+"""Parallel training: replicated weights (DDP), sharded weights (FSDP2), divided layers (TP) and divided sequences (CP)."""
 
 from .checkpoints import open_writer
-from .spread import compile_blocks, exchanging_gradients, forget_gathered, place, spread, whole
+from .parallelize import compile_blocks, full_tensor, gradient_sync, parallelize, place, reshard
 
 __all__ = [
     "compile_blocks",
-    "exchanging_gradients",
-    "forget_gathered",
+    "full_tensor",
+    "gradient_sync",
     "open_writer",
+    "parallelize",
     "place",
-    "spread",
-    "whole",
+    "reshard",
 ]

@@ -1,4 +1,4 @@
-"""What each process of a job does for its checkpoints."""
+"""The checkpoint writer of each process."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..schedule import decay_start
 
 
 def open_writer(config: TrainConfig, world: World) -> CheckpointWriter:
-    """Return what writes this process's part of the checkpoints: all of it, a shard, or nothing."""
+    """Return the checkpoint writer of this process: it writes whole checkpoints, a shard of each, or nothing."""
     layout, keep = world.layout, (config.keep_checkpoints, decay_start(config))
     if world.size > 1 and (layout.sharded or layout.tp > 1):
         from ..checkpoint.sharded import ShardedCheckpointWriter  # slow to import
@@ -26,7 +26,7 @@ def open_writer(config: TrainConfig, world: World) -> CheckpointWriter:
 
 
 class _IdleWriter(CheckpointWriter):
-    """Of a process whose tensors another one writes."""
+    """Writes nothing: another process writes the same tensors."""
 
     def _open(self) -> None:
         pass

@@ -1,12 +1,12 @@
-"""Which part of each sequence a process has."""
+"""The part of each sequence that a process computes, under sequence and context parallelism."""
 
 from ...model.sequence_parts import SequenceParts
 from ...model.transformer import TransformerBlock, TransformerLM
 from ..distributed import World
 
 
-def give_parts(model: TransformerLM, world: World) -> None:
-    """Tell the model and its attention which part of each sequence is this process's, where several share it."""
+def assign_sequence_parts(model: TransformerLM, world: World) -> None:
+    """Set this process's part of each sequence in the model and its attention, if several processes share a sequence."""
     layout = world.layout
     if layout.tp * layout.cp == 1:
         return

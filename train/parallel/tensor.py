@@ -1,7 +1,7 @@
 """Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022) as a plan of DTensors for each block.
 
-The heads of attention and the widths of the feed-forward layers are divided, hidden states between the layers by position. All
-else, norms, embedding and head, is the same in all processes of a group, each of which applies it to its own positions.
+Attention heads and feed-forward widths are divided over the processes of a group. Hidden states between the layers are divided
+by position. Norms, embedding and head are replicated; each process applies them to its own positions.
 """
 
 import warnings
@@ -17,26 +17,28 @@ if TYPE_CHECKING:
 
 
 def divide_layers(model: TransformerLM, mesh: "DeviceMesh") -> None:
-    """Turn the parameters of a model on the meta device into DTensors: this process's part of each layer."""
+    """Replace the parameters of a model on the meta device by DTensors with this process's part of each layer."""
     # Slow to import.
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-    class Same(ParallelStyle):
-        """Every process has the parameter; the model takes it by `local`."""
+    class Replicated(ParallelStyle):
+        """Replicates the parameters of a module. The model reads them with `local`."""
 
         def _apply(self, module: nn.Module, device_mesh: "DeviceMesh") -> nn.Module:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                same = distribute_tensor(parameter, device_mesh, [Replicate()], src_data_rank=None)
-                module.register_parameter(name, nn.Parameter(same))
+                replicated = distribute_tensor(parameter, device_mesh, [Replicate()], src_data_rank=None)
+                module.register_parameter(name, nn.Parameter(replicated))
             return module
 
-    into, out_of = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
-    styles: dict[str, ParallelStyle] = dict.fromkeys(("qkv_proj", "gate_up_proj", "up_proj"), into)
-    styles |= dict.fromkeys(("output_proj", "down_proj"), out_of)
-    plan = {name: styles.get(name.split(".")[-1], Same()) for name, module in model.named_modules() if _has_parameters(module)}
+    colwise, rowwise = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+    styles: dict[str, ParallelStyle] = dict.fromkeys(("qkv_proj", "gate_up_proj", "up_proj"), colwise)
+    styles |= dict.fromkeys(("output_proj", "down_proj"), rowwise)
+    plan = {
+        name: styles.get(name.split(".")[-1], Replicated()) for name, module in model.named_modules() if _has_parameters(module)
+    }
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    # What a block returns is such a view, which nothing changes in place.
+    # A block returns a view, but nothing modifies it in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for layer in model.layers:
         attn = layer.attn

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol: completions and chat from one model, whose requests share its batches.
+"""HTTP server for one model with the OpenAI API (completions and chat) and continuous batching.
 
-`app` has the routes, `protocol` reads requests, `replies` writes answers, `worker` runs the model in a thread of its own.
+`app` defines the routes, `protocol` parses requests, `replies` builds responses, and `worker` runs the model in a thread.
 """

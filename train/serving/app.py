@@ -1,4 +1,4 @@
-"""The routes of the server: an ASGI application around one model."""
+"""The ASGI application: routes, authentication and request handling."""
 
 import asyncio
 import hmac
@@ -18,7 +18,8 @@ from ..conversation import encode_conversation
 from ..pretrained import TextModel
 from ..texts import TextStream, encode_prompt
 from .errors import ApiError
-from .protocol import GenerationRequest, Limits, check_model, read_chat, read_completion
+from .options import Limits
+from .protocol import GenerationRequest, check_model, read_chat, read_completion
 from .replies import Reply
 from .worker import Job, Piece, Worker
 
@@ -33,23 +34,23 @@ _BODY_SECONDS = 30
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, and to whom."""
+    """A model and the access rules of its server."""
 
     name: str
-    """The model's, in requests and answers."""
+    """Name of the model in requests and responses."""
     text_model: TextModel
     template: ChatTemplate | None
-    """None: only completions are served."""
+    """Chat template; without one, only completions are served."""
     worker: Worker
     limits: Limits = field(default_factory=Limits)
     api_key: str | None = None
-    """What requests must bear; None: nothing."""
+    """API key that requests must send; None accepts all requests."""
     local_only: bool = False
-    """Whether requests must call this machine by a name of its own, such as localhost."""
+    """Whether the Host header must be a loopback name or address, such as localhost."""
 
 
 def make_app(service: Service) -> "Starlette":
-    """Return the application; its worker runs from its start to its end."""
+    """Return the application; it starts the worker on startup and stops it on shutdown."""
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse
     from starlette.routing import Route
@@ -75,7 +76,7 @@ def make_app(service: Service) -> "Starlette":
 
     async def chat_completions(request: "Request") -> "ASGIApp":
         if service.template is None:
-            raise ApiError(404, "this model has no chat template: only /v1/completions is served")
+            raise ApiError(404, "the model has no chat template: use /v1/completions")
         return await _answer(service, request, chat=True)
 
     def guarded(route: Callable[["Request"], Awaitable["ASGIApp"]]) -> Callable[["Request"], Awaitable["ASGIApp"]]:
@@ -94,7 +95,7 @@ def make_app(service: Service) -> "Starlette":
 
     async def on_http_error(request: "Request", error: Exception) -> "Response":
         status = getattr(error, "status_code", 500)
-        what = {404: "does not exist", 405: "does not take this method"}.get(status, "failed")
+        what = {404: "does not exist", 405: "does not allow this method"}.get(status, "failed")
         return JSONResponse(ApiError(status, f"{request.method} {request.url.path} {what}").body, status)
 
     @asynccontextmanager
@@ -117,7 +118,7 @@ def make_app(service: Service) -> "Starlette":
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a name or an address is that of this machine for itself."""
+    """Return whether a host name or address is localhost or a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -125,9 +126,9 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_host(host: str | None) -> None:
-    # A page that a browser has open can let its own name lead to this machine (DNS rebinding), and would be answered then.
+    # Prevents DNS rebinding: a web page can make its own host name resolve to this machine.
     if host and not is_loopback(host):
-        raise ApiError(403, f"the host {host!r:.100} is not localhost: without an API key only that is answered")
+        raise ApiError(403, f"the host is {host!r:.100}: without an API key, expected localhost")
 
 
 def _check_key(authorization: str, key: str | None) -> None:
@@ -142,7 +143,7 @@ async def _answer(service: Service, request: "Request", chat: bool) -> "ASGIApp"
 
     body = await _read_json(request, service.limits.max_body_bytes)
     asked = (read_chat if chat else read_completion)(body, service.name, service.limits)
-    # Long texts take their time, and other requests do not wait for them.
+    # Encoding long texts is slow; do not block the event loop.
     prompts = await asyncio.to_thread(_encode, service, asked)
     job = _make_job(service, asked, prompts)
     service.worker.submit(job)
@@ -155,35 +156,35 @@ async def _answer(service: Service, request: "Request", chat: bool) -> "ASGIApp"
             try:
                 await response(scope, receive, send)
             finally:
-                # Also where the client was gone before the first event.
+                # This also runs if the client disconnects before the first event.
                 service.worker.cancel(job)
 
         return stream
-    gone = asyncio.create_task(_disconnect(request))
-    whole = asyncio.create_task(reply.whole(_pieces(job)))
+    disconnected = asyncio.create_task(_disconnect(request))
+    content = asyncio.create_task(reply.content(_pieces(job)))
     try:
-        await asyncio.wait([gone, whole], return_when=asyncio.FIRST_COMPLETED)
-        # Where the client is gone, nobody reads this.
-        return JSONResponse(await whole) if whole.done() else JSONResponse({}, 499)
+        await asyncio.wait([disconnected, content], return_when=asyncio.FIRST_COMPLETED)
+        # 499: the client has disconnected and does not read the response.
+        return JSONResponse(await content) if content.done() else JSONResponse({}, 499)
     finally:
-        gone.cancel()
-        whole.cancel()
+        disconnected.cancel()
+        content.cancel()
         service.worker.cancel(job)
 
 
 async def _read_json(request: "Request", max_bytes: int) -> object:
-    # Browsers ask before they send this type to another site, and get no permission here.
+    # Browsers send this type to another site only after a CORS preflight, which this server does not grant.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "the content type must be application/json")
+        raise ApiError(415, "expected content type application/json")
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for part in request.stream():
                 body += part
                 if len(body) > max_bytes:
-                    raise ApiError(413, f"the body is longer than {max_bytes:,} bytes, the most that is allowed")
+                    raise ApiError(413, f"the body is too long: expected at most {max_bytes:,} bytes")
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {_BODY_SECONDS} seconds") from None
+        raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS} seconds") from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -191,7 +192,7 @@ async def _read_json(request: "Request", max_bytes: int) -> object:
 
 
 def _encode(service: Service, asked: GenerationRequest) -> list[list[int]]:
-    """Return the ids of each prompt; one that cannot be served is refused."""
+    """Return the ids of each prompt; raise an `ApiError` for a prompt that cannot be served."""
     text_model, engine = service.text_model, service.worker.engine
     try:
         if service.template is not None and asked.messages:
@@ -224,7 +225,7 @@ def _make_job(service: Service, asked: GenerationRequest, prompts: list[list[int
 
 
 async def _pieces(job: Job) -> AsyncIterator[Piece]:
-    """Yield what comes of a job until all its texts have ended."""
+    """Yield the pieces of a job until all its texts have ended."""
     running = len(job.generations)
     while running:
         piece = await job.pieces.get()
@@ -233,6 +234,6 @@ async def _pieces(job: Job) -> AsyncIterator[Piece]:
 
 
 async def _disconnect(request: "Request") -> None:
-    """Return when the client has gone."""
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,11 +1,11 @@
-"""Errors in the shape of OpenAI's API."""
+"""Errors in the format of the OpenAI API."""
 
 
 class ApiError(Exception):
-    """A request that is answered with an error."""
+    """An error response to a request."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        # They may quote what was sent, and JSON can hold halves of surrogate pairs, which UTF-8 cannot.
+        # Messages can quote the request. JSON strings can contain lone surrogates, which UTF-8 cannot encode.
         self.message = message.encode(errors="replace").decode()
         self.param = None if param is None else param.encode(errors="replace").decode()
         self.status, self.code = status, code
@@ -13,7 +13,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """The JSON that says so."""
+        """The JSON body of the response."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

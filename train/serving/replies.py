@@ -1,4 +1,4 @@
-"""Answers of OpenAI's API: the JSON of completions and chat completions, whole and in pieces."""
+"""Responses of the OpenAI API: JSON of completions and chat completions, complete or streamed."""
 
 import json
 import time
@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from .errors import ApiError
 from .worker import Piece
 
-FAILED = ApiError(500, "the model failed on this request: the server's log says why")
+FAILED = ApiError(500, "the model failed on this request: see the server's log")
 
 
 class Reply:
-    """Builds the answer to one request, for chat or for completions."""
+    """Builds the response to one request, for chat or completions."""
 
     def __init__(self, model: str, chat: bool, num_choices: int, prompt_tokens: int) -> None:
         self._chat, self._num_choices, self._prompt_tokens = chat, num_choices, prompt_tokens
@@ -27,8 +27,8 @@ class Reply:
         prompt, completion = self._prompt_tokens, self._completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    async def whole(self, pieces: AsyncIterator[Piece]) -> dict[str, object]:
-        """Return the answer when all texts have ended."""
+    async def content(self, pieces: AsyncIterator[Piece]) -> dict[str, object]:
+        """Return the complete response after all texts have ended."""
         texts, reasons = [""] * self._num_choices, [""] * self._num_choices
         async for piece in pieces:
             if piece.failed:
@@ -44,7 +44,7 @@ class Reply:
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
     async def events(self, pieces: AsyncIterator[Piece], include_usage: bool) -> AsyncIterator[str]:
-        """Yield the answer as server-sent events (WHATWG HTML, section 9.2), a piece at a time."""
+        """Yield the response as server-sent events (WHATWG HTML, section 9.2), one for each piece."""
         extra: dict[str, object] = {"usage": None} if include_usage else {}
         if self._chat:
             for index in range(self._num_choices):

@@ -1,10 +1,9 @@
-"""The server as a process: a model's folder, an address, and an end in good order."""
+"""Run the server: load the model, bind the address, and shut down gracefully."""
 
 import os
 import socket
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from ...tokenizer.chat_template import ChatTemplate
 from ..pretrained import load_text_model
 from ..texts import make_engine
 from .app import Service, is_loopback, make_app
-from .protocol import Limits
+from .options import ServeConfig
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -23,50 +22,14 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "TILEWRIGHT_API_KEY"
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """How to serve a model."""
-
-    host: str = "127.0.0.1"
-    """Address to listen at; by default this machine only."""
-    port: int = 8000
-    """Port; 0 takes a free one."""
-    name: str | None = None
-    """Name of the model in requests; by default the folder's."""
-    template: Path | None = None
-    """Chat template in place of the folder's."""
-    num_slots: int = 8
-    """Texts written at a time."""
-    max_length: int | None = None
-    """Most tokens of a prompt and its text together; by default the context, at most 4,096. Each slot has memory for them."""
-    max_queue: int = 64
-    """Most texts that wait for a slot; requests beyond that get status 429."""
-    api_key_file: Path | None = None
-    """File with the key that requests must bear; by default that in TILEWRIGHT_API_KEY, if any."""
-    shutdown_seconds: int = 30
-    """How long texts may go on after SIGTERM or Ctrl-C."""
-    limits: Limits = field(default_factory=Limits)
-    """What one request may ask for."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_slots", 1), ("max_length", 1), ("max_queue", 0), ("shutdown_seconds", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: it must be at least {least}")
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"port is {self.port}: it must be from 0 to 65535")
-
-
 _DEFAULT_MAX_LENGTH = 4096
 
 
 def make_service(folder: Path, config: ServeConfig) -> Service:
-    """Open a model's folder to be served."""
+    """Load the model in a folder for serving."""
     key = _read_key(config.api_key_file)
     template = ChatTemplate.load(folder, config.template)
-    text_model = load_text_model(folder, config.device)
+    text_model = load_text_model(folder, config.device, config.tokenizer)
     max_length = config.max_length or min(text_model.model.config.context_length, _DEFAULT_MAX_LENGTH)
     worker = Worker(make_engine(text_model, config.num_slots, max_length), config.max_queue)
     name, local_only = config.name or folder.resolve().name, is_loopback(config.host) and key is None
@@ -74,7 +37,7 @@ def make_service(folder: Path, config: ServeConfig) -> Service:
 
 
 def make_server(service: Service, config: ServeConfig) -> "uvicorn.Server":
-    """Return the server, whose `run` ends at SIGTERM or SIGINT: running requests may end first, new ones are refused."""
+    """Return the server. At SIGTERM or SIGINT, its `run` refuses new requests, lets running ones finish, and returns."""
     require_packages()
     import uvicorn
 
@@ -91,27 +54,29 @@ def make_server(service: Service, config: ServeConfig) -> "uvicorn.Server":
 
 
 def serve(folder: Path, config: ServeConfig) -> None:
-    """Serve the model in a folder until a signal ends it."""
+    """Serve the model in a folder until a signal arrives."""
     require_packages()
     if not is_loopback(config.host) and _read_key(config.api_key_file) is None:
-        warnings.warn(f"{config.host} is open to other machines and no API key is set: see {KEY_VARIABLE}", stacklevel=2)
+        warnings.warn(
+            f"{config.host} is reachable from other machines without an API key: set one in {KEY_VARIABLE}", stacklevel=2
+        )
     service = make_service(folder, config)
     kinds = "completions" if service.template is None else "completions and chat"
     server = make_server(service, config)
-    # Bound here, so that the port is known, and an address in use is an error of the command.
+    # Bind here, not in uvicorn, to print the actual port and to report an address in use as a UserError.
     with _bind(config) as bound:
         host, port = bound.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        print(f"{service.name}: {kinds} at http://{address}:{port}/v1, Ctrl-C ends", flush=True)
-        # uvicorn raises the signal that ended it once more.
+        print(f"{service.name}: {kinds} at http://{address}:{port}/v1, stop with Ctrl-C", flush=True)
+        # uvicorn raises the signal again after its shutdown.
         with suppress(KeyboardInterrupt):
             server.run(sockets=[bound])
     if service.worker.failed:
-        raise UserError("the model failed: see the lines above")
+        raise UserError("the model failed: see the log above")
 
 
 def require_packages() -> None:
-    """Raise a `UserError` where what serves HTTP is not installed."""
+    """Raise a `UserError` if starlette or uvicorn is not installed."""
     try:
         import starlette
         import uvicorn  # noqa: F401
@@ -130,12 +95,12 @@ def _bind(config: ServeConfig) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise UserError(f"{config.host} port {config.port} cannot be listened at: {error.strerror}") from None
+        raise UserError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from None
     return bound
 
 
 def _read_key(path: Path | None) -> str | None:
-    """Return the key of a file, or of the environment; an empty one is a `UserError`."""
+    """Return the API key from a file or the environment, or None; raise a `UserError` if the key is empty."""
     if path is not None:
         key = read_text(path, "API key file").strip()
         source = str(path)
@@ -144,5 +109,5 @@ def _read_key(path: Path | None) -> str | None:
     else:
         return None
     if not key:
-        raise UserError(f"{source} holds no API key: put one in, or leave it out")
+        raise UserError(f"{source} is empty: expected an API key")
     return key

@@ -1,4 +1,4 @@
-"""The thread in which the model runs, and what the server's loop exchanges with it."""
+"""The model thread, and the jobs and pieces it exchanges with the server's event loop."""
 
 import asyncio
 import logging
@@ -17,34 +17,34 @@ _log = logging.getLogger("tilewright.serving")
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a text, and with the last part how it ended."""
+    """A part of a generated text. The last part of a text has a finish reason."""
 
     index: int
-    """Which of a job's texts it belongs to."""
+    """Index of the text in its job."""
     text: str
     finish_reason: str | None = None
     num_tokens: int = 0
-    """Tokens of the whole text, with the last part."""
+    """Number of tokens of the whole text; set in its last part."""
     failed: bool = False
 
 
 @dataclass(eq=False)
 class Job:
-    """The texts of one request."""
+    """The generations of one request."""
 
     generations: list[Generation]
     streams: list[TextStream]
-    """Those of the generations, which have taken in the prompts."""
+    """Decoder of each generation."""
     loop: asyncio.AbstractEventLoop
     pieces: "asyncio.Queue[Piece]" = field(default_factory=asyncio.Queue)
 
     def put(self, piece: Piece) -> None:
-        """Hand a piece to the loop, from any thread."""
+        """Send a piece to the event loop, from any thread."""
         try:
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
         except RuntimeError:
-            # The loop was closed: nobody waits for it any more.
-            _log.debug("a piece came after the server's loop had ended")
+            # The loop is closed, so no client is waiting.
+            _log.debug("dropped a piece: the server's event loop is closed")
 
 
 @dataclass(eq=False)
@@ -56,7 +56,7 @@ class _Text:
 
 
 class Worker:
-    """Runs an engine in a thread. At most `max_queue` texts wait for a slot; jobs beyond that are refused."""
+    """Runs an engine in a thread. At most `max_queue` texts wait for a slot; further jobs are rejected."""
 
     def __init__(self, engine: BatchEngine, max_queue: int) -> None:
         self.engine, self.max_queue = engine, max_queue
@@ -64,7 +64,7 @@ class Worker:
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._num_texts = 0
-        """Texts that were submitted and have not ended."""
+        """Number of texts submitted and not ended."""
         self._closing = False
         self.failed = False
         self._thread = threading.Thread(target=self._run, name="tilewright-model", daemon=True)
@@ -74,7 +74,7 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread after its present step, and what is still running with it."""
+        """Stop the thread after its current step; unfinished texts fail."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -82,22 +82,22 @@ class Worker:
 
     @property
     def num_texts(self) -> int:
-        """Texts that run or wait."""
+        """Number of texts that run or wait."""
         return self._num_texts
 
     def submit(self, job: Job) -> None:
-        """Queue a job, all of whose generations have been checked; a full queue raises an `ApiError`."""
+        """Queue a job whose prompts have been checked; raise an `ApiError` if the queue is full."""
         with self._changed:
             if self._closing or self.failed:
-                raise ApiError(503, "the server is shutting down or has failed: try another")
+                raise ApiError(503, "the server is shutting down or has failed")
             if self._num_texts + len(job.generations) > self.engine.num_slots + self.max_queue:
-                raise ApiError(429, f"{self._num_texts} texts are in work or queued: try again later", code="queue_full")
+                raise ApiError(429, f"{self._num_texts} texts are running or queued: try again later", code="queue_full")
             self._num_texts += len(job.generations)
             self._commands.append(lambda: self._begin(job))
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """End a job's texts and free their slots; those that have ended stay as they are."""
+        """Cancel the unfinished texts of a job and free their slots."""
         with self._changed:
             self._commands.append(lambda: self._cancel(job))
             self._changed.notify()
@@ -108,8 +108,8 @@ class Worker:
             try:
                 self.engine.add(generation)
             except UserError as error:
-                # Checked before it was queued; an error here still must not end the thread.
-                _log.error("a request was refused late: %s", error)
+                # Prompts are checked before they are queued, but an error must not end the thread.
+                _log.error("rejected a queued request: %s", error)
                 self._end(generation, failed=True)
 
     def _cancel(self, job: Job) -> None:
@@ -124,10 +124,10 @@ class Worker:
                 for generation in self.engine.step():
                     self._read(generation)
         except UserError as error:
-            _log.error("%s; the server answers no more requests", error)
+            _log.error("%s; the server accepts no more requests", error)
             self.failed = True
         except Exception:
-            _log.exception("the model failed: the server answers no more requests")
+            _log.exception("the model failed: the server accepts no more requests")
             self.failed = True
         with self._changed:
             self._closing = True
@@ -138,7 +138,7 @@ class Worker:
             self._end(generation, failed=True)
 
     def _wait(self) -> bool:
-        """Do what was asked for, and wait while there is nothing to run; return whether to go on."""
+        """Run queued commands, and wait until there is a text to run; return False when closing."""
         while True:
             with self._changed:
                 while not (self._commands or self._closing or self._texts):

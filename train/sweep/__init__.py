@@ -1,6 +1,5 @@
-"""Sweeps: a run for each point of a grid of options, their results, and their curves."""
+"""Sweeps: train at every point of a grid of options, and compare the results."""
 
-from .grid import SweepConfig, sweep
-from .result import SweepPoint, SweepResult, sweep_table
+from ...lazy import attach_stub
 
-__all__ = ["SweepConfig", "SweepPoint", "SweepResult", "sweep", "sweep_table"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""A sweep: one run for each point of a grid of options."""
+"""Run a sweep: one training run for each point of a grid of options."""
 
 import dataclasses
 import gc
@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ import torch
 from ...errors import DivergedError, UserError
 from ...files import write_text
 from ..bits_per_byte import finite
-from ..config import TrainConfig, load_config, save_config, with_options
+from ..config import TrainConfig, holds_run, load_config, save_config, with_options
 from ..extension import check_same_run
-from ..folder import holds_run
+from ..plot import can_plot
 from ..run import train
+from .options import SweepConfig
 from .plot import plot_sweep
 from .result import SweepPoint, SweepResult, name_of
 
@@ -28,30 +28,21 @@ BASE_FILE, RESULT_FILE = "base.json", "sweep.json"
 FORMAT = "tilewright-sweep-1"
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """The grid of a sweep."""
-
-    grid: tuple[str, ...]
-    """Options and their values, as in optimizer.lr=1e-4,3e-4 batch_size=8,16; seed=0,1 runs each point twice. The final
-    learning rate follows optimizer.lr in proportion, unless it is in the grid."""
-
-
 def parse_grid(grid: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the values of each option in `grid`: JSON where they are JSON, else words; malformed ones are a `UserError`."""
+    """Return the values of each option in `grid`, parsed as JSON if possible, else as strings; malformed: a `UserError`."""
     axes: dict[str, list[Any]] = {}
     for entry in grid:
         name, equals, text = entry.partition("=")
         if not (name and equals and text):
-            raise UserError(f"grid has {entry!r}: it must be an option and its values, as in optimizer.lr=1e-4,3e-4")
+            raise UserError(f"grid contains {entry!r}: expected an option and its values, such as optimizer.lr=1e-4,3e-4")
         name = name.replace("-", "_")
         if name == "out":
-            raise UserError("grid has out: every point has a folder of its own in the sweep's --out")
+            raise UserError("grid contains out: every point gets its own folder in the sweep's --out")
         if name in axes:
-            raise UserError(f"grid has {name} twice: give all its values in one")
+            raise UserError(f"grid contains {name} twice: expected all its values in one entry")
         axes[name] = _values(text)
     if not axes:
-        raise UserError("grid is empty: it must have an option and its values, as in optimizer.lr=1e-4,3e-4")
+        raise UserError("grid is empty: expected an option and its values, such as optimizer.lr=1e-4,3e-4")
     return axes
 
 
@@ -71,13 +62,13 @@ def _value(word: str) -> Any:
 
 
 def _configs(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], TrainConfig]]:
-    """Return the settings and the configuration of every point; a bad one is a `UserError` before anything runs."""
+    """Return the settings and the configuration of every point; raise a `UserError` for an invalid one before any run."""
     points, names = [], set()
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values, strict=True))
         name = re.sub(r"[^\w.=,+-]", "_", name_of(settings))
         if name in names:
-            raise UserError(f"grid has the point {name} twice: its values must differ")
+            raise UserError(f"grid contains the point {name} twice: expected different values")
         names.add(name)
         options = {"out": str(base.out / name), **settings}
         lr = settings.get("optimizer.lr")
@@ -89,11 +80,11 @@ def _configs(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[tuple
 
 
 def _open_sweep(base: TrainConfig) -> dict[str, SweepPoint]:
-    """Make the sweep's folder, or check that the one there is of the same sweep; return the points that it has, by run."""
+    """Create the sweep's folder, or check that it contains the same sweep; return its finished points by run name."""
     out = base.out
     stored = out / BASE_FILE
     if not stored.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already and is no sweep: name another folder with --out")
+        raise UserError(f"{out} exists and is not a sweep: choose another folder with --out")
     if not any(holds_run(run) for run in out.glob("*/")):
         save_config(base, stored)
         return {}
@@ -112,11 +103,11 @@ def _open_sweep(base: TrainConfig) -> dict[str, SweepPoint]:
 
 
 def _run_point(settings: dict[str, Any], config: TrainConfig) -> SweepPoint | None:
-    """Train one point, or go on with it; None where a signal has stopped it."""
+    """Train or resume one point; return None if a signal stopped it."""
     run = config.out
     begun = holds_run(run)
     if not begun:
-        # What a run that was killed before its first checkpoint has left.
+        # Remove the files of a run that was killed before its first checkpoint.
         shutil.rmtree(run, ignore_errors=True)
     try:
         result = train(config, resume="auto" if begun else None)
@@ -125,11 +116,11 @@ def _run_point(settings: dict[str, Any], config: TrainConfig) -> SweepPoint | No
     except torch.OutOfMemoryError as error:
         return SweepPoint(settings, run.name, "out of memory", reason=str(error).split("\n")[0])
     finally:
-        # Each point may compile for shapes of its own: of one function, torch.compile allows eight.
+        # Points can have different shapes, and torch.compile recompiles a function at most eight times.
         torch.compiler.reset()
         gc.collect()
     if not math.isfinite(result.valid_loss):
-        # Of a run that diverges, `train` says so.
+        # A signal stopped the run; a diverged run raises DivergedError.
         return None
     return SweepPoint(
         settings,
@@ -144,11 +135,11 @@ def _run_point(settings: dict[str, Any], config: TrainConfig) -> SweepPoint | No
 
 
 def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
-    """Train `base` at every point of the grid, each into a folder of its own inside `base.out`; return what they reached.
+    """Train `base` at every point of the grid, each in its own folder inside `base.out`; return the results.
 
-    A run that diverges, or for which there is no memory, does not end the sweep; a signal does. Started again, it skips the
-    points that it has, goes on with the run that was interrupted, and tries those again that ran out of memory. The folder
-    then holds `sweep.json`, written after every point, and `sweep.png`.
+    The sweep continues after a run that diverges or runs out of memory, and stops at a signal. When started again, it skips
+    finished points, resumes the interrupted run, and repeats the runs that ran out of memory. It writes `sweep.json` after
+    every point, and `sweep.png` at the end.
     """
     axes = parse_grid(config.grid)
     configs = _configs(base, axes)
@@ -166,6 +157,6 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
             write_text(base.out / RESULT_FILE, json.dumps(document, indent=1) + "\n")
         points.append(point)
     result = SweepResult(base.out, axes, tuple(points))
-    if points:
+    if points and can_plot():
         plot_sweep(result)
     return result

@@ -1,4 +1,4 @@
-"""What the runs of a sweep reached: joined over seeds, ranked, and as a table."""
+"""Results of a sweep: aggregated over seeds, ranked, and formatted as a table."""
 
 import json
 import math
@@ -17,17 +17,17 @@ def _text(value: Any) -> str:
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """Return the settings as the grid spells them."""
+    """Return the settings in the notation of the grid."""
     return ",".join(f"{name}={_text(value)}" for name, value in settings.items())
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One point of the grid and what its run reached; losses in nats per token, None where the run did not finish."""
+    """One point of the grid and the result of its run; losses are in nats per token, None if the run did not finish."""
 
     settings: dict[str, Any]
     run: str
-    """Folder of the run, inside the sweep's."""
+    """Name of the run's folder inside the sweep's folder."""
     status: Literal["finished", "diverged", "out of memory"]
     valid_loss: float | None = None
     train_loss: float | None = None
@@ -41,7 +41,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SetPoint:
-    """The points that differ in nothing but their seed."""
+    """Points that differ only in their seed."""
 
     settings: dict[str, Any]
     points: tuple[SweepPoint, ...]
@@ -53,12 +53,12 @@ class SetPoint:
 
     @property
     def valid_loss(self) -> float:
-        """Mean validation loss of the runs that finished; infinite where none did."""
+        """Mean validation loss of the runs that finished; infinity if there are none."""
         return sum(self.losses) / len(self.losses) if self.losses else math.inf
 
     @property
     def all_finished(self) -> bool:
-        """Whether every seed's run finished."""
+        """Whether the runs of all seeds finished."""
         return len(self.losses) == len(self.points)
 
 
@@ -72,11 +72,11 @@ class SweepResult:
 
     @property
     def complete(self) -> bool:
-        """Whether no point is left to run."""
+        """Whether all points of the grid have run."""
         return len(self.points) == math.prod(len(values) for values in self.axes.values())
 
     def ranking(self) -> list[SetPoint]:
-        """Return the points, joined over seeds, the best first: those of which every run finished, by mean validation loss."""
+        """Return the points aggregated over seeds, sorted by mean validation loss; those with unfinished runs come last."""
         groups: dict[str, list[SweepPoint]] = {}
         for point in self.points:
             groups.setdefault(name_of(_without_seed(point.settings)), []).append(point)
@@ -89,10 +89,11 @@ def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def sweep_table(result: SweepResult) -> Table:
-    """Return the points as a table, the best first."""
+    """Return the points as a table, best first."""
     axes = [name for name in result.axes if name != SEED]
     seeds = len(result.axes.get(SEED, [0]))
-    table = Table(title=str(result.out))
+    caption = "spread: highest minus lowest validation loss over the seeds" if seeds > 1 else None
+    table = Table(title=str(result.out), caption=caption)
     short = [name.rpartition(".")[2] for name in axes]
     names = short if len({*short}) == len(short) else axes
     spread = ["spread"] if seeds > 1 else []

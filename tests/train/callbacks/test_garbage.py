@@ -7,8 +7,14 @@ import pytest
 from tilewright.train.callbacks.garbage import GarbageCollection
 
 
+@pytest.fixture(autouse=True)
+def short_runs():
+    """Override the fixture of all training tests, because unfreezing is tested here."""
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_is_left_as_it_was(enabled):
+def test_collector_state_is_restored(enabled):
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()

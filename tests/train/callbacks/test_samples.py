@@ -1,4 +1,4 @@
-"""Texts that a model writes while it trains."""
+"""Samples during training."""
 
 import json
 
@@ -21,7 +21,7 @@ def losses(run):
     return [(row["loss"], row["grad_norm"], row.get("valid_loss")) for row in read_metrics(run)]
 
 
-def test_the_run_is_the_same_with_its_texts_and_they_are_those_of_the_trained_model(changed, tmp_path, capsys):
+def test_samples_come_from_the_trained_model_and_do_not_change_the_run(changed, tmp_path, capsys):
     plain = train(changed(out=tmp_path / "plain", ema_decay=0.9, steps=6)).run
     run = train(changed(ema_decay=0.9, steps=6, **SAMPLES)).run
     assert losses(run) == losses(plain)
@@ -33,7 +33,7 @@ def test_the_run_is_the_same_with_its_texts_and_they_are_those_of_the_trained_mo
     assert f"step 6, sample 2: on{written[3]['text']}" in capsys.readouterr().err
 
 
-def test_a_resumed_run_writes_each_text_once(changed, tmp_path):
+def test_resumed_run_writes_each_text_once(changed, tmp_path):
     whole = train(changed(out=tmp_path / "whole", **SAMPLES)).run
     broken = changed(keep_checkpoints=3, **SAMPLES)
     train(broken)
@@ -42,14 +42,14 @@ def test_a_resumed_run_writes_each_text_once(changed, tmp_path):
     assert [row["step"] for row in samples(whole)] == [4, 4, 8, 8, 12, 12]
 
 
-def test_what_is_damaged_in_the_texts_stays_and_what_is_cut_short_goes(tmp_path):
+def test_damaged_lines_are_kept_and_a_truncated_line_is_dropped(tmp_path):
     good, later = (json.dumps({"step": step, "prompt": "a", "text": "b"}) for step in (4, 8))
     (tmp_path / FILE_NAME).write_text(f"{good}\nnothing\n3\n{later}\n{good[:9]}")
     SampleLog(tmp_path, 4).write(5, "a", "c")
     assert (tmp_path / FILE_NAME).read_text() == f'{good}\nnothing\n3\n{{"step": 5, "prompt": "a", "text": "c"}}\n'
 
 
-def test_texts_go_to_the_tracker(changed):
+def test_texts_are_sent_to_the_tracker(changed):
     run = train(changed(steps=4, tracker="tensorboard", sample_every=4, sample_prompts=("the",))).run
     events = EventAccumulator(str(run)).Reload()
     (tag,) = events.Tags()["tensors"]
@@ -63,12 +63,12 @@ def test_texts_go_to_the_tracker(changed):
     ("prompts", "message"),
     [
         ((), "there is no prompt"),
-        (("the cat " * 20,), r"sample_prompts has the cat .*exceed the context of 16"),
+        (("the cat " * 20,), r"sample_prompts contains the cat .*exceed the context of 16"),
         (("\ud800",), "is not valid Unicode"),
     ],
     ids=["none", "too long", "half a character"],
 )
-def test_prompts_are_refused_before_a_folder_is_made(changed, prompts, message):
+def test_invalid_prompts_raise_before_a_folder_is_created(changed, prompts, message):
     config = changed(sample_every=4, sample_prompts=prompts)
     with pytest.raises(UserError, match=message):
         train(config)

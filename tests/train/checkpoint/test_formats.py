@@ -1,4 +1,4 @@
-"""Checkpoints of every format are read, and what is damaged in them is named."""
+"""Reading of checkpoints of every format, and errors for damaged files."""
 
 import json
 
@@ -14,30 +14,30 @@ from tilewright.train.checkpoint.tensor_files import TensorReader, write_tensors
 
 
 def as_format_1(folder):
-    """Turn a checkpoint of today into one as the first version of this project wrote it."""
+    """Convert a current checkpoint to the format of the first version of this project."""
     for name in ("manifest.json", "guard.safetensors", "rng.safetensors"):
         (folder / name).unlink()
     state = {"format": "tilewright-checkpoint-1", "step": json.loads((folder / "state.json").read_text())["step"]}
     (folder / "state.json").write_text(json.dumps(state) + "\n")
 
 
-# By format, what turns a checkpoint of today into one of it.
-MAKERS = {"tilewright-checkpoint-1": as_format_1, "tilewright-checkpoint-2": lambda folder: None}
+# Functions that convert a current checkpoint, by format.
+CONVERTERS = {"tilewright-checkpoint-1": as_format_1, "tilewright-checkpoint-2": lambda folder: None}
 
 
 @pytest.fixture(params=sorted(FORMATS))
 def made(request, changed):
-    """A run whose newest checkpoint is of the format, and its weights."""
+    """A run whose newest checkpoint has the format, and its weights."""
     config = changed(steps=8)
     train(config)
     folder = list_checkpoints(config.out)[-1]
     weights = read_tensors(folder, "model")
-    MAKERS[request.param](folder)
+    CONVERTERS[request.param](folder)
     return config, folder, weights
 
 
-def test_every_format_has_a_maker():
-    assert MAKERS.keys() == FORMATS.keys()
+def test_every_format_is_tested():
+    assert CONVERTERS.keys() == FORMATS.keys()
 
 
 def test_a_checkpoint_of_every_format_is_read(made):
@@ -49,12 +49,12 @@ def test_a_checkpoint_of_every_format_is_read(made):
     assert {"model", "optimizer"} <= set(tensor_names(folder))
     model, _ = load_run(config.out)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    # What the format lacks begins anew.
+    # The run initializes what the format lacks.
     train(load_config(config.out / "config.json"), resume="auto")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_file_that_was_cut_off_is_named_in_every_format(made, file):
+def test_error_names_a_truncated_file_in_every_format(made, file):
     config, folder, _ = made
     path = folder / file
     path.write_bytes(path.read_bytes()[:-30])
@@ -63,15 +63,15 @@ def test_a_file_that_was_cut_off_is_named_in_every_format(made, file):
     assert newest_valid(config.out)[0] != folder
 
 
-def test_a_format_of_a_later_version_is_named(made):
+def test_error_names_the_format_of_a_later_version(made):
     _, folder, _ = made
     (folder / "manifest.json").write_text(json.dumps({"format": "tilewright-checkpoint-9"}))
-    with pytest.raises(UserError, match="'tilewright-checkpoint-9': this version reads tilewright-checkpoint-2, "):
+    with pytest.raises(UserError, match="'tilewright-checkpoint-9': expected one of tilewright-checkpoint-2, "):
         verify_checkpoint(folder)
 
 
-def test_tensors_that_were_saved_by_their_matrices_are_read_whole(tmp_path):
-    # As Muon's momenta once were: of a joined weight, and of experts that have two matrices each.
+def test_numbered_tensors_are_joined(tmp_path):
+    # Earlier versions saved Muon's momenta so, here of a joined weight and of experts with two matrices each.
     whole = {"joined": torch.randn(6, 4), "experts": torch.randn(3, 5, 4), "plain": torch.randn(2)}
     parts = {f"joined.{i}": part for i, part in enumerate(whole["joined"].split([4, 2]))}
     matrices = [part for matrix in whole["experts"] for part in matrix.split([2, 3])]

@@ -1,4 +1,4 @@
-"""Saving: what is written while training goes on, what stays, and what is left after a failure."""
+"""The checkpoint writer: asynchronous saves, the retention policy, and failures."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ def steps(run):
 
 
 def save_all(run, losses, keep, keep_step=None):
-    """Save steps 1, 2, ... with these validation losses; return the steps that stay."""
+    """Save steps 1, 2, ... with these validation losses and return the steps that are kept."""
     with CheckpointWriter(run, keep, keep_step) as writer:
         for step, loss in enumerate(losses, 1):
             writer.save(step, tensors(step), {}, valid_loss=loss)
@@ -39,33 +39,33 @@ def save_all(run, losses, keep, keep_step=None):
 
 
 @pytest.mark.parametrize(
-    ("losses", "keep", "stay"),
+    ("losses", "keep", "kept"),
     [
         ([None] * 5, 2, [4, 5]),
         ([3.0, 1.0, 2.0, 2.5, 2.0], 2, [2, 4, 5]),
         ([3.0, 2.0, 1.0], 1, [3]),
         ([1.0, None, 2.0, None], 1, [1, 4]),
-        ([1.0, 1.0, 2.0, 3.0], 1, [2, 4]),  # of equals the newer
+        ([1.0, 1.0, 2.0, 3.0], 1, [2, 4]),  # of equal losses the newest
         ([float("nan"), float("inf"), 2.0, None, None], 1, [3, 5]),
         ([2.0, 1.0], 9, [1, 2]),
     ],
 )
-def test_the_newest_and_the_best_stay(tmp_path, losses, keep, stay):
-    assert save_all(tmp_path, losses, keep) == stay
+def test_keeps_newest_and_best(tmp_path, losses, keep, kept):
+    assert save_all(tmp_path, losses, keep) == kept
 
 
-def test_a_step_that_is_asked_for_stays(tmp_path):
+def test_keeps_keep_step(tmp_path):
     assert save_all(tmp_path, [3.0, 2.0, 2.5, None, None], 2, keep_step=1) == [1, 2, 4, 5]
 
 
-def test_what_another_process_saved_counts(tmp_path):
+def test_retention_includes_checkpoints_of_earlier_writers(tmp_path):
     save_all(tmp_path, [1.0, 2.0, 3.0], 1)
     with CheckpointWriter(tmp_path, 1) as writer:
         writer.save(4, tensors(4), {}, valid_loss=2.0)
     assert steps(tmp_path) == [1, 4]
 
 
-def test_a_damaged_checkpoint_does_not_count(tmp_path):
+def test_retention_ignores_damaged_checkpoints(tmp_path):
     save_all(tmp_path, [1.0, 2.0, 3.0], 3)
     (tmp_path / "checkpoints/step-00000003/model.safetensors").unlink()
     with CheckpointWriter(tmp_path, 2) as writer:
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path):
     assert steps(tmp_path) == [1, 3, 4, 5]
 
 
-def test_a_step_saved_again_replaces_the_older_once_it_is_whole(tmp_path, monkeypatch):
+def test_second_save_of_a_step_replaces_the_first_when_complete(tmp_path, monkeypatch):
     save_all(tmp_path, [1.0, 2.0, 3.0], 3)
     monkeypatch.setattr(checkpoint_writer, "remove_unwanted", lambda *_: None)
     with CheckpointWriter(tmp_path, 3) as writer:
@@ -87,12 +87,12 @@ def test_a_step_saved_again_replaces_the_older_once_it_is_whole(tmp_path, monkey
     with CheckpointWriter(tmp_path, 3) as writer:
         writer.save(2, tensors(222), {})
     folders = list_checkpoints(tmp_path)
-    # Later steps are not this course's to remove.
+    # The writer does not remove later steps.
     assert steps(tmp_path) == [1, 2, 3]
     assert read_tensors(folders[1], "model")["w"][0] == 222
 
 
-def test_the_last_one_is_never_removed_before_the_next_is_whole(tmp_path, monkeypatch):
+def test_old_checkpoint_is_removed_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     save_all(tmp_path, [1.0], 1)
     seen = []
     original = checkpoint_writer.write_manifest
@@ -106,12 +106,12 @@ def test_the_last_one_is_never_removed_before_the_next_is_whole(tmp_path, monkey
     with CheckpointWriter(tmp_path, 1) as writer:
         writer.save(2, tensors(2), {})
     assert seen == ["step-00000001"] * 2
-    assert steps(tmp_path) == [1, 2]  # 1 is the best
+    assert steps(tmp_path) == [1, 2]  # 1 has the best loss
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Hold the writing thread until the gate is set."""
+    """Block the writer thread until the event is set."""
     event = threading.Event()
     original = checkpoint_writer.write_tensors
 
@@ -123,7 +123,7 @@ def gate(monkeypatch):
     return event
 
 
-def test_training_goes_on_while_it_is_written(tmp_path, gate):
+def test_save_is_asynchronous(tmp_path, gate):
     values = tensors(1)
     with CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, values, {})
@@ -143,7 +143,7 @@ def test_a_second_save_waits_for_the_first(tmp_path, gate):
         assert read_tensors(folder, "model")["w"].eq(step).all()
 
 
-def test_an_interruption_of_the_waiting_leaves_the_save_to_its_end(tmp_path, gate):
+def test_interrupted_wait_does_not_interrupt_the_save(tmp_path, gate):
     with StopRequest(), CheckpointWriter(tmp_path, 1) as writer:
         signal.raise_signal(signal.SIGINT)
         writer.save(1, tensors(1), {})
@@ -154,7 +154,7 @@ def test_an_interruption_of_the_waiting_leaves_the_save_to_its_end(tmp_path, gat
     assert steps(tmp_path) == [1]
 
 
-def test_leaving_waits_and_keeps_the_first_error(tmp_path, gate):
+def test_exit_waits_for_the_save_and_keeps_the_error(tmp_path, gate):
     threading.Timer(0.1, gate.set).start()
     with pytest.raises(KeyError, match="of the loop"), CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
@@ -176,7 +176,7 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
     assert all(other.exists() for other in others)
 
 
-def test_an_old_checkpoint_that_is_in_use_does_not_end_the_run(tmp_path, monkeypatch):
+def test_failed_removal_of_an_old_checkpoint_is_not_an_error(tmp_path, monkeypatch):
     unlink = os.unlink
 
     def busy(path, *args, **kwargs):
@@ -197,14 +197,14 @@ def test_an_old_checkpoint_that_is_in_use_does_not_end_the_run(tmp_path, monkeyp
     assert not list((tmp_path / "checkpoints").glob(".step-*.tmp"))
 
 
-def test_two_processes_cannot_save_in_one_run(tmp_path):
+def test_two_processes_cannot_write_to_one_run(tmp_path):
     with CheckpointWriter(tmp_path, 1):
         child = os.fork()
         if child == 0:
             try:
                 CheckpointWriter(tmp_path, 1)
             except UserError as error:
-                os._exit(0 if "another process saves checkpoints in" in str(error) else 2)
+                os._exit(0 if "another process saves checkpoints there" in str(error) else 2)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     with CheckpointWriter(tmp_path, 1):
@@ -213,7 +213,7 @@ def test_two_processes_cannot_save_in_one_run(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """Let no file grow beyond a length, as a full disk would; not even that of the test's own report, once it is over."""
+    """Limit the size of files, as a full disk would. Restores the limit at the end, because the test report is a file too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -223,24 +223,24 @@ def full_disk(size):
 
 
 @pytest.mark.parametrize("size", [0, 100, 5_000])
-def test_a_full_disk_is_named_and_harms_nothing(tmp_path, size):
+def test_full_disk_raises_an_error_and_keeps_the_old_checkpoint(tmp_path, size):
     with CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
         writer.wait()
         with full_disk(size):
             writer.save(2, tensors(2, size=100_000), {})
             with pytest.raises(
-                UserError, match=rf"step 2 in {tmp_path}/checkpoints failed \(.*File too large.*\): the run goes on from"
+                UserError, match=rf"step 2 in {tmp_path}/checkpoints: .*File too large.*; --resume auto continues from"
             ):
                 writer.save(3, tensors(3), {})
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".lock", "step-00000001"]
-        # A failure is told once; then there is room again.
+        # A failure is raised once. The next save succeeds.
         writer.save(4, tensors(4), {})
     verify_checkpoint(list_checkpoints(tmp_path)[0])
     assert steps(tmp_path) == [4]
 
 
-def test_a_failure_of_the_last_save_is_raised_on_leaving(tmp_path):
+def test_failure_of_the_last_save_is_raised_on_exit(tmp_path):
     with full_disk(10), pytest.raises(UserError, match="File too large"), CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
     with full_disk(10), pytest.raises(KeyError) as caught, CheckpointWriter(tmp_path, 1) as writer:
@@ -251,40 +251,40 @@ def test_a_failure_of_the_last_save_is_raised_on_leaving(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 256 KiB."""
+    """A separate file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, check=False)
     if mounted.returncode != 0:
-        pytest.skip(f"a file system can be mounted by root alone: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"only root can mount a file system: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_small_disk_fills_up(small_disk):
+def test_save_fails_on_a_full_file_system(small_disk):
     with CheckpointWriter(small_disk, 1) as writer:
         writer.save(1, tensors(1), {})
         writer.wait()
         writer.save(2, tensors(2, size=100_000), {})
-        with pytest.raises(UserError, match=r"step 2 in .* failed \(.*No space left on device"):
+        with pytest.raises(UserError, match=r"step 2 in .*: .*No space left on device"):
             writer.wait()
         writer.save(3, tensors(3), {})
     assert steps(small_disk) == [3]
     verify_checkpoint(list_checkpoints(small_disk)[0])
 
 
-def test_a_disk_that_becomes_read_only(small_disk):
+def test_save_fails_on_a_read_only_file_system(small_disk):
     with CheckpointWriter(small_disk, 1) as writer:
         writer.save(1, tensors(1), {})
         writer.wait()
-        # As Linux does to a disk with errors; not possible while a file is open for writing, as the lock is.
+        # Linux remounts a disk with errors so. A bind mount, because a real remount fails while the lock file is open.
         subprocess.run(["mount", "--bind", small_disk, small_disk], check=True)
         try:
             subprocess.run(["mount", "-o", "remount,ro,bind", small_disk], check=True)
             writer.save(2, tensors(2), {})
-            with pytest.raises(UserError, match=r"step 2 in .* failed \(.*Read-only file system"):
+            with pytest.raises(UserError, match=r"step 2 in .*: .*Read-only file system"):
                 writer.wait()
-            with pytest.raises(UserError, match=r"checkpoints cannot be written to \(Read-only file system\)"):
+            with pytest.raises(UserError, match=r"cannot write to .*checkpoints: Read-only file system"):
                 CheckpointWriter(small_disk, 1)
         finally:
             subprocess.run(["umount", "--lazy", small_disk], check=True)
@@ -292,41 +292,41 @@ def test_a_disk_that_becomes_read_only(small_disk):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_named(tmp_path):
+def test_error_names_a_folder_without_permission(tmp_path):
     with CheckpointWriter(tmp_path, 1) as writer:
         (tmp_path / "checkpoints").chmod(0o500)
         writer.save(1, tensors(1), {})
-        with pytest.raises(UserError, match=r"step 1 in .* failed \(.*Permission denied"):
+        with pytest.raises(UserError, match=r"step 1 in .*: .*Permission denied"):
             writer.wait()
         (tmp_path / "checkpoints").chmod(0o700)
 
 
-def test_a_deleted_run_is_not_made_again(tmp_path):
+def test_deleted_run_is_not_recreated(tmp_path):
     run = tmp_path / "run"
     with CheckpointWriter(run, 1) as writer:
         shutil.rmtree(run)
         writer.save(1, tensors(1), {})
-        with pytest.raises(UserError, match=r"step 1 in .*run/checkpoints failed \(.*No such file"):
+        with pytest.raises(UserError, match=r"step 1 in .*run/checkpoints: .*No such file"):
             writer.wait()
     assert not run.exists()
 
 
-def test_a_run_that_cannot_be_made_is_named(tmp_path):
+def test_error_names_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match=r"run/checkpoints cannot be written to \("):
+    with pytest.raises(UserError, match=r"cannot write to .*run/checkpoints: "):
         CheckpointWriter(tmp_path / "run", 1)
 
 
-def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
+def test_unsupported_values_are_rejected_before_the_write(tmp_path):
     with CheckpointWriter(tmp_path, 1) as writer:
-        with pytest.raises(ValueError, match=r"model w is of torch.complex64"):
+        with pytest.raises(ValueError, match=r"model w has dtype torch.complex64"):
             writer.save(1, {"model": {"w": torch.zeros(2, dtype=torch.complex64)}}, {})
         with pytest.raises(TypeError, match="not JSON serializable"):
             writer.save(1, tensors(1), {"w": torch.zeros(2)})
     assert steps(tmp_path) == []
 
 
-def test_memory_of_copies_is_used_again(tmp_path):
+def test_snapshot_buffers_are_reused(tmp_path):
     with CheckpointWriter(tmp_path, 1) as writer:
         writer.save(1, tensors(1), {})
         writer.wait()
@@ -339,7 +339,7 @@ def test_memory_of_copies_is_used_again(tmp_path):
 
 
 @pytest.mark.gpu
-def test_copies_from_a_gpu_are_of_the_step_they_were_taken_at(tmp_path):
+def test_snapshots_of_gpu_tensors_hold_the_values_at_the_save(tmp_path):
     weight = torch.zeros(50_000_000, device="cuda")
     with CheckpointWriter(tmp_path, 5) as writer:
         for step in range(1, 6):

@@ -1,7 +1,7 @@
-"""A process that does nothing but save is killed at random moments; what it leaves is always a state that it had.
+"""Processes that save are killed at random times; the newest checkpoint must always be valid.
 
-Run as a program this file is what kills: it imports torch once and forks the processes that save, so that a kill costs
-milliseconds. It has no threads when it forks.
+Run as a program, this file imports torch once and forks the processes that it kills, so that a kill costs milliseconds. It has
+no threads when it forks.
 """
 
 import json
@@ -19,7 +19,7 @@ from tilewright.train.checkpoint.layout import newest_valid
 from tilewright.train.checkpoint.reader import read_state, read_tensors
 from tilewright.train.checkpoint.writer import CheckpointWriter
 
-KILLS = 100
+KILLS = 40
 KEEP = 2
 
 
@@ -33,7 +33,7 @@ def valid_loss(step):
 
 
 def save(run, times, report=None):
-    """Save `times` times from where the run is; write to the file `report` when the first is whole and the second begun."""
+    """Save the next `times` steps. Write to the file `report` when the first is complete and the second has begun."""
     found, _ = newest_valid(run)
     first = 0 if found is None else read_state(found)["step"] + 1
     with CheckpointWriter(run, KEEP) as writer:
@@ -44,9 +44,9 @@ def save(run, times, report=None):
 
 
 def check(run, last):
-    """Return the step of the newest valid checkpoint, which must be whole, as it was saved, and of step `last` or later."""
+    """Return the step of the newest valid checkpoint. Check that it holds what was saved, at step `last` or later."""
     found, skipped = newest_valid(run)
-    # A kill may leave what is not yet a checkpoint, or no longer, never a damaged one.
+    # A kill may leave temporary folders, but never a damaged checkpoint.
     assert skipped == []
     state = read_state(found)
     step = state["step"]
@@ -83,14 +83,14 @@ def main(run, seed):
     print(json.dumps({"half_saved": half_saved, "left": left}))
 
 
-def test_a_killed_save_loses_nothing(tmp_path):
+def test_killed_saves_leave_valid_checkpoints(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, tmp_path / "run", "0"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["half_saved"] >= KILLS // 10
-    # Of all that was killed nothing is left.
+    # The last save has removed all temporary folders.
     assert sum(name.startswith("step-") for name in seen["left"]) <= KEEP + 1
     assert [name for name in seen["left"] if not name.startswith("step-")] == [".lock"]
 

@@ -1,4 +1,4 @@
-"""Conversations encoded with marks, and packed whole into windows."""
+"""Encoding of conversations with marks, and packing of whole conversations into windows."""
 
 import gzip
 import json
@@ -53,19 +53,19 @@ def scored_text(tokenizer, ids, marks):
     return tokenizer.decode(ids[marks & SCORED != 0].tolist())
 
 
-def test_what_the_assistant_writes_is_scored_with_the_end_of_its_turns(tokenizer, template):
+def test_assistant_messages_and_turn_ends_are_scored(tokenizer, template):
     ids, marks = encode_conversation(TALK, tokenizer, template)
     assert ids.tolist() == tokenizer.encode(template.render(TALK))
     assert scored_text(tokenizer, ids, marks) == "sat on<|im_end|>old tree<|im_end|>"
     assert np.flatnonzero(marks & BEGINS).tolist() == [0]
 
 
-def test_a_turn_without_a_special_token_ends_with_its_text(tokenizer):
+def test_turn_without_a_special_token_ends_with_its_text(tokenizer):
     plain = ChatTemplate(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     ids, marks = encode_conversation(TALK, tokenizer, plain)
-    # The blank belongs to what follows it in one token, as in every text; the line break ends the turn.
+    # A token includes the space before a word. The line break ends the turn.
     assert scored_text(tokenizer, ids, marks) == " sat on\n old tree\n"
 
 
@@ -77,7 +77,7 @@ def test_the_first_token_is_never_scored(tokenizer):
     assert marks.tolist() == [BEGINS] + [SCORED] * (len(ids) - 1)
 
 
-def test_a_file_holds_its_conversations_in_order(tmp_path, tokenizer, template, monkeypatch):
+def test_token_file_holds_conversations_in_order(tmp_path, tokenizer, template, monkeypatch):
     monkeypatch.setattr("tilewright.tokenizer.chats._GROUP_BYTES", 1000)
     chats = make_chats(40)
     path = write_chats(tmp_path / "chats.jsonl", chats)
@@ -93,7 +93,7 @@ def test_a_file_holds_its_conversations_in_order(tmp_path, tokenizer, template, 
         assert np.array_equal(records["marks"], marks)
 
 
-def test_chats_are_encoded_once_and_known_again(tmp_path, folder, tokenizer, template):
+def test_chats_are_encoded_once_and_checked_later(tmp_path, folder, tokenizer, template):
     path = write_chats(tmp_path / "chats.jsonl", make_chats(5))
     valid = tmp_path / "valid.jsonl.gz"
     valid.write_bytes(gzip.compress(write_chats(tmp_path / "v.jsonl", make_chats(3, seed=1)).read_bytes()))
@@ -108,14 +108,14 @@ def test_chats_are_encoded_once_and_known_again(tmp_path, folder, tokenizer, tem
     assert open_dataset(train.path, tokenizer, template).stamp == stamp
     with pytest.raises(UserError, match="another tokenizer or chat template"):
         open_dataset(train.path, tokenizer, ChatTemplate(CHATML + " "))
-    with pytest.raises(UserError, match=r"no chat template: name one with --data.chat-template"):
+    with pytest.raises(UserError, match=r"no chat_template.jinja; add one, or name a template with --data.chat-template"):
         open_dataset(train.path, tokenizer)
     write_chats(path, make_chats(6))
-    with pytest.raises(UserError, match=r"was made from another chats.jsonl"):
+    with pytest.raises(UserError, match=r"was encoded from another chats.jsonl"):
         open_dataset(path, tokenizer, template)
 
 
-def test_json_lines_of_texts_are_no_chats(tmp_path):
+def test_holds_chats_distinguishes_texts_from_chats(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('\n{"text": "the cat"}\n')
     assert not holds_chats(path)
@@ -133,13 +133,13 @@ GOOD = json.dumps({"messages": TALK})
         ([GOOD, "", "{"], "line 3 is not JSON"),
         ([GOOD, '{"text": "a"}'], "line 2 has no messages"),
         ([GOOD, '{"messages": []}'], "line 2 has no messages"),
-        ([GOOD, '{"messages": [3]}'], r"line 2: role of message 1 is null: it must be a text"),
-        ([GOOD, '{"messages": [{"role": "user", "content": ["a"]}]}'], r'line 2: content of message 1 is \["a"\]: it must be'),
+        ([GOOD, '{"messages": [3]}'], r"line 2: role of message 1 is null: expected a string"),
+        ([GOOD, '{"messages": [{"role": "user", "content": ["a"]}]}'], r'line 2: content of message 1 is \["a"\]: expected'),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "has no message of the role assistant"),
-        ([GOOD, '{"messages": [{"role": "tool", "content": "a"}]}'], "line 2: the template of T refuses .*: no tools"),
+        ([GOOD, '{"messages": [{"role": "tool", "content": "a"}]}'], "line 2: the template of T rejects .*: no tools"),
     ],
 )
-def test_a_bad_line_is_named_and_no_file_is_left(tmp_path, tokenizer, lines, message):
+def test_error_names_an_invalid_line_and_leaves_no_file(tmp_path, tokenizer, lines, message):
     path, out = tmp_path / "chats.jsonl", tmp_path / "chats.tokens"
     path.write_text("\n".join(lines))
     source = "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endfor %}" + CHATML
@@ -149,7 +149,7 @@ def test_a_bad_line_is_named_and_no_file_is_left(tmp_path, tokenizer, lines, mes
 
 
 def write_marked(path, sizes, vocab_size=1000):
-    """Write conversations of the sizes, whose tokens count from 0; every other token is scored."""
+    """Write conversations of the sizes with tokens counted from 0. Every second token is scored."""
     marks = [np.array([BEGINS] + [SCORED * (i % 2) for i in range(1, size)], np.uint8) for size in sizes]
     with path.open("w+b") as file:
         writer = TokenWriter(file, vocab_size, "by", marked=True)
@@ -159,18 +159,18 @@ def write_marked(path, sizes, vocab_size=1000):
 
 
 def expected_windows(sizes, length):
-    """Each window as a list of (first token, tokens kept) of its conversations."""
-    windows, room = [], 0
+    """Return each window as a list of (first token, number of tokens kept) of its conversations."""
+    windows, free = [], 0
     for first, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
-        if size > room:
+        if size > free:
             windows.append([])
-            room = length
+            free = length
         windows[-1].append((first, min(size, length)))
-        room -= size
+        free -= size
     return windows
 
 
-def test_a_turn_in_a_text_of_its_own_is_a_conversation_of_its_own(tokenizer):
+def test_turns_that_the_template_renders_separately_are_separate_conversations(tokenizer):
     talk = TALK[1:]
     source = CHATML.replace("+ m.content", "+ ('the ' if loop.last and m.role == 'assistant' else '') + m.content")
     ids, marks = encode_conversation(talk, tokenizer, ChatTemplate(source))
@@ -203,7 +203,7 @@ def test_windows_hold_whole_conversations(tmp_path_factory, sizes, context_lengt
             assert (documents[row, place:] == documents[row, 0] + len(window)).all()
 
 
-def test_an_epoch_has_each_window_once(tmp_path):
+def test_epoch_has_each_window_once(tmp_path):
     datasets = [write_marked(tmp_path / f"{name}.tokens", [5, 3, 9, 4, 2, 7, 6] * n) for name, n in (("a", 3), ("b", 2))]
     data = TrainingData(tuple(datasets), 8, seed=1)
     total = sum(data.num_windows)
@@ -223,14 +223,12 @@ def test_an_epoch_has_each_window_once(tmp_path):
     check_record(json.loads(json.dumps(data.record())), again)
 
 
-def test_what_is_cropped_and_filled_is_said(tmp_path):
+def test_summary_of_windows(tmp_path):
     windows = PackedWindows(write_marked(tmp_path / "a.tokens", [4, 5, 20, 3]), 8)
-    assert windows.summary().endswith(
-        "4 conversations in 3 windows of 9 tokens, 77.8% filled; 1 are longer, and cropped to that"
-    )
+    assert windows.summary().endswith("4 conversations in 3 windows of 9 tokens, 77.8% filled; 1 longer than a window, cropped")
 
 
-def test_validation_covers_the_file_evenly(tmp_path):
+def test_validation_windows_are_evenly_spaced(tmp_path):
     dataset = write_marked(tmp_path / "a.tokens", [9] * 10)
     batches = list(ValidationData(dataset, 4, 8).batches(3))
     assert [len(inputs) for inputs, _, _ in batches] == [3, 1]
@@ -241,11 +239,11 @@ def test_validation_covers_the_file_evenly(tmp_path):
 def test_text_and_chats_do_not_mix(tmp_path):
     chats = write_marked(tmp_path / "a.tokens", [9] * 10)
     write_tokens(tmp_path / "b.tokens", [np.arange(100)], 1000)
-    with pytest.raises(UserError, match="files of chats and files of text"):
+    with pytest.raises(UserError, match="files of chats and of text"):
         TrainingData((chats, TokenDataset(tmp_path / "b.tokens")), 8, 0)
 
 
-def test_a_marked_file_that_changed_is_named(tmp_path):
+def test_changed_marked_file_is_detected(tmp_path):
     dataset = write_marked(tmp_path / "a.tokens", [9] * 10)
     with dataset.path.open("r+b") as file:
         file.seek(-1, 2)

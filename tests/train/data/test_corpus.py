@@ -1,4 +1,4 @@
-"""The corpus of stories: whole or absent when written."""
+"""The corpus of stories: contents, atomic writes and errors."""
 
 import math
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ class TestWriteStories:
             write_stories(tmp_path / "stories.txt", 1)
         assert list(tmp_path.iterdir()) == []
 
-    def test_an_existing_file_is_refused_and_kept(self, tmp_path: Path) -> None:
+    def test_an_existing_file_is_rejected_and_kept(self, tmp_path: Path) -> None:
         path = tmp_path / "stories.txt"
         path.write_text("mine")
         with pytest.raises(UserError, match="exists already"):
@@ -63,7 +63,7 @@ class TestWriteStories:
 
     @pytest.mark.parametrize("megabytes", [0, -1, math.nan, math.inf])
     def test_bad_sizes(self, tmp_path: Path, megabytes: float) -> None:
-        with pytest.raises(UserError, match="positive number of megabytes"):
+        with pytest.raises(UserError, match="the size of the corpus is"):
             write_stories(tmp_path / "stories.txt", megabytes)
         assert list(tmp_path.iterdir()) == []
 

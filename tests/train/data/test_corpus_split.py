@@ -37,7 +37,7 @@ def text(tmp_path, stories):
     return path
 
 
-def test_each_document_is_on_one_side_with_its_bytes_in_its_place(text, tmp_path, stories):
+def test_split_partitions_documents_in_order(text, tmp_path, stories):
     split = split_corpus([text], tmp_path / "out", 0.1)
     train, valid = (documents_of(tmp_path / "out" / name) for name in ("train.txt", "valid.txt"))
     encoded = [story.encode() for story in stories]
@@ -47,18 +47,18 @@ def test_each_document_is_on_one_side_with_its_bytes_in_its_place(text, tmp_path
         assert [order[document] for document in side] == sorted(order[document] for document in side)
     sizes = [(tmp_path / "out" / name).stat().st_size for name in ("train.txt", "valid.txt")]
     assert split == Split(len(train), sizes[0], len(valid), sizes[1])
-    # A share of 2,000 draws lies within five deviations.
+    # Within five standard deviations for 2,000 documents.
     assert abs(len(valid) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.txt", "valid.txt"]
 
 
-def test_the_side_depends_on_nothing_but_the_bytes(text, tmp_path, stories):
+def test_side_depends_only_on_the_document(text, tmp_path, stories):
     split_corpus([text], tmp_path / "out", 0.1)
     train, valid = sides(tmp_path / "out")
     mixed = stories[::3] * 2 + [f"New {i}\n" for i in range(500)]
     random.Random(0).shuffle(mixed)
     other = tmp_path / "other.txt"
-    # Nor on the white space around a document.
+    # The side does not depend on the white space around a document either.
     other.write_text("".join(f"\n {story} \n\n{MARK}\n" for story in mixed))
     split_corpus([other], tmp_path / "again", 0.1)
     for side, before in zip(sides(tmp_path / "again"), (train, valid), strict=True):
@@ -68,13 +68,13 @@ def test_the_side_depends_on_nothing_but_the_bytes(text, tmp_path, stories):
         assert len(again) > 20
 
 
-def test_what_is_validation_text_stays_so_at_a_larger_share(text, tmp_path):
+def test_larger_share_keeps_validation_documents(text, tmp_path):
     split_corpus([text], tmp_path / "small", 0.05)
     split_corpus([text], tmp_path / "large", 0.2)
     assert sides(tmp_path / "small")[1] < sides(tmp_path / "large")[1]
 
 
-def test_the_split_stays_what_it_is(tmp_path):
+def test_split_is_stable(tmp_path):
     text = tmp_path / "numbers.txt"
     text.write_text("".join(f"{i}\n{MARK}\n" for i in range(100)))
     split_corpus([text], tmp_path / "out", 0.1)
@@ -87,7 +87,7 @@ GOLDEN = [9, 39, 49, 51, 55, 65]
 def test_several_texts_compressed_or_not(text, tmp_path, stories):
     half = len(stories) // 2
     (tmp_path / "in").mkdir()
-    # Without a mark at its end, the last document would run into the next file.
+    # The last document of the first file has no end mark.
     (tmp_path / "in" / "a.txt").write_text(MARK.join(stories[:half]))
     (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(f"{MARK}\n".join(stories[half:]).encode()))
     split_corpus([text], tmp_path / "one", 0.1)
@@ -105,7 +105,7 @@ PIECES = st.lists(st.sampled_from([MARK, MARK[:5], MARK[5:], "\n", " ", "a", "bc
 
 
 @given(PIECES, st.integers(1, 20))
-def test_borders_are_found_wherever_reads_end(tmp_path_factory, pieces, read_bytes):
+def test_documents_do_not_depend_on_read_boundaries(tmp_path_factory, pieces, read_bytes):
     path, content = tmp_path_factory.mktemp("split") / "a.txt", "".join(pieces).encode()
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch, tqdm(disable=True) as bar:
@@ -120,7 +120,7 @@ def test_borders_are_found_wherever_reads_end(tmp_path_factory, pieces, read_byt
     for document in documents:
         assert document.count(mark) == 1
         assert document.endswith((mark, mark + b"\n"))
-    # A newline behind a mark belongs to it.
+    # The newline after a mark belongs to the document before it.
     assert not any(before.endswith(mark) and after.startswith(b"\n") for before, after in pairwise(documents))
 
 
@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     assert peak < 8_000_000
 
 
-def test_what_cannot_be_split_is_refused_and_leaves_nothing(text, tmp_path, monkeypatch):
+def test_errors_leave_no_files(text, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for share in (0, 1, -0.5, float("nan")):
         with pytest.raises(UserError, match=f"valid_share is {share}: it must be between 0 and 1"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(text, tmp_path, monk
     with pytest.raises(UserError, match=r"rows.jsonl is a table of documents"):
         split_corpus([tmp_path / "rows.jsonl"], out, 0.1)
     (tmp_path / "one.txt").write_text("a text without end")
-    with pytest.raises(UserError, match=r"no document of 1 would be in (train|valid).txt at a valid_share of 0.5"):
+    with pytest.raises(UserError, match=r"valid_share is 0.5: none of 1 documents would be in (train|valid).txt"):
         split_corpus([tmp_path / "one.txt"], out, 0.5)
     monkeypatch.setattr(corpus_split, "_MAX_DOCUMENT_BYTES", 10)
     with pytest.raises(UserError, match=r"one.txt has a document of more than 1 GiB"):
@@ -159,8 +159,8 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(text, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", ["train.txt", "valid.txt"])
-def test_nothing_is_overwritten(text, tmp_path, name):
-    (tmp_path / name).write_text("dear to somebody")
+def test_existing_output_is_not_overwritten(text, tmp_path, name):
+    (tmp_path / name).write_text("existing")
     with pytest.raises(UserError, match=rf"{name} exists already"):
         split_corpus([text], tmp_path, 0.1)
-    assert (tmp_path / name).read_text() == "dear to somebody"
+    assert (tmp_path / name).read_text() == "existing"

@@ -37,13 +37,13 @@ def text(corpus, tmp_path):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """A text of a few kilobytes in many pieces."""
+    """Split a text of a few kilobytes into many blocks."""
     monkeypatch.setattr(encoding, "iter_blocks", functools.partial(iter_blocks, block_bytes=500))
 
 
 @pytest.fixture
 def whole(text, tokenizer, tmp_path):
-    """The bytes of the token file that was never interrupted."""
+    """The bytes of the token file of an uninterrupted encoding."""
     encode_text(text, tokenizer, tmp_path / "whole.tokens")
     return (tmp_path / "whole.tokens").read_bytes()
 
@@ -53,7 +53,7 @@ def header_of(path):
         return read_header(file, path)
 
 
-def test_text_survives_the_token_file(text, tokenizer, tmp_path):
+def test_round_trip_through_a_token_file(text, tokenizer, tmp_path):
     header = encode_text(text, tokenizer, tmp_path / "out" / "train.tokens")
     assert header.num_tokens == len(tokenizer.encode(text.read_text()))
     assert header.text_bytes == text.stat().st_size
@@ -66,7 +66,7 @@ def test_text_survives_the_token_file(text, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_tokenizer_of_another_library_goes_on_after_an_interruption(tmp_path, monkeypatch, small_blocks, style):
+def test_tokenizer_of_another_library_resumes(tmp_path, monkeypatch, small_blocks, style):
     pytest.importorskip("tokenizers")
     tokenizer, text = read_tokenizer(make(style, tmp_path / "tokenizer.json")), tmp_path / "text.txt"
     text.write_text("The cat sat on the mat.\n\n中文, the bird </s> saw é.\n" * 100)
@@ -92,12 +92,12 @@ def test_a_tokenizer_of_another_library_goes_on_after_an_interruption(tmp_path, 
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_pieces_join_to_the_same_file(text, tokenizer, whole, tmp_path, small_blocks, num_workers):
+def test_blocks_give_the_same_file(text, tokenizer, whole, tmp_path, small_blocks, num_workers):
     encode_text(text, tokenizer, tmp_path / "a.tokens", num_workers, save_every=1)
     assert (tmp_path / "a.tokens").read_bytes() == whole
 
 
-def test_compressed_text_is_hashed_as_text(text, tokenizer, tmp_path):
+def test_hash_of_compressed_text_is_that_of_the_text(text, tokenizer, tmp_path):
     packed = tmp_path / "train.txt.gz"
     packed.write_bytes(gzip.compress(text.read_bytes()))
     header = encode_text(packed, tokenizer, tmp_path / "a.tokens")
@@ -107,7 +107,7 @@ def test_compressed_text_is_hashed_as_text(text, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["plain", "compressed", "lines"])
 @pytest.mark.parametrize("pieces", [0, 1, 2, 10, 20])
-def test_an_error_in_the_middle_loses_nothing(tmp_path, text, tokenizer, monkeypatch, small_blocks, kind, pieces):
+def test_resume_after_an_error_encodes_only_the_rest(tmp_path, text, tokenizer, monkeypatch, small_blocks, kind, pieces):
     if kind == "compressed":
         packed = tmp_path / "train.txt.gz"
         packed.write_bytes(gzip.compress(text.read_bytes()))
@@ -139,24 +139,21 @@ def test_an_error_in_the_middle_loses_nothing(tmp_path, text, tokenizer, monkeyp
     monkeypatch.setattr(encoding, "encode_blocks", broken)
     encode_text(text, tokenizer, out, 1, save_every=1)
     assert out.read_bytes() == (tmp_path / "whole.tokens").read_bytes()
-    # No piece was encoded twice.
+    # No block was encoded twice.
     assert sum(len(ids) for _, ids in encoded) == header_of(out).num_tokens
     assert not part.exists()
 
 
-def killed_at(call, text, tokenizer, out, after=True):
-    """Encode in a process of its own, which kills itself before or after its `call`-th write or sync; return its exit code."""
+def killed_at(call, text, tokenizer, out):
+    """Encode in a subprocess that kills itself before its `call`-th write or sync. Return its exit code."""
 
     def body():
         calls = itertools.count()
 
         def counted(real, *arguments):
-            last = next(calls) == call
-            if last and not after:
+            if next(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(*arguments)
-            if last:
-                os.kill(os.getpid(), signal.SIGKILL)
 
         sync, append = os.fsync, TokenWriter.append
         os.fsync = lambda descriptor: counted(sync, descriptor)
@@ -169,13 +166,12 @@ def killed_at(call, text, tokenizer, out, after=True):
     return process.exitcode
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_kills_at_any_moment_lose_nothing(text, tokenizer, whole, tmp_path, small_blocks, after):
+def test_resume_after_a_kill_at_every_write(text, tokenizer, whole, tmp_path, small_blocks):
     reached = 0
     for call in itertools.count():
         out = tmp_path / f"{call}.tokens"
         part = out.with_name(f"{out.name}.part")
-        code = killed_at(call, text, tokenizer, out, after)
+        code = killed_at(call, text, tokenizer, out)
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -190,7 +186,7 @@ def test_kills_at_any_moment_lose_nothing(text, tokenizer, whole, tmp_path, smal
     assert reached > 0.9 * text.stat().st_size
 
 
-def test_killed_again_and_again_it_comes_to_an_end(text, tokenizer, whole, tmp_path, small_blocks):
+def test_repeated_kills_still_make_progress(text, tokenizer, whole, tmp_path, small_blocks):
     out = tmp_path / "a.tokens"
     codes = []
     while not out.exists():
@@ -203,7 +199,7 @@ def test_killed_again_and_again_it_comes_to_an_end(text, tokenizer, whole, tmp_p
 
 @pytest.fixture
 def part(text, tokenizer, tmp_path, small_blocks, monkeypatch):
-    """What an interruption leaves of a.tokens."""
+    """The part file of an interrupted encoding of a.tokens."""
     assert killed_at(30, text, tokenizer, tmp_path / "a.tokens") == -signal.SIGKILL
     part = tmp_path / "a.tokens.part"
     assert header_of(part).text_bytes > 1000
@@ -230,7 +226,7 @@ def edit_text(part, text):
     content[content.index(b"cat")] ^= 1
     stat = text.stat()
     text.write_bytes(content)
-    # Even where nothing tells of it but its bytes.
+    # Same size and times: only the contents differ.
     os.utime(text, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
@@ -244,29 +240,29 @@ def shorten_text(part, text):
 
 
 @pytest.mark.parametrize("harm", [damage_header, damage_ids, cut_off, edit_text, lengthen_text, shorten_text])
-def test_what_is_no_beginning_is_begun_again(part, text, tokenizer, tmp_path, harm):
+def test_invalid_part_file_is_discarded(part, text, tokenizer, tmp_path, harm):
     harm(part, text)
     encode_text(text, tokenizer, tmp_path / "a.tokens")
-    encode_text(text, tokenizer, tmp_path / "anew.tokens")
-    assert (tmp_path / "a.tokens").read_bytes() == (tmp_path / "anew.tokens").read_bytes()
+    encode_text(text, tokenizer, tmp_path / "expected.tokens")
+    assert (tmp_path / "a.tokens").read_bytes() == (tmp_path / "expected.tokens").read_bytes()
     assert not part.exists()
 
 
-def test_another_tokenizer_begins_again(part, text, tokenizer, tmp_path):
+def test_part_file_of_another_tokenizer_is_discarded(part, text, tokenizer, tmp_path):
     other = Tokenizer(tokenizer.vocab, tokenizer.merges[:5], ["<|endoftext|>"])
     encode_text(text, other, tmp_path / "a.tokens")
     assert b"".join(decode_text(TokenDataset(tmp_path / "a.tokens"), other)) == text.read_bytes()
 
 
-def test_nothing_is_overwritten(text, tokenizer, tmp_path):
-    (tmp_path / "a.tokens").write_text("dear to somebody")
+def test_existing_output_is_not_overwritten(text, tokenizer, tmp_path):
+    (tmp_path / "a.tokens").write_text("existing")
     with pytest.raises(UserError, match=r"a.tokens exists already"):
         encode_text(text, tokenizer, tmp_path / "a.tokens")
-    assert (tmp_path / "a.tokens").read_text() == "dear to somebody"
+    assert (tmp_path / "a.tokens").read_text() == "existing"
     assert not (tmp_path / "a.tokens.part").exists()
 
 
-def test_a_text_that_changes_meanwhile_is_refused(text, tokenizer, tmp_path, monkeypatch):
+def test_text_that_changes_during_encoding_is_rejected(text, tokenizer, tmp_path, monkeypatch):
     real = encoding.encode_blocks
 
     def slow(*arguments):
@@ -274,14 +270,14 @@ def test_a_text_that_changes_meanwhile_is_refused(text, tokenizer, tmp_path, mon
         lengthen_text(None, text)
 
     monkeypatch.setattr(encoding, "encode_blocks", slow)
-    with pytest.raises(UserError, match=r"train.txt changed while it was encoded"):
+    with pytest.raises(UserError, match=r"cannot encode .*train.txt: the file changed in the meantime"):
         encode_text(text, tokenizer, tmp_path / "a.tokens")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt"]
 
 
-def test_a_full_disk_loses_nothing(text, tokenizer, whole, tmp_path, small_blocks):
+def test_resume_after_a_full_disk(text, tokenizer, whole, tmp_path, small_blocks):
     def body():
-        # Past this size a write fails, as on a disk without room.
+        # Writes beyond this size fail, as on a full disk.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 4000, HEADER_BYTES + 4000))
         with pytest.raises(OSError, match="File too large"):
@@ -297,7 +293,7 @@ def test_a_full_disk_loses_nothing(text, tokenizer, whole, tmp_path, small_block
     assert (tmp_path / "a.tokens").read_bytes() == whole
 
 
-def test_a_text_that_cannot_be_read_keeps_what_is_encoded(part, text, tokenizer, whole, tmp_path, monkeypatch):
+def test_read_error_keeps_the_part_file(part, text, tokenizer, whole, tmp_path, monkeypatch):
     saved = header_of(part)
 
     def unreadable(*arguments, **options):
@@ -313,17 +309,17 @@ def test_a_text_that_cannot_be_read_keeps_what_is_encoded(part, text, tokenizer,
     assert (tmp_path / "a.tokens").read_bytes() == whole
 
 
-def test_a_disk_without_locks_is_named(text, tokenizer, tmp_path, monkeypatch):
+def test_error_names_a_disk_without_locks(text, tokenizer, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.raises(UserError, match=r"a.tokens.part cannot be locked \(No locks available\): encode .*train.txt on"):
+    with pytest.raises(UserError, match=r"cannot lock .*a.tokens.part: No locks available; encode .*train.txt on"):
         encode_text(text, tokenizer, tmp_path / "a.tokens")
     assert [path.name for path in tmp_path.iterdir()] == ["train.txt"]
 
 
-def test_missing_and_empty_texts_are_refused(tokenizer, tmp_path):
+def test_missing_and_empty_texts_are_rejected(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no.txt does not exist: make a corpus"):
         encode_text(tmp_path / "no.txt", tokenizer, tmp_path / "a.tokens")
     (tmp_path / "empty.txt").touch()
@@ -332,7 +328,7 @@ def test_missing_and_empty_texts_are_refused(tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
-def test_of_several_processes_one_encodes(text, tokenizer, whole, tmp_path, small_blocks, monkeypatch, capfd):
+def test_one_of_several_processes_encodes(text, tokenizer, whole, tmp_path, small_blocks, monkeypatch, capfd):
     out, log = tmp_path / "a.tokens", tmp_path / "log"
     real = encoding._encode
 
@@ -348,14 +344,14 @@ def test_of_several_processes_one_encodes(text, tokenizer, whole, tmp_path, smal
         process.start()
     for process in processes:
         process.join()
-    # One that starts when all is done finds the file there; the others waited and took it as it is.
+    # A process that starts late fails because the file exists. The others wait for the file.
     assert {process.exitcode for process in processes} <= {0, 1}
     assert log.read_text() == "encoded\n"
     assert out.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tokens", "log", "train.txt", "whole.tokens"]
 
 
-def test_one_that_waits_takes_over_from_one_that_is_killed(text, tokenizer, whole, tmp_path, small_blocks, monkeypatch):
+def test_waiting_process_takes_over_from_a_killed_one(text, tokenizer, whole, tmp_path, small_blocks, monkeypatch):
     out, started = tmp_path / "a.tokens", FORK.Event()
     real = encoding._encode
 
@@ -380,7 +376,7 @@ def test_one_that_waits_takes_over_from_one_that_is_killed(text, tokenizer, whol
     assert out.read_bytes() == whole
 
 
-def test_ids_are_what_the_tokenizer_gives(text, tokenizer, tmp_path, small_blocks):
+def test_ids_equal_those_of_the_tokenizer(text, tokenizer, tmp_path, small_blocks):
     encode_text(text, tokenizer, tmp_path / "a.tokens", 2)
     dataset = TokenDataset(tmp_path / "a.tokens")
     assert dataset.windows(np.array([0]), len(dataset))[0].tolist() == tokenizer.encode(text.read_text())

@@ -1,4 +1,4 @@
-"""Datasets of the hub as text: from a hub on localhost, resumed after kills and cuts with the same bytes, honest errors."""
+"""Fetching of datasets from a hub on localhost: outputs, bitwise resume after interruptions, and errors."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def add_texts(hub: Hub) -> None:
-    """Add 100 documents in three files, in row groups of 10, and 7 of a validation split of another config."""
+    """Add 100 documents in three files with row groups of 10, and 7 documents of a validation split of another config."""
     files = {f"data/train-{n}.parquet": parquet_bytes(TRAIN[n * 40 : n * 40 + 40]) for n in range(3)}
     files["more/valid.parquet"] = parquet_bytes(VALID)
     both = [{"split": "train", "path": "data/train-*"}, {"split": "validation", "path": ["more/*.parquet"]}]
@@ -69,7 +69,7 @@ def documents(*paths: Path) -> list[str]:
 
 
 class Interrupted(Exception):
-    """The power cut of these tests."""
+    """A simulated crash."""
 
 
 def interrupt_after(patch: pytest.MonkeyPatch, units: int) -> None:
@@ -101,12 +101,12 @@ class TestText:
         assert documents(*shards) == [text for i, text in enumerate(TRAIN, 1) if i % 7]
         assert documents(folder / "valid.txt") == TRAIN[6::7]
         assert sorted(folder.iterdir()) == [folder / name for name in ("corpus.json", "train", "valid.txt")]
-        # As the tokenizer reads a folder.
+        # The order in which the tokenizer reads a folder.
         assert b"".join(block.data.tobytes() for block in iter_blocks(folder / "train")) == b"".join(
             shard.read_bytes() for shard in shards
         )
 
-    def test_documents_are_stripped_and_cannot_forge_a_boundary(self, hub: Hub, folder: Path) -> None:
+    def test_end_of_text_is_removed_from_documents(self, hub: Hub, folder: Path) -> None:
         forged = END_OF_TEXT[:5] + END_OF_TEXT + END_OF_TEXT[5:]
         texts = [" one \n", "", "  \n", None, f"t{END_OF_TEXT}wo", END_OF_TEXT, f"thr{forged}ee{END_OF_TEXT}", "Zoë"]
         hub.add("o/forged", {"a.parquet": parquet_bytes(texts)})
@@ -121,13 +121,13 @@ class TestText:
         fetch(Dataset("o/lines", files="en/*", column="body", shard_megabytes=None), folder)
         assert documents(folder / "train.txt") == TRAIN
 
-    def test_of_what_the_hub_has_converted(self, hub: Hub, folder: Path) -> None:
+    def test_of_converted_files(self, hub: Hub, folder: Path) -> None:
         converted = {f"plain/train/000{n}.parquet": parquet_bytes(TRAIN[n::2]) for n in range(2)}
         hub.add("o/script", {"script.py": b"code"}, parquet=converted)
         fetch(Dataset("o/script", shard_megabytes=None), folder)
         assert documents(folder / "train.txt") == TRAIN[::2] + TRAIN[1::2]
 
-    def test_only_the_columns_bytes_are_read(self, hub: Hub, folder: Path) -> None:
+    def test_only_the_column_is_read(self, hub: Hub, folder: Path) -> None:
         image = [os.urandom(10_000) for _ in TRAIN]
         content = parquet_bytes(TRAIN, image=image)
         hub.add("o/images", {"a.parquet": content})
@@ -138,7 +138,7 @@ class TestText:
     @pytest.mark.parametrize(
         ("limit", "count"), [({"documents": 33}, 33), ({"max_gigabytes": 1e-6}, 20), ({"documents": 10**9}, 100)]
     )
-    def test_no_more_than_is_wanted(self, limit: dict[str, Any], count: int, hub: Hub, folder: Path) -> None:
+    def test_limits(self, limit: dict[str, Any], count: int, hub: Hub, folder: Path) -> None:
         fetch(Dataset(NAME, "both", shard_megabytes=None, **limit), folder)
         found = documents(folder / "train.txt")
         assert found == TRAIN[: len(found)]
@@ -173,7 +173,7 @@ class TestInterruptions:
         fetch(SMALL, folder, save_every)
         assert digest(folder) == whole
 
-    def test_again_and_again(self, whole: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_repeated(self, whole: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(8):
             with monkeypatch.context() as patch:
                 interrupt_after(patch, 1)
@@ -189,20 +189,20 @@ class TestInterruptions:
                 fetch(SMALL, folder, 1)
         hub.requests.clear()
         fetch(SMALL, folder)
-        # Of the ten row groups four are left; the rest are footers.
+        # Four of the ten row groups are missing. The other requests read footers.
         assert not [path for _, path, _ in hub.requests if path.endswith("train-0.parquet") and "resolve" in path][2:]
 
     def test_by_kills(self, whole: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         context = multiprocessing.get_context("fork")
-        real, saved = module._Fetch._save, context.Semaphore(0)
+        real, saved = module._Fetcher._save, context.Semaphore(0)
 
-        def slow(self: module._Fetch) -> None:
+        def slow(self: module._Fetcher) -> None:
             real(self)
             saved.release()
             time.sleep(0.05)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module._Fetch, "_save", slow)
+            patch.setattr(module._Fetcher, "_save", slow)
             for saves in (2, 1, 3):
                 process = context.Process(target=fetch, args=(SMALL, folder, 1))
                 process.start()
@@ -268,17 +268,17 @@ class TestStates:
 
     def test_of_another_fetch(self, state: Path, folder: Path) -> None:
         before = digest(folder)
-        with pytest.raises(UserError, match="belongs to another fetch"):
+        with pytest.raises(UserError, match="belongs to a fetch with other options"):
             fetch(replace(SMALL, holdout=8), folder)
         assert digest(folder) == before
 
     @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"documents": 3}', "\x00\x01"])
-    def test_that_are_none(self, content: str, state: Path, folder: Path) -> None:
+    def test_that_are_invalid(self, content: str, state: Path, folder: Path) -> None:
         state.write_text(content)
-        with pytest.raises(UserError, match=r"is not the state of a fetch: remove .*data to begin again"):
+        with pytest.raises(UserError, match=r"is not the state of a fetch; remove .*data to fetch again"):
             fetch(SMALL, folder)
 
-    def test_of_text_that_is_gone_or_another(self, state: Path, folder: Path) -> None:
+    def test_of_missing_or_changed_text(self, state: Path, folder: Path) -> None:
         part = folder / ".valid.txt.part"
         part.write_bytes(part.read_bytes().swapcase())
         with pytest.raises(UserError, match="does not hold"):
@@ -287,7 +287,7 @@ class TestStates:
         with pytest.raises(UserError, match="does not hold"):
             fetch(SMALL, folder)
 
-    def test_go_on_with_their_own_commit(self, state: Path, hub: Hub, folder: Path, tmp_path: Path) -> None:
+    def test_resume_with_their_commit(self, state: Path, hub: Hub, folder: Path, tmp_path: Path) -> None:
         repository = hub.repositories[NAME]
         repository.commits["c1"] = {"data/train-0.parquet": parquet_bytes(["another"])}
         repository.branches["main"] = "c1"
@@ -296,14 +296,14 @@ class TestStates:
         fetch(SMALL, tmp_path / "whole")
         assert digest(folder) == digest(tmp_path / "whole")
 
-    def test_whose_commit_or_file_has_changed(self, state: Path, hub: Hub, folder: Path) -> None:
+    def test_of_a_changed_commit_or_file(self, state: Path, hub: Hub, folder: Path) -> None:
         repository = hub.repositories[NAME]
         files = repository.commits["c0"]
         repository.commits["c0"] = {**files, "data/train-1.parquet": files["data/train-2.parquet"]}
         with pytest.raises(UserError, match=r"data/train-1\.parquet of owner/texts has changed on the hub"):
             fetch(SMALL, folder)
         del repository.commits["c0"]
-        with pytest.raises(UserError, match=r"no such revision .*c0"):
+        with pytest.raises(UserError, match=r"does not have this revision: .*c0"):
             fetch(SMALL, folder)
 
 
@@ -312,31 +312,31 @@ class TestFinished:
         fetch(SMALL, folder)
         hub.requests.clear()
         fetch(SMALL, folder)
-        assert "complete already" in capsys.readouterr().out
+        assert "already complete" in capsys.readouterr().out
         assert hub.requests == []
 
-    def test_another_is_refused(self, hub: Hub, folder: Path) -> None:
+    def test_with_other_options_is_rejected(self, hub: Hub, folder: Path) -> None:
         fetch(SMALL, folder)
         with pytest.raises(UserError, match="holds another corpus"):
             fetch(replace(SMALL, config="both"), folder)
 
-    def test_one_that_lost_a_file_is_named(self, hub: Hub, folder: Path) -> None:
+    def test_with_a_missing_file_is_rejected(self, hub: Hub, folder: Path) -> None:
         fetch(SMALL, folder)
         (folder / "train" / "00001.txt").unlink()
-        with pytest.raises(UserError, match=r"00001\.txt is no longer the file that was fetched"):
+        with pytest.raises(UserError, match=r"00001\.txt has changed since it was fetched"):
             fetch(SMALL, folder)
 
-    def test_files_of_another_origin_are_kept(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_files_without_a_fetch_are_kept(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder.mkdir()
         (folder / "train.txt").write_text("mine")
         with pytest.raises(UserError, match=r"train\.txt exists already"):
             fetch(SMALL, folder)
-        # As earlier versions left a finished corpus.
+        # Earlier versions left a complete corpus so.
         (folder / "valid.txt").write_text("mine")
         with pytest.raises(UserError, match=r"train\.txt exists already"):
             fetch(SMALL, folder)
         fetch(replace(SMALL, shard_megabytes=None), folder)
-        assert "complete already" in capsys.readouterr().out
+        assert "already complete" in capsys.readouterr().out
 
 
 class TestErrors:
@@ -344,18 +344,18 @@ class TestErrors:
         ("changes", "message"),
         [
             ({"repo": "o/none"}, "no dataset 'o/none'"),
-            ({"repo": "o/a b"}, "is no name of a dataset"),
-            ({"config": "none"}, "no config 'none', only both, only"),
-            ({"split": "test"}, "no split 'test', only train"),
-            ({"valid_split": "dev"}, "no split 'dev', only train"),
-            ({"column": "story"}, "no column 'story', only id, text"),
-            ({"column": "id"}, "'id' of owner/texts holds int64, not text"),
-            ({"revision": "v9"}, "no such revision"),
+            ({"repo": "o/a b"}, "is not a valid name of a dataset"),
+            ({"config": "none"}, "no config 'none': expected one of both, only"),
+            ({"split": "test"}, "no split 'test': expected one of train"),
+            ({"valid_split": "dev"}, "no split 'dev': expected one of train"),
+            ({"column": "story"}, "no column 'story': choose one of id, text"),
+            ({"column": "id"}, "'id' of owner/texts has type int64: expected text"),
+            ({"revision": "v9"}, "does not have this revision"),
             ({"files": "*.csv"}, r"match '\*\.csv'"),
-            ({"documents": 3}, "documents is 3: 7 are needed"),
+            ({"documents": 3}, "documents is 3: it must be at least holdout, 7"),
         ],
     )
-    def test_name_what_there_is(self, changes: dict[str, Any], message: str, hub: Hub, folder: Path) -> None:
+    def test_of_missing_names(self, changes: dict[str, Any], message: str, hub: Hub, folder: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             fetch(replace(SMALL, **changes), folder)
         assert "\n" not in str(caught.value)
@@ -363,7 +363,7 @@ class TestErrors:
 
     def test_a_gated_dataset(self, hub: Hub, folder: Path) -> None:
         hub.repositories[NAME].gated = True
-        with pytest.raises(UserError, match=r"is gated: .*`hf auth login`"):
+        with pytest.raises(UserError, match=r"is gated; .*`hf auth login`"):
             fetch(SMALL, folder)
 
     @pytest.mark.parametrize(("status", "message"), [(429, "rate limit"), (503, "503")])
@@ -372,14 +372,14 @@ class TestErrors:
         with pytest.raises(UserError, match=rf"{message}.*the same command resumes"):
             fetch(SMALL, folder)
 
-    def test_no_network_is_told_at_once(self, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_network_fails_soon(self, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         begin = time.monotonic()
-        with pytest.raises(UserError, match="`tilewright corpus stories` makes a corpus offline"):
+        with pytest.raises(UserError, match="`tilewright corpus stories` generates a corpus offline"):
             fetch(SMALL, folder)
-        # Less than the pauses between the attempts at what was found once.
+        # Shorter than the backoff of later requests.
         assert time.monotonic() - begin < 20
         assert not folder.exists()
 
@@ -387,7 +387,7 @@ class TestErrors:
         usage = shutil.disk_usage(folder.parent)._replace(free=3000)
         monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(
-            UserError, match=r"does not fit on the disk .* GB of text to write, 0\.00 GB free; set --max-gigabytes"
+            UserError, match=r"cannot fetch owner/texts .* GB of text to write, 0\.00 GB free; set --max-gigabytes"
         ):
             fetch(SMALL, folder)
         fetch(replace(SMALL, max_gigabytes=2e-6), folder)
@@ -397,7 +397,7 @@ class TestErrors:
             "o/bad", {"a.parquet": b"PAR1" * 100, "b.jsonl": b'{"text": "x"}\n{"text": 3}\n', "c.jsonl.gz": b"\x1f\x8b" * 9}
         )
         for files, message in {
-            "a*": "damaged, or no Parquet",
+            "a*": "damaged, or not a Parquet file",
             "b*": r"line 2 of b\.jsonl .* has a int",
             "c*": "damaged",
         }.items():
@@ -414,11 +414,11 @@ def test_a_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_names() -> None:
     assert dataset_of("fineweb-edu-10bt") == DATASETS["fineweb-edu-10bt"]
     assert dataset_of("o/n") == Dataset("o/n")
-    with pytest.raises(UserError, match=r"no preset 'tiny', only tinystories, .*OWNER/NAME"):
+    with pytest.raises(UserError, match=r"dataset is 'tiny': expected one of tinystories, .*OWNER/NAME"):
         dataset_of("tiny")
 
 
 @pytest.mark.parametrize("changes", [{"documents": 0}, {"max_gigabytes": float("nan")}, {"shard_megabytes": -1.0}])
-def test_numbers_that_cannot_be(changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="a finite number above 0 is needed"):
+def test_invalid_numbers_are_rejected(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="it must be a finite number above 0"):
         replace(SMALL, **changes)

@@ -1,4 +1,4 @@
-"""Which files of a repository the split of a dataset is: every form of a card, globs, and what the hub has converted."""
+"""The files of each split of a dataset: all forms of a card, globs, and converted files."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -50,11 +50,11 @@ def test_the_default_config(hub: Hub) -> None:
     hub.add("o/n", dict.fromkeys(FILES, b"x"), {"configs": [names["default"], {**names["other"], "default": True}]})
     assert paths() == {"train": ["a/2.parquet"]}
     hub.add("o/n", dict.fromkeys(FILES, b"x"), {"configs": [names["other"], {**names["other"], "config_name": "third"}]})
-    with pytest.raises(UserError, match="several configs: choose one with --config, of other, third"):
+    with pytest.raises(UserError, match="several configs: choose one of other, third with --config"):
         paths()
 
 
-def test_what_the_hub_has_converted(hub: Hub) -> None:
+def test_converted_files(hub: Hub) -> None:
     converted = ("en/train/0000.parquet", "en/train/0001.parquet", "en/test/0000.parquet", "fr/partial-train/0000.parquet")
     cards: list[dict[str, Any]] = [{}, {"configs": [{"config_name": "en", "data_files": "b/*.csv"}]}]
     for card in cards:
@@ -62,7 +62,7 @@ def test_what_the_hub_has_converted(hub: Hub) -> None:
         assert paths("en") == {"train": list(converted[:2]), "test": [converted[2]]}
     hub.add("o/n", dict.fromkeys(FILES, b"x"), {}, parquet=dict.fromkeys(converted, b"x"))
     assert paths("fr") == {"partial-train": [converted[3]]}
-    with pytest.raises(UserError, match="no config 'de', only en, fr"):
+    with pytest.raises(UserError, match="no config 'de': expected one of en, fr"):
         paths("de")
     hub.add("o/n", dict.fromkeys(FILES, b"x"))
     with pytest.raises(UserError, match="name files with --files"):

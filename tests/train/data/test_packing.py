@@ -22,7 +22,7 @@ PACKING = Packing("best_fit", END)
 
 
 def write_documents(path, sizes, ends_whole=True):
-    """Write documents of the sizes, the last of which may lack its end; other tokens count from 1, so that each is another."""
+    """Write documents of the sizes with distinct tokens, counted from 1. Without `ends_whole` the last one has no end token."""
     ids = np.arange(1, sum(sizes) + 1)
     ids[np.cumsum(sizes) - 1] = END
     if not ends_whole:
@@ -33,7 +33,7 @@ def write_documents(path, sizes, ends_whole=True):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 16), st.booleans())
-def test_no_document_that_fits_is_cut(tmp_path_factory, sizes, context_length, ends_whole):
+def test_pieces_are_whole_documents_or_full_windows(tmp_path_factory, sizes, context_length, ends_whole):
     dataset, ids = write_documents(tmp_path_factory.mktemp("text") / "a.tokens", [3, *sizes], ends_whole or sizes[-1] == 1)
     windows = PackedWindows(dataset, context_length, PACKING)
     borders = [0, *(np.flatnonzero(ids == END) + 1).tolist()]
@@ -41,7 +41,7 @@ def test_no_document_that_fits_is_cut(tmp_path_factory, sizes, context_length, e
     documents = list(pairwise(borders))
     pieces = sorted(piece for number in range(len(windows)) for piece in windows.pieces(number))
     length, stride = context_length + 1, context_length
-    # A piece that goes on with a document begins with the last token of the piece before: its first target follows that.
+    # Consecutive pieces of a document share a token, which is the first input of the second piece.
     expected = []
     for first, last in documents:
         starts = range(first, max(first + 1, last - 1), stride) if last - first > length else [first]
@@ -51,7 +51,7 @@ def test_no_document_that_fits_is_cut(tmp_path_factory, sizes, context_length, e
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 16))
-def test_inputs_and_targets_are_those_of_the_pieces(tmp_path_factory, sizes, context_length):
+def test_inputs_targets_and_documents_match_the_pieces(tmp_path_factory, sizes, context_length):
     dataset, ids = write_documents(tmp_path_factory.mktemp("text") / "a.tokens", sizes)
     begins = {0, *(np.flatnonzero(ids == END) + 1).tolist()}
     windows = PackedWindows(dataset, context_length, PACKING)
@@ -73,7 +73,7 @@ def test_inputs_and_targets_are_those_of_the_pieces(tmp_path_factory, sizes, con
         assert (documents[row] - documents[row, 0]).tolist() == document[:-1]
 
 
-def test_every_token_but_the_first_of_a_window_is_a_target_once_an_epoch(tmp_path):
+def test_every_token_except_window_starts_is_a_target_once_per_epoch(tmp_path):
     sizes = np.random.default_rng(0).integers(1, 60, 300).tolist()
     dataset, ids = write_documents(tmp_path / "a.tokens", sizes)
     data = TrainingData((dataset,), 16, 0, packing=PACKING)
@@ -82,11 +82,11 @@ def test_every_token_but_the_first_of_a_window_is_a_target_once_an_epoch(tmp_pat
     counts = Counter(targets[targets > 0].tolist())
     assert set(counts.values()) == {1}
     starts = {windows.pieces(number)[0][0] for number in range(len(windows))}
-    # The first token of a window follows nothing there; where a document goes on with it, it is a target of another window.
+    # The first token of a window is a target only if its piece continues the document of another window.
     assert {int(id) for place, id in enumerate(ids) if id and place not in starts} <= set(counts)
 
 
-def test_best_fit_fills_more_than_the_order_of_the_file_does(tmp_path):
+def test_best_fit_fills_windows_better_than_file_order(tmp_path):
     sizes = np.random.default_rng(0).integers(1, 60, 500).tolist()
     dataset, _ = write_documents(tmp_path / "a.tokens", sizes)
     best, in_order = (PackedWindows(dataset, 99, Packing(method, END)) for method in ("best_fit", "none"))
@@ -94,16 +94,16 @@ def test_best_fit_fills_more_than_the_order_of_the_file_does(tmp_path):
     assert best.summary().endswith(f"500 documents in {len(best)} windows of 100 tokens, 99.8% filled")
 
 
-def test_text_is_packed_only_where_that_is_asked_for(tmp_path):
+def test_text_is_packed_only_with_best_fit(tmp_path):
     dataset, _ = write_documents(tmp_path / "a.tokens", [5, 9])
     assert packed_windows(dataset, 8, Packing(end_of_text=END)) is None
     assert packed_windows(dataset, 8, PACKING) is not None
     write_tokens(tmp_path / "b.tokens", [np.arange(1, 50)], 100_000, "by")
-    with pytest.raises(UserError, match=r"b.tokens has no end-of-text token that bounds documents: data.packing must be none"):
+    with pytest.raises(UserError, match=r"b.tokens has no end-of-text token: data.packing must be none"):
         packed_windows(TokenDataset(tmp_path / "b.tokens"), 8, PACKING)
 
 
-def test_an_epoch_has_each_window_once_and_another_begins_alike(tmp_path):
+def test_epoch_has_each_window_once_and_sampling_is_deterministic(tmp_path):
     sizes = np.random.default_rng(1).integers(1, 30, 100).tolist()
     datasets = tuple(write_documents(tmp_path / f"{name}.tokens", sizes[:cut])[0] for name, cut in (("a", 100), ("b", 40)))
     data = TrainingData(datasets, 16, 1, packing=PACKING)
@@ -115,7 +115,7 @@ def test_an_epoch_has_each_window_once_and_another_begins_alike(tmp_path):
     check_record(json.loads(json.dumps(data.record())), again)
 
 
-def test_a_packed_run_is_resumed_bit_for_bit(changed, config, capsys):
+def test_packed_run_resumes_exactly(changed, config, capsys):
     packed = changed(data=dataclasses.replace(config.data, packing="best_fit"))
     result = train(packed)
     assert "documents in" in capsys.readouterr().err

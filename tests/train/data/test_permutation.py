@@ -8,27 +8,27 @@ KEYS = st.integers(0, 2**64 - 1)
 
 
 @given(st.integers(1, 3000), KEYS)
-def test_every_value_has_one_image(size, key):
+def test_permute_is_a_permutation(size, key):
     images = permute(np.arange(size), size, np.array([key], np.uint64))
     assert images.dtype == np.int64
     assert np.array_equal(np.sort(images), np.arange(size))
 
 
 @given(st.integers(1, 2**63), st.lists(KEYS, min_size=1, max_size=20), st.data())
-def test_large_ranges_are_not_left_and_images_differ(size, keys, data):
+def test_images_of_large_ranges_are_in_range_and_distinct(size, keys, data):
     values = data.draw(st.lists(st.integers(0, size - 1), min_size=len(keys), max_size=len(keys), unique=size >= len(keys)))
     keys = np.array(keys, np.uint64)
     images = permute(np.array(values, np.uint64), size, keys)
     assert all(0 <= image < size for image in images.tolist())
-    # One at a time they are the same as together.
+    # The images do not depend on the batch.
     assert images.tolist() == [
         permute(np.array([value], np.uint64), size, key.reshape(1)).item() for value, key in zip(values, keys, strict=True)
     ]
-    alone = permute(np.array(values, np.uint64), size, keys[:1])
-    assert len(set(alone.tolist())) == len(set(values))
+    one_key = permute(np.array(values, np.uint64), size, keys[:1])
+    assert len(set(one_key.tolist())) == len(set(values))
 
 
-def test_nothing_is_nothing():
+def test_empty_input():
     assert permute(np.array([], np.int64), 5, make_keys(0)).tolist() == []
 
 
@@ -41,11 +41,11 @@ def test_pairs_of_images_are_uniform():
     expected = num_keys / (size * (size - 1))
     squares = ((counts - expected) ** 2 / expected)[~np.eye(size, dtype=bool)].sum()
     freedom = size * (size - 1) - 1
-    # A chi-squared sum lies within five deviations of its mean.
+    # Within five standard deviations of the mean of a chi-squared sum.
     assert abs(squares - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def test_neighbours_do_not_stay_neighbours():
+def test_steps_between_images_are_uniform():
     size = 100_000
     steps = np.diff(permute(np.arange(size), size, make_keys(1))) % size
     counts = np.bincount(steps // 1000, minlength=100)
@@ -59,13 +59,13 @@ def test_keys_depend_on_all_parts_and_their_order():
     assert make_keys(3, np.arange(4)).tolist() == [make_keys(3, i).item() for i in range(4)]
 
 
-def test_the_finaliser_is_that_of_splitmix64():
-    # The first outputs of the generator for the seed 0, as its authors' program prints them.
+def test_mix_equals_splitmix64():
+    # The first outputs of the authors' program for seed 0.
     states = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     assert mix(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
-def test_permutations_stay_what_they_are():
+def test_permutations_are_stable():
     assert permute(np.arange(10), 10, make_keys(0)).tolist() == GOLDEN[10]
     assert permute(np.arange(8), 10**9, make_keys(1, 2, 3)).tolist() == GOLDEN[10**9]
     assert permute(np.arange(3), 2**63, make_keys(2**63)).tolist() == GOLDEN[2**63]

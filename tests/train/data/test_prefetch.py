@@ -23,7 +23,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def others():
-    """The threads of other tests; of each of these none stays."""
+    """The prefetch threads that exist before the test. The test must not leave others."""
     before = threads()
     yield before
     assert threads() <= before
@@ -34,10 +34,10 @@ def wait_until(condition):
         if condition():
             return
         time.sleep(0.005)
-    raise AssertionError("it never came to be")
+    raise AssertionError("timeout")
 
 
-def test_each_step_comes_once_and_in_order():
+def test_yields_each_step_once_in_order():
     batches = Prefetcher(tensors, 3, 40, "cpu")
     for step, (first, second) in zip(range(3, 40), batches, strict=True):
         assert torch.equal(first, torch.full((2, 3), step))
@@ -46,15 +46,15 @@ def test_each_step_comes_once_and_in_order():
         next(batches)
 
 
-def test_no_steps_are_none():
+def test_empty_range_yields_nothing():
     assert list(Prefetcher(tensors, 5, 5, "cpu")) == []
     assert list(Prefetcher(tensors, 6, 5, "cpu")) == []
 
 
-def test_it_works_a_little_ahead():
+def test_prefetches_two_batches():
     made = []
     batches = Prefetcher(lambda step: (made.append(step), tensors(step))[1], 0, 100, "cpu")
-    # Two that are ready, and one in hand that finds no room.
+    # Two batches in the queue, and one that waits to enter it.
     wait_until(lambda: len(made) == 3)
     time.sleep(0.05)
     assert len(made) == 3
@@ -64,15 +64,15 @@ def test_it_works_a_little_ahead():
     assert made == [0, 1, 2, 3]
 
 
-def test_an_error_comes_at_its_step_and_ends_it():
+def test_error_is_raised_at_its_step():
     def make(step):
         if step == 2:
-            raise UserError("train.tokens was cut off")
+            raise UserError("train.tokens was truncated")
         return tensors(step)
 
     batches = Prefetcher(make, 0, 10, "cpu")
     assert [int(next(batches)[0][0, 0]) for _ in range(2)] == [0, 1]
-    with pytest.raises(UserError, match=r"train.tokens was cut off") as caught:
+    with pytest.raises(UserError, match=r"train.tokens was truncated") as caught:
         next(batches)
     assert any(entry.name == "make" for entry in caught.traceback)
     with pytest.raises(StopIteration):
@@ -80,7 +80,7 @@ def test_an_error_comes_at_its_step_and_ends_it():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_is_prompt_and_may_be_repeated(taken, others):
+def test_close_is_prompt_and_repeatable(taken, others):
     batches = Prefetcher(tensors, 0, 1000, "cpu")
     for _ in range(taken):
         next(batches)
@@ -91,7 +91,7 @@ def test_closing_is_prompt_and_may_be_repeated(taken, others):
         next(batches)
 
 
-def test_closing_waits_for_what_is_in_the_making():
+def test_close_waits_for_the_current_batch():
     begun, end = threading.Event(), threading.Event()
 
     def make(step):
@@ -110,7 +110,7 @@ def test_closing_waits_for_what_is_in_the_making():
     assert not closer.is_alive()
 
 
-def test_what_nobody_uses_is_closed(others):
+def test_unreferenced_prefetcher_is_closed(others):
     batches = Prefetcher(tensors, 0, 1000, "cpu")
     next(batches)
     del batches
@@ -122,13 +122,13 @@ def test_waiting_is_measured(monkeypatch):
     now, asked, made = [0.0], threading.Event(), []
 
     def clock():
-        # Read before the other thread goes on.
+        # Read before the other thread continues.
         read = now[0]
         asked.set()
         return read
 
     def make(step):
-        # While the first is made, the consumer waits; the others are there before they are taken.
+        # The consumer waits for the first batch only. The others are ready before it takes them.
         if step == 0:
             assert asked.wait(60)
             now[0] += 5
@@ -145,21 +145,20 @@ def test_waiting_is_measured(monkeypatch):
     assert batches.waited == 5
 
 
-@pytest.mark.parametrize(("end", "status"), [("", 0), ("next(batches); raise ValueError", 1)])
-def test_the_interpreter_ends_with_one_open(end, status, tmp_path):
+def test_interpreter_exits_with_an_open_prefetcher(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import torch\nfrom tilewright.train.data.prefetch import Prefetcher\n"
-        "batches = Prefetcher(lambda step: (torch.zeros(1000, 1000),), 0, 1000, 'cpu')\n" + end
+        "batches = Prefetcher(lambda step: (torch.zeros(1000, 1000),), 0, 1000, 'cpu')\nnext(batches); raise ValueError"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == status
+    assert done.returncode == 1
     assert "Fatal" not in done.stderr
     assert "terminate" not in done.stderr
 
 
 @pytest.mark.gpu
-def test_batches_come_to_the_gpu_unharmed():
+def test_batches_on_the_gpu_are_correct():
     def make(step):
         generator = torch.Generator().manual_seed(step)
         return torch.randint(50_000, (64, 1025), generator=generator), torch.randint(50_000, (64,), generator=generator)
@@ -167,7 +166,7 @@ def test_batches_come_to_the_gpu_unharmed():
     batches = Prefetcher(make, 0, 50, "cuda")
     for step, batch in enumerate(batches):
         assert all(tensor.is_cuda for tensor in batch)
-        # Work that the copies of later steps run beside.
+        # Work that overlaps the copies of later steps.
         busy = torch.randn(2048, 2048, device="cuda")
         for _ in range(5):
             busy = busy @ busy.T / 2048
@@ -176,7 +175,7 @@ def test_batches_come_to_the_gpu_unharmed():
 
 
 @pytest.mark.gpu
-def test_taking_a_batch_does_not_wait_for_the_gpu():
+def test_next_does_not_synchronize_with_the_gpu():
     made = [(torch.zeros(8, 8, dtype=torch.int64),)] * 20
     batches = Prefetcher(lambda step: made[step], 0, 20, "cuda")
     next(batches)
@@ -187,6 +186,6 @@ def test_taking_a_batch_does_not_wait_for_the_gpu():
     torch.cuda._sleep(2_000_000_000)
     ended.record()
     next(batches)
-    # It came back while the GPU was still at work on what was asked for earlier.
+    # `next` returned while the GPU still ran the earlier kernel.
     assert not ended.query()
     torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from tilewright.train.data.token_file import HEADER_BYTES, TokenDataset, TokenHe
 
 @pytest.fixture
 def make_dataset(tmp_path):
-    """Return a dataset of num_tokens tokens that count from `first`: make_dataset(num_tokens, first)."""
+    """Return a function make_dataset(num_tokens, first) that writes a dataset whose tokens count from `first`."""
 
     def make(num_tokens, first=0):
         path = tmp_path / f"{first}-{num_tokens}.tokens"
@@ -28,7 +28,7 @@ def make_dataset(tmp_path):
 
 
 class Sized:
-    """A dataset that is nothing but long."""
+    """A dataset with a length but without tokens."""
 
     header = SimpleNamespace(marked=False)
 
@@ -44,7 +44,7 @@ def starts_of(data, samples):
     return list(zip(files.tolist(), starts.tolist(), strict=True))
 
 
-def test_targets_are_the_inputs_one_later(make_dataset):
+def test_targets_are_the_shifted_inputs(make_dataset):
     inputs, targets = TrainingData((make_dataset(1000),), 16, seed=0).batch(range(8))
     assert inputs.shape == targets.shape == (8, 16)
     assert inputs.dtype == targets.dtype == torch.long
@@ -55,19 +55,19 @@ def test_targets_are_the_inputs_one_later(make_dataset):
 
 
 @given(st.integers(1, 40), st.integers(1, 500), st.integers(0, 2**63 - 1), st.integers(0, 3))
-def test_an_epoch_draws_each_window_once(context_length, more, seed, epoch):
+def test_epoch_samples_each_window_once(context_length, more, seed, epoch):
     data = TrainingData((Sized(context_length + more),), context_length, seed)
     (num_windows,) = data.num_windows
     places = starts_of(data, range(epoch * num_windows, (epoch + 1) * num_windows))
     starts = sorted(start for _, start in places)
-    # Side by side, and so without a token twice.
+    # Consecutive windows, so no token occurs twice.
     assert starts == list(range(starts[0], starts[0] + num_windows * context_length, context_length))
     assert starts[0] >= 0
     assert starts[-1] + context_length + 1 <= context_length + more
     assert context_length + more - num_windows * context_length < 2 * context_length
 
 
-def test_every_token_is_drawn_sooner_or_later(make_dataset):
+def test_every_token_is_sampled_eventually(make_dataset):
     data = TrainingData((make_dataset(100),), 16, seed=3)
     inputs, targets = data.batch(range(1000))
     assert set(inputs.flatten().tolist()) == set(range(99))
@@ -77,7 +77,7 @@ def test_every_token_is_drawn_sooner_or_later(make_dataset):
     assert max(offsets.values()) < 2 * min(offsets.values())
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_order_differs_between_epochs_and_seeds():
     orders = {}
     for seed in range(3):
         data = TrainingData((Sized(10_000),), 10, seed)
@@ -97,7 +97,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
     st.booleans(),
 )
-def test_a_sample_is_the_same_however_it_is_asked_for(lengths, cuts, weighted):
+def test_samples_do_not_depend_on_the_batch(lengths, cuts, weighted):
     datasets = tuple(map(Sized, lengths))
     data = TrainingData(datasets, 10, 7, tuple(range(1, len(lengths) + 1)) if weighted else None)
     cuts = sorted({0, *cuts})
@@ -118,10 +118,10 @@ WEIGHTS = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8)
 
 
 @given(WEIGHTS, st.integers(0, 2**40), st.integers(1, 2000))
-def test_files_have_their_shares_at_any_time(weights, first, count):
+def test_counts_of_files_match_their_shares_at_any_time(weights, first, count):
     data = TrainingData((Sized(100),) * len(weights), 10, 0, tuple(weights))
     shares = np.array(weights) / sum(weights)
-    # How many of the first n samples come from each file, by the same arithmetic that gives their places.
+    # The number of samples of each file among the first n, with the arithmetic of `_places`.
     whole = first + count
     left, total = whole, []
     for share in data._shares:
@@ -134,7 +134,7 @@ def test_files_have_their_shares_at_any_time(weights, first, count):
         assert abs(files[file] - share * count) <= 2 * len(weights) + whole * 2.0**-29
 
 
-def test_without_weights_all_windows_of_all_files_are_drawn_alike():
+def test_default_weights_sample_all_windows_equally():
     datasets = tuple(map(Sized, (1011, 411, 111, 20_011)))
     data = TrainingData(datasets, 10, 0)
     total = sum(data.num_windows)
@@ -142,18 +142,18 @@ def test_without_weights_all_windows_of_all_files_are_drawn_alike():
     per_file = Counter(file for file, _ in counts.elements())
     for file, num_windows in enumerate(data.num_windows):
         assert abs(per_file[file] - num_windows) <= len(datasets)
-    # Only at the border of an epoch, where one file is a sample early, may two windows share tokens.
+    # A file may begin its next epoch a sample early, so a window may occur twice.
     assert max(counts.values()) <= 2
 
 
-def test_a_small_share_is_spread_evenly():
+def test_small_share_is_evenly_spaced():
     data = TrainingData((Sized(1000), Sized(1000)), 10, 0, (999.0, 1.0))
     where = [sample for sample, (file, _) in enumerate(starts_of(data, range(10_000))) if file == 1]
     assert len(where) == 10
     assert set(np.diff(where)) <= {999, 1000, 1001}
 
 
-def test_files_of_many_tokens():
+def test_large_files_and_sample_indices():
     # 2^40 tokens, and samples beyond 2^32.
     data = TrainingData((Sized(2**40), Sized(2**33)), 1024, 1, (0.75, 0.25))
     places = starts_of(data, range(2**34, 2**34 + 4000))
@@ -179,8 +179,8 @@ def test_windows_beyond_four_gigabytes(tmp_path):
     assert data.batch(range(sample, sample + 1))[1].tolist() == [list(range(1, 65))]
 
 
-def test_the_order_stays_what_it_is():
-    # A run resumed with another version, of this or of NumPy, must read what it would have read.
+def test_order_is_stable():
+    # A run that resumes with another version of this package or of NumPy must read the same samples.
     one = TrainingData((Sized(1000),), 16, 0)
     assert starts_of(one, range(6)) == GOLDEN["one"]
     assert starts_of(one, range(10_000, 10_003)) == GOLDEN["later"]
@@ -197,9 +197,9 @@ GOLDEN = {
 }
 
 
-def test_a_file_without_a_window_is_refused(make_dataset):
+def test_file_shorter_than_a_window_is_rejected(make_dataset):
     TrainingData((make_dataset(17),), 16, 0)
-    with pytest.raises(UserError, match=r"16.tokens has 16 tokens, fewer than one sequence of 16 \+ 1"):
+    with pytest.raises(UserError, match=r"16.tokens has 16 tokens: at least 16 \+ 1 are needed"):
         TrainingData((make_dataset(1000), make_dataset(16)), 16, 0)
 
 
@@ -215,7 +215,7 @@ class TestRecord:
     def reopened(self, datasets):
         return TrainingData(tuple(TokenDataset(data.path) for data in datasets), 16, 0)
 
-    def test_the_same_files_pass_unread(self, datasets, stored, monkeypatch):
+    def test_unchanged_files_are_not_read(self, datasets, stored, monkeypatch):
         monkeypatch.setattr(TokenDataset, "verify", None)
         check_record(stored, self.reopened(datasets))
 
@@ -223,7 +223,7 @@ class TestRecord:
         paths = [data.path.rename(tmp_path / f"moved {i}.tokens") for i, data in enumerate(datasets)]
         check_record(stored, TrainingData(tuple(map(TokenDataset, paths)), 16, 0))
 
-    def test_a_copy_is_read_and_passes(self, datasets, stored):
+    def test_a_copy_is_verified_and_accepted(self, datasets, stored):
         for data in datasets:
             content = data.path.read_bytes()
             data.path.unlink()
@@ -231,12 +231,12 @@ class TestRecord:
             os.utime(data.path, ns=(0, 0))
         check_record(stored, self.reopened(datasets))
 
-    def test_ids_that_changed_under_the_same_header_are_found(self, datasets, stored):
+    def test_changed_ids_with_the_same_header_are_detected(self, datasets, stored):
         content = bytearray(datasets[1].path.read_bytes())
         content[-5] ^= 1
         datasets[1].path.write_bytes(content)
         os.utime(datasets[1].path, ns=(0, 0))
-        with pytest.raises(UserError, match=r"300-200.tokens has changed: its ids"):
+        with pytest.raises(UserError, match=r"300-200.tokens has changed: "):
             check_record(stored, self.reopened(datasets))
 
     @pytest.mark.parametrize(
@@ -248,22 +248,22 @@ class TestRecord:
             (np.arange(100), 100_000, "another", "tokenizer"),
         ],
     )
-    def test_another_file_is_named(self, datasets, stored, ids, vocab_size, tokenizer, what):
+    def test_another_file_is_rejected(self, datasets, stored, ids, vocab_size, tokenizer, what):
         write_tokens(datasets[0].path, [ids], vocab_size, tokenizer)
         with pytest.raises(UserError, match=rf"0-100.tokens is not the file that the run began with: it has another {what}"):
             check_record(stored, self.reopened(datasets))
 
-    def test_the_number_and_the_order_of_the_files_matter(self, datasets, stored):
+    def test_another_number_or_order_of_files_is_rejected(self, datasets, stored):
         with pytest.raises(UserError, match="began with 2 training files, not 1"):
             check_record(stored, self.reopened(datasets[:1]))
         with pytest.raises(UserError, match=r"300-200.tokens is not the file"):
             check_record(stored, self.reopened(datasets[::-1]))
 
-    def test_another_order_of_samples_is_refused(self, datasets, stored):
-        with pytest.raises(UserError, match="draws its data in order 2, this version in 1"):
+    def test_another_order_of_samples_is_rejected(self, datasets, stored):
+        with pytest.raises(UserError, match="samples its data in order 2: this version supports 1"):
             check_record({**stored, "order": 2}, self.reopened(datasets))
 
     @pytest.mark.parametrize("broken", [{}, [], None, {"order": 1, "files": [3]}, {"order": 1, "files": [{"header": {}}]}])
-    def test_a_record_that_is_none_is_refused(self, datasets, broken):
-        with pytest.raises(UserError, match="record of its data cannot be read"):
+    def test_an_invalid_record_is_rejected(self, datasets, broken):
+        with pytest.raises(UserError, match="cannot read the run's record of its data"):
             check_record(broken, self.reopened(datasets))

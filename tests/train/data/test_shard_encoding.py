@@ -34,7 +34,7 @@ NAMES = ["a.txt.tokens", "b-a.txt.tokens", "c.txt.tokens", "d.jsonl.tokens"]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
-def test_documents_of_tables_are_ended(tmp_path, tokenizer, ending):
+def test_end_of_text_follows_documents_of_tables(tmp_path, tokenizer, ending):
     path, documents = tmp_path / f"table{ending}", ["the cat", "sat on a mat", ""]
     if ending == ".jsonl":
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -45,7 +45,7 @@ def test_documents_of_tables_are_ended(tmp_path, tokenizer, ending):
     dataset = TokenDataset(tmp_path / "a.tokens")
     text = "".join(f"{document}<|endoftext|>" for document in documents)
     assert dataset.records(np.array([0]), len(dataset))[0].tolist() == tokenizer.encode(text)
-    # Touched, it is read again and still the same.
+    # A touched file is hashed again and accepted.
     os.utime(path, ns=(0, 0))
     assert open_encoded(path, dataset.path, tokenizer).header == dataset.header
 
@@ -55,7 +55,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 9])
-def test_shards_are_the_same_for_any_number_of_workers(texts, tokenizer, tmp_path, num_workers):
+def test_shards_do_not_depend_on_the_number_of_workers(texts, tokenizer, tmp_path, num_workers):
     shards = encode_shards([texts], tmp_path / "out", tokenizer, num_workers=num_workers)
     assert [shard.path for shard in shards] == [tmp_path / "out" / name for name in NAMES] == find_shards(tmp_path / "out")
     for name, text in (("c.txt.tokens", "c.txt"), ("d.jsonl.tokens", "d.jsonl")):
@@ -68,7 +68,7 @@ def test_shards_are_the_same_for_any_number_of_workers(texts, tokenizer, tmp_pat
     assert [entry["text_file"]["name"] for entry in index["shards"]] == ["a.txt", "a.txt", "c.txt", "d.jsonl"]
 
 
-def test_an_encoding_that_fails_goes_on_where_it_was(texts, tokenizer, tmp_path, monkeypatch):
+def test_failed_encoding_resumes(texts, tokenizer, tmp_path, monkeypatch):
     whole = encode_shards([texts], tmp_path / "whole", tokenizer)
     real, encoded = shard_encoding.open_encoded, []
 
@@ -81,7 +81,7 @@ def test_an_encoding_that_fails_goes_on_where_it_was(texts, tokenizer, tmp_path,
     monkeypatch.setattr(shard_encoding, "open_encoded", broken)
     with pytest.raises(UserError, match=r"c.txt cannot be read"):
         encode_shards([texts], tmp_path / "out", tokenizer, num_workers=1)
-    # What is there so far is not taken for all.
+    # The incomplete folder cannot be opened.
     with pytest.raises(UserError, match=r"out/index.json, .*.tokens does not exist: encode its text again"):
         find_shards(tmp_path / "out")
     (tmp_path / "fixed").touch()
@@ -93,7 +93,7 @@ def test_an_encoding_that_fails_goes_on_where_it_was(texts, tokenizer, tmp_path,
     assert len(whole) == 4
 
 
-def test_an_error_ends_the_encodings_that_still_run(texts, tokenizer, tmp_path, monkeypatch):
+def test_error_stops_the_other_encodings(texts, tokenizer, tmp_path, monkeypatch):
     begun, ended = threading.Event(), []
 
     def encode(text, tokens, tokenizer, template, num_workers, advance):
@@ -114,7 +114,7 @@ def test_an_error_ends_the_encodings_that_still_run(texts, tokenizer, tmp_path, 
     assert ended == ["_Stopped"]
 
 
-def test_more_texts_join_the_shards_that_are_there(texts, tokenizer, tmp_path):
+def test_more_texts_extend_existing_shards(texts, tokenizer, tmp_path):
     out = tmp_path / "out"
     encode_shards([texts / "c.txt"], out, tokenizer)
     before = (out / "c.txt.tokens").stat().st_mtime_ns
@@ -123,38 +123,38 @@ def test_more_texts_join_the_shards_that_are_there(texts, tokenizer, tmp_path):
     assert (out / "c.txt.tokens").stat().st_mtime_ns == before
 
 
-def test_another_text_or_tokenizer_is_refused(texts, tokenizer, tmp_path):
+def test_another_text_or_tokenizer_is_rejected(texts, tokenizer, tmp_path):
     encode_shards([texts], tmp_path / "out", tokenizer)
-    with pytest.raises(UserError, match=r"tokens was made by another tokenizer"):
+    with pytest.raises(UserError, match=r"tokens was encoded with another tokenizer"):
         encode_shards([texts], tmp_path / "out", Tokenizer(tokenizer.vocab, tokenizer.merges[:0], ["<|endoftext|>"]))
     (texts / "c.txt").write_text("the bat")
-    with pytest.raises(UserError, match=r"c.txt.tokens was made from another c.txt: remove it"):
+    with pytest.raises(UserError, match=r"c.txt.tokens was encoded from another c.txt; remove it"):
         encode_shards([texts], tmp_path / "out", tokenizer)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "b/a.tokens", "b/a.tokens.part"])
-def test_what_is_no_text_is_not_encoded_with_a_folder(texts, tokenizer, tmp_path, name):
+def test_other_files_in_a_folder_of_texts_are_rejected(texts, tokenizer, tmp_path, name):
     (texts / name).write_text("x")
     with pytest.raises(
-        UserError, match=rf"texts has .*{name}, which is no text: name a folder, or a quoted glob, of texts alone"
+        UserError, match=rf"texts has .*{name}, which is not a text; name a folder, or a quoted glob, of texts only"
     ):
         encode_shards([texts], tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_whole_is_not_written_again(texts, tokenizer, tmp_path):
+def test_complete_shards_are_not_rewritten(texts, tokenizer, tmp_path):
     encode_shards([texts], tmp_path / "out", tokenizer)
     before = {path: path.stat() for path in (tmp_path / "out").iterdir()}
     encode_shards([texts], tmp_path / "out", tokenizer)
     assert {path: path.stat() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_two_texts_of_one_name_are_told_apart(texts, tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"b/a.txt and .*texts/a.txt would both be a.txt.tokens: name one of them differently"):
+def test_two_texts_with_the_same_name_are_rejected(texts, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"b/a.txt and .*texts/a.txt would both be encoded to a.txt.tokens; rename one of them"):
         encode_shards([texts / "a.txt", texts / "b" / "a.txt"], tmp_path / "out", tokenizer)
 
 
-def test_shards_go_beside_the_folder_of_their_texts(tmp_path):
+def test_default_folder(tmp_path):
     (tmp_path / "texts").mkdir()
     for path in ("texts", "texts/*.txt", "texts/[ab]*/*.txt"):
         assert default_folder(tmp_path / path) == tmp_path / "texts.tokens"

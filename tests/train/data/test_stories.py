@@ -1,4 +1,4 @@
-"""The story generator: the same bytes everywhere, correct English, stories that keep to their cast and plot."""
+"""The story generator: reproducible bytes, correct English, and consistent casts and plots."""
 
 import hashlib
 import re
@@ -12,11 +12,11 @@ from tilewright.train.data.stories import generate_stories
 
 COUNT = 10_000
 
-# Words before which the article follows the sound and not the letter.
+# Words whose article depends on the sound and not on the first letter.
 CONSONANT_SOUND = re.compile(r"(?:uni|use|uku|eu|one)", re.IGNORECASE)
 VOWEL_SOUND = re.compile(r"(?:hour|honest|heir)", re.IGNORECASE)
 
-# Words of one plot and of no other.
+# A phrase that occurs in one plot only.
 PLOT_MARKS = {
     "a lost toy": "took it everywhere",
     "learning something new": "So {0} practiced every day",
@@ -43,7 +43,7 @@ def sample() -> list[str]:
 
 
 def names(story: str) -> list[str]:
-    """The hero's name is the capitalized word that the opening introduces."""
+    """Return the names that the opening introduces. There must be exactly one, the hero's."""
     opening = story.split("\n\n")[0]
     patterns = [r"(?:named|called) ([^\W\d_]+)", r"whose name was ([^\W\d_]+)", r"^([^\W\d_]+) was an? "]
     return [match[1] for pattern in patterns if (match := re.search(pattern, opening))]
@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_stories(sample: list[str]) -> None:
     assert list(islice(generate_stories(0), 100)) == sample[:100]
 
 
-def test_the_first_bytes_are_the_ones_they_have_always_been(sample: list[str]) -> None:
+def test_stories_are_stable(sample: list[str]) -> None:
     first = "\n".join(sample).encode()[:100_000]
     assert hashlib.sha256(first).hexdigest() == "023966d831cc86cc2613a4d9d43099baeef8fee2093685e11b648a2f7b51438a"
 
@@ -62,7 +62,7 @@ def test_other_seeds_give_other_stories(sample: list[str]) -> None:
     assert set(sample).isdisjoint(islice(generate_stories(1), COUNT))
 
 
-def test_no_story_is_told_twice(sample: list[str]) -> None:
+def test_stories_are_distinct(sample: list[str]) -> None:
     assert len(set(sample)) == COUNT
 
 
@@ -111,7 +111,7 @@ def test_articles(sample: list[str]) -> None:
         assert not re.search(r"\b([Aa]n?|the) (?:an?|the)\b", story)
 
 
-def test_every_plot_is_told_of_children_and_of_animals(sample: list[str]) -> None:
+def test_every_plot_occurs_with_children_and_with_animals(sample: list[str]) -> None:
     scripts = stories._scripts()
     assert len(scripts) == 2 * len(PLOT_MARKS)
     told = {title: [s for s in sample if re.search(mark.format(r"\w+"), s)] for title, mark in PLOT_MARKS.items()}
@@ -121,7 +121,7 @@ def test_every_plot_is_told_of_children_and_of_animals(sample: list[str]) -> Non
         assert any("the animals" in story or re.search(r"(?:den|burrow|nest) near", story) for story in found), title
 
 
-def test_every_way_of_telling_occurs_in_some_story() -> None:
+def test_every_variant_of_a_beat_occurs() -> None:
     used = [Counter() for _ in stories._scripts()]
     scripts = stories._scripts()
     for draws in islice(stories._draws(0), 100_000):
@@ -132,15 +132,15 @@ def test_every_way_of_telling_occurs_in_some_story() -> None:
         assert len(counter) == sum(map(len, beats))
 
 
-def test_each_beat_has_four_ways_and_enough_draws() -> None:
-    for wheels, beats in stories._scripts():
+def test_each_beat_has_four_variants_and_there_are_enough_draws() -> None:
+    for tables, beats in stories._scripts():
         assert all(len(set(beat)) >= 4 for beat in beats)
-        # The slots draw from one end and the beats from the other.
-        assert 1 + len(wheels) + len(beats) <= stories._DRAWS
+        # Slots use draws from the beginning, beats from the end.
+        assert 1 + len(tables) + len(beats) <= stories._DRAWS
 
 
-def test_every_slot_of_a_template_has_a_wheel() -> None:
-    known = {slot for wheels, _ in stories._scripts() for wheel in wheels for slot in wheel[0]}
+def test_every_slot_of_a_template_has_a_table() -> None:
+    known = {slot for tables, _ in stories._scripts() for table in tables for slot in table[0]}
     used = stories._used_slots()
     assert used <= known
     words = stories._entries(stories._sections()["words"], ", ")
@@ -148,13 +148,13 @@ def test_every_slot_of_a_template_has_a_wheel() -> None:
         assert used & {slot, f"a {slot}", f"A {slot}", f"{slot}+", slot.capitalize()}, f"{slot} is never used"
 
 
-def test_the_lists_hold_no_word_twice() -> None:
+def test_lists_have_no_duplicates() -> None:
     for section, separator in (("names", ", "), ("words", ", "), ("shared", " / ")):
         for key, entries in stories._entries(stories._sections()[section], separator).items():
             assert len(entries) == len(set(entries)), key
 
 
-def test_the_hero_is_there_to_the_end(sample: list[str]) -> None:
+def test_hero_occurs_in_the_last_third(sample: list[str]) -> None:
     for story in sample:
         (name,) = names(story)
         assert name in story[len(story) * 2 // 3 :], story
@@ -167,10 +167,10 @@ def test_hero_and_friend_have_different_names(sample: list[str]) -> None:
 
 
 def test_pronouns_fit_the_hero() -> None:
-    for (wheels, _), draws in islice(zip(stories._scripts() * 50, stories._draws(3), strict=False), 1000):
+    for (tables, _), draws in islice(zip(stories._scripts() * 50, stories._draws(3), strict=False), 1000):
         slots: dict[str, str] = {}
-        for wheel, draw in zip(wheels, draws[1:], strict=False):
-            slots.update(wheel[draw])
+        for table, draw in zip(tables, draws[1:], strict=False):
+            slots.update(table[draw])
         assert (slots["he"], slots["kind"]) not in {("he", "girl"), ("she", "boy")}
         assert slots["near"] == ("in" if slots["kind"] in ("girl", "boy") else "near")
 
@@ -185,7 +185,7 @@ def test_vocabulary() -> None:
     assert len(words) >= 4500
 
 
-def test_common_words_are_much_more_common_than_rare_ones(sample: list[str]) -> None:
+def test_word_frequencies_fall_like_natural_language(sample: list[str]) -> None:
     counts = Counter(re.findall(r"[^\W\d_]+", "\n".join(sample).lower())).most_common()
     assert counts[10][1] > 20 * counts[500][1] > 100 * counts[5000][1]
 

@@ -20,7 +20,7 @@ def dataset(tmp_path):
     return TokenDataset(tmp_path / "count.tokens")
 
 
-def test_a_token_file_says_what_it_is(dataset):
+def test_format_of_a_token_file(dataset):
     with dataset.path.open("rb") as file:
         header = json.loads(file.readline())
         ids = file.read()
@@ -56,7 +56,7 @@ def test_ids_never_overflow(tmp_path, vocab_size, dtype):
     st.lists(arrays.arrays(np.int64, st.integers(0, 20), elements=st.integers(0, 70_000)), min_size=1, max_size=5),
     st.data(),
 )
-def test_windows_are_slices_of_what_was_written(tmp_path_factory, pieces, data):
+def test_windows_are_slices_of_the_ids(tmp_path_factory, pieces, data):
     path = tmp_path_factory.mktemp("tokens") / "a.tokens"
     write_tokens(path, pieces, data.draw(st.sampled_from([70_001, 2**20])))
     ids, dataset = np.concatenate(pieces), TokenDataset(path)
@@ -71,7 +71,7 @@ def test_windows_are_slices_of_what_was_written(tmp_path_factory, pieces, data):
         dataset.windows(np.array([len(ids) - length + 1]), length)
 
 
-def test_an_interrupted_file_leaves_nothing(tmp_path):
+def test_interrupted_write_leaves_no_file(tmp_path):
     def ids():
         yield np.arange(10)
         raise RuntimeError("power cut")
@@ -83,7 +83,7 @@ def test_an_interrupted_file_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(50_000, "<u2"), (100_000, "<u4")])
 def test_files_larger_than_four_gigabytes(tmp_path, vocab_size, dtype):
-    # With holes, so that it takes no room on the disk.
+    # A sparse file, which needs little disk space.
     path, num_tokens, size = tmp_path / "large.tokens", 2**32 + 12_345, np.dtype(dtype).itemsize
     header = TokenHeader(np.dtype(dtype).name, num_tokens, "", vocab_size, "")
     places = [0, 2**31 - 3, 2**31 + 7, 2**32 - 5, num_tokens - 10]
@@ -100,27 +100,27 @@ def test_files_larger_than_four_gigabytes(tmp_path, vocab_size, dtype):
     assert not dataset.windows(np.array([2**31 + 100, 2**32 + 100]), 1000).any()
 
 
-def test_files_that_are_not_whole_token_files_are_refused(dataset, tmp_path):
+def test_invalid_token_files_are_rejected(dataset, tmp_path):
     whole = dataset.path.read_bytes()
     broken = tmp_path / "broken.tokens"
     for content, message in {
         b"some text": "is not a token file",
         b"[]": "is not a token file",
         b"\xff" * 5000: "is not a token file",
-        whole.replace(b"tokens-2", b"tokens-1"): "of another version, tilewright-tokens-1: remove it to have it made again",
+        whole.replace(b"tokens-2", b"tokens-1"): "of another version, tilewright-tokens-1; remove it to encode it again",
         whole.replace(b"uint16", b"uint32"): "is not a token file",
         whole.replace(b"uint16", b"int999"): "is not a token file",
         whole.replace(b'"num_tokens": 1000', b'"num_tokens": null'): "is not a token file",
         whole.replace(b'"num_tokens": 1000', b'"num_tokens": -100'): "is not a token file",
-        whole[:-2]: r"has 6094 bytes, its header says 6096",
-        whole + b"\0": r"has 6097 bytes, its header says 6096",
+        whole[:-2]: r"has 6094 bytes: expected 6096 by its header",
+        whole + b"\0": r"has 6097 bytes: expected 6096 by its header",
     }.items():
         broken.write_bytes(content)
         with pytest.raises(UserError, match=message):
             TokenDataset(broken)
 
 
-def test_ids_outside_the_vocabulary_are_refused(dataset):
+def test_ids_outside_the_vocabulary_are_rejected(dataset):
     ids = np.arange(1000, dtype="<u2")
     ids[7] = 1000
     path = dataset.path.with_name("damaged.tokens")
@@ -154,29 +154,29 @@ def replace(path):
 
 
 def let_time_pass(path):
-    # The clock of a file system ticks every few milliseconds: a test is faster.
+    # The test may be faster than the resolution of the file system's clock.
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**7))
 
 
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (os.unlink, "cannot be read: No such file or directory"),
-        (cut_off, "has 5096 bytes, its header says 6096"),
-        (cut_to_nothing, "has 0 bytes, its header says 6096"),
-        (edit, "has changed: its ids are not those"),
-        (replace, "has changed: its ids are not those"),
+        (os.unlink, r"cannot read token file .*count.tokens: No such file or directory"),
+        (cut_off, "count.tokens has 5096 bytes: expected 6096"),
+        (cut_to_nothing, "count.tokens has 0 bytes: expected 6096"),
+        (edit, "count.tokens has changed: the hash of its ids differs"),
+        (replace, "count.tokens has changed: the hash of its ids differs"),
     ],
 )
-def test_a_file_that_changes_while_it_is_open_is_named(dataset, harm, message):
+def test_change_of_an_open_dataset_is_detected(dataset, harm, message):
     dataset.windows(np.array([0]), 10)
     harm(dataset.path)
     for _ in range(2):
-        with pytest.raises(UserError, match=f"count.tokens {message}"):
+        with pytest.raises(UserError, match=message):
             dataset.windows(np.array([0]), 10)
 
 
-def test_a_file_that_is_only_touched_or_copied_is_the_same(dataset, monkeypatch):
+def test_touched_or_copied_file_is_accepted(dataset, monkeypatch):
     dataset.windows(np.array([0]), 10)
     os.utime(dataset.path, ns=(1, 1))
     assert dataset.windows(np.array([0]), 3).tolist() == [[0, 1, 2]]
@@ -184,13 +184,13 @@ def test_a_file_that_is_only_touched_or_copied_is_the_same(dataset, monkeypatch)
     copy.write_bytes(dataset.path.read_bytes())
     copy.replace(dataset.path)
     assert dataset.windows(np.array([0]), 3).tolist() == [[0, 1, 2]]
-    # It is hashed once, not at each read.
+    # The file is hashed once, not at each read.
     monkeypatch.setattr(TokenDataset, "_verify", None)
     assert dataset.windows(np.array([0]), 3).tolist() == [[0, 1, 2]]
 
 
 class TestResuming:
-    def test_a_writer_goes_on_behind_what_its_header_speaks_of(self, tmp_path):
+    def test_writer_resumes_after_the_last_save(self, tmp_path):
         path = tmp_path / "part"
         with path.open("w+b") as file:
             writer = TokenWriter(file, 1000, "t")
@@ -205,7 +205,7 @@ class TestResuming:
         assert resumed == dataclasses.replace(whole, text_bytes=9)
         assert path.read_bytes()[HEADER_BYTES:] == (tmp_path / "whole").read_bytes()[HEADER_BYTES:]
 
-    def test_ids_that_are_lost_or_changed_are_not_gone_on_from(self, tmp_path):
+    def test_lost_or_changed_ids_are_rejected(self, tmp_path):
         path = tmp_path / "part"
         with path.open("w+b") as file:
             writer = TokenWriter(file, 1000, "t")
@@ -214,5 +214,5 @@ class TestResuming:
         whole = path.read_bytes()
         for content in (whole[:-1], whole[:-1] + b"\2", b""):
             path.write_bytes(content)
-            with path.open("r+b") as file, pytest.raises(ValueError, match="not those that its header speaks of"):
+            with path.open("r+b") as file, pytest.raises(ValueError, match="differs from its header"):
                 TokenWriter(file, 1000, "t", header)

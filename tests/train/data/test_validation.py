@@ -14,7 +14,7 @@ def dataset(tmp_path):
     return TokenDataset(tmp_path / "count.tokens")
 
 
-def test_validation_covers_the_file_evenly_and_always_alike(dataset):
+def test_windows_are_evenly_spaced_and_deterministic(dataset):
     batches = list(ValidationData(dataset, num_sequences=10, context_length=16).batches(4))
     assert [len(inputs) for inputs, _ in batches] == [4, 4, 2]
     assert all(torch.equal(targets, inputs + 1) for inputs, targets in batches)
@@ -25,12 +25,12 @@ def test_validation_covers_the_file_evenly_and_always_alike(dataset):
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
 
 
-def test_a_short_validation_file_is_read_once(dataset):
+def test_short_file_is_read_once(dataset):
     batches = ValidationData(dataset, num_sequences=400, context_length=100).batches(4)
     assert sum(len(inputs) for inputs, _ in batches) == 9
 
 
-def test_packed_windows_are_validated_where_training_packs(tmp_path):
+def test_validation_packs_as_training_does(tmp_path):
     ids = np.concatenate([[*range(1, size), 0] for size in (5, 3, 9, 2, 7, 4, 4)])
     write_tokens(tmp_path / "a.tokens", [ids], 1000)
     dataset, packing = TokenDataset(tmp_path / "a.tokens"), Packing("best_fit", 0)

@@ -19,7 +19,7 @@ def flip_ids(path):
     content.tofile(path)
 
 
-def test_whole_files_pass(files):
+def test_valid_files_pass(files):
     verification = Verification(files)
     verification.finish()
     verification.check()
@@ -27,23 +27,23 @@ def test_whole_files_pass(files):
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
-def test_a_changed_file_is_named(files, damaged):
+def test_error_names_a_changed_file(files, damaged):
     flip_ids(files[damaged].path)
     verification = Verification(files)
-    with pytest.raises(UserError, match=rf"{files[damaged].path} has changed: its ids are not those"):
+    with pytest.raises(UserError, match=rf"{files[damaged].path} has changed: the hash of its ids differs"):
         verification.finish()
     with pytest.raises(UserError, match="has changed"):
         verification.check()
     verification.close()
 
 
-def test_a_file_that_cannot_be_read_any_more_is_named(files):
+def test_error_names_a_missing_file(files):
     files[1].path.unlink()
-    with pytest.raises(UserError, match=r"b.tokens cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"cannot read token file .*b.tokens: No such file"):
         Verification(files).finish()
 
 
-def test_closing_ends_it_between_two_pieces(files, monkeypatch):
+def test_close_stops_after_the_current_piece(files, monkeypatch):
     pieces = []
     monkeypatch.setattr("tilewright.train.data.token_file._HASH_BYTES", 100)
     verification = Verification(files)

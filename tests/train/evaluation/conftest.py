@@ -9,7 +9,7 @@ from tilewright.train.pretrained import TextModel
 
 @pytest.fixture(scope="session")
 def text_model(corpus):
-    """A small model with random weights, large enough for its answers to differ, and the corpus's tokenizer."""
+    """A scorer of a small random model whose answers differ, with the tokenizer of the corpus."""
     tokenizer = Tokenizer.load(corpus / "tokenizer.json")
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, context_length=24, d_model=32, num_layers=2, num_heads=4, d_ff=64)
@@ -28,7 +28,7 @@ def scorer(text_model):
 
 @pytest.fixture(scope="session")
 def nats_of(text_model):
-    """Return the nats of the last token after those before it, by one forward pass of it alone."""
+    """Return the nats of the last token given the others, from a separate forward pass."""
 
     @torch.no_grad()
     def nats(tokens):

@@ -41,7 +41,7 @@ def bundle(tmp_path):
     return tmp_path
 
 
-def test_a_bundle_is_read_in_nanochats_order(bundle):
+def test_bundle_has_nanochats_order(bundle):
     choice, schema, language = read_bundle(bundle)
     assert [task.label for task in (choice, schema, language)] == ["choice", "schema", "language"]
     assert (choice.delimiter, schema.delimiter) == ("\nAnswer: ", " ")
@@ -52,7 +52,7 @@ def test_a_bundle_is_read_in_nanochats_order(bundle):
     assert read_bundle(bundle, limit=3)[0].items == expected[:3]
 
 
-def test_prompts_are_nanochats(bundle):
+def test_prompts_match_nanochat(bundle):
     choice, schema, language = read_bundle(bundle)
     first, second = (choice.items[i] for i in random.Random(1234 + 1).sample([0, 2, 3, 4], 2))
     shown = "".join(f"{each['query']}\nAnswer: {each['choices'][each['gold']]}\n\n" for each in (first, second))
@@ -67,11 +67,11 @@ def test_prompts_are_nanochats(bundle):
 @pytest.mark.parametrize(
     ("sequences", "length"), [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[5, 6]], 2)]
 )
-def test_the_common_beginning_is_found(sequences, length):
+def test_common_prefix_length(sequences, length):
     assert common_length(sequences) == length
 
 
-def test_the_metric_is_the_mean_of_centred_accuracies_checked_by_hand(bundle, text_model, nats_of):
+def test_core_is_the_mean_of_centered_accuracies(bundle, text_model, nats_of):
     from tilewright.train.evaluation import Scorer
 
     scorer = Scorer(text_model, "float32", batch_tokens=64)
@@ -113,31 +113,31 @@ def test_the_metric_is_the_mean_of_centred_accuracies_checked_by_hand(bundle, te
     assert report["tasks"]["choice"]["cut"] > 0
 
 
-def test_wrong_bundles_are_named(bundle, monkeypatch):
+def test_malformed_bundles_raise(bundle, monkeypatch):
     def refused(message, limit=None):
         with pytest.raises(UserError, match=message):
             read_bundle(bundle, limit)
 
-    refused("task choice of CORE shows 2 examples: it has 2 items", limit=2)
+    refused("CORE task choice needs 2 examples: expected more than 2 items, found 2", limit=2)
     for gold in (2, -1, "1", True):
         item = json.dumps(SCHEMA[0] | {"gold": gold})
         (bundle / "eval_data" / "schema.jsonl").write_text(item)
-        refused("schema.jsonl, line 1 is no item of schema: gold is .*, and must be the place of an answer, from 0")
+        refused("schema.jsonl, line 1 is not an item of schema: gold is .*, expected the index of an answer, counted from 0")
     (bundle / "eval_data" / "schema.jsonl").write_text('{"continuation": "x", "gold": 0}\n')
-    refused(r"schema.jsonl, line 1 is no item of schema: 'context_options' is missing")
+    refused(r"schema.jsonl, line 1 is not an item of schema: 'context_options' is missing")
     (bundle / "eval_data" / "schema.jsonl").unlink()
     refused("the data of schema, .* does not exist")
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoice,100\n")
-    refused("the random baseline of choice is 100: percent from 0 to below 100 are needed")
+    refused("the random baseline of choice is 100: expected a percentage from 0 to below 100")
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoice,25\n")
-    refused("task schema of CORE has no row in eval_meta_data.csv")
+    refused("CORE task schema has no row in eval_meta_data.csv")
     (bundle / "core.yaml").write_text(CORE.replace("multiple_choice", "essay"))
-    refused("task choice of CORE is of type 'essay'")
+    refused("CORE task choice has type 'essay'")
     (bundle / "core.yaml").write_text("icl_tasks: []")
     refused("core.yaml lists no task")
     (bundle / "core.yaml").write_text("a: [")
-    refused("is no bundle of CORE's tasks")
+    refused("is not a CORE bundle")
     (bundle / "core.yaml").write_text("tasks: []")
-    refused("is no bundle of CORE's tasks: KeyError: 'icl_tasks'")
+    refused("is not a CORE bundle: KeyError: 'icl_tasks'")
     (bundle / "core.yaml").unlink()
     refused("core.yaml does not exist: give the folder of nanochat's eval_bundle")

@@ -13,7 +13,7 @@ from tilewright.train.evaluation.tasks import read_questions
 
 pytest.importorskip("lm_eval")
 
-# Where lm-eval defines them, below its tasks.
+# Paths of the definitions below lm-eval's folder of tasks.
 DEFINITIONS = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "arc_easy": "arc/arc_easy.yaml",
@@ -42,7 +42,7 @@ def write_task(folder, name, items, definition):
         "dataset_kwargs": data,
         "validation_split": "validation",
     } | dict.fromkeys(("training_split", "test_split", "fewshot_split"))
-    # JSON is YAML too.
+    # JSON is valid YAML.
     (folder / f"{name}.yaml").write_text(json.dumps(definition | local))
 
 
@@ -50,13 +50,13 @@ def write_task(folder, name, items, definition):
 def without_bootstrap(monkeypatch):
     from tilewright.train.evaluation import harness
 
-    # A hundred thousand draws take seconds.
+    # The default of 100,000 bootstrap samples takes seconds.
     monkeypatch.setattr(harness, "simple_evaluate", functools.partial(harness.simple_evaluate, bootstrap_iters=0))
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of lm-eval's tasks, its own with local items and two of ours, and what finds them there."""
+    """A folder with lm-eval's tasks on local items and two tasks of our own, and their task manager."""
     import lm_eval.tasks
 
     from tilewright.train.evaluation.harness import find_tasks
@@ -78,7 +78,7 @@ def tasks(tmp_path_factory):
     return folder, find_tasks
 
 
-def test_our_prompts_and_accuracies_are_lm_evals(tasks, scorer, monkeypatch):
+def test_prompts_and_accuracies_match_lm_eval(tasks, scorer, monkeypatch):
     from tilewright.train.evaluation.harness import HarnessModel, run_tasks
 
     folder, find_tasks = tasks
@@ -102,7 +102,7 @@ def test_our_prompts_and_accuracies_are_lm_evals(tasks, scorer, monkeypatch):
             assert theirs.get(metric, ours[metric]) == pytest.approx(ours[metric]), (name, metric)
 
 
-def test_texts_are_scored_by_windows_that_do_not_overlap(tasks, scorer, nats_of):
+def test_texts_are_scored_in_windows_without_overlap(tasks, scorer, nats_of):
     from tilewright.train.evaluation.harness import run_tasks
 
     folder, find_tasks = tasks
@@ -111,14 +111,14 @@ def test_texts_are_scored_by_windows_that_do_not_overlap(tasks, scorer, nats_of)
     for text in TEXTS:
         sequence = [*scorer.start, *scorer.encode(text)]
         for i in range(1, len(sequence)):
-            # The last window is as long as the others, and begins earlier.
+            # The last window has full length, so it starts earlier.
             end = min(len(sequence), -(-i // length) * length + 1)
             nats += nats_of(sequence[max(0, end - length - 1) : i + 1])
     num_bytes = sum(len(text.encode()) for text in TEXTS)
     assert row["bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-5)
 
 
-def test_texts_go_on_to_the_first_stop(tasks, scorer, text_model, monkeypatch):
+def test_generation_ends_at_the_first_stop_string(tasks, scorer, text_model, monkeypatch):
     from tilewright.train.evaluation.harness import HarnessModel, run_tasks
 
     folder, find_tasks = tasks
@@ -132,16 +132,16 @@ def test_texts_go_on_to_the_first_stop(tasks, scorer, text_model, monkeypatch):
     assert made == [scorer.tokenizer.decode(tokens).partition("\n")[0] for tokens in expected]
 
 
-def test_unknown_tasks_and_folders_are_named(tasks, monkeypatch):
+def test_unknown_tasks_and_folders_raise(tasks, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     folder, find_tasks = tasks
-    # Thousands of files are not looked through here.
+    # Avoid indexing lm-eval's thousands of files.
     monkeypatch.setattr(
         "tilewright.train.evaluation.harness.TaskManager",
         lambda **options: TaskManager(**options | {"include_defaults": False}),
     )
-    with pytest.raises(UserError, match="task 'our_nothing' is unknown to lm-eval"):
+    with pytest.raises(UserError, match="unknown lm-eval task 'our_nothing'"):
         find_tasks(["our_piqa", "our_nothing"], folder)
     with pytest.raises(UserError, match="does not exist"):
         find_tasks(["our_piqa"], folder / "nowhere")

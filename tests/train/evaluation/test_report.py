@@ -26,7 +26,7 @@ def run(changed):
     return train(changed(steps=4)).run
 
 
-def test_the_command_prints_tables_and_writes_json(run, corpus, data, tmp_path, capsys):
+def test_command_prints_tables_and_writes_json(run, corpus, data, tmp_path, capsys):
     out, valid = tmp_path / "eval.json", corpus / "valid.txt"
     options = ["--text", str(valid), "--tasks", "copa,swag", "winogrande", "--data", str(data), "--device", "cpu"]
     main(["eval", str(run), *options, "--out", str(out)])
@@ -46,23 +46,26 @@ def test_the_command_prints_tables_and_writes_json(run, corpus, data, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "there is nothing to evaluate"),
-        ({"tasks": (",",)}, "there is nothing to evaluate"),
-        ({"tasks": ("piqa",)}, "name it with --data"),
+        ({}, "nothing to evaluate"),
+        ({"tasks": (",",)}, "nothing to evaluate"),
+        ({"tasks": ("piqa",)}, "tasks is set without data"),
         ({"core": "x", "limit": 0}, "limit is 0"),
         ({"core": "x", "num_fewshot": -1}, "num_fewshot is -1"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_invalid_evaluation_options_raise(options, message):
     with pytest.raises(UserError, match=message):
         EvalConfig(**options)
 
 
-def test_what_is_missing_is_named_before_the_model_is_loaded(tmp_path, data, monkeypatch):
+def test_missing_data_raises_before_the_model_is_loaded(tmp_path, data, monkeypatch):
     for config, message in (
         (EvalConfig(text=(tmp_path / "no.txt",)), "no.txt does not exist"),
         (EvalConfig(tasks=("piqa",), data=tmp_path), "piqa.jsonl does not exist"),
-        (EvalConfig(tasks=("piqa",), data=data, num_fewshot=2), "num_fewshot is 2: piqa has 2 items"),
+        (
+            EvalConfig(tasks=("piqa",), data=data, num_fewshot=2),
+            "num_fewshot is 2: expected less than 2, the number of items of piqa",
+        ),
         (EvalConfig(core=tmp_path), "core.yaml does not exist"),
     ):
         with pytest.raises(UserError, match=message):

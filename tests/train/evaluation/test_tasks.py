@@ -15,11 +15,11 @@ def write_items(folder, task, items):
     return folder
 
 
-def test_every_task_has_items_here():
+def test_all_tasks_have_test_items():
     assert ITEMS.keys() == TASKS.keys()
 
 
-def test_the_likeliest_answer_is_taken(scorer, nats_of):
+def test_most_likely_answer_is_chosen(scorer, nats_of):
     questions = [Question(("the cat sat on",) * 3, (" a mat", " one", " that old red tree é"), gold) for gold in (0, 1, 2)] + [
         Question(("", "the old cat"), (" sat",) * 2, 0)
     ]
@@ -40,7 +40,7 @@ def test_the_likeliest_answer_is_taken(scorer, nats_of):
     assert score_questions(scorer, "made up", questions, limit=1)["acc"] == right[0, 0]
 
 
-def test_examples_stand_before_a_question_and_are_never_itself(scorer, monkeypatch):
+def test_examples_precede_a_question_and_exclude_it(scorer, monkeypatch):
     questions = [Question((f"q{i}:",) * 2, (" yes", " no"), i % 2) for i in range(6)]
     prompts = []
     whole = type(scorer).continuation
@@ -54,22 +54,22 @@ def test_examples_stand_before_a_question_and_are_never_itself(scorer, monkeypat
 
 
 @pytest.mark.parametrize("index", [0, 3, 6])
-def test_examples_are_nanochats(index):
+def test_examples_match_nanochat(index):
     import random
 
     items = list("abcdefg")
     others = [i for i in range(7) if i != index]
     assert examples_for(index, items, 4) == [items[i] for i in random.Random(1234 + index).sample(others, 4)]
-    with pytest.raises(UserError, match="7 examples are asked for: allowed are 0 to 6"):
+    with pytest.raises(UserError, match="the number of examples is 7: expected 0 to 6"):
         examples_for(index, items, 7)
 
 
-def test_prompts_that_the_context_cuts_are_counted(scorer):
+def test_truncated_prompts_are_counted(scorer):
     questions = [Question(("the cat sat on a mat " * 20, "the"), (" one", " two"), 0)]
     assert score_questions(scorer, "made up", questions)["cut"] == 1
 
 
-def test_the_error_of_an_accuracy_is_that_of_its_sample():
+def test_standard_error_uses_the_sample_variance():
     hits = [1, 0, 0, 1, 1]
     assert standard_error(0.6, 5) == pytest.approx(np.std(hits, ddof=1) / math.sqrt(5))
     assert standard_error(1.0, 1) is None
@@ -78,26 +78,26 @@ def test_the_error_of_an_accuracy_is_that_of_its_sample():
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("piqa", {"label": 2}, "line 2 is no item of piqa: its answer is 2"),
-        ("piqa", {"label": ""}, "line 2 is no item of piqa"),
-        ("arc_easy", {"answerKey": "Z"}, "line 2 is no item of arc_easy"),
+        ("piqa", {"label": 2}, "line 2 is not an item of piqa: its answer is 2"),
+        ("piqa", {"label": ""}, "line 2 is not an item of piqa"),
+        ("arc_easy", {"answerKey": "Z"}, "line 2 is not an item of arc_easy"),
         ("winogrande", {"sentence": "no gap"}, "its sentence has no _"),
-        ("copa", {"question": "why"}, "'why' is missing or has no such value"),
-        ("hellaswag", {"endings": None}, "line 2 is no item of hellaswag"),
+        ("copa", {"question": "why"}, "'why' is missing or is not a known value"),
+        ("hellaswag", {"endings": None}, "line 2 is not an item of hellaswag"),
     ],
 )
-def test_a_wrong_item_is_named_with_its_line(tmp_path, task, change, message):
+def test_malformed_item_is_reported_with_its_line(tmp_path, task, change, message):
     first, second = ITEMS[task][:2]
     with pytest.raises(UserError, match=message):
         read_questions(write_items(tmp_path, task, [first, second | change]), task)
 
 
-def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"task 'gsm8k' is unknown: choose from hellaswag, .*or give it to --harness"):
+def test_malformed_files_raise(tmp_path):
+    with pytest.raises(UserError, match=r"task is 'gsm8k': expected one of hellaswag, .*use --harness"):
         read_questions(tmp_path, "gsm8k")
     with pytest.raises(UserError, match=r"the data of piqa, .*piqa.jsonl does not exist"):
         read_questions(tmp_path, "piqa")
-    wrong = ((b"[1]\n", "is a list"), (b"{\n", "is not JSON"), (b"\n", "holds no item"))
+    wrong = ((b"[1]\n", "is a list"), (b"{\n", "is not JSON"), (b"\n", "contains no items"))
     for data, message in (*wrong, (b"[" * 100_000, "line 1 is not JSON"), (b"\xff", "is not in UTF-8")):
         (tmp_path / "piqa.jsonl").write_bytes(data)
         with pytest.raises(UserError, match=message):

@@ -19,8 +19,8 @@ def write(path, documents):
     return path
 
 
-def by_hand(nats_of, tokens, start, context, stride):
-    """The nats of each token, scored by itself with the context that its window gives it."""
+def reference_nats(nats_of, tokens, start, context, stride):
+    """Return the nats of each token, scored separately with the context of its window."""
     sequence, nats = [*start, *tokens], []
     end = context + 1
     for i in range(max(1, len(start)), len(sequence)):
@@ -31,12 +31,12 @@ def by_hand(nats_of, tokens, start, context, stride):
 
 
 @pytest.mark.parametrize(("stride", "context"), [(None, None), (24, None), (1, None), (5, 10)])
-def test_every_token_is_scored_as_by_hand(text_model, nats_of, tmp_path, stride, context):
+def test_token_scores_match_a_reference(text_model, nats_of, tmp_path, stride, context):
     scorer = Scorer(text_model, "float32", batch_tokens=100, context_length=context)
     path = write(tmp_path / "text.txt", DOCUMENTS)
     row = score_texts(scorer, [path], stride)[str(path)]
     context = context or 24
-    parts = [by_hand(nats_of, scorer.encode(text), scorer.start, context, stride or context // 2) for text in DOCUMENTS]
+    parts = [reference_nats(nats_of, scorer.encode(text), scorer.start, context, stride or context // 2) for text in DOCUMENTS]
     nats = [each for part in parts for each in part]
     assert row["nats"] == pytest.approx(sum(nats), rel=1e-5)
     assert (row["tokens"], row["documents"]) == (len(nats), 4)
@@ -47,7 +47,7 @@ def test_every_token_is_scored_as_by_hand(text_model, nats_of, tmp_path, stride,
 
 @given(st.data())
 @settings(deadline=None)
-def test_windows_score_each_token_once_with_a_long_context(data):
+def test_windows_score_each_token_once(data):
     context = data.draw(st.integers(1, 8), "context")
     stride = data.draw(st.integers(1, context), "stride")
     start = list(range(-data.draw(st.integers(0, min(2, context)), "start"), 0))
@@ -61,12 +61,12 @@ def test_windows_score_each_token_once_with_a_long_context(data):
     assert scored == list(range(tokens))[0 if start else 1 :]
     for i, request in enumerate(found):
         assert 1 <= request.num_scored < len(request.tokens) <= context + 1
-        # Each but the first window reaches as far back as the context does.
+        # All windows except the first have the full context length.
         assert i == 0 or len(request.tokens) == context + 1
         assert np.all(np.diff(request.tokens) == 1)
 
 
-def test_rows_of_a_table_are_documents(scorer, tmp_path):
+def test_rows_of_json_lines_and_parquet_are_documents(scorer, tmp_path):
     text, table = write(tmp_path / "a.txt", DOCUMENTS), tmp_path / "a.jsonl"
     table.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
     rows = score_texts(scorer, [text, table])
@@ -76,7 +76,7 @@ def test_rows_of_a_table_are_documents(scorer, tmp_path):
     assert rows["all"]["bits_per_byte"] == pytest.approx(rows[str(text)]["bits_per_byte"])
 
 
-def test_a_text_is_read_in_blocks(scorer, tmp_path, monkeypatch):
+def test_text_is_read_in_blocks(scorer, tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", DOCUMENTS * 20)
     whole = score_texts(scorer, [path])[str(path)]
     defaults = {"pattern": "gpt2", "block_bytes": 64, "document_end": ""}
@@ -88,7 +88,7 @@ def test_a_text_is_read_in_blocks(scorer, tmp_path, monkeypatch):
     }
 
 
-def test_joined_documents_see_each_other_and_what_divides_them_is_not_scored(scorer, nats_of, tmp_path):
+def test_joined_documents_share_context_and_separators_are_not_scored(scorer, nats_of, tmp_path):
     path = write(tmp_path / "a.txt", ["the cat", "sat on a mat"])
     row = score_texts(scorer, [path], join_documents=True)[str(path)]
     first, second = scorer.encode("the cat"), scorer.encode("sat on a mat")
@@ -98,7 +98,7 @@ def test_joined_documents_see_each_other_and_what_divides_them_is_not_scored(sco
     assert (row["tokens"], row["bytes"], row["documents"]) == (len(places), 19, 2)
 
 
-def test_without_a_token_to_begin_with_the_first_one_is_not_scored(text_model, nats_of, tmp_path):
+def test_first_token_is_not_scored_without_a_start_token(text_model, nats_of, tmp_path):
     scorer = Scorer(TextModel(text_model.model, text_model.tokenizer), "float32")
     path = write(tmp_path / "a.txt", ["the cat sat"])
     row = score_texts(scorer, [path])[str(path)]
@@ -109,9 +109,9 @@ def test_without_a_token_to_begin_with_the_first_one_is_not_scored(text_model, n
         score_texts(scorer, [path], join_documents=True)
 
 
-def test_wrong_texts_and_strides_are_named(scorer, tmp_path):
+def test_invalid_texts_and_strides_raise(scorer, tmp_path):
     path = write(tmp_path / "a.txt", ["the cat"])
-    with pytest.raises(UserError, match="stride is 25: it must be from 1 to 24"):
+    with pytest.raises(UserError, match="stride is 25: expected 1 to 24"):
         score_texts(scorer, [path], 25)
     with pytest.raises(UserError, match="does not exist"):
         score_texts(scorer, [tmp_path / "b.txt"])

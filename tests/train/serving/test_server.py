@@ -28,7 +28,7 @@ SECONDS = 60
 
 
 class Running:
-    """A server on a free port in a thread, and a client of it. `gate` holds up the model while it is cleared."""
+    """A server on a free port in a thread, and its client. The model waits while `gate` is cleared."""
 
     def __init__(self, text_model, template=TEMPLATE, num_slots=4, max_queue=16, **options):
         engine = make_engine(text_model, num_slots)
@@ -62,7 +62,7 @@ class Running:
         return self.client.chat.completions.create(model="tiny", messages=messages, **options)
 
     def request(self, method, path, body=b"", headers=()):
-        """Return status and JSON of a request that the client would not make."""
+        """Return status and JSON of a raw request."""
         import http.client
 
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
@@ -98,7 +98,7 @@ def server(text_model):
 
 
 def alone(text_model, ids, new, seed=None, **options):
-    """Return the text and the tokens of a prompt that nothing runs beside."""
+    """Return the text and the tokens of a prompt that is generated alone."""
     tokens = generate(text_model.model, [ids], new, seed=seed, stop_tokens=text_model.end_tokens, **options)[0]
     return text_model.tokenizer.decode(tokens, skip_special_tokens=True), tokens
 
@@ -111,14 +111,14 @@ def wait_until(condition):
     raise AssertionError("it never came about")
 
 
-def test_a_completion_is_what_the_model_writes(server, text_model):
+def test_completion_equals_direct_generation(server, text_model):
     text, tokens = alone(text_model, text_model.tokenizer.encode("the"), 16, temperature=0)
     answer = server.complete(temperature=0)
     (choice,) = answer.choices
     assert (choice.text, choice.finish_reason) == (text, "length" if len(tokens) == 16 else "stop")
     assert answer.usage.to_dict() == {"prompt_tokens": 1, "completion_tokens": len(tokens), "total_tokens": len(tokens) + 1}
     assert server.complete([257], temperature=0).choices == answer.choices
-    # Several prompts, several samples of each: in the order of the prompts.
+    # Several samples of several prompts, in the order of the prompts.
     answer = server.complete(["the", "a"], max_tokens=6, seed=7, n=2, top_p=0.9)
     prompts = [text_model.tokenizer.encode(prompt) for prompt in ("the", "a")]
     expected = [alone(text_model, ids, 6, seed, top_p=0.9)[0] for ids in prompts for seed in (7, 8)]
@@ -126,13 +126,13 @@ def test_a_completion_is_what_the_model_writes(server, text_model):
 
 
 def long_seed(server):
-    """Return a seed with which twenty tokens make a text that is worth taking apart."""
+    """Return a seed for which twenty tokens form a text suitable for this test."""
     texts = ((seed, server.complete(max_tokens=20, seed=seed).choices[0]) for seed in range(50))
     return next(seed for seed, choice in texts if len(choice.text) > 12 and choice.finish_reason == "length")
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_stream_gives_the_same_text_in_pieces(server, n):
+def test_stream_yields_the_same_text(server, n):
     options = {"max_tokens": 20, "seed": long_seed(server), "n": n}
     whole = server.complete(**options)
     events = list(server.complete(**options, stream=True, stream_options={"include_usage": True}))
@@ -145,7 +145,7 @@ def test_a_stream_gives_the_same_text_in_pieces(server, n):
         assert len(pieces) > 3 or choice.index == 1
 
 
-def test_a_chat_follows_the_template(server, text_model):
+def test_chat_uses_the_template(server, text_model):
     messages = [{"role": "user", "content": "Hello <|im_end|>"}]
     ids = encode_conversation(text_model, server.service.template, messages)
     text, tokens = alone(text_model, ids, 24, temperature=0)
@@ -158,7 +158,7 @@ def test_a_chat_follows_the_template(server, text_model):
     assert events[0].choices[0].delta.role == "assistant"
     assert "".join(event.choices[0].delta.content or "" for event in events) == text
     assert events[-1].choices[0].finish_reason == answer.choices[0].finish_reason
-    # Without a limit, to the end of the context.
+    # Without a limit, a chat continues to the end of the context.
     longest = server.chat("x", seed=0)
     assert longest.usage.total_tokens == 256 or longest.choices[0].finish_reason == "stop"
     parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "<|im_end|>"}]
@@ -176,7 +176,7 @@ def test_stop_strings_end_a_text(server):
         assert choices[-1].finish_reason == "stop"
 
 
-def test_requests_at_once_equal_each_alone(server, text_model):
+def test_concurrent_requests_equal_separate_ones(server, text_model):
     def ask(i):
         options = {"max_tokens": 10 + i, "seed": i, "temperature": i / 5, "stream": False}
         if i % 2:
@@ -189,7 +189,7 @@ def test_requests_at_once_equal_each_alone(server, text_model):
         ids = chat_ids if i % 2 else text_model.tokenizer.encode(f"Text {i}")
         return alone(text_model, ids, 10 + i, i, temperature=i / 5)[0]
 
-    # All queue up before the model goes on.
+    # All requests are queued before the model continues.
     server.gate.clear()
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(ask, range(8))
@@ -209,36 +209,36 @@ def test_models_and_health(server):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        ({"model": "other"}, 404, "the model 'other' does not exist: this server has 'tiny'"),
+        ({"model": "other"}, 404, "the model 'other' does not exist: expected 'tiny'"),
         ({"model": 5}, 400, "model is missing"),
-        ({"tools": [{"type": "function"}]}, 400, "tools is .*: it is not supported"),
-        ({"logprobs": 3}, 400, "logprobs is 3: it is not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "tools is .*, which is not supported"),
+        ({"logprobs": 3}, 400, "logprobs is 3, which is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format is"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty is 0.5"),
         ({"guided_regex": "a"}, 400, "guided_regex is not supported"),
-        # Half of a surrogate pair, which JSON can hold and UTF-8 cannot.
+        # A lone surrogate, which JSON can represent but UTF-8 cannot.
         ({"\ud800": "a"}, 400, r"\? is not supported"),
-        ({"temperature": 2.5}, 400, "temperature is 2.5: it must be from 0 to 2"),
-        ({"temperature": "hot"}, 400, "temperature is 'hot': a number is needed"),
-        ({"temperature": 10**400}, 400, "a number is needed"),
+        ({"temperature": 2.5}, 400, "temperature is 2.5: expected 0 to 2"),
+        ({"temperature": "hot"}, 400, "temperature is 'hot': expected a number"),
+        ({"temperature": 10**400}, 400, "expected a number"),
         ({"top_p": -1}, 400, "top_p is -1.0"),
         ({"top_k": True}, 400, "top_k is True"),
         ({"repetition_penalty": 1e300}, 400, "repetition_penalty is 1e.300"),
-        ({"max_tokens": 0}, 400, "max_tokens is 0: an integer of at least 1"),
-        ({"max_tokens": 256}, 400, "a prompt of 1 tokens and 256 new ones exceed the context of 256 tokens"),
-        ({"n": 5}, 400, "n asks for 5 texts in all: at most 4"),
+        ({"max_tokens": 0}, 400, "max_tokens is 0: expected an integer of at least 1"),
+        ({"max_tokens": 256}, 400, "a prompt of 1 tokens and 256 new tokens exceed the context of 256 tokens"),
+        ({"n": 5}, 400, "n requests 5 texts in total: expected at most 4"),
         ({"seed": 2**64}, 400, "seed is"),
         ({"stop": ["a"] * 5}, 400, "stop is"),
         ({"stop": [""]}, 400, "stop is"),
         ({"stream": "yes"}, 400, "stream is 'yes'"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options is set without stream"),
-        ({"prompt": ["a"] * 4}, 400, "prompt has 4 texts: at most 3"),
+        ({"prompt": ["a"] * 4}, 400, "prompt has 4 texts: expected at most 3"),
         ({"prompt": []}, 400, "prompt is"),
         ({"prompt": [1, -5]}, 400, "prompt token -5 is outside the model's vocabulary"),
         ({"prompt": "the " * 300}, 400, "exceed the context of 256"),
     ],
 )
-def test_what_cannot_be_served_is_named(server, options, status, message):
+def test_unsupported_fields_are_named(server, options, status, message):
     body = {"model": "tiny", "prompt": "the", **options}
     answer = server.request("POST", "/v1/completions", json.dumps(body))
     assert answer[0] == status
@@ -251,18 +251,18 @@ def test_what_cannot_be_served_is_named(server, options, status, message):
     [
         ([], "messages is missing or empty"),
         (["hi"], r"messages\[0\] is 'hi'"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\].role is 'tool': system, user, assistant are allowed"),
+        ([{"role": "tool", "content": "x"}], r"messages\[0\].role is 'tool': expected one of system, user, assistant"),
         ([{"role": "user", "content": 5}], r"messages\[0\].content is 5"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "only parts of text are supported"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "expected only text parts"),
         ([{"role": "user", "content": "x", "name": "Ann"}], r"messages\[0\].name is not supported"),
     ],
 )
-def test_messages_that_cannot_be_served_are_named(server, messages, message):
+def test_invalid_messages_are_named(server, messages, message):
     with pytest.raises(openai.BadRequestError, match=message):
         server.client.chat.completions.create(model="tiny", messages=messages)
 
 
-def test_fields_that_change_nothing_are_taken(server):
+def test_fields_without_effect_are_accepted(server):
     neutral = {"user": "me", "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "echo": False, "suffix": None}
     assert server.complete(temperature=0, **neutral).choices == server.complete(temperature=0).choices
     developer = {"role": "developer", "content": "Be brief."}
@@ -278,27 +278,27 @@ def test_fields_that_change_nothing_are_taken(server):
 @pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
-        (("POST", "/v1/completions", b"x" * 20_001), 413, "longer than 20,000 bytes"),
+        (("POST", "/v1/completions", b"x" * 20_001), 413, "too long: expected at most 20,000 bytes"),
         (("POST", "/v1/completions", b"{"), 400, "the body is not JSON"),
         (("POST", "/v1/completions", b"[" * 19_000), 400, "the body is not JSON"),
-        (("POST", "/v1/completions", b"[]"), 400, "the body must be a JSON object"),
-        (("POST", "/v1/completions", b"{}", {"Content-Type": "text/plain"}), 415, "the content type must be"),
+        (("POST", "/v1/completions", b"[]"), 400, "expected a JSON object as body"),
+        (("POST", "/v1/completions", b"{}", {"Content-Type": "text/plain"}), 415, "expected content type application/json"),
         (("POST", "/v1/embeddings", b"{}"), 404, "POST /v1/embeddings does not exist"),
-        (("GET", "/v1/completions"), 405, "GET /v1/completions does not take this method"),
+        (("GET", "/v1/completions"), 405, "GET /v1/completions does not allow this method"),
     ],
 )
-def test_requests_that_are_none_are_refused(server, request_, status, message):
+def test_malformed_requests_are_rejected(server, request_, status, message):
     answer = server.request(*request_)
     assert answer[0] == status
     assert message in answer[1]["error"]["message"]
 
 
-def test_a_client_that_leaves_frees_its_slot():
+def test_disconnected_client_frees_its_slot():
     with running(tiny_model(context_length=4096), num_slots=1) as server:
         ended = []
         cancel = server.engine.cancel
         server.engine.cancel = lambda generation, *reason: (ended.append(generation), cancel(generation, *reason))
-        # An unlikely end token, so that only a client that leaves ends the text.
+        # An unlikely end token, so that only the disconnect ends the text.
         options = {"max_tokens": 4000, "seed": 0}
         object.__setattr__(server.text_model, "end_tokens", ())
         stream = server.complete(**options, stream=True)
@@ -316,13 +316,13 @@ def test_a_client_that_leaves_frees_its_slot():
         assert len(server.complete(max_tokens=5).choices) == 1
 
 
-def test_a_full_queue_refuses_more(text_model):
+def test_full_queue_rejects_requests(text_model):
     with running(text_model, num_slots=1, max_queue=1) as server:
         server.gate.clear()
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(server.complete, max_tokens=3, temperature=0) for _ in range(2)]
             wait_until(lambda: server.worker.num_texts == 2)
-            with pytest.raises(openai.RateLimitError, match="2 texts are in work or queued: try again later"):
+            with pytest.raises(openai.RateLimitError, match="2 texts are running or queued: try again later"):
                 server.complete()
             server.gate.set()
             first, second = (future.result(SECONDS).choices for future in waiting)
@@ -330,7 +330,7 @@ def test_a_full_queue_refuses_more(text_model):
         assert len(server.complete(max_tokens=3).choices) == 1
 
 
-def test_shutdown_lets_texts_end(text_model):
+def test_shutdown_waits_for_running_texts(text_model):
     with running(text_model) as server:
         expected = server.complete(max_tokens=20, seed=1).choices[0].text
         stream = server.complete(max_tokens=20, seed=1, stream=True)
@@ -350,7 +350,7 @@ def _accepts(port):
     return True
 
 
-def test_a_failing_model_is_an_error_and_not_silence(text_model):
+def test_model_failure_is_reported(text_model):
     with running(text_model) as server:
         server.engine.step = lambda: torch.empty(2) + torch.empty(3)
         with pytest.raises(openai.InternalServerError, match="the model failed on this request"):
@@ -360,7 +360,7 @@ def test_a_failing_model_is_an_error_and_not_silence(text_model):
         assert server.request("GET", "/health") == (503, {"status": "failed", "texts": 0})
 
 
-def test_a_key_is_asked_for_where_one_is_set(text_model):
+def test_api_key_is_required_if_set(text_model):
     with running(text_model, api_key="secret", template=None) as server:
         assert len(server.complete(max_tokens=2).choices) == 1
         for key in ("wrong", "ключ", ""):
@@ -368,11 +368,11 @@ def test_a_key_is_asked_for_where_one_is_set(text_model):
             status, answer = server.request("GET", "/v1/models", headers=headers)
             assert (status, answer["error"]["type"]) == (401, "authentication_error")
         assert server.request("GET", "/health")[0] == 200
-        with pytest.raises(openai.NotFoundError, match="no chat template: only /v1/completions is served"):
+        with pytest.raises(openai.NotFoundError, match="no chat template: use /v1/completions"):
             server.chat("hi")
 
 
-def test_pages_of_other_sites_are_not_answered(text_model):
+def test_requests_from_other_sites_are_rejected(text_model):
     with running(text_model, local_only=True) as server:
         for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST:1"):
             assert server.request("GET", "/v1/models", headers={"Host": host})[0] == 200
@@ -384,30 +384,30 @@ def test_pages_of_other_sites_are_not_answered(text_model):
 @pytest.mark.parametrize(
     ("host", "key", "local_only"), [("127.0.0.1", "", True), ("127.0.0.1", "x", False), ("0.0.0.0", "", False)]
 )
-def test_a_server_for_this_machine_without_a_key_asks_for_its_name(text_model, tmp_path, monkeypatch, host, key, local_only):
+def test_local_server_without_key_requires_a_loopback_host(text_model, tmp_path, monkeypatch, host, key, local_only):
     monkeypatch.setattr(server_module, "load_text_model", lambda *_: text_model)
     monkeypatch.setenv("TILEWRIGHT_API_KEY", "k") if key else monkeypatch.delenv("TILEWRIGHT_API_KEY", raising=False)
     assert server_module.make_service(tmp_path, ServeConfig(host)).local_only is local_only
 
 
-def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+def test_api_key_from_a_file_or_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "key"
     path.write_text("from file\n")
     assert _read_key(None) is None
     monkeypatch.setenv("TILEWRIGHT_API_KEY", "from environment")
     assert (_read_key(None), _read_key(path)) == ("from environment", "from file")
     path.write_text("\n")
-    with pytest.raises(UserError, match="holds no API key"):
+    with pytest.raises(UserError, match="is empty: expected an API key"):
         _read_key(path)
 
 
-def test_bad_settings_are_refused():
+def test_invalid_settings_raise():
     for options, message in (({"num_slots": 0}, "num_slots is 0"), ({"port": 70_000}, "port is 70000")):
         with pytest.raises(UserError, match=message):
             ServeConfig(**options)
-    with pytest.raises(UserError, match="max_body_bytes is 0: it must be at least 1"):
+    with pytest.raises(UserError, match="max_body_bytes is 0: expected at least 1"):
         Limits(max_body_bytes=0)
     with _bind(ServeConfig(port=0)) as taken:
         taken.listen()
-        with pytest.raises(UserError, match="cannot be listened at: Address already in use"):
+        with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1 port .*: Address already in use"):
             _bind(ServeConfig(port=taken.getsockname()[1]))

@@ -1,4 +1,4 @@
-"""Sweeps: the grid, what each point reached, interruptions, and CS336's toy as a grid of learning rates."""
+"""Sweeps: parsing of the grid, results, interruptions, and CS336's toy example as a grid of learning rates."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def base(config):
-    """Runs of two steps."""
+    """A base configuration of two steps."""
     return dataclasses.replace(config, steps=2, eval_every=2, optimizer=OptimizerConfig(lr=1e-2, final_lr=1e-3, warmup_steps=0))
 
 
@@ -50,7 +50,7 @@ def table_text(result):
         ("a=b", ["a=b"]),
     ],
 )
-def test_values_of_a_grid(text, values):
+def test_parse_grid_values(text, values):
     assert parse_grid([f"some.option-name={text}"]) == {"some.option_name": values}
 
 
@@ -62,9 +62,9 @@ def test_values_of_a_grid(text, values):
         (["=1"], "'=1'"),
         (["optimizer.lr="], "'optimizer.lr='"),
         (["seed=0", "seed=1"], "seed twice"),
-        (["out=a,b"], "grid has out"),
+        (["out=a,b"], "grid contains out"),
         (["optimizer.lr=1e-3,0.001"], "point optimizer.lr=0.001 twice"),
-        (["optimiser.lr=1e-3"], "'optimiser.lr' is unknown: perhaps optimizer.lr"),
+        (["optimiser.lr=1e-3"], "'optimiser.lr' is unknown: did you mean optimizer.lr"),
         (["optimizer.lr=fast"], 'should be "float"'),
         (["optimizer.lr=1e-3,-1"], r"optimizer.lr is -1"),
         (["optimizer.lr=NaN"], "optimizer.lr is nan"),
@@ -74,13 +74,13 @@ def test_values_of_a_grid(text, values):
         (["optimizer.schedule=cosine,sine"], "sine"),
     ],
 )
-def test_a_bad_grid_runs_nothing(config, grid, message):
+def test_invalid_grid_runs_nothing(config, grid, message):
     with pytest.raises(UserError, match=message):
         sweep(config, SweepConfig(tuple(grid)))
     assert not config.out.exists()
 
 
-def test_a_sweep_trains_every_point(base, capsys):
+def test_sweep_trains_every_point(base, capsys):
     grid = SweepConfig(("optimizer.lr=1e-3,1e-2", "seed=0,1"))
     result = sweep(base, grid)
     assert result.complete
@@ -93,7 +93,7 @@ def test_a_sweep_trains_every_point(base, capsys):
         assert (config.optimizer.lr, config.seed, config.steps) == (*point.settings.values(), 2)
         assert config.optimizer.final_lr == pytest.approx(config.optimizer.lr / 10)
     assert len({point.valid_loss for point in result.points}) == 4
-    assert (base.out / "sweep.png").read_bytes().startswith(PNG)
+    assert (base.out / "sweep.png").is_file()
     stored = json.loads((base.out / "sweep.json").read_text())["points"]
     assert [SweepPoint(**point) for point in stored] == list(result.points)
 
@@ -104,7 +104,7 @@ def test_a_sweep_trains_every_point(base, capsys):
     assert "2 finished" in text
     assert text.index(f"{best.valid_loss:.4f}") < text.index(f"{result.ranking()[1].valid_loss:.4f}")
 
-    # Again: nothing is trained, not even where the grid has grown smaller; a new value is one run more.
+    # When repeated, nothing is trained, even with a smaller grid; a new value adds one run.
     capsys.readouterr()
     smaller = sweep(base, SweepConfig(("optimizer.lr=1e-2", "seed=0,1")))
     assert smaller.points == result.points[2:]
@@ -114,7 +114,7 @@ def test_a_sweep_trains_every_point(base, capsys):
     assert len(larger.points) == len(json.loads((base.out / "sweep.json").read_text())["points"]) == 6
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(base, monkeypatch):
+def test_interrupted_sweep_resumes(base, monkeypatch):
     base = dataclasses.replace(base, steps=6, checkpoint_every=2)
     grid = SweepConfig(("optimizer.lr=1e-3,1e-2",))
     whole = sweep(dataclasses.replace(base, out=base.out.with_name("whole")), grid)
@@ -123,7 +123,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(base, monkeypatch):
         pass
 
     def killed(config, resume=None):
-        # After the second checkpoint of the second point, as SIGKILL would.
+        # Like SIGKILL after the second checkpoint of the second point.
         if config.optimizer.lr == 1e-2:
             stop_after(monkeypatch, 5, Killed)
         return train(config, resume=resume)
@@ -152,7 +152,7 @@ def stop_after(monkeypatch, steps, error):
     monkeypatch.setattr(Trainer, "train_step", step)
 
 
-def test_a_folder_that_was_begun_but_is_no_run_is_made_anew(base):
+def test_incomplete_run_folder_is_recreated(base):
     left = base.out / "seed=7"
     sweep_of_one = SweepConfig(("seed=7",))
     sweep(base, sweep_of_one)
@@ -161,7 +161,7 @@ def test_a_folder_that_was_begun_but_is_no_run_is_made_anew(base):
     assert sweep(base, sweep_of_one).points[0].status == "finished"
 
 
-def test_divergence_and_lack_of_memory_do_not_end_a_sweep(base, monkeypatch):
+def test_sweep_continues_after_divergence_and_out_of_memory(base, monkeypatch):
     train, calls = sweep_module.train, []
 
     def failing(config, resume=None):
@@ -184,12 +184,12 @@ def test_divergence_and_lack_of_memory_do_not_end_a_sweep(base, monkeypatch):
     text = table_text(result)
     assert "diverged" in text
     assert "out of memory" in text
-    # What diverges does so again; memory may be there the next time.
+    # A diverged run is not repeated; a run that was out of memory is.
     assert sweep(base, grid) == result
     assert calls == [8, 4, 16, 16]
 
 
-def test_every_point_may_compile_for_its_own_shapes(base, monkeypatch):
+def test_compile_cache_is_reset_for_every_point(base, monkeypatch):
     def double(x):
         return 2 * x
 
@@ -204,7 +204,7 @@ def test_every_point_may_compile_for_its_own_shapes(base, monkeypatch):
     assert [point.valid_loss for point in result.points] == [2.0] * len(sizes)
 
 
-def test_a_run_that_diverges_says_so(changed):
+def test_diverged_run_raises(changed):
     base = changed(
         steps=40, log_every=5, max_skipped_steps=2, optimizer=dataclasses.replace(changed().optimizer, warmup_steps=0)
     )
@@ -216,7 +216,7 @@ def test_a_run_that_diverges_says_so(changed):
     assert result.ranking()[0].points == (good,)
 
 
-def test_a_signal_ends_a_sweep(base, monkeypatch):
+def test_signal_stops_a_sweep(base, monkeypatch):
     train = sweep_module.train
 
     def stopped(config, resume=None):
@@ -231,22 +231,22 @@ def test_a_signal_ends_a_sweep(base, monkeypatch):
     assert sweep(base, SweepConfig(("seed=0,1,2",))).complete
 
 
-def test_a_folder_of_something_else_is_left_alone(base):
+def test_foreign_folder_raises(base):
     base.out.mkdir()
     (base.out / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="is no sweep"):
+    with pytest.raises(UserError, match="is not a sweep"):
         sweep(base, SweepConfig(("seed=0",)))
     assert [path.name for path in base.out.iterdir()] == ["thesis.tex"]
 
 
-def test_a_sweep_that_never_began_binds_to_nothing(base):
+def test_sweep_without_runs_can_be_changed(base):
     nowhere = dataclasses.replace(base.data, train=(base.out / "nowhere.txt",))
     with pytest.raises(UserError, match="nowhere"):
         sweep(dataclasses.replace(base, data=nowhere, steps=9), SweepConfig(("seed=0",)))
     assert sweep(base, SweepConfig(("seed=0",))).complete
 
 
-def test_a_sweep_of_another_base_is_refused(base):
+def test_sweep_with_another_base_raises(base):
     sweep(base, SweepConfig(("seed=0",)))
     with pytest.raises(UserError, match="has steps 2, not 3"):
         sweep(dataclasses.replace(base, steps=3), SweepConfig(("seed=0",)))
@@ -255,7 +255,7 @@ def test_a_sweep_of_another_base_is_refused(base):
         sweep(base, SweepConfig(("seed=0",)))
 
 
-def test_the_final_rate_follows_unless_it_is_in_the_grid(config):
+def test_final_rate_scales_unless_it_is_in_the_grid(config):
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=3e-3, final_lr=3e-3))
     axes = parse_grid(["optimizer.lr=1e-5,0.7"])
     assert [c.optimizer.final_lr for _, c in sweep_module._configs(config, axes)] == [1e-5, 0.7]
@@ -263,7 +263,7 @@ def test_the_final_rate_follows_unless_it_is_in_the_grid(config):
     assert [c.optimizer.final_lr for _, c in sweep_module._configs(config, axes)] == [0, 1e-4]
 
 
-def test_every_kind_of_axis_can_be_drawn(tmp_path):
+def test_plot_handles_all_kinds_of_axes(tmp_path):
     axes = {"optimizer.lr": [1e-3, 1e-2], "optimizer.schedule": ["cosine", "wsd"], "model.qk_norm": [False], "seed": [0, 1]}
     points = []
     for i, values in enumerate(itertools.product(*axes.values())):
@@ -279,7 +279,7 @@ def test_every_kind_of_axis_can_be_drawn(tmp_path):
             points.append(SweepPoint(settings, run.name, "finished", valid_loss))
     result = SweepResult(tmp_path, axes, tuple(points))
     assert plot_sweep(result).read_bytes().startswith(PNG)
-    # The seed that diverged puts its point behind those that are whole.
+    # A diverged seed ranks its point after those with all runs finished.
     assert [len(group.losses) for group in result.ranking()] == [2, 2, 2, 1]
     assert "1 finished, 1 diverged" in table_text(result)
     failed = SweepResult(tmp_path, {"seed": [0]}, (SweepPoint({"seed": 0}, "run3", "diverged", reason="nan"),))
@@ -287,7 +287,7 @@ def test_every_kind_of_axis_can_be_drawn(tmp_path):
     assert "diverged" in table_text(failed)
 
 
-def test_cs336s_toy_of_learning_rates(base, monkeypatch):
+def test_cs336_toy_learning_rates(base, monkeypatch):
     """Assignment 1, section 4.2: SGD with lr / sqrt(t + 1) on mean(w^2), w = 5 randn(10, 10), ten steps."""
 
     def toy(config, resume=None):
@@ -309,7 +309,7 @@ def test_cs336s_toy_of_learning_rates(base, monkeypatch):
     result = sweep(base, SweepConfig(("optimizer.lr=1e1,1e2,1e3", "seed=0,1,2")))
     for lr in (1e1, 1e2, 1e3):
         losses = [point.valid_loss for point in result.points if point.settings["optimizer.lr"] == lr]
-        # Near zero the fast one is all rounding.
+        # Near zero, the fast run consists of rounding errors.
         torch.testing.assert_close(torch.tensor(losses), toy_losses(lr, seeds=3), rtol=1e-3, atol=1e-20)
     slow, fast, broken = 1e1, 1e2, 1e3
     assert [group.settings["optimizer.lr"] for group in result.ranking()] == [fast, slow, broken]

@@ -1,0 +1,9 @@
+from .agreed_stop import AgreedStop as AgreedStop
+from .errors import ignore_sigterm_after_error as ignore_sigterm_after_error
+from .errors import is_first_process as is_first_process
+from .errors import report_error as report_error
+from .joining import join as join
+from .layout import Layout as Layout
+from .layout import check_parallel as check_parallel
+from .world import IGNORED_TARGET as IGNORED_TARGET
+from .world import World as World
