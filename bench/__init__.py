@@ -1,17 +1,5 @@
-"""Measures the toolkit against its accounting, against peers, and against the hardware it runs on."""
+"""Benchmarks of the toolkit against its accounting, other libraries, and the limits of the hardware."""
 
-from .compare import CompareConfig, run_compare
-from .report import ReportConfig, run_report
-from .run import BenchConfig, run_bench, run_tune
-from .tune import TuneConfig
+from ..lazy import attach_stub
 
-__all__ = [
-    "BenchConfig",
-    "CompareConfig",
-    "ReportConfig",
-    "TuneConfig",
-    "run_bench",
-    "run_compare",
-    "run_report",
-    "run_tune",
-]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

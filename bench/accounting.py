@@ -1,9 +1,9 @@
-"""The accounting's own figures beside PyTorch's counts, for models on tensors that hold nothing: right on any machine."""
+"""FLOPs by the accounting and by PyTorch's counter, on meta tensors: valid on any machine."""
 
 from collections.abc import Iterator
 from functools import partial
 
-from ..kernels.datasheet import find_gpu
+from ..datasheet import find_gpu
 from ..model import MODELS
 from ..model.accounting import model_flops, num_parameters, operations, roofline, training_memory
 from .jobs import Job, Rows
@@ -16,7 +16,7 @@ GPU = "h200"
 def bench_accounting(name: str) -> Rows:
     """Yield a model's parameters and the FLOPs of a training step on one sequence, by formula and as counted.
 
-    What the padding of the vocabulary costs stands apart: the model does not ask for it.
+    The FLOPs of vocabulary padding have their own column, because they are not model FLOPs.
     """
     config = MODELS[name]
     ops = operations(config, 1, policy=OWN_POLICY)

@@ -1,4 +1,4 @@
-"""What attention must give where nobody can hold its scores: the reference in float32, a few queries at a time."""
+"""Expected attention results at lengths where the scores do not fit: the float32 reference, a few queries at a time."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,16 @@ from ..kernels import reference
 from ..kernels.op import Arguments
 from .check import WrongError, output_gradients
 
-# Scores that the reference holds at once, of all heads of one sequence.
+# Scores that the reference materializes at once, over all heads of one sequence.
 SCORES = 2**26
-# Of a token of one head. Rounding probabilities and their gradients to bfloat16, as every fused form does, costs up to 1.5%; a
-# wrong mask or a lost tile costs a token or more. PyTorch's reference, which rounds only results, says too little: 0.2%.
+# Relative error of one token of one head. Rounding probabilities and their gradients to bfloat16, as every fused kernel does,
+# costs up to 1.5%; a wrong mask or a lost tile changes a token by 100% or more. PyTorch's reference rounds only results, so its
+# error of 0.2% is no guide.
 TOLERANCE = 2**-5
 
 
 def exact(arguments: Arguments, do: Tensor) -> dict[str, Tensor]:
-    """Return o and, where q is trained, dq, dk and dv, in memory linear in T; causal, queries being the last of the keys."""
+    """Return o and, if q requires a gradient, dq, dk and dv. Memory is linear in T; the mask is causal, queries are last."""
     q, k, v = arguments.positional
     trained = q.requires_grad
     names = ("result 0", "gradient 0", "gradient 1", "gradient 2") if trained else ("result 0",)
@@ -26,7 +27,7 @@ def exact(arguments: Arguments, do: Tensor) -> dict[str, Tensor]:
     rows = max(1, SCORES // (q.shape[1] * num_keys))
     for sequence in range(q.shape[0]):
         for start in range(0, num_queries, rows):
-            # The keys that causality leaves a few queries: to the reference, its queries are the last of them.
+            # Pass the keys up to `end` only, because the reference aligns its queries to the last keys.
             end = min(start + rows, num_queries)
             own = slice(sequence, sequence + 1), slice(None), slice(start, end)
             seen = *own[:2], slice(0, num_keys - num_queries + end)
@@ -40,29 +41,30 @@ def exact(arguments: Arguments, do: Tensor) -> dict[str, Tensor]:
     return results
 
 
-def error_of(own: Tensor, right: Tensor) -> float:
-    """Return the error of the worst token of any head of `own` (B, H, T, K), as a share of its size, or of the usual size.
+def error_of(own: Tensor, expected: Tensor) -> float:
+    """Return the largest relative error of a token in any head of `own` (B, H, T, K).
 
-    The share keeps late tokens, which average over many keys and are small, from hiding behind the first.
+    The denominator is the norm of the token, but at least the root mean square norm. A per-token error finds wrong late tokens,
+    which average over many keys and are small.
     """
-    errors, sizes = ((t.square().sum(dim=-1)) for t in (own.float() - right, right))
+    errors, sizes = ((t.square().sum(dim=-1)) for t in (own.float() - expected, expected))
     return (errors / sizes.maximum(sizes.mean())).max().sqrt().item()
 
 
-class RightTokens:
-    """What a tensor (B, H, T, K) must be, token by token."""
+class ExpectedTokens:
+    """Expected values of a tensor (B, H, T, K), compared token by token."""
 
     def __init__(self, exact: Tensor) -> None:
         self.exact = exact
 
     def check(self, own: Tensor, what: str) -> None:
-        """Raise where a token is further from the exact one than rounding explains."""
+        """Raise `WrongError` if the error of a token exceeds rounding."""
         error = error_of(own.detach(), self.exact)
         if not error <= TOLERANCE:  # NaN too
-            raise WrongError(f"{what} of a token is off by {error:.1%}, allowed is {TOLERANCE:.1%}")
+            raise WrongError(f"error of a token of {what} is {error:.1%}: expected at most {TOLERANCE:.1%}")
 
 
-def attention_right(arguments: Arguments) -> Mapping[str, RightTokens]:
-    """Return what the result and the gradients of a call must be."""
+def expected_attention(arguments: Arguments) -> Mapping[str, ExpectedTokens]:
+    """Return the expected result and gradients of a call."""
     (do,) = output_gradients((arguments.positional[0].detach(),))
-    return {name: RightTokens(right) for name, right in exact(arguments, do).items()}
+    return {name: ExpectedTokens(expected) for name, expected in exact(arguments, do).items()}

@@ -1,4 +1,4 @@
-"""Other people's attention, each as a function of q, k and v for one shape."""
+"""Attention of other libraries, each as a function of q, k and v for one shape."""
 
 from collections.abc import Callable, Mapping
 from itertools import accumulate
@@ -19,9 +19,9 @@ from .peers import OWN, Unsupported, find
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B, H, T, K), k, v (B, Hkv, S, K) -> o (B, H, T, K)."""
 Peer = Callable[[Sizes, torch.device], Attention]
-"""Makes ready for one shape: masks are made here, not in the time of a call."""
+"""Prepares a function for one shape; it builds masks here, outside the timed call."""
 
-# The written-out form holds several copies of the scores; a mask holds a byte or two a pair.
+# Math attention holds several copies of the scores; a mask takes one or two bytes per pair.
 MAX_SCORE_BYTES = 4 * 2**30
 MAX_MASKED_PAIRS = 2**28
 MAX_EFFICIENT_TOKENS = 2**14
@@ -40,20 +40,20 @@ def _sdpa(backend: SDPBackend) -> Peer:
     def make(sizes: Sizes, device: torch.device) -> Attention:
         score_bytes = 4 * sizes["batch"] * sizes["num_heads"] * sizes["num_queries"] * sizes["num_keys"]
         if backend == SDPBackend.MATH and score_bytes > MAX_SCORE_BYTES:
-            raise Unsupported(f"its scores take {score_bytes / 1e9:.0f} GB, more than once")
+            raise Unsupported(f"its scores take {score_bytes / 1e9:.0f} GB, several times")
         if backend == SDPBackend.EFFICIENT_ATTENTION and sizes["num_queries"] > MAX_EFFICIENT_TOKENS:
-            raise Unsupported("slow at this length: left out for the time it takes")
+            raise Unsupported("skipped at this length: too slow")
         mask = None
         if "window" in sizes or "document_lengths" in sizes:
             if backend == SDPBackend.FLASH_ATTENTION:
-                raise Unsupported("takes no mask")
+                raise Unsupported("does not support masks")
             if sizes["num_queries"] * sizes["num_keys"] > MAX_MASKED_PAIRS:
                 raise Unsupported("its mask has T x S entries")
             ids = document_ids(sizes, device)
             mask = reference.attention_mask(
                 sizes["num_queries"], sizes["num_keys"], True, sizes.get("window"), None if ids is None else ids[None], device
             ).view(sizes["num_queries"], sizes["num_keys"])
-        # Its causal mask is aligned to the first key; a single query sees all of them.
+        # SDPA aligns its causal mask to the first key; a single query sees all keys.
         options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None and sizes["num_queries"] > 1}
         options["enable_gqa"] = sizes["num_kv_heads"] != sizes["num_heads"]
 
@@ -68,7 +68,7 @@ def _sdpa(backend: SDPBackend) -> Peer:
 
 def _flex(sizes: Sizes, device: torch.device) -> Attention:
     if (sizes["num_heads"], sizes["num_kv_heads"], sizes["num_queries"]) != FLEX_SHAPE:
-        raise Unsupported("compiles for seconds at each shape: left out but for 16 heads and 16,384 tokens")
+        raise Unsupported("skipped except at 16 heads and 16,384 tokens: each shape compiles for seconds")
     from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
     masks: list[Callable[..., Tensor]] = [lambda batch, head, query, key: query >= key]
@@ -85,7 +85,7 @@ def _flex(sizes: Sizes, device: torch.device) -> Attention:
 
 
 def _packed(function: Callable[..., Any], sizes: Sizes, device: torch.device, **options: Any) -> Attention:
-    """Call a function of tokens (B T, H, K) with the cumulative and the largest lengths of its sequences."""
+    """Adapt a variable-length function: tokens (B T, H, K), then the cumulative and the largest sequence lengths."""
     lengths = sizes.get("document_lengths") or (sizes["num_queries"],)
     one = torch.tensor(lengths, device=device).repeat(sizes["batch"])
     borders = F.pad(one.cumsum(0), (1, 0)).to(torch.int32)
@@ -127,22 +127,22 @@ def _varlen(sizes: Sizes, device: torch.device) -> Attention:
 
 
 def variant_of(form: str) -> str:
-    """Return what a form of our attention, `portable`, `gluon` or `fused`, is called where it is measured."""
+    """Return the variant name of one of our attention kernels: `portable`, `gluon` or `fused`."""
     return f"{OWN}, {form}"
 
 
 def _own(form: AttentionKernel) -> Peer:
     def make(sizes: Sizes, device: torch.device) -> Attention:
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-            raise Unsupported("without a GPU of Hopper's generation there is one form only")
+            raise Unsupported("only one kernel exists without a Hopper GPU")
         op = ALL["attention"]
         with use_attention_kernel("fused" if form == "fused" else "gluon"):
             kernels = [case.kernel for case in launches(op, {**sizes, "dtype": torch.bfloat16}, "sm_90")]
         if not any(kernel.is_gluon() for kernel in kernels):
-            raise Unsupported("there is no kernel in Gluon for this shape")
+            raise Unsupported("no Gluon kernel for this shape")
         if form == "fused" and attention_backward_hopper not in kernels:
-            raise Unsupported("there is no fused backward kernel for this shape")
-        # Of the keyword arguments those that are no tensors, and the borders of documents.
+            raise Unsupported("no fused backward kernel for this shape")
+        # Keep the keyword arguments that are not tensors; `cu_seqlens` replaces the document tensors.
         drawn = op.arguments(torch.device("meta"), torch.bfloat16, **sizes).options
         options = {name: x for name, x in drawn.items() if not isinstance(x, Tensor)}
         if "document_lengths" in sizes:
@@ -158,7 +158,7 @@ def _own(form: AttentionKernel) -> Peer:
 
 
 ATTENTION_PEERS: Mapping[str, Peer] = {
-    # Ours as it ships is measured beside them: these are all of its forms.
+    # All of our kernels; the default choice is a variant of its own.
     **{variant_of(form): _own(form) for form in FORMS},
     "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),

@@ -1,4 +1,4 @@
-"""What the hardware can do at most: a copy and matrix products, measured in the run that they judge, beside the datasheet's."""
+"""Speed limits of the hardware: a copy and matrix products measured in the same run, and the datasheet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.datasheet import GPU
+from ..datasheet import GPU
 from ..kernels.device import gpu_of
 from ..kernels.op import Cost
 from .timing import time_variants
@@ -16,18 +16,18 @@ from .timing import time_variants
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the GPU reached in this run: a copy's bandwidth in bytes/s, a bfloat16 product's speed in FLOP/s."""
+    """Measured limits of the GPU: bandwidth of a copy in bytes/s, speed of a bfloat16 product in FLOP/s."""
 
     copy: float
     matmul: float
     gpu: GPU | None = None
-    """Its datasheet; None for a product that is not in the table."""
+    """Datasheet of the GPU; None if the table lacks it."""
 
     def shares(self, cost: Cost, seconds: float) -> dict[str, Any]:
-        """Return which share of the roofline `seconds` reach, the measured one and the datasheet's; with a note above 1.
+        """Return the shares of the measured and of the datasheet's roofline that `seconds` reaches, with a note above 1.
 
-        No kernel is faster than its hardware: above the datasheet a figure is an error of measuring. Above the measured ceiling
-        it may be one, or the ceiling was measured too low.
+        A share above 1 of the datasheet is a measuring error. Above the measured ceiling it can be one too, or the ceiling was
+        measured too low.
         """
         measured = cost.seconds(self.copy, self.matmul) / seconds
         peak = self.gpu and self.gpu.peak_flops("bf16")
@@ -41,7 +41,7 @@ class Ceilings:
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:
-    """Return the bandwidth of a copy of `size` bytes on the device, in bytes/s, reads and writes both counted."""
+    """Return the bandwidth of a copy of `size` bytes on the device, in bytes/s; reads and writes both count."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     times = time_variants({"copy": lambda: target.copy_(source)}, device)["copy"]
@@ -55,7 +55,7 @@ def _product(device: torch.device, size: int, call: Any) -> float:
 
 def matmul_speed(device: torch.device, size: int = 8192) -> float:
     """Return the speed of a bfloat16 product of two random (size, size) matrices, in FLOP/s."""
-    # Of zeros a GPU draws less power, and is faster.
+    # With zeros a GPU draws less power and runs faster.
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     return _product(device, size, lambda: a @ b)
 
@@ -66,14 +66,15 @@ def fp8_matmul_speed(device: torch.device, size: int = 8192) -> float:
     def draw() -> Tensor:
         return torch.randn(size, size, device=device).to(torch.float8_e4m3fn)
 
-    # The tensor cores want the second operand by columns.
+        # The tensor cores need the second operand in column-major order.
+
     a, b, one = draw(), draw().t(), torch.ones((), device=device)
     product: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
     return _product(device, size, lambda: product(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
 
 
 class Device:
-    """The device that a run measures, with its ceilings, which are measured once, when they are first asked for."""
+    """The measured device and its ceilings, which are measured on first use."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -81,27 +82,27 @@ class Device:
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        """Of a copy and of a bfloat16 product."""
+        """Ceilings of a copy and of a bfloat16 product."""
         return Ceilings(copy_bandwidth(self.device), matmul_speed(self.device), self.gpu)
 
     def ceiling_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield each ceiling beside the datasheet's."""
+        """Yield each measured ceiling with its datasheet value."""
         bandwidth = self.gpu and self.gpu.bandwidth * 1e12
-        yield {"case": "ceiling", "variant": "copy of 1 GiB", **_beside("gb_per_s", 1e9, self.ceilings.copy, bandwidth)}
+        yield {"case": "ceiling", "variant": "copy of 1 GiB", **_row("gb_per_s", 1e9, self.ceilings.copy, bandwidth)}
         peaks = {dtype: self.gpu and self.gpu.peak_flops(dtype) for dtype in ("bf16", "fp8")}
-        beside = _beside("tflop_per_s", 1e12, self.ceilings.matmul, peaks["bf16"])
-        yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", **beside}
+        matmul = _row("tflop_per_s", 1e12, self.ceilings.matmul, peaks["bf16"])
+        yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", **matmul}
         fp8 = {"case": "ceiling", "variant": "fp8 product 8192^3"}
         if torch.cuda.get_device_capability(self.device) < (8, 9):
             yield fp8 | {"not_measured": "this GPU has no fp8"}
             return
         try:
-            yield fp8 | _beside("tflop_per_s", 1e12, fp8_matmul_speed(self.device), peaks["fp8"])
+            yield fp8 | _row("tflop_per_s", 1e12, fp8_matmul_speed(self.device), peaks["fp8"])
         except (RuntimeError, ValueError) as error:
             yield fp8 | {"not_measured": f"{type(error).__name__}: {error}"[:200]}
 
 
-def _beside(name: str, unit: float, measured: float, datasheet: float | None) -> dict[str, Any]:
+def _row(name: str, unit: float, measured: float, datasheet: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {name: measured / unit, f"datasheet_{name}": datasheet and datasheet / unit}
     if datasheet:
         row["share_of_datasheet"] = measured / datasheet

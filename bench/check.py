@@ -1,8 +1,8 @@
-"""Whether results are right: their errors against float64 beside PyTorch's in the same dtype, for small and large values apart.
+"""Check results: compare their errors against float64 with PyTorch's errors in the same dtype, separately by magnitude.
 
-An error may be twice that of PyTorch, plus one rounding. But of the gradient of a cross-entropy nearly all values are a hundred
-thousand times smaller than those of the targets: held to one rounding of the largest, they could as well be zero. So values are
-compared in groups of one size.
+The tolerance is twice PyTorch's error plus one rounding. Values are compared in groups of similar magnitude, because one
+tolerance for all would miss small values: most gradients of a cross-entropy are a hundred thousand times smaller than the
+target's gradient, and would pass as zeros.
 """
 
 import math
@@ -13,25 +13,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Values within a factor of 4 are of one size. From a factor of 2^48 below the largest on they all are.
+# A group spans a factor of 4. Values more than 2^48 below the largest share the last group.
 OCTAVES, SIZES = 2, 24
-# Of fewer values no error is typical: they are judged with the next larger ones.
+# Smaller groups have no typical error; they merge with the next larger magnitude.
 FEWEST = 256
-# How many are compared at once: enough for a GPU, in a few GB. More than 2^31 PyTorch cannot index.
+# Values compared at once: enough for a GPU, in a few GB. PyTorch cannot index more than 2^31.
 CHUNK = 2**26
-# A float32 scalar is a sum of thousands of terms in an order of its own. A term that is lost still shows.
+# A float32 scalar sums thousands of terms in an arbitrary order. A missing term still exceeds this.
 SCALAR_ROUNDINGS = 64
-# Four bits more than rounding takes away: what adds up in half precision is less exact, what is further off is wrong.
+# Errors up to 16 times the tolerance are inexact sums in half precision; larger errors are wrong results.
 WRONG = 16
 
 
 class WrongError(Exception):
-    """A variant whose results are further off than rounding explains."""
+    """A variant whose error exceeds rounding."""
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """What is known of the values of each size, largest first: (SIZES,) each, float64 on the CPU."""
+class _Statistics:
+    """Statistics of the values by magnitude, largest first: (SIZES,) each, float64 on the CPU."""
 
     count: Tensor
     squares: Tensor
@@ -39,13 +39,13 @@ class _Spread:
 
 
 def _sizes(exact: Tensor, top: int) -> Tensor:
-    """Return the index of the size of each value, 0 for the largest."""
+    """Return the magnitude group of each value, 0 for the largest."""
     sizes = ((top - torch.frexp(exact).exponent) // OCTAVES).clamp(0, SIZES - 1)
     return sizes.masked_fill_(exact == 0, SIZES - 1)
 
 
 def _groups(count: Tensor) -> Iterator[slice]:
-    """Yield slices of sizes that have enough values together, from the smallest ones on."""
+    """Yield slices of magnitudes with enough values each, smallest magnitudes first."""
     end, held = SIZES, 0.0
     for size in reversed(range(SIZES)):
         held += count[size].item()
@@ -55,39 +55,39 @@ def _groups(count: Tensor) -> Iterator[slice]:
     yield slice(0, end)
 
 
-class Right:
-    """What a tensor must be: the exact values, and how far off those of each size may be."""
+class Expected:
+    """Expected values of a tensor, with a tolerance for each magnitude."""
 
     def __init__(self, exact: Tensor, reference: Tensor) -> None:
-        """Both of one shape: `exact` in float64, `reference` as PyTorch computes it in the dtype that is compared."""
+        """Take `exact` in float64 and `reference`, PyTorch's result in the compared dtype, of the same shape."""
         self.shape = exact.shape
-        # Its rounding to float32 is nothing beside that of half precision.
+        # Rounding `exact` to float32 is negligible next to half precision.
         self._exact = exact.flatten() if reference.dtype in (torch.float32, torch.float64) else exact.flatten().float()
         self._top = int(torch.frexp(self._exact.abs().max()).exponent)
-        # Zeros are off by the values themselves.
+        # The error of zeros is the value itself.
         self._values = self._errors(self._exact.new_zeros(()).expand_as(exact))
         self._reference = self._errors(reference)
         self._groups = list(_groups(self._values.count))
 
-    def _errors(self, own: Tensor) -> _Spread:
-        """Sum up how far off the values of each size are, in units of 2^top: in others the squares of small ones would be 0."""
+    def _errors(self, own: Tensor) -> _Statistics:
+        """Return error statistics by magnitude, in units of 2^top so that squares of small errors do not underflow."""
         count, squares, largest = torch.zeros(3, SIZES, dtype=torch.float64, device=self._exact.device)
         for exact, part in zip(self._exact.split(CHUNK), own.detach().flatten().split(CHUNK), strict=True):
             sizes = _sizes(exact, self._top)
             errors = (part.to(exact.dtype) - exact).abs() * 2.0**-self._top
             for size in range(SIZES):
-                # Picked, not masked: of gigabytes each is then summed up once, and not once for each size.
+                # Indexing reads each value once; a mask per group would read gigabytes for every group.
                 of_size = errors[sizes == size]
                 if of_size.numel():
                     count[size] += of_size.numel()
                     squares[size] += of_size.square().sum()
                     largest[size] = largest[size].maximum(of_size.amax())
-        return _Spread(count.cpu(), squares.cpu(), largest.cpu())
+        return _Statistics(count.cpu(), squares.cpu(), largest.cpu())
 
     def excess(self, own: Tensor) -> tuple[float, float]:
-        """Return how many times as far off as it may be the worst size of values is, and how large those values are.
+        """Return the largest ratio of error to tolerance over all magnitudes, and the magnitude where it occurs.
 
-        Off may be twice PyTorch's error and one rounding. Both the root of the mean square and the largest error are compared.
+        The tolerance is twice PyTorch's error plus one rounding, for both the root mean square and the largest error.
         """
         errors, eps = self._errors(own), torch.finfo(own.dtype).eps
         if own.dim() == 0 and own.dtype == torch.float32:
@@ -98,7 +98,7 @@ class Right:
             typical = (self._values.squares[group].sum() / count).sqrt()
             rms, reference_rms = ((each.squares[group].sum() / count).sqrt() for each in (errors, self._reference))
             worst, reference_worst = (each.largest[group].amax() for each in (errors, self._reference))
-            # A rounding is off by half of `eps` at most. Where all is 0, a ratio is not NaN.
+            # A rounding error is at most half of `eps`. `tiny` avoids 0 / 0.
             tiny = torch.finfo(torch.float64).tiny
             ratio = torch.maximum(
                 rms / (2 * reference_rms + eps / 2 * typical + tiny), worst / (2 * reference_worst + eps * size + tiny)
@@ -107,28 +107,28 @@ class Right:
         return max(found, key=lambda one: (math.isnan(one[0]), one))
 
     def check(self, own: Tensor, what: str) -> str | None:
-        """Return a note on a tensor that is less exact than it may be, None on one that is not; a wrong one is `WrongError`."""
+        """Return a note if the error exceeds the tolerance, else None; raise `WrongError` if it is far larger."""
         if own.shape != self.shape:
-            raise WrongError(f"{what} has the shape {tuple(own.shape)} instead of {tuple(self.shape)}")
+            raise WrongError(f"{what} has the shape {tuple(own.shape)}: expected {tuple(self.shape)}")
         ratio, size = self.excess(own)
         if ratio <= 1:
             return None
-        note = f"{what} is off by {ratio:.3g} times what rounding explains, where values are up to {size:.2g}"
+        note = f"error of {what} is {ratio:.3g} times the tolerance, for values up to {size:.2g}"
         if not ratio <= WRONG:  # NaN too
             raise WrongError(note)
         return note
 
 
-class Judge(Protocol):
-    """Knows what a tensor must be."""
+class Checker(Protocol):
+    """An object that checks a tensor against expected values."""
 
     def check(self, own: Tensor, what: str) -> str | None:
-        """Return a note on a tensor that is less exact than it may be; a wrong one is `WrongError`."""
+        """Return a note if the tensor is inexact, else None; raise `WrongError` if it is wrong."""
         ...
 
 
 def output_gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Draw the gradients of the outputs, the same for all variants; that of a scalar is 1."""
+    """Draw the gradients of the outputs, the same for all variants; the gradient of a scalar is 1."""
     generator = torch.Generator(outputs[0].device).manual_seed(1)
 
     def draw(y: Tensor) -> Tensor:
@@ -139,22 +139,22 @@ def output_gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def compute(variant: Callable[..., Any], inputs: tuple[Any, ...], backward: bool) -> dict[str, Tensor]:
-    """Return the outputs of a variant; with `backward` also the gradients of those inputs that require them."""
+    """Return the outputs of a variant; with `backward` also the gradients of the inputs that require them."""
     outputs = variant(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
     if not backward:
         return results
     wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    # A compiled variant keeps its buffers from its first backward pass on only where that retains them.
+    # A compiled variant keeps its buffers after the first backward pass only if that pass retains the graph.
     gradients = torch.autograd.grad(outputs, wanted, output_gradients(outputs), retain_graph=True)
     return results | {f"gradient {i}": dx for i, dx in enumerate(gradients)}
 
 
 def copies(inputs: tuple[Any, ...], exactly: bool = False, backward: bool = True) -> tuple[Any, ...]:
-    """Return copies of `inputs`, `exactly` in float64; without `backward` none wants a gradient.
+    """Return copies of `inputs`, `exactly` in float64; without `backward` no copy requires a gradient.
 
-    Some variants write into their inputs: each is given copies of its own.
+    Each variant gets its own copies, because some variants write into their inputs.
     """
 
     def copy(x: Any) -> Any:
@@ -166,13 +166,15 @@ def copies(inputs: tuple[Any, ...], exactly: bool = False, backward: bool = True
     return tuple(map(copy, inputs))
 
 
-def what_is_right(oracle: Callable[..., Any], torch_form: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, Right]:
-    """Return what the results and the gradients of an op must be, by `oracle` in float64 and by PyTorch's own form."""
+def expected_results(
+    oracle: Callable[..., Any], torch_form: Callable[..., Any], inputs: tuple[Any, ...]
+) -> dict[str, Expected]:
+    """Return the expected results and gradients of an op, from `oracle` in float64 and from PyTorch's implementation."""
     exact = compute(oracle, copies(inputs, exactly=True), True)
-    return {name: Right(exact.pop(name), own) for name, own in compute(torch_form, copies(inputs), True).items()}
+    return {name: Expected(exact.pop(name), own) for name, own in compute(torch_form, copies(inputs), True).items()}
 
 
-def check(variant: Callable[..., Any], inputs: tuple[Any, ...], right: Mapping[str, Judge], backward: bool) -> str | None:
-    """Return what is to be noted on the results of `variant`, or with `backward` also its gradients; wrong ones raise."""
+def check(variant: Callable[..., Any], inputs: tuple[Any, ...], expected: Mapping[str, Checker], backward: bool) -> str | None:
+    """Check the results of `variant`, and its gradients with `backward`; return notes, or raise `WrongError`."""
     found = compute(variant, copies(inputs, backward=backward), backward)
-    return "; ".join(note for name, own in found.items() if (note := right[name].check(own, name))) or None
+    return "; ".join(note for name, own in found.items() if (note := expected[name].check(own, name))) or None

@@ -1,4 +1,4 @@
-"""How figures are written, in the console as in the report: units in the heading, three digits, shares in percent."""
+"""Format figures for the console and the report: units in the heading, three digits, shares in percent."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _PERCENT = ("share_of", "mfu", "best_mfu", "occupancy", "overhead", "host_share")
-# Of the memory predicted; groups of `train.profile`, as shares of a step.
+# Error of the predicted memory, and the groups of `train.profile` as shares of a step.
 _SHARES = ("error", "matmul", "attention", "own", "elementwise", "optimizer", "copy", "communication", "idle")
 _HIDDEN = ("table", "stage", "op", "size", "preliminary")
 _HEADINGS = {
@@ -28,7 +28,7 @@ def heading(name: str) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """Return a figure as it is shown; '' for None, and for what a row does not have."""
+    """Return a formatted figure; '' for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -43,7 +43,7 @@ def text(name: str, value: Any) -> str:
 
 
 def tables(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return rows by the table that they belong to; '' is that of rows which name none."""
+    """Group rows by their table; '' holds the rows without one."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault(row.get("table", ""), []).append(row)
@@ -51,7 +51,7 @@ def tables(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what any of the rows shows: names and times first, then in the order in which it comes, notes last."""
+    """Return the columns that any row has: names and times first, then in order of appearance, notes last."""
     found = {name for row in rows for name, value in row.items() if name not in _HIDDEN and value is not None}
     ordered = dict.fromkeys([*_FIRST, *(name for row in rows for name in row if name != "suspicious"), "suspicious"])
     return [name for name in ordered if name in found]

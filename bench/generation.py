@@ -1,4 +1,4 @@
-"""Generation, token after token from the cache, beside what the accounting says that bandwidth allows."""
+"""Generation speed, token by token with the KV cache, compared with the bandwidth limit of the accounting."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ ROUNDS = 5
 
 
 def _seconds(model: TransformerLM, prompts: list[list[int]], new_tokens: int) -> float:
-    # It ends by reading the tokens, which waits for the device.
+    # Reading the generated tokens synchronizes with the device.
     start = time.perf_counter()
     generate(model, prompts, new_tokens, temperature=0)
     return time.perf_counter() - start
@@ -28,16 +28,16 @@ def _seconds(model: TransformerLM, prompts: list[list[int]], new_tokens: int) ->
 def bench_generation(
     name: str, batch: int, device: torch.device, ceilings: Ceilings | None = None, new_tokens: int = 64
 ) -> Rows:
-    """Yield the time of a decoding step: that of `new_tokens` tokens after half a context, less that of an eighth of them.
+    """Yield the time of a decoding step: `new_tokens` tokens after half a context, minus an eighth as many.
 
-    The difference leaves out the prompt's own pass. The bounds are those of the step in the middle.
+    The difference excludes the pass over the prompt. The bounds are for the step in the middle.
     """
     config = MODELS[name]
     torch.manual_seed(0)
     with device:
         model = TransformerLM(config).eval()
     if device.type == "cuda":
-        # The weights alone: RoPE's tables stay in float32.
+        # Cast the weights only: the RoPE tables stay in float32.
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def _bounds(
 
 
 def generation_jobs(device: torch.device, ceilings: Ceilings | None) -> Iterator[Job]:
-    """Yield the measuring of one sequence alone, and of many at once."""
+    """Yield one job per model and batch size."""
     sizes = (("gpt2-small", "gpt2-xl"), (1, 8, 64)) if device.type == "cuda" else (("stories-cpu",), (1, 8))
     for batch in sizes[1]:
         for name in sizes[0]:

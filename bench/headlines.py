@@ -1,4 +1,4 @@
-"""What a reader of the README wants to know first: each op, step and peak in a line, or that nobody has measured it yet."""
+"""Summary of the results for the README: one line per op, step and peak, marked if not measured yet."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from .results import Run
 
 @dataclass(frozen=True)
 class Headline:
-    """One line of the table: what, how it came out, and what it was measured on; no result where nothing was measured."""
+    """One line of the table: the subject, the result, and the machine; the result is empty if not measured."""
 
     what: str
     result: str = ""
     where: str = ""
 
 
-def _beside_peers(rows: Sequence[Row], own: Row, how: str) -> str:
-    """Return a result and the fastest peer of the same case."""
+def _with_best_peer(rows: Sequence[Row], own: Row, how: str) -> str:
+    """Return the result `how`, compared with the fastest peer of the same case."""
     others = [row for row in rows if row.get("case") == own.get("case") and row.get("p50_ms")]
-    # Another form of ours is no peer.
+    # Exclude our own other kernels.
     peers = [row for row in others if not f"{row.get('variant')},".startswith(f"{OWN},")]
     if not peers:
         return how
@@ -44,7 +44,7 @@ def _ceilings(rows: Sequence[Row]) -> str:
 
 
 def _op(op: str, by_flops: bool = False) -> Callable[[Sequence[Row]], str]:
-    def of(rows: Sequence[Row]) -> str:
+    def format_rows(rows: Sequence[Row]) -> str:
         parts = []
         for direction in ("forward", "backward", "both"):
             row = _largest(rows, f"{op} {direction}")
@@ -54,11 +54,11 @@ def _op(op: str, by_flops: bool = False) -> Callable[[Sequence[Row]], str]:
             share = f", {row['share_of_roofline']:.0%} of the roofline" if row.get("share_of_roofline") else ""
             named = "forward and backward" if direction == "both" else direction
             parts.append(
-                _beside_peers(rows, row, f"{row.get('case', op).removesuffix(' ' + direction)}, {named}: {rate}{share}")
+                _with_best_peer(rows, row, f"{row.get('case', op).removesuffix(' ' + direction)}, {named}: {rate}{share}")
             )
         return "<br>".join(parts)
 
-    return of
+    return format_rows
 
 
 def _training(rows: Sequence[Row]) -> str:
@@ -74,21 +74,19 @@ def _training(rows: Sequence[Row]) -> str:
 def _generation(rows: Sequence[Row]) -> str:
     found = [row for row in rows if row.get("tokens_per_s") and row.get("share_of_datasheet")]
     return "<br>".join(
-        f"{row.get('case')}: {row['tokens_per_s']:,.0f} tokens/s, {row['share_of_datasheet']:.0%} of what bandwidth allows"
+        f"{row.get('case')}: {row['tokens_per_s']:,.0f} tokens/s, {row['share_of_datasheet']:.0%} of the bandwidth limit"
         for row in found
     )
 
 
 def _memory(rows: Sequence[Row]) -> str:
     errors = [row["error"] for row in rows if row.get("error") is not None]
-    return f"{min(errors):+.1%} to {max(errors):+.1%} beside the prediction, {len(errors)} configurations" if errors else ""
+    return f"{min(errors):+.1%} to {max(errors):+.1%} from the prediction, {len(errors)} configurations" if errors else ""
 
 
 def _overhead(rows: Sequence[Row]) -> str:
     found = [row for row in rows if row.get("overhead_p50") is not None]
-    return "<br>".join(
-        f"{row.get('case')}: {row['overhead_p50']:z.1%} on top of the model's and the optimizer's" for row in found
-    )
+    return "<br>".join(f"{row.get('case')}: {row['overhead_p50']:z.1%} on top of the model and the optimizer" for row in found)
 
 
 def _tests(rows: Sequence[Row]) -> str:
@@ -96,23 +94,23 @@ def _tests(rows: Sequence[Row]) -> str:
 
 
 def _tokenizer(beginning: str) -> Callable[[Sequence[Row]], str]:
-    def of(rows: Sequence[Row]) -> str:
+    def format_rows(rows: Sequence[Row]) -> str:
         for own in rows:
             if str(own.get("case", "")).startswith(beginning) and own.get("variant") == OWN and own.get("mb_per_s"):
-                return _beside_peers(
+                return _with_best_peer(
                     rows, own, f"{own['case'].removeprefix(beginning).strip(', ')}: {own['mb_per_s']:,.1f} MB/s"
                 )
         return ""
 
-    return of
+    return format_rows
 
 
 Line = tuple[str, str, bool, Callable[[Sequence[Row]], str]]
-"""What, the stage that knows, whether a GPU is what it is about, and how it is said."""
+"""Subject, stage, whether the line needs a GPU, and the formatter."""
 
 
 def _lines() -> Iterator[Line]:
-    # Here, because a report of what others measured needs no torch until then.
+    # Imported here because the rest of the report needs no torch.
     from ..kernels.op import ALL
 
     yield ("ceilings", "ceilings", True, _ceilings)
@@ -133,11 +131,11 @@ def _lines() -> Iterator[Line]:
 
 
 def headlines(runs: Sequence[Run]) -> list[Headline]:
-    """Return the README's lines, each by the newest of `runs` (oldest first) that has its figures."""
+    """Return the lines of the README, each from the newest of `runs` (oldest first) that has its figures."""
     lines = []
-    for what, stage, needs_gpu, say in _lines():
+    for what, stage, needs_gpu, format_rows in _lines():
         candidates = (run for run in reversed(runs) if run.is_gpu or not needs_gpu)
-        said = ((say([row for row in run.stage(stage) if "not_measured" not in row]), run) for run in candidates)
-        result, run = next(((result, run) for result, run in said if result), ("", None))
+        results = ((format_rows([row for row in run.stage(stage) if "not_measured" not in row]), run) for run in candidates)
+        result, run = next(((result, run) for result, run in results if result), ("", None))
         lines.append(Headline(what, result, run.provenance if run else ""))
     return lines

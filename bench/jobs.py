@@ -1,4 +1,4 @@
-"""The bench's work in pieces: a job yields rows; one that fails, or for which no time is left, says so in a row."""
+"""Jobs of the bench: each yields rows; a job that fails or has no time left yields a row with the reason."""
 
 import gc
 import math
@@ -18,26 +18,26 @@ Rows = Iterator[Row]
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure, named as its rows are, so that it can be named where it is left out."""
+    """One measurement; `case` also names it when it is skipped."""
 
     case: str
     rows: Callable[[], Rows]
 
 
-NO_TIME = "no time left for it"
-CUT_OFF = "cut off: no time left for it"
-# An exception that rings in a finaliser is lost, so it rings again; not before what is cut off has cleaned up.
+NO_TIME = "no time left"
+CUT_OFF = "cut off: no time left"
+# Python drops an exception raised in a finalizer, so the alarm repeats; the interval leaves time to clean up.
 RING_AGAIN_S = 5.0
 
 
 class TimeOver(BaseException):
-    """The time of a stage is over: no Exception, so that nobody takes it for the failure of a peer."""
+    """The time of a stage is over. Not an `Exception`, so that no handler takes it for the failure of a peer."""
 
 
 @contextmanager
 def _alarm(deadline: float) -> Iterator[None]:
-    """Raise `TimeOver` in the block at `deadline` (of time.monotonic), as soon as Python runs there again."""
-    # Python runs handlers of signals in its main thread only.
+    """Raise `TimeOver` in the block at `deadline` (of time.monotonic), as soon as Python code runs there again."""
+    # Python runs signal handlers only in the main thread.
     if math.isinf(deadline) or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,20 +54,20 @@ def _alarm(deadline: float) -> Iterator[None]:
         before, _ = signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - start), RING_AGAIN_S)
         yield
     finally:
-        # It must not ring in here.
+        # Disarm the handler first: it must not raise in here.
         is_over = True
-        # Someone else's alarm, such as a test's time limit, goes on.
+        # Restore an outer alarm, such as a test's time limit.
         rest = max(1e-3, before - (time.monotonic() - start)) if before else 0
         signal.setitimer(signal.ITIMER_REAL, rest)
         signal.signal(signal.SIGALRM, handler)
 
 
 class DeviceLost(Exception):
-    """A kernel has broken the GPU's context: nothing runs there any more in this process."""
+    """A kernel broke the GPU's context: the process cannot use the GPU any more."""
 
 
-def ask(device: torch.device) -> None:
-    """Have a GPU do something; raise where it does not, but for want of memory, which others may hold."""
+def probe(device: torch.device) -> None:
+    """Run something on a GPU; raise if it fails, except for a lack of memory, which other processes can cause."""
     if device.type == "cuda":
         with suppress(torch.cuda.OutOfMemoryError):
             torch.cuda.synchronize(device)
@@ -75,16 +75,16 @@ def ask(device: torch.device) -> None:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Return whether a GPU no longer does what this process asks of it, as after an illegal memory access."""
+    """Return whether the GPU fails for this process, as after an illegal memory access."""
     try:
-        ask(device)
+        probe(device)
     except RuntimeError:
         return True
     return False
 
 
 def clean_up(device: torch.device) -> None:
-    """Forget what was compiled, and give memory back, so that nothing of a job is left to the next."""
+    """Reset compiled code and free cached memory between jobs."""
     if device.type == "cuda":
         gc.collect()
         torch.compiler.reset()
@@ -92,14 +92,14 @@ def clean_up(device: torch.device) -> None:
 
 
 def lacks_time(row: Row) -> bool:
-    """Return whether a row says that the time was over, so that another run may measure what it names."""
+    """Return whether a row was skipped for lack of time, so that another run can measure it."""
     return row.get("not_measured") in (NO_TIME, CUT_OFF)
 
 
 def run_job(job: Job, device: torch.device, deadline: float = math.inf, limit_s: float = math.inf) -> Rows:
-    """Yield the rows of a job, and one if it fails, is cut off at `deadline` or its own limit, or would begin after `deadline`.
+    """Yield the rows of a job, and one with the reason if it fails, is cut off, or would start after `deadline`.
 
-    After one that takes the GPU's context with it, `DeviceLost` is raised.
+    Raises `DeviceLost` after a job that broke the GPU's context.
     """
     row = {"case": job.case}
     if time.monotonic() >= deadline:
@@ -109,7 +109,7 @@ def run_job(job: Job, device: torch.device, deadline: float = math.inf, limit_s:
     rows = job.rows()
     try:
         while True:
-            # Only while it is measured: a row is written in peace.
+            # The alarm is off while a row is written.
             with _alarm(ends):
                 found = next(rows, None)
             if found is None:
@@ -118,15 +118,15 @@ def run_job(job: Job, device: torch.device, deadline: float = math.inf, limit_s:
     except TimeOver:
         yield row | {"not_measured": CUT_OFF if ends == deadline else f"cut off: takes more than {limit_s:g} s"}
     except torch.cuda.OutOfMemoryError:
-        yield row | {"not_measured": "more memory than there is"}
-    except Exception as error:  # one job's failure is a result, and not the end of the bench
+        yield row | {"not_measured": "out of memory"}
+    except Exception as error:  # the failure of one job does not end the bench
         yield row | {"not_measured": f"{type(error).__name__}: {error}"[:300]}
     finally:
-        # What a kernel did may show only now. The generator's frames may hold tensors.
+        # An asynchronous error can appear only now. Drop the generator first: its frames can hold tensors.
         del rows
         lost = is_lost(device)
         if not lost:
             clean_up(device)
     if lost:
-        yield row | {"not_measured": "broke the GPU's context: what comes next is measured by a new process"}
+        yield row | {"not_measured": "broke the GPU's context: a new process measures the rest"}
         raise DeviceLost

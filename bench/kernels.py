@@ -1,4 +1,4 @@
-"""Times of the kernel library's ops, as shares of the roofline that the ceilings of the same run draw."""
+"""Times of the kernel library's ops, as shares of the roofline from the ceilings of the same run."""
 
 import time
 import warnings
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ..kernels.op import Arguments, Cost
 from .ceilings import Ceilings
-from .check import Judge, WrongError, check, copies
+from .check import Checker, WrongError, check, copies
 from .jobs import Job, Row, Rows
 from .memory import peak_on_gpu
 from .ops import Case, Variant, cases
 from .peers import Unsupported
 from .timing import time_variants
 
-# No CPU takes so long to launch a call.
+# No kernel launch takes a CPU this long.
 LONG_MS = 10.0
-# A call that takes so long at the ceiling is steady, and repeating it takes the time of other shapes.
+# A call that takes this long at the ceiling is steady, and needs fewer repetitions.
 LONG_SECONDS = 2e-2
 
 
@@ -30,7 +30,7 @@ def _tensors(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # A loss is differentiated by itself: some peers save the scaling by its gradient where that is one.
+    # The gradient of a loss is 1: some peers skip the scaling in this case.
     return tuple(torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in outputs)
 
 
@@ -56,7 +56,7 @@ class _Calls:
 
 
 def _enqueue_ms(call: Callable[[], object]) -> float:
-    """Return how long the CPU takes to hand a call to the GPU: a GPU that is done sooner waits for it."""
+    """Return the time in which the CPU enqueues a call; a faster GPU waits for the CPU."""
     samples = []
     for _ in range(5):
         start = time.perf_counter()
@@ -67,57 +67,57 @@ def _enqueue_ms(call: Callable[[], object]) -> float:
 
 @dataclass
 class _Progress:
-    """What is known of a case's variants so far."""
+    """State of a case's variants."""
 
     ready: dict[str, Variant] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     ready_s: dict[str, float] = field(default_factory=dict)
-    """Seconds until a variant had been compiled, checked and called once."""
+    """Seconds to compile, check and call a variant once."""
     notes: dict[str, str | None] = field(default_factory=dict)
 
 
 def prepare(
-    variant: Variant, direction: str, positional: tuple[Any, ...], right: Mapping[str, Judge] | None
+    variant: Variant, direction: str, positional: tuple[Any, ...], expected: Mapping[str, Checker] | None
 ) -> tuple[Callable[[], object], str | None]:
-    """Return the call to time for one variant, tried once, and what is to be noted on its results and gradients.
+    """Return the call to time for one variant, after one trial call, and a note on its results and gradients.
 
-    Wrong ones are a `WrongError`; without `right` they were looked at before.
+    Raises `WrongError` for wrong results. Without `expected` the results are not checked.
     """
-    note = check(variant, positional, right, backward=direction != "forward") if right is not None else None
+    note = check(variant, positional, expected, backward=direction != "forward") if expected is not None else None
     call = getattr(_Calls(variant, positional), direction)()
     call()
     return call, note
 
 
 def _calls(
-    case: Case, direction: str, arguments: Arguments, right: Mapping[str, Judge], so_far: _Progress, device: torch.device
+    case: Case, direction: str, arguments: Arguments, expected: Mapping[str, Checker], progress: _Progress, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """Return the call of each variant; one that fails or disagrees goes into `failed` with its reason."""
+    """Return the call of each variant; a variant that fails or is wrong goes into `failed` with its reason."""
     calls = {}
     for name, make in case.forms(arguments.options, device).items():
-        if name in so_far.failed or not case.is_timed(name, direction):
+        if name in progress.failed or not case.is_timed(name, direction):
             continue
         start = time.perf_counter()
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                if name not in so_far.ready:
-                    so_far.ready[name] = make()
-                # Both ways together it computes what it did backward.
-                known = direction == "both" and name in so_far.ready_s
-                calls[name], note = prepare(so_far.ready[name], direction, arguments.positional, None if known else right)
-                so_far.notes[name] = so_far.notes[name] if known else note
+                if name not in progress.ready:
+                    progress.ready[name] = make()
+                # The backward direction has already checked the same results.
+                known = direction == "both" and name in progress.ready_s
+                calls[name], note = prepare(progress.ready[name], direction, arguments.positional, None if known else expected)
+                progress.notes[name] = progress.notes[name] if known else note
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                so_far.ready_s[name] = time.perf_counter() - start
+                progress.ready_s[name] = time.perf_counter() - start
             except Unsupported as reason:
-                so_far.failed[name] = str(reason)
+                progress.failed[name] = str(reason)
             except WrongError as error:
-                so_far.failed[name] = f"wrong: {error}"
-            except Exception as error:  # a peer's failure, or a lack of memory, is a result and not the end of the bench
-                # SDPA warns of what a backend lacks before it gives up.
-                reasons = [f"{type(error).__name__}: {error}", *(str(warning.message) for warning in said)]
-                so_far.failed[name] = "; ".join(reason.split(" (Triggered")[0] for reason in reasons)[:300]
+                progress.failed[name] = f"wrong: {error}"
+            except Exception as error:  # a peer's failure, or a lack of memory, does not end the bench
+                # SDPA warns about unsupported inputs of a backend before it fails.
+                reasons = [f"{type(error).__name__}: {error}", *(str(warning.message) for warning in caught)]
+                progress.failed[name] = "; ".join(reason.split(" (Triggered")[0] for reason in reasons)[:300]
     return calls
 
 
@@ -129,9 +129,9 @@ def timed_rows(
     ceilings: Ceilings,
     rounds: int = 5,
 ) -> Rows:
-    """Yield the row of each of `calls`, timed in turn, on a GPU with the peak of what a call holds beyond its inputs.
+    """Yield the row of each of `calls`, timed in turn; on a GPU with the peak memory of a call beyond its inputs.
 
-    One that fails meanwhile, for lack of memory for one, is named with the reason.
+    A call that fails, for example for lack of memory, yields a row with the reason.
     """
     failed: dict[str, str] = {}
     for name, times in time_variants(calls, device, rounds, failed=failed).items():
@@ -148,7 +148,7 @@ def timed_rows(
             row["enqueue_ms"] = _enqueue_ms(calls[name])
             torch.cuda.synchronize(device)
             if row["enqueue_ms"] > times.p50_ms / 2:
-                row.setdefault("suspicious", "the CPU's launches may be what was timed")
+                row.setdefault("suspicious", "may have timed kernel launches on the CPU")
         if device.type == "cuda":
             row["peak_gb"] = peak_on_gpu(calls[name], device) / 1e9
         yield row
@@ -157,30 +157,30 @@ def timed_rows(
 
 
 def bench_case(case: Case, device: torch.device, ceilings: Ceilings) -> Rows:
-    """Yield the times of one op's variants in each direction; a variant that errs is named instead of timed."""
+    """Yield the times of one op's variants in each direction; a failing variant yields a row with the reason."""
     arguments = case.arguments(device)
-    right = case.right(arguments)
-    so_far = _Progress()
+    expected = case.expected(arguments)
+    progress = _Progress()
     series = case.op.series(case.sizes) if case.op.series else case.op.name
     for direction, cost in case.costs().items():
-        name, reported = f"{case.name} {direction}", {*so_far.failed}
-        calls = _calls(case, direction, arguments, right, so_far, device)
-        for variant in so_far.failed.keys() - reported:
-            yield {"case": name, "variant": variant, "not_measured": so_far.failed[variant]}
+        name, reported = f"{case.name} {direction}", {*progress.failed}
+        calls = _calls(case, direction, arguments, expected, progress, device)
+        for variant in progress.failed.keys() - reported:
+            yield {"case": name, "variant": variant, "not_measured": progress.failed[variant]}
         rounds = 2 if cost.seconds(ceilings.copy, ceilings.matmul) > LONG_SECONDS else 5
         for row in timed_rows(name, calls, cost, device, ceilings, rounds):
             if "not_measured" in row:
                 yield row
                 continue
-            note = so_far.notes[row["variant"]]
+            note = progress.notes[row["variant"]]
             row |= {"suspicious": "; ".join(filter(None, (row.get("suspicious"), note)))} if note else {}
             if case.op.bound_by == "flops":
                 row["share_of_matmul"] = cost.flops / ceilings.matmul / (row["p50_ms"] * 1e-3)
             row |= {"op": f"{series} {direction}", "size": case.size} if series else {}
-            yield row | {"ready_s": so_far.ready_s[row["variant"]]}
+            yield row | {"ready_s": progress.ready_s[row["variant"]]}
 
 
 def kernel_jobs(group: str, device: torch.device, ceilings: Ceilings) -> Iterator[Job]:
-    """Yield the measuring of every op of a group at every shape."""
+    """Yield a job for every op of a group at every shape."""
     for case in cases(group):
         yield Job(case.name, partial(bench_case, case, device, ceilings))

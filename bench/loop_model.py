@@ -1,50 +1,53 @@
-"""A static model of a Hopper kernel's main loop: its instructions, issued on one sub-partition of a multiprocessor.
+"""A static model of a Hopper kernel's main loop: instruction issue on one sub-partition of a multiprocessor.
 
-The four sub-partitions of a multiprocessor are alike and each has one warp of every group of four, so one stands for all. The
-model issues one instruction a cycle from the warps that may go on, by the control bits that the assembler set: stalls,
-scoreboards, barriers, waits for products. It charges each instruction to its pipe, and products to the tensor core, in order.
+The four sub-partitions of a multiprocessor are alike, and each runs one warp of every group of four, so the model simulates
+one. It issues one instruction per cycle from the ready warps, following the control bits that the assembler set: stalls,
+scoreboards, barriers, waits for products. Each instruction occupies its pipe; products occupy the tensor core, in order.
 
-What it assumes: loads through TMA and cp.async are in time; caches, power and clocks limit nothing; a branch that is not the
-loop's own is not taken. It overrates how programs that share a multiprocessor overlap, so a share above 65% of the peak that
-rests on that is an upper bound. `CALIBRATION` says how its shares compare with measurements.
+Assumptions: TMA and cp.async loads arrive in time; caches, power and clocks are no limit; only the loop's own branch is taken.
+The model overestimates how well programs that share a multiprocessor overlap, so a share above 65% of the peak is an upper
+bound if it depends on that overlap. `CALIBRATION` compares its shares with measurements.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..kernels.datasheet import GPUS
+from ..datasheet import GPUS
 from .sass import NO_SCOREBOARD, Instruction
 
-# Cycles that a warp's instruction keeps its pipe of a sub-partition busy: CUDA C++ Programming Guide, table "Throughput of
-# Native Arithmetic Instructions", compute capability 9.0: 32 lanes over those that a quarter of a multiprocessor has a clock.
+# Cycles that a warp's instruction occupies its pipe of a sub-partition: CUDA C++ Programming Guide, table "Throughput of Native
+# Arithmetic Instructions", compute capability 9.0: 32 lanes over the lanes per cycle of a quarter of a multiprocessor.
 CYCLES = {"fma": 1, "imad": 2, "alu": 2, "mufu": 8, "lsu": 4, "uniform": 2, "control": 1}
-# Until a result can be used: Luo et al. 2024, arXiv:2402.13499, rounded.
+# Cycles until a result is available: Luo et al. 2024, arXiv:2402.13499, rounded.
 LATENCY = {"fma": 6, "imad": 6, "alu": 6, "mufu": 22, "lsu": 28, "uniform": 12, "control": 20}
 BARRIER_LATENCY = 24
 TENSOR_LATENCY = 32
-"""Cycles from the end of a product to the warp that waits for it."""
+"""Cycles from the end of a product until a waiting warp continues."""
 MUFU_QUEUE = 4
-# Of an H100 SXM and an H200 (NVIDIA, H100 whitepaper).
+# H100 SXM and H200 (NVIDIA, H100 whitepaper).
 NUM_SMS = 132
 CLOCK = 1.83e9
 """Hz"""
 PEAK_TFLOPS = GPUS["NVIDIA H100 80GB HBM3"].bf16
 MULTIPLY_ADDS = 2048
-"""Of a multiprocessor's tensor cores a cycle, in half precision: PEAK_TFLOPS of all at this clock."""
+"""Multiply-adds per cycle of a multiprocessor's tensor cores in half precision: PEAK_TFLOPS over all at this clock."""
 SHARED_BYTES = 128
-"""That a multiprocessor's shared memory delivers a cycle."""
+"""Bytes per cycle from a multiprocessor's shared memory."""
 CALIBRATION = {"portable": 0.81, "gluon": 0.66, "fused": 0.57}
-"""Measured over modelled, by one public figure each, of an H100 at head dim 128 and 16,384 tokens, no mask: Triton's tutorial
-487 TFLOP/s, of which our portable forward pass is modelled at 600; FlashAttention-3 648, of which our Gluon one is modelled at
-the peak, 989; FlashAttention-3's backward pass 561, of which our fused one is modelled at the peak. Power, clocks and whatever
-else the model leaves out are in it, in the last what additions to dQ cost, so it tells no forms apart that differ by less than
-15% or so."""
+"""Measured over modeled speed. Each comes from one public figure for an H100 at head dim 128 and 16,384 tokens, without a mask:
+
+- portable: Triton's tutorial reaches 487 TFLOP/s; the model gives our portable forward pass 600.
+- gluon: FlashAttention-3 reaches 648; the model gives our Gluon forward pass the peak, 989.
+- fused: FlashAttention-3's backward pass reaches 561; the model gives our fused backward pass the peak.
+
+The factor includes power, clocks and every other unmodeled cost, such as the additions to dQ in the last case. The model
+therefore cannot rank kernels whose predictions differ by less than about 15%."""
 MOST_TFLOPS = PEAK_TFLOPS * CALIBRATION["gluon"]
-"""The most that is predicted, a choice: FlashAttention-3 has reached 740 in its best case (arXiv:2407.08608)."""
+"""Upper bound on predictions, by choice: FlashAttention-3's best case is 740 (arXiv:2407.08608)."""
 SKEW = 500
-"""Cycles by which groups of warps that nothing ties together begin one after the other. Of a loop with fewer instructions
-their count is taken, because all groups must be in the loop at once."""
+"""Cycles between the starts of independent groups of warps. A loop with fewer instructions uses their count instead, because
+all groups must be in the loop at once."""
 
 
 @dataclass
@@ -55,60 +58,60 @@ class _Warp:
     iteration: int = 0
     boards: list[list[float]] = field(default_factory=lambda: [[] for _ in range(6)])
     groups: list[float] = field(default_factory=list)
-    """When each group of products under way ends."""
+    """End of each group of products in flight."""
     at_barrier: bool = False
     ends: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LoopReport:
-    """One iteration of every program on a multiprocessor."""
+    """Cycles for one iteration of every program on a multiprocessor."""
 
     cycles: float
     tensor: float
-    """Of them, those in which the tensor cores multiply or wait for their factors."""
+    """Cycles in which the tensor cores multiply or wait for operands."""
     products: float
-    """Cycles that its products take at the tensor cores' peak."""
+    """Cycles of the products at the tensor cores' peak."""
     pipes: dict[str, float]
     """Cycles in which each pipe is busy."""
     issue: float
     """Cycles in which an instruction is issued."""
     waits: dict[str, float]
-    """Cycles for which a warp, on average, could not issue, by what it waited for."""
+    """Mean cycles for which a warp could not issue, by reason."""
 
     @property
     def share(self) -> float:
-        """Of the tensor cores' peak."""
+        """Share of the tensor cores' peak."""
         return self.products / self.cycles
 
     @property
     def limiter(self) -> str:
-        """What is busy for longest."""
+        """The resource that is busy longest."""
         busy = {"tensor": self.tensor, **self.pipes, "issue": self.issue}
         return max(busy, key=lambda name: busy[name])
 
 
 def calibrated(share: float, form: str) -> float:
-    """Return the TFLOP/s that a GPU may measure where the model gives a kernel of a form a share of the peak."""
+    """Return the TFLOP/s expected on a GPU for a kernel of `form` with a modeled share of the peak."""
     return min(share * PEAK_TFLOPS * CALIBRATION[form], MOST_TFLOPS)
 
 
 def peak_cycles(x: Instruction) -> float:
-    """Return how long a product takes at the tensor cores' peak."""
+    """Return the cycles of a product at the tensor cores' peak."""
     return 64 * x.columns * 16 / MULTIPLY_ADDS
 
 
 def tensor_cycles(x: Instruction) -> float:
-    """Return how long a product occupies the tensor cores: it multiplies, or waits for its factors from shared memory."""
+    """Return the cycles for which a product occupies the tensor cores: multiplying, or waiting for shared memory."""
     return max(peak_cycles(x), x.from_shared * 16 * 2 / SHARED_BYTES)
 
 
 class _Model:
-    """The state of a sub-partition."""
+    """State of a sub-partition."""
 
     def __init__(self, body: Sequence[Instruction], groups: int, programs: int, iterations: int) -> None:
         self.body, self.iterations = body, iterations
-        # Groups of one program begin together if a barrier of all its warps ties them.
+        # Groups of one program start together if a barrier synchronizes all its warps.
         tied = any(x.barrier_threads == 0 for x in body)
         skew = min(SKEW, len(body))
         self.warps = [_Warp(p, (p if tied else p * groups + g) * skew) for p in range(programs) for g in range(groups)]
@@ -120,7 +123,7 @@ class _Model:
         self.waits: defaultdict[str, float] = defaultdict(float)
 
     def next_time(self, w: _Warp) -> tuple[float, str]:
-        """Return when a warp can issue its next instruction, and what it waits for until then."""
+        """Return when a warp can issue its next instruction, and the reason for the wait."""
         x = self.body[w.at]
         times = [(w.ready, "the instruction before")]
         for b in range(6):
@@ -168,7 +171,7 @@ class _Model:
             w.ends.append(now)
 
     def meet(self, w: _Warp, now: float) -> None:
-        """Hold a warp at a barrier until all of its program are there; of a barrier of four warps one is here."""
+        """Hold a warp at a barrier until all warps of its program arrive; the model has one of each four warps."""
         w.at_barrier = True
         peers = [v for v in self.warps if v.program == w.program]
         if all(v.at_barrier or v.iteration >= self.iterations for v in peers):
@@ -179,7 +182,7 @@ class _Model:
                 v.ready = max(v.ready, now + BARRIER_LATENCY)
 
     def run(self) -> None:
-        """Issue all iterations of all warps, in turn where several can."""
+        """Issue all iterations of all warps, round-robin among the ready warps."""
         now, last = 0.0, 0
         while any(w.iteration < self.iterations for w in self.warps):
             self.queue = [t for t in self.queue if t > now]
@@ -202,11 +205,11 @@ class _Model:
 
 
 def simulate(body: Sequence[Instruction], groups: int, programs: int, iterations: int = 8) -> LoopReport:
-    """Return what a loop costs where `programs` programs of `groups` groups of four warps share a multiprocessor."""
+    """Return the cost of a loop with `programs` programs of `groups` groups of four warps on a multiprocessor."""
     model = _Model(body, groups, programs, iterations)
     model.run()
     warps = model.warps
-    # The steady state: without the first two iterations and the last, whose neighbours may have ended.
+    # Steady state: skip the first two iterations and the last, in which other warps may have finished.
     first, final = (sum(w.ends[i] for w in warps) / len(warps) for i in (1, -2))
     per_iteration = 1 / iterations
     return LoopReport(

@@ -1,4 +1,4 @@
-"""What a result was measured on, and whether it was fit for that: clocks, throttling, other processes. All is only read."""
+"""Describe the measured machine: versions, clocks, throttling, other processes. Changes no setting."""
 
 import datetime
 import importlib.metadata
@@ -15,9 +15,9 @@ import torch
 
 from ..kernels.device import device_name
 
-# Rows of the matrices that a GPU multiplies while its clocks are read.
+# Rows of the matrices that load the GPU while its clocks are read.
 LOAD = 4096
-# nvidia-smi's names of what a GPU says of itself.
+# nvidia-smi's field for each value.
 _STATE = {
     "driver": "driver_version",
     "sm_mhz": "clocks.sm",
@@ -29,8 +29,7 @@ _STATE = {
     "used_mib": "memory.used",
     "total_mib": "memory.total",
 }
-# NVML's bits for why clocks are lower than they might be (nvml.h, nvmlClocksEventReasons). Idling and the settings of a
-# display are not among them: they slow nothing down.
+# NVML's bits for lowered clocks (nvml.h, nvmlClocksEventReasons), without idling and display settings, which do not throttle.
 _REASONS = {
     0x2: "application clocks set",
     0x4: "power limit",
@@ -44,7 +43,7 @@ _REASONS = {
 
 def _output(*command: str) -> str | None:
     try:
-        # A driver in trouble may never answer.
+        # A failing driver may never answer.
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
@@ -66,7 +65,7 @@ def _cpu_name() -> str:
 
 
 def _query(device: torch.device, *fields: str) -> list[str | None] | None:
-    # By its UUID: nvidia-smi numbers all GPUs, torch only the visible ones.
+    # Select the GPU by UUID: nvidia-smi numbers all GPUs, torch only the visible ones.
     uuid = torch.cuda.get_device_properties(device).uuid
     text = _output("nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits", f"--query-gpu={','.join(fields)}")
     found = parse_fields(text) if text else []
@@ -74,9 +73,9 @@ def _query(device: torch.device, *fields: str) -> list[str | None] | None:
 
 
 def parse_fields(line: str) -> list[str | None]:
-    """Return the fields of a line of nvidia-smi; None for what the GPU does not tell."""
+    """Return the fields of a line from nvidia-smi; None for a value that the GPU does not report."""
     fields = (field.strip() for field in line.splitlines()[0].split(","))
-    # In brackets it says why: [N/A], [Not Supported], [Unknown Error], [Insufficient Permissions], ...
+    # Brackets enclose a reason: [N/A], [Not Supported], [Unknown Error], [Insufficient Permissions], ...
     return [None if field.startswith("[") or field == "N/A" else field for field in fields]
 
 
@@ -88,7 +87,7 @@ def _number(text: str | None) -> float | None:
 
 
 def parse_reasons(mask: str | None) -> str | None:
-    """Return in words why clocks are low, of NVML's bits as in `0x0000000000000004`; "none", or None where unknown."""
+    """Return the reasons for low clocks from NVML's bits, such as `0x0000000000000004`; "none", or None if unknown."""
     try:
         bits = int(mask or "", 16)
     except ValueError:
@@ -97,21 +96,21 @@ def parse_reasons(mask: str | None) -> str | None:
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:
-    """Return clocks, temperature, power, memory and why clocks are low; {} where nvidia-smi does not answer."""
+    """Return clocks, temperature, power, memory and the reasons for low clocks; {} if nvidia-smi does not answer."""
     values = _query(device, *_STATE.values())
     if values is None:
         return {}
     state: dict[str, Any] = dict(zip(_STATE, values, strict=True))
     numbers = {name: _number(value) for name, value in state.items() if name != "driver"}
-    # The name of before driver 535 too.
+    # The second name is that before driver 535.
     reasons = _query(device, "clocks_event_reasons.active") or _query(device, "clocks_throttle_reasons.active")
     return {"driver": state["driver"], **numbers, "throttled_by": parse_reasons(reasons[0] if reasons else None)}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return the machine, the versions and the commit; None for what cannot be found out.
+    """Return the machine, the versions and the commit; None for unknown values.
 
-    `cpu_load` is how many processes ran or waited to run, over the minute before.
+    `cpu_load` is the mean number of running or waiting processes over the last minute.
     """
     is_gpu = device.type == "cuda"
     return {
@@ -130,18 +129,18 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def other_processes(text: str, own: int) -> list[tuple[str, str]]:
-    """Return (name, memory) of the processes of nvidia-smi's list `pid, name, memory`, but for our `own`."""
+    """Return (name, memory) of the processes in nvidia-smi's list `pid, name, memory`, except the process `own`."""
     rows = [[field.strip() for field in line.split(",")] for line in text.splitlines() if line.strip()]
     return [(row[1], row[2]) for row in rows if len(row) == 3 and row[0] != str(own)]
 
 
 @contextmanager
 def _under_load(device: torch.device) -> Iterator[None]:
-    """Have the GPU multiply matrices meanwhile: idle it lowers its clocks, and nothing throttles it."""
+    """Multiply matrices on the GPU inside the block: an idle GPU lowers its clocks and never throttles."""
     stop, busy = threading.Event(), threading.Event()
 
     def work() -> None:
-        # Without memory, or without the GPU, its state is that at rest.
+        # If this fails for lack of memory, the block reads the state at idle.
         with suppress(Exception):
             a = torch.randn(LOAD, LOAD, dtype=torch.bfloat16, device=device)
             product = torch.empty_like(a)
@@ -163,7 +162,7 @@ def _under_load(device: torch.device) -> Iterator[None]:
 
 
 def state_row(device: torch.device, when: str, slowdowns: Sequence[str] = ("slowdown", "brake")) -> dict[str, Any]:
-    """Return a GPU's state at work as a row; heat and power brakes are marked: times measured meanwhile are not its own."""
+    """Return a GPU's state under load as a row, marked if heat or a power brake throttles it and distorts times."""
     with _under_load(device):
         state = gpu_state(device)
     row = {"case": f"GPU {when}", **{name: value for name, value in state.items() if name != "driver"}}
@@ -176,11 +175,11 @@ def state_row(device: torch.device, when: str, slowdowns: Sequence[str] = ("slow
 def machine_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield the GPU's state, and every other process that computes on it.
 
-    From inside a container the driver may give this process another number, and show it as another.
+    In a container the driver can report this process under another ID, as another process.
     """
     yield state_row(device, "before")
     uuid = torch.cuda.get_device_properties(device).uuid
     query = "--query-compute-apps=pid,process_name,used_memory"
     text = _output("nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader", query)
     for name, memory in other_processes(text or "", os.getpid()):
-        yield {"case": "another process", "variant": name, "memory": memory, "suspicious": "it shares the GPU"}
+        yield {"case": "another process", "variant": name, "memory": memory, "suspicious": "shares the GPU"}

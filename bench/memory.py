@@ -1,4 +1,4 @@
-"""The peak memory of a call, and of training steps beside what the accounting predicts."""
+"""Peak memory of a call, and of training steps against the accounting's prediction."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from ..model.checkpointing import Checkpointing
 from .jobs import Job, Rows
 from .trainers import OWN_POLICY, config_for, random_trainer
 
-# Preset, sequences of a step, checkpointing: small and large, with many activations and with few.
+# Preset, sequences per step, checkpointing: small and large models, many and few saved activations.
 CONFIGURATIONS: tuple[tuple[str, int, Checkpointing], ...] = (
     ("gpt2-small", 8, "none"),
     ("gpt2-small", 32, "none"),
@@ -26,9 +26,9 @@ STEPS = 3
 
 
 def peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
-    """Return how many bytes a call holds at most on a GPU, beside those that are held before it."""
+    """Return the peak bytes of a call on a GPU, minus the bytes allocated before."""
     gc.collect()
-    # A backward pass may return before autograd's thread has freed its gradients. That thread runs this one after that.
+    # A backward pass can return before autograd's thread has freed its gradients. This one follows in that thread.
     torch.zeros((), device=device, requires_grad=True).backward()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -38,17 +38,17 @@ def peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_row(case: str, predicted: int, measured: int, reserved: int) -> dict:
-    """Return a row of what was predicted and measured, in GB; `error` is above 0 where more was held than predicted."""
+    """Return a row of predicted and measured memory in GB; `error` is positive if the measurement is larger."""
     figures = {"predicted_gb": predicted / 1e9, "measured_gb": measured / 1e9, "reserved_gb": reserved / 1e9}
     return {"case": case, "variant": "tilewright", **figures, "error": measured / predicted - 1}
 
 
 def bench_memory(name: str, batch: int, checkpointing: Checkpointing, device: torch.device) -> Rows:
-    """Yield the peak of a few eager steps; what was asked for, not what the allocator rounds it up to."""
+    """Yield the peak of a few eager steps, in requested bytes without the allocator's rounding."""
     config = config_for(name, device, batch, compile=False, activation_checkpointing=checkpointing)
     before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
     with random_trainer(config) as trainer:
-        # From the first step on: the optimizer's state comes with it, the peak after it.
+        # Count from the first step on, which creates the optimizer's state; the peak follows in a later step.
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(STEPS):
             trainer.train_step()
@@ -63,7 +63,7 @@ def bench_memory(name: str, batch: int, checkpointing: Checkpointing, device: to
 
 
 def memory_jobs(device: torch.device) -> Iterator[Job]:
-    """Yield the measuring of each configuration."""
+    """Yield a job for each configuration."""
     for name, batch, checkpointing in CONFIGURATIONS:
         job = partial(bench_memory, name, batch, checkpointing, device)
         yield Job(f"memory {name} batch {batch}, checkpointing {checkpointing}", job)

@@ -1,4 +1,4 @@
-"""Other people's forms of our ops, by the op's name; an op without an entry is measured beside PyTorch alone."""
+"""Implementations of our ops in other libraries, by op; an op without an entry is compared with PyTorch only."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from .attention_peers import ATTENTION_PEERS
 from .peers import Unsupported, find
 
 Peer = Callable[[Sizes, torch.device], Callable[..., Any]]
-"""Makes ready for one shape; raises `Unsupported` where it has none such, or is not installed."""
+"""Prepares a function for one shape; raises `Unsupported` if the shape or the package is missing."""
 
 
 def _liger(name: str, **options: Any) -> Peer:
@@ -42,13 +42,13 @@ def _quack_add_rms_norm(sizes: Sizes, device: torch.device) -> Callable[..., Any
 
 def _cut_cross_entropy(sizes: Sizes, device: torch.device) -> Callable[..., Any]:
     cut = find("cut_cross_entropy", "linear_cross_entropy")
-    # By default it leaves out gradients that are small: of random logits, all but the targets'.
+    # By default it drops small gradients, which for random logits are all except the targets'.
     return lambda x, weight, targets: cut(x, weight, targets, filter_eps=None)
 
 
 def _torch_linear_cross_entropy(sizes: Sizes, device: torch.device) -> Callable[..., Any]:
     if not hasattr(F, "linear_cross_entropy"):
-        raise Unsupported(f"PyTorch {torch.__version__} has none")
+        raise Unsupported(f"PyTorch {torch.__version__} lacks it")
     return F.linear_cross_entropy  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -60,12 +60,12 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
     "geglu": {"liger": _liger("geglu")},
     "cross_entropy": {"liger": _liger("cross_entropy"), "quack": _quack("cross_entropy")},
     "linear_cross_entropy": {
-        # By default it adds up the gradient of the weights in bfloat16.
+        # The default accumulates the gradient of the weights in bfloat16.
         "liger": _liger("fused_linear_cross_entropy", accum_dtype=torch.float32),
         "cut_cross_entropy": _cut_cross_entropy,
         "torch linear_cross_entropy": _torch_linear_cross_entropy,
     },
     "attention": ATTENTION_PEERS,
 }
-# Their forward pass writes gradients into its inputs, so that it is timed together with the backward pass only.
+# The forward pass of these writes gradients into its inputs, so it is timed only together with the backward pass.
 BOTH_ONLY = {("swiglu", "liger"), ("geglu", "liger"), ("cross_entropy", "liger")}

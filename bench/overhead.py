@@ -1,4 +1,4 @@
-"""What the training loop adds to a step: batches, the guard, metrics, signals; everything but the model and its optimizer."""
+"""Overhead of the training loop: batches, guard, metrics, signals; everything except the model and its optimizer."""
 
 import dataclasses
 import tempfile
@@ -26,14 +26,14 @@ WARMUP_STEPS = 10
 
 
 def _config(folder: Path, device: torch.device) -> TrainConfig:
-    """Return a run of a preset on the embedded corpus, its text and tokenizer made in `folder`."""
+    """Return a run of a preset on the embedded corpus; write its text and tokenizer to `folder`."""
     files = corpus_files(folder)
     write_stories(files.train[0], 1.0, seed=0)
     write_stories(files.valid, 0.1, seed=1)
     base = preset(PRESET[device.type])
     tokenizer = Tokenizer(*train_bpe(files.train[0], min(base.model.vocab_size, 2048), [END_OF_TEXT]), [END_OF_TEXT])
     tokenizer.save(files.tokenizer)
-    # Validations and checkpoints are work of their own; neither comes before the last step, which is not timed.
+    # Exclude validations and checkpoints: both happen only at the last step, which is not timed.
     return dataclasses.replace(
         base, data=files, out=folder / "run", device=str(device), steps=STEPS, eval_every=STEPS, checkpoint_every=STEPS,
         optimizer=dataclasses.replace(base.optimizer, warmup_steps=10), eval_sequences=1,
@@ -41,7 +41,7 @@ def _config(folder: Path, device: torch.device) -> TrainConfig:
 
 
 class _BareStep:
-    """The same step with nothing around it: forward, backward, clipping, AdamW, on a batch that is there."""
+    """The same step without the loop: forward, backward, clipping, AdamW, on a fixed batch."""
 
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
@@ -65,10 +65,10 @@ class _BareStep:
 
 
 def measure_overhead(config: TrainConfig) -> tuple[list[float], list[float]]:
-    """Run `config`, a bare step before each of its steps; return the seconds of both, step by step, the first ones left out.
+    """Run `config` with a bare step before each of its steps; return the seconds of both per step, without warm-up.
 
-    A turn of the loop lasts from one call of `train_step` to the next, without the bare step between. What a thread does
-    meanwhile counts only as far as it slows the loop or the bare step down.
+    An iteration of the loop lasts from one call of `train_step` to the next, without the bare step between. Background threads
+    count only as far as they slow down the loop or the bare step.
     """
     own_step = Trainer.train_step
     bare: list[_BareStep] = []
@@ -77,14 +77,14 @@ def measure_overhead(config: TrainConfig) -> tuple[list[float], list[float]]:
     resumed = [0.0]
 
     def train_step(trainer: Trainer) -> dict[str, Tensor | float]:
-        synchronise = partial(torch.cuda.synchronize, trainer.device) if trainer.device.type == "cuda" else lambda: None
-        synchronise()
+        synchronize = partial(torch.cuda.synchronize, trainer.device) if trainer.device.type == "cuda" else lambda: None
+        synchronize()
         entered = time.perf_counter()
         if not bare:
             bare.append(_BareStep(trainer))
         start = time.perf_counter()
         bare[0]()
-        synchronise()
+        synchronize()
         if trainer.step > WARMUP_STEPS:
             looped_s.append(entered - resumed[0])
             bare_s.append(time.perf_counter() - start)
@@ -102,7 +102,7 @@ def _measure(device: torch.device) -> Rows:
         looped_s, bare_s = measure_overhead(config)
     case = f"loop {PRESET[device.type]} batch {config.batch_size}x{config.model.context_length}"
     looped, bare = (quantiles([1e3 * seconds for seconds in column]) for column in (looped_s, bare_s))
-    # Neighbours in time share the machine's noise, so their ratios vary less than their times.
+    # Adjacent steps share the machine's noise, so their ratios vary less than their times.
     overhead = quantiles([a / b - 1 for a, b in zip(looped_s, bare_s, strict=True)])
     yield {"case": case, "variant": "model and optimizer", **dataclasses.asdict(bare)}
     yield {
@@ -117,5 +117,5 @@ def _measure(device: torch.device) -> Rows:
 
 
 def overhead_jobs(device: torch.device) -> Iterator[Job]:
-    """Yield the one measurement: a turn of the loop beside a bare step."""
+    """Yield one job: an iteration of the loop against a bare step."""
     yield Job("overhead", partial(_measure, device))

@@ -1,12 +1,12 @@
-"""Other people's kernels: optional packages, each found by name, or with the reason why it is not there."""
+"""Optional packages with other implementations, imported by name, or the reason why a package is missing."""
 
 import importlib
 from functools import cache
 from typing import Any
 
-# Our own variant as it ships; other forms of it have names that begin with it and a comma.
+# Our variant with default choices; names of our other kernels start with this and a comma.
 OWN = "tilewright"
-# How to get each package. Those that the extra `bench` leaves out compile for long, or bring a compiler of their own.
+# Installation of each package. The extra `bench` omits those that compile for long or bring their own compiler.
 REMEDIES = {
     "liger_kernel": "pip install liger-kernel",
     "cut_cross_entropy": "pip install cut-cross-entropy",
@@ -17,7 +17,7 @@ REMEDIES = {
 
 
 class Unsupported(Exception):
-    """A peer that is not here, or a shape that it does not have, or that is left out; the message says why."""
+    """A peer that is missing, lacks a shape, or is skipped; the message gives the reason."""
 
 
 @cache
@@ -30,12 +30,12 @@ def _find(module: str, name: str | None) -> Any:
         if error.name == package:
             return Unsupported(f"not installed: {REMEDIES.get(package, f'pip install {package}')}")
         return Unsupported(f"{type(error).__name__}: {error}"[:200])
-    except Exception as error:  # compiled for another PyTorch, or without a GPU, a peer fails in ways of its own
+    except Exception as error:  # a peer built for another PyTorch, or without a GPU, can fail in any way
         return Unsupported(f"{type(error).__name__}: {error}"[:200])
 
 
 def find(module: str, name: str | None = None) -> Any:
-    """Return a module of a peer, or what it calls `name`; `Unsupported` where it cannot be imported."""
+    """Return a module of a peer, or its attribute `name`; raise `Unsupported` if it cannot be imported."""
     found = _find(module, name)
     if isinstance(found, Unsupported):
         raise found

@@ -1,4 +1,4 @@
-"""The pictures of the report, as SVG that is the same to the byte whenever it is drawn from the same results."""
+"""Plots of the report as SVG, byte-identical for the same results."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Stages = Mapping[str, Sequence[Row]]
-"""The rows of each stage."""
+"""Rows of each stage."""
 DIRECTIONS = ("forward", "backward")
 TEXTS = ("stories", "packages")
 
 
 def _figure(panels: int = 1, width: float = 6.5, height: float = 4.5) -> "tuple[Figure, list[Axes]]":
-    # Without pyplot, no state outlives the call.
+    # `Figure` without pyplot leaves no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * panels, height), layout="constrained")
@@ -27,7 +27,7 @@ def _figure(panels: int = 1, width: float = 6.5, height: float = 4.5) -> "tuple[
 
 
 def _series(rows: Iterable[Row], op: str, value: str) -> dict[str, list[tuple[float, float]]]:
-    """Return (size, value) of an op for each variant, in order of size."""
+    """Return the (size, value) points of an op for each variant, sorted by size."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get("op") == op and row.get(value) is not None and row.get("size") is not None:
@@ -36,13 +36,13 @@ def _series(rows: Iterable[Row], op: str, value: str) -> dict[str, list[tuple[fl
 
 
 def _colours(variants: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each variant, ours first: the same one in all panels."""
+    """Return a color for each variant, ours first; the same in all panels."""
     ordered = dict.fromkeys([OWN, *variants])
     return {variant: f"C{i % 10}" for i, variant in enumerate(ordered)}
 
 
 def _sizes_as_ticks(axes: "Axes", sizes: Iterable[float]) -> None:
-    # Those that were measured; of near neighbours one is named, the others have marks.
+    # Label the measured sizes; close neighbors get unlabeled minor ticks.
     named: list[float] = []
     for size in sorted(set(sizes)):
         if not named or size >= 1.5 * named[-1]:
@@ -61,7 +61,7 @@ def _panels(
     ceiling: tuple[str, float] | None = None,
     **labels: str,
 ) -> "Figure | None":
-    """Draw `value` over size, a line for each variant and a panel for each of `ops`, under what none can pass."""
+    """Plot `value` over size, one line per variant and one panel per entry of `ops`, with an optional ceiling."""
     series = {title: found for op, title in ops.items() if (found := _series(rows, op, value))}
     if not series:
         return None
@@ -83,7 +83,7 @@ def _panels(
 
 
 def _legend(figure: "Figure", colours: Mapping[str, str], ceiling: str | None = None) -> None:
-    # Beside the panels, where it hides no line.
+    # Outside the panels, where it hides no line.
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=colours[variant], lw=2.5 if variant == OWN else 1.2, marker="o", ms=4, label=variant)
@@ -94,7 +94,7 @@ def _legend(figure: "Figure", colours: Mapping[str, str], ceiling: str | None = 
 
 
 def _ceilings(stages: Stages) -> dict[str, tuple[float, float | None]]:
-    """Return (measured, datasheet) of the copy in bytes/s and of the bfloat16 product in FLOP/s."""
+    """Return (measured, datasheet) for the copy in bytes/s and the bfloat16 product in FLOP/s."""
     found = {}
     for name, start, figure, unit in (("copy", "copy", "gb_per_s", 1e9), ("product", "bfloat16", "tflop_per_s", 1e12)):
         for row in stages.get("ceilings", ()):
@@ -105,7 +105,7 @@ def _ceilings(stages: Stages) -> dict[str, tuple[float, float | None]]:
 
 
 def roofline(stages: Stages) -> "Figure | None":
-    """Draw every op of ours under the roof of the measured ceilings and that of the datasheet (Williams et al. 2009)."""
+    """Plot our ops under the measured and the datasheet's roofline (Williams et al. 2009)."""
     rows = [row for stage in ("kernels", "attention") for row in stages.get(stage, ())]
     points = [
         (row["tflop_per_s"] * 1e3 / row["gb_per_s"], row["tflop_per_s"], _kind(row))
@@ -125,7 +125,7 @@ def roofline(stages: Stages) -> "Figure | None":
     for op in dict.fromkeys(op for _, _, op in points):
         xs, ys = zip(*((x, y) for x, y, name in points if name == op), strict=True)
         axes.scatter(xs, ys, s=12, label=op, zorder=3)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title="Roofline: every op at every shape")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs/byte", ylabel="TFLOP/s", title="Roofline: every op at every shape")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
@@ -137,16 +137,16 @@ def _kind(row: Row) -> str:
 
 
 def attention(stages: Stages) -> "Figure | None":
-    """Draw the speed of causal attention over the length of the sequence."""
+    """Plot the speed of causal attention over the sequence length."""
     ops = {f"attention K128 {direction}": f"causal attention, head dim 128, {direction}" for direction in DIRECTIONS}
-    labels = {"xlabel": "tokens of a sequence, 16,384 in all or one sequence", "ylabel": "TFLOP/s"}
+    labels = {"xlabel": "tokens per sequence; a batch has 16,384 tokens or one sequence", "ylabel": "TFLOP/s"}
     product = _ceilings(stages).get("product")
     ceiling = ("bfloat16 product, same run", product[0] / 1e12) if product else None
     return _panels(stages.get("attention", ()), ops, "tflop_per_s", ceiling, **labels)
 
 
 def bandwidth(stages: Stages) -> "Figure | None":
-    """Draw the bandwidth of RMSNorm over its width."""
+    """Plot the bandwidth of RMSNorm over its width."""
     ops = {f"rms_norm {direction}": f"rms_norm, {direction}" for direction in DIRECTIONS}
     copy = _ceilings(stages).get("copy")
     ceiling = ("copy, same run", copy[0] / 1e9) if copy else None
@@ -154,14 +154,14 @@ def bandwidth(stages: Stages) -> "Figure | None":
 
 
 def memory(stages: Stages) -> "Figure | None":
-    """Draw what the losses hold beyond their inputs over the vocabulary, each at the width of the model that has it."""
+    """Plot the memory of the losses beyond their inputs over the vocabulary, at the width of a model with that vocabulary."""
     ops = {f"{op} both": f"{op}, forward and backward" for op in ("cross_entropy", "linear_cross_entropy")}
-    labels = {"xlabel": "vocabulary (tokens), of models of several widths", "ylabel": "GB (1e9 bytes) beyond the inputs"}
+    labels = {"xlabel": "vocabulary (tokens), from models of several widths", "ylabel": "GB (1e9 bytes) beyond the inputs"}
     return _panels(stages.get("kernels", ()), ops, "peak_gb", None, **labels)
 
 
 def tokenizer(stages: Stages) -> "Figure | None":
-    """Draw the throughput of every library at every job, fastest first, on the two texts that are no edge cases."""
+    """Plot the throughput of every library in every job, fastest first, on the two ordinary texts."""
     speeds: dict[str, dict[str, dict[str, float]]] = {}
     for row in stages.get("tokenizer", ()):
         job, _, text = str(row.get("case", "")).rpartition(", ")
@@ -194,18 +194,18 @@ PLOTS: dict[str, Callable[[Stages], "Figure | None"]] = {
     "bandwidth": bandwidth,
     "memory": memory,
 }
-"""Of a run on a GPU."""
+"""Plots of a GPU run."""
 ANYWHERE: dict[str, Callable[[Stages], "Figure | None"]] = {"tokenizer": tokenizer}
 
 
 def draw_plots(stages: Stages, folder: Path, prefix: str) -> dict[str, Path]:
-    """Draw each picture that there are results for to PREFIX-NAME.svg in `folder`; return their paths."""
+    """Write each plot that has results to PREFIX-NAME.svg in `folder`; return the paths."""
     import matplotlib
 
     drawn = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # Names of elements from their content, text as text, and no date: the same bytes every time.
+        # Derive element IDs from the content and omit the date, for reproducible bytes; keep text as text.
         matplotlib.rcParams.update({"svg.hashsalt": "tilewright", "svg.fonttype": "none"})
         for name, plot in (PLOTS | ANYWHERE).items():
             figure = plot(stages)

@@ -1,8 +1,7 @@
-"""The report: all committed results as one page of tables and pictures, and the README's few lines of it."""
+"""The report: one page of tables and plots from all committed results, and short tables for the README and the docs."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from .attention_peers import variant_of
 from .figures import columns, heading, tables, text
 from .headlines import headlines
 from .jobs import Row
+from .options import ReportConfig
 from .plots import PLOTS, draw_plots
 from .readme import replace_block
 from .results import Run, read_runs
@@ -20,31 +20,19 @@ from .stages import STAGES
 from .static_model import PREDICTED
 
 ASSUMED = """\
-By the static model of the kernels' machine code, which CONTRIBUTING.md describes, for an H100 of 132 multiprocessors at
-1.83 GHz. It takes loads to be in time. One factor for each form stands for power and clocks."""
+Predicted by the static model of the kernels' machine code (see docs/method.md), for an H100 with 132 multiprocessors at
+1.83 GHz. The model assumes that loads arrive in time. One factor per kernel accounts for power and clocks."""
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NOT_MEASURED = "not measured"
-# Stages whose rows say something only together.
-OF_ONE_RUN = ("machine", "ceilings", "tests", "accounting", "inspect", "model")
+# Stages whose rows are meaningful only together.
+SINGLE_RUN_STAGES = ("machine", "ceilings", "tests", "accounting", "inspect", "model")
 INTRODUCTION = """\
-# What the bench has measured
+# Bench results
 
-Written by `tilewright bench report` from the files under `bench/results/`, which hold every row; CONTRIBUTING.md says how they
-are measured. Times are medians, beside them the 20th and the 80th percentile; shares are those of the roofline that the
-ceilings of the same run draw, and of the datasheet's. Each case is shown as it was measured last. GB is 1e9 bytes.
+`tilewright bench report` writes this page from the files in `bench/results/`, which contain every row; docs/method.md
+describes the method. Times are medians with the 20th and 80th percentiles. Shares refer to the roofline from the ceilings of
+the same run, and to the datasheet's. The page shows the newest measurement of each case. GB is 1e9 bytes.
 """
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """What to report on."""
-
-    results: Path = Path("bench/results")
-    """Folder of the results, a folder a device."""
-    out: Path = Path("bench/RESULTS.md")
-    """The page; its pictures go to the folder plots beside it."""
-    readme: Path = Path("README.md")
-    """Where the table between `<!-- bench:begin -->` and `<!-- bench:end -->` is refreshed."""
 
 
 def _cell(value: str) -> str:
@@ -52,7 +40,7 @@ def _cell(value: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> list[str]:
-    """Return the lines of a Markdown table of rows; what a row does not have stays empty."""
+    """Return the lines of a Markdown table; missing values stay empty."""
     names = columns(rows) if names is None else names
     lines = [f"| {' | '.join(heading(name) for name in names)} |"]
     words = ("case", "variant", "device", "suspicious", "busiest", "waits_for")
@@ -62,7 +50,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None)
 
 
 def _inspected(rows: Iterable[Row]) -> list[Row]:
-    """Return a row for each architecture: thousands of compilations are nobody's reading."""
+    """Summarize thousands of compilations as one row per architecture."""
     by_architecture: dict[str, list[Row]] = {}
     for row in rows:
         by_architecture.setdefault(str(row.get("variant")), []).append(row)
@@ -92,7 +80,7 @@ def _stage_lines(name: str, found: Sequence[tuple[Run, list[Row]]], folder: Path
 
 
 def predictions(runs: Sequence[Run]) -> list[Row]:
-    """Return what the static model predicted last, each beside what a GPU measured of it last, or not."""
+    """Return the newest predictions of the static model, each with the newest GPU measurement, if any."""
     predicted = [row for _, rows in newest(runs, "model") for row in rows if row.get("table") == PREDICTED]
     measured: dict[tuple[Any, Any], tuple[Run, Row]] = {}
     for run, rows in reversed(newest([run for run in runs if run.is_gpu], "attention")):
@@ -100,8 +88,8 @@ def predictions(runs: Sequence[Run]) -> list[Row]:
     found = []
     for row in predicted:
         run, one = measured.get((row.get("case"), variant_of(str(row.get("variant")))), (None, {}))
-        beside = {"measured_ms": one.get("p50_ms"), "measured_tflop_per_s": one.get("tflop_per_s")}
-        found.append({**row, **beside, "device": run.device if run else NOT_MEASURED})
+        measurement = {"measured_ms": one.get("p50_ms"), "measured_tflop_per_s": one.get("tflop_per_s")}
+        found.append({**row, **measurement, "device": run.device if run else NOT_MEASURED})
     return found
 
 
@@ -110,9 +98,9 @@ def _link(path: Path, folder: Path) -> str:
 
 
 def newest(runs: Sequence[Run], stage: str) -> list[tuple[Run, list[Row]]]:
-    """Return what `runs`, which are oldest first, measured in a stage, newest first; each case as it was measured last.
+    """Return the measurements of a stage from `runs` (oldest first), newest first; each case from its newest run.
 
-    So that a run which left cases out does not hide those of an earlier one.
+    A case that a newer run skipped keeps its older measurement.
     """
     found: list[tuple[Run, list[Row]]] = []
     seen: set[Any] = set()
@@ -121,7 +109,7 @@ def newest(runs: Sequence[Run], stage: str) -> list[tuple[Run, list[Row]]]:
         new = [row for row in measured if row.get("case") not in seen]
         if new:
             found.append((run, new))
-        if found and stage in OF_ONE_RUN:
+        if found and stage in SINGLE_RUN_STAGES:
             break
         seen |= {row.get("case") for row in measured if not row.get("preliminary")}
     return found
@@ -145,12 +133,12 @@ def _device_lines(device: str, runs: Sequence[Run], folder: Path) -> Iterator[st
 
 
 def render(runs: Sequence[Run], folder: Path) -> str:
-    """Return the page of all runs, oldest first; its pictures are drawn to `folder`/plots, where no other is left."""
+    """Return the page of all runs, oldest first; replace the plots in `folder`/plots."""
     for picture in (folder / "plots").glob("*.svg"):
         picture.unlink()
     lines = [INTRODUCTION]
     if not any(run.is_gpu for run in runs):
-        lines += ["## NVIDIA GPUs", "", f"No run on a GPU is here yet, so these are {NOT_MEASURED}:", ""]
+        lines += ["## NVIDIA GPUs", "", f"There is no GPU run yet, so these are {NOT_MEASURED}:", ""]
         lines += [f"- {name}: {stage.what}" for name, stage in STAGES.items() if not stage.on_any_machine]
         lines += [f"- the plot of {name}" for name in PLOTS] + [""]
     devices = sorted(
@@ -158,8 +146,8 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     )
     for device in devices:
         lines += _device_lines(device, [run for run in runs if run.device == device], folder)
-    if beside := predictions(runs):
-        lines += ["## Predicted and measured", "", ASSUMED, "", *table(beside), ""]
+    if predicted := predictions(runs):
+        lines += ["## Predicted and measured", "", ASSUMED, "", *table(predicted), ""]
     lines += ["## All runs", "", "| file | device | date | commit | stages |", "|---|---|---|---|---|"]
     for run in runs:
         stages = ", ".join(dict.fromkeys(str(row.get("stage")) for row in run.rows if "not_measured" not in row))
@@ -174,33 +162,39 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_block(runs: Sequence[Run]) -> str:
-    """Return what README.md says of all runs, between its markers."""
-    lines = headlines(runs)
+def block(runs: Sequence[Run], full: bool) -> str:
+    """Return the table of headlines with its markers: the measured ones or, if `full`, all of them and the predictions."""
+    lines = [line for line in headlines(runs) if line.result or full]
     sources = list(dict.fromkeys(line.where for line in lines if line.where))
     rows = [
         f"| {line.what} | {_cell(line.result) or NOT_MEASURED} | {sources.index(line.where) + 1 if line.where else ''} |"
         for line in lines
     ]
     notes = [f"{i}. {source}" for i, source in enumerate(sources, 1)]
-    return "\n".join([BEGIN, "| what | measured | on |", "|---|---|---|", *rows, "", *notes, END])
+    predicted = predictions(runs) if full else []
+    below = ["", "## Predicted", "", ASSUMED, "", *table(predicted)] if predicted else []
+    return "\n".join([BEGIN, "| what | measured | on |", "|---|---|---|", *rows, "", *notes, *below, END])
 
 
-def refresh_readme(path: Path, runs: Sequence[Run]) -> bool:
-    """Put the table into the README between its markers; return False, and leave it, where it has none."""
-    readme = path.read_text() if path.is_file() else ""
-    if BEGIN not in readme:
+def refresh(path: Path, runs: Sequence[Run], full: bool) -> bool:
+    """Write the block into a page between its markers; return False without a change if the markers are missing."""
+    page = path.read_text() if path.is_file() else ""
+    if BEGIN not in page:
         return False
-    write_text(path, replace_block(readme, readme_block(runs), BEGIN, END))
+    write_text(path, replace_block(page, block(runs, full), BEGIN, END))
     return True
 
 
 def run_report(config: ReportConfig) -> Path:
-    """Write the page and its pictures from all results, refresh the README's table, and return the page's path."""
+    """Write the page and its plots from all results, refresh the tables of README and docs, and return the path of the page."""
     runs = read_runs(config.results)
     if not runs:
-        raise UserError(f"{config.results} holds no results: make some with `tilewright bench`")
+        raise UserError(f"{config.results} holds no results: run `tilewright bench` first")
+    if config.readme is not None and BEGIN not in config.readme.read_text():
+        raise UserError(f"{config.readme} has no line {BEGIN!r}: add it, and {END!r}, where the table belongs")
     write_text(config.out, render(runs, config.out.parent))
-    refreshed = f"; refreshed the table in {config.readme}" if refresh_readme(config.readme, runs) else ""
+    tables = ((config.readme or Path("README.md"), False), (config.overview, True))
+    pages = [str(path) for path, full in tables if refresh(path, runs, full)]
+    refreshed = f"; refreshed the tables in {', '.join(pages)}" if pages else ""
     print(f"wrote {config.out} from {len(runs)} runs{refreshed}")
     return config.out

@@ -1,4 +1,4 @@
-"""The files that runs of the bench leave: JSON lines, first the machine, then every row."""
+"""Result files of the bench: JSON lines, first the machine, then every row."""
 
 import fcntl
 import json
@@ -10,15 +10,15 @@ from typing import Any, TextIO
 from ..errors import UserError
 from ..files import require_file, write_text
 from .jobs import Row
-from .watch import Had
+from .watch import DoneJobs
 
-# Of a CPU that is busy with other work the times are not its own.
+# Above this load, other work distorts a CPU's times.
 BUSY = 0.7
 
 
 @dataclass(frozen=True)
 class Run:
-    """One file of results."""
+    """One results file."""
 
     path: Path
     machine: Row
@@ -26,7 +26,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        """The GPU, or the CPU where there was none."""
+        """The GPU, or the CPU of a run without one."""
         return str(self.machine.get("device", "an unnamed device"))
 
     @property
@@ -36,17 +36,17 @@ class Run:
 
     @property
     def date(self) -> str:
-        """When it began, in UTC; '' where the file does not say."""
+        """Start of the run in UTC; '' if the file lacks it."""
         return str(self.machine.get("date", ""))
 
     @property
     def provenance(self) -> str:
-        """What it was measured on and with, in a line; what the file does not say is left out."""
+        """Device and versions of the run in one line, without missing values."""
         named = (("driver", "driver"), ("torch", "torch"), ("triton", "triton"), ("python", "Python"), ("commit", "commit"))
         parts = [f"{title} {self.machine[name]}" for name, title in named if self.machine.get(name)]
         load = self.machine.get("cpu_load") or 0
         if load > BUSY and not self.is_gpu:
-            parts.append(f"measured while others computed (load {load:.1f})")
+            parts.append(f"measured under other load ({load:.1f})")
         return ", ".join([self.device, *parts, *([self.date[:10]] if self.date else [])])
 
     def stage(self, name: str) -> list[Row]:
@@ -63,14 +63,14 @@ def _rows(path: Path) -> Iterator[Row]:
                 raise ValueError("no row")
         except ValueError as error:
             if number == len(lines):
-                # A run that was killed while it wrote.
+                # A run was killed while it wrote the line.
                 return
-            raise UserError(f"{path} is not a file of results: line {number} is no JSON object with a stage") from error
+            raise UserError(f"{path} is not a results file: line {number} is not a JSON object with a stage") from error
         yield row
 
 
-def settled(rows: Sequence[Row]) -> list[Row]:
-    """Return `rows` without preliminary ones in whose place, of the same stage, case and variant, came better ones."""
+def final_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return `rows` without preliminary rows that a final row of the same stage, case and variant replaces."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row.get("stage"), row.get("case"), row.get("variant")
@@ -80,71 +80,71 @@ def settled(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lines(path: Path) -> list[Row]:
-    lines = list(_rows(require_file(path, "file of results", "make one with `tilewright bench`")))
+    lines = list(_rows(require_file(path, "results file", "make one with `tilewright bench`")))
     if not lines or lines[0].get("stage") != "machine":
-        raise UserError(f"{path} is not a file of results: its first line does not name the machine")
+        raise UserError(f"{path} is not a results file: its first line does not name the machine")
     return lines
 
 
 def read_run(path: Path) -> Run:
-    """Return the run in a file; a last line that is cut off is left out, any other that is no JSON is a `UserError`.
+    """Return the run in a file, without preliminary rows that were replaced.
 
-    Preliminary rows are left out where better ones came.
+    An incomplete last line is skipped; any other line that is not JSON is a `UserError`.
     """
     machine, *lines = _lines(path)
-    return Run(path, machine, tuple(settled([line for line in lines if not is_mark(line)])))
+    return Run(path, machine, tuple(final_rows([line for line in lines if not is_mark(line)])))
 
 
 def mark(stage: str, job: str | None, ended: bool = False) -> Row:
-    """Return the line that says that a job begins, or has had its turn; without a job, that all of the stage's have."""
+    """Return the line that marks the start or the end of a job; without a job, the end of the stage."""
     return {"stage": stage, "job": job} | ({"ended": True} if ended else {})
 
 
 def is_mark(line: Row) -> bool:
-    """Return whether a line of a file of results is no row, but a mark of a job."""
+    """Return whether a line of a results file is a mark instead of a row."""
     return "job" in line
 
 
 def open_locked(path: Path) -> TextIO:
-    """Open a file of results, to write at its end; a `UserError` where another run does."""
+    """Open a results file for appending; raise `UserError` if another run writes to it."""
     file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(f"{path} is that of a run that has not ended yet") from None
+        raise UserError(f"{path} belongs to a run that has not ended yet") from None
     except OSError:
         pass  # some network file systems have no locks
     return file
 
 
-def take_up(path: Path) -> Had:
-    """Return the jobs that have had their turn in a file of results that is to go on.
+def prepare_resume(path: Path) -> DoneJobs:
+    """Prepare a results file for resuming; return the jobs that are done.
 
-    What others left, for which there was no time or in which the run was killed, is taken out of the file.
+    Rows of other jobs are removed: those without time left, and the job in which the run was killed.
     """
     machine, *lines = _lines(path)
     if not any(is_mark(line) for line in lines) and any(line["stage"] != "machine" for line in lines):
-        raise UserError(f"{path} cannot go on: it does not say which jobs had their turn, as files of older versions do not")
-    # Before the file is replaced, which a run that still writes to it would not notice.
+        raise UserError(f"{path} cannot be resumed: it does not list finished jobs, like files of older versions")
+    # Check the lock before the file is replaced: a run that writes to it would keep the old file.
     open_locked(path).close()
     kept, of_job = [machine], None
-    had: set[tuple[str, str | None]] = set()
+    done: set[tuple[str, str | None]] = set()
     for line in lines:
         if not is_mark(line):
-            # A GPU's state after a stage stands apart from its jobs.
+            # Rows on the GPU's state after a stage belong to no job.
             (kept if of_job is None or line["stage"] != of_job[0]["stage"] else of_job).append(line)
         elif "ended" in line:
             kept += [*(of_job or ()), line]
-            had.add((line["stage"], line["job"]))
+            done.add((line["stage"], line["job"]))
             of_job = None
         else:
             of_job = [line]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return frozenset(had)
+    return frozenset(done)
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Return all runs in a folder of folders by device, oldest first; no order depends on the file system's."""
+    """Return all runs in a folder of device folders, oldest first, in an order independent of the file system."""
     runs = [read_run(path) for path in sorted(folder.glob("*/*.jsonl"))]
     return sorted(runs, key=lambda run: (run.date, run.path.as_posix()))

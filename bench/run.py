@@ -1,4 +1,4 @@
-"""The bench's stages in turn; every row is on disk as soon as it is known."""
+"""Run the stages of the bench in turn, and write every row to disk at once."""
 
 import json
 import math
@@ -8,94 +8,47 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError
 from ..files import require_absent
+from ..tables import print_table
 from ..train.device import resolve_device
 from .figures import columns, heading, tables, text
 from .jobs import Row, lacks_time
 from .machine import describe
-from .results import mark, open_locked, read_run, settled, take_up
+from .options import BenchConfig, TuneConfig
+from .results import final_rows, mark, open_locked, prepare_resume, read_run
 from .stages import Stage, chosen_stages, tune_stage
-from .tune import TuneConfig
-from .watch import Event, Had
+from .watch import DoneJobs, Event
 from .worker import run_here, run_in_workers
 
-StageName = Literal[
-    "all", "machine", "ceilings", "tests", "kernels", "attention", "training", "generation", "memory", "accounting", "inspect",
-    "model", "overhead", "tokenizer", "tokenizer-long",
-]  # fmt: skip
-MAX_MINUTES = 10_000
 # Until a worker has imported PyTorch and a GPU has answered: the first stage would have no time left.
 STARTING_S = 10.0
-# More are in the file only: nobody reads so many in a console.
+# Longer tables are only in the file.
 SHOWN_ROWS = 120
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What to measure."""
-
-    stages: tyro.conf.Positional[tuple[StageName, ...]] = ("all",)
-    """all has 9 minutes on a GPU and leaves out what does not fit; without all, named stages have the time that they take.
-
-    What is timed stands beside peers and bounds. machine: clocks, throttling, other processes; ceilings: of a copy and of
-    products; tests: the GPU-marked ones; memory: peaks, predicted and measured; accounting: FLOPs by formula and as counted;
-    inspect: what the compiler made of every kernel, without a GPU; model: what limits each by its machine code, the same as
-    inspect --model; overhead: what the training loop adds to a step; tokenizer-long takes an hour and is no part of all."""
-    model: bool = False
-    """With inspect: show what limits each kernel on Hopper, by a static model of its machine code, instead of its registers."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    out: Path | None = None
-    """File of the results, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
-    minutes: float | None = None
-    """Time of all stages together, each with its share; what does not fit is left out. On a GPU a job has at most 2 minutes, a
-    few have more."""
-    resume: Path | None = None
-    """File of an earlier run here that goes on: jobs that have had their turn are not run again."""
-
-    def __post_init__(self) -> None:
-        for name in self.stages:
-            if name not in get_args(StageName):
-                raise UserError(f"stage {name!r} is unknown: choose of {', '.join(get_args(StageName))}")
-        if self.model and "inspect" not in self.stages:
-            raise UserError(f"--model belongs to the stage inspect: the stages are {', '.join(self.stages)}")
-        if self.minutes is not None and not 0 < self.minutes <= MAX_MINUTES:
-            raise UserError(f"minutes is {self.minutes:g}: it must be above 0, and at most {MAX_MINUTES:,}")
-        if self.out is not None and self.resume is not None:
-            raise UserError("--resume names the file that goes on: leave --out away")
-
-    @property
-    def asked(self) -> tuple[str, ...]:
-        """The stages that run."""
-        return tuple("model" if self.model and name == "inspect" else name for name in self.stages)
 
 
 def _table(title: str, rows: list[Mapping[str, Any]]) -> Table:
     table = Table(title=title)
     shown = columns(rows)
     for name in shown:
-        is_text = name in ("case", "variant")
-        table.add_column(heading(name), justify="left" if is_text else "right", no_wrap=is_text)
+        table.add_column(heading(name), justify="left" if name in ("case", "variant") else "right")
     for row in rows:
-        # An error's message may hold what looks like markup.
+        # Error messages can contain text that looks like markup.
         table.add_row(*(escape(text(name, row.get(name))) for name in shown))
     return table
 
 
 def _show(console: Console, stage: str, rows: list[Row]) -> None:
-    # Reasons are long, figures many: in one table neither could be read.
+    # Reasons are long and figures many, so each gets its own table.
     left_out = [row for row in rows if "not_measured" in row]
     measured = tables(row for row in rows if "not_measured" not in row)
     parts = {f"{stage}: {name}" if name else stage: part for name, part in measured.items()}
@@ -105,21 +58,21 @@ def _show(console: Console, stage: str, rows: list[Row]) -> None:
         if len(part) > SHOWN_ROWS:
             console.print(f"{title}: {len(part):,} rows, in the file only", highlight=False)
         else:
-            console.print(_table(title, part))
+            print_table(console, _table(title, part))
 
 
 def _console() -> Console:
-    # In a file a table may be wider than the 80 columns that are assumed there.
+    # A table in a file can be wider than rich's default of 80 columns.
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def slug(device: str) -> str:
-    """Return a device's name as that of a folder."""
+    """Return a folder name for a device."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 class _Results:
-    """The file of a run, one row a line, each on disk as soon as it is known."""
+    """The results file of a run; every row is flushed to disk at once."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_locked(path)
@@ -136,22 +89,22 @@ class _Results:
 
 
 def _summary(case: str, rows: Sequence[Row]) -> str:
-    """Return what came of a job in few words: our first time, or another's, and what was not measured."""
-    measured = [row for row in settled(rows) if "not_measured" not in row]
+    """Summarize a job in a few words: our time, or the first one, and the rows that were not measured."""
+    measured = [row for row in final_rows(rows) if "not_measured" not in row]
     timed = sorted((row for row in measured if "p50_ms" in row), key=lambda row: row.get("variant") != "tilewright")
     parts = [str(row["summary"]) for row in measured if row.get("summary")]
     if timed:
         what = f"{str(timed[0]['case']).removeprefix(case)} {timed[0].get('variant', '')}".strip()
         parts = [f"{text('p50_ms', timed[0]['p50_ms'])} ms {what}".strip()]
     reasons = [str(row["not_measured"]) for row in rows if "not_measured" in row]
-    # The job's own failure has no variant.
+    # A failure of the job itself has no variant.
     own = [str(row["not_measured"]) for row in rows if "not_measured" in row and "variant" not in row]
     parts += own[-1:] or ([f"{len(reasons)} not measured"] if reasons else [])
     return "; ".join(parts or [f"{len(measured)} rows"])
 
 
 def _record(events: Iterable[Event], results: _Results, console: Console) -> int:
-    """Keep every row, say what came of every job, show a table of each stage; return how many jobs no time was left for."""
+    """Write every row, print a line per job and a table per stage; return the number of jobs without time left."""
     of_stages: defaultdict[str, list[Row]] = defaultdict(list)
     of_job: list[Row] = []
     began, lacking = 0.0, 0
@@ -168,13 +121,13 @@ def _record(events: Iterable[Event], results: _Results, console: Console) -> int
             of_job, began = [], time.monotonic()
         elif "end" in event:
             results.keep(mark(stage, event["end"], ended=True))
-            said = f"{stage}: {event['end']}: {_summary(event['end'], of_job)} ({time.monotonic() - began:.0f} s)"
-            # Errors have lines.
-            console.print(" ".join(said.split()), highlight=False, markup=False)
+            line = f"{stage}: {event['end']}: {_summary(event['end'], of_job)} ({time.monotonic() - began:.0f} s)"
+            # Error messages can span lines.
+            console.print(" ".join(line.split()), highlight=False, markup=False)
         elif "over" in event:
             if event["complete"]:
                 results.keep(mark(stage, None, ended=True))
-            _show(console, stage, settled(of_stages.pop(stage, [])))
+            _show(console, stage, final_rows(of_stages.pop(stage, [])))
     return lacking
 
 
@@ -183,7 +136,7 @@ def _share(stage: Stage, is_gpu: bool) -> float:
 
 
 def _ends(stages: Mapping[str, Stage], is_gpu: bool, seconds: float) -> dict[str, float]:
-    """Return when the time of each stage is over, of `seconds` in all; what a stage leaves of its time goes to the next."""
+    """Return the deadline of each stage, for `seconds` in all; unused time of a stage goes to the next."""
     shares, now = [_share(stage, is_gpu) for stage in stages.values()], time.monotonic()
     if not any(shares) or math.isinf(seconds):
         return dict.fromkeys(stages, now + seconds)
@@ -200,13 +153,13 @@ def _file(machine: Row, out: Path | None) -> Path:
     return path
 
 
-def _taken_up(machine: Row, path: Path) -> tuple[Row, Had]:
-    """Return the row that says who goes on with a file, and what has had its turn there."""
+def _resume(machine: Row, path: Path) -> tuple[Row, DoneJobs]:
+    """Return a row on the continuing machine, and the finished jobs of the file."""
     before = read_run(path).machine
     for what in ("device", "torch"):
         if before.get(what) != machine[what]:
-            raise UserError(f"{path} cannot go on here: its {what} is {before.get(what)}, that of this run {machine[what]}")
-    return {"case": "went on", **{name: machine.get(name) for name in ("date", "commit", "driver")}}, take_up(path)
+            raise UserError(f"{path} cannot be resumed here: its {what} is {before.get(what)}, and here it is {machine[what]}")
+    return {"case": "resumed", **{name: machine.get(name) for name in ("date", "commit", "driver")}}, prepare_resume(path)
 
 
 def _run(
@@ -214,29 +167,30 @@ def _run(
     console: Console | None, resume: Path | None = None,
 ) -> Path:  # fmt: skip
     console, machine = console or _console(), describe(device)
-    is_gpu, had = device.type == "cuda", frozenset()
+    is_gpu, done = device.type == "cuda", frozenset()
     if resume is None:
         path, first = _file(machine, config.out), machine
     else:
         path = resume.resolve()
-        first, had = _taken_up(machine, path)
-    stages = {name: stage for name, stage in stages.items() if (name, None) not in had}
+        first, done = _resume(machine, path)
+    stages = {name: stage for name, stage in stages.items() if (name, None) not in done}
     workers = partial(run_in_workers, tune=config) if isinstance(config, TuneConfig) else run_in_workers
     run = workers if is_gpu else run_here
-    with _Results(path) as results, closing(run(stages, device, _ends(stages, is_gpu, seconds), had)) as events:
+    with _Results(path) as results, closing(run(stages, device, _ends(stages, is_gpu, seconds), done)) as events:
         results.keep({"stage": "machine", **first})
         lacking = _record(events, results, console)
     console.print(f"{machine['device']}, torch {machine['torch']}: wrote {path}", highlight=False, markup=False)
     if lacking and isinstance(config, BenchConfig):
-        said = " ".join(["tilewright bench", *config.stages] + [f"--minutes {config.minutes:g}"] * (config.minutes is not None))
-        console.print(f"no time was left for {lacking} jobs: `{said} --resume {path}` goes on", highlight=False, markup=False)
+        minutes = [f"--minutes {config.minutes:g}"] * (config.minutes is not None)
+        command = " ".join(["tilewright bench", *config.stages, *minutes, f"--resume {path}"])
+        console.print(f"no time left for {lacking} jobs: continue with `{command}`", highlight=False, markup=False)
     return path
 
 
 def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
-    """Run the stages, say what came of each job, show a table of each stage, and return the file that holds every row.
+    """Run the stages, print a line per job and a table per stage, and return the path of the results file.
 
-    On a GPU they run in a process of its own, which a new one replaces where a kernel hangs, kills it, or breaks its context.
+    On a GPU the stages run in a worker process, which is replaced if a kernel hangs, kills it, or breaks its context.
     """
     device = resolve_device(config.device)
     stages = chosen_stages(config.asked, device.type == "cuda")
@@ -250,8 +204,8 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Path:
 
 
 def run_tune(config: TuneConfig, console: Console | None = None) -> Path:
-    """Tune on the GPU at hand, show what was measured, and return the file that holds it."""
+    """Tune on the local GPU, print the measurements, and return the path of the results file."""
     device = resolve_device(config.device)
     if device.type != "cuda":
-        raise UserError(f"device {device} cannot be tuned for: an NVIDIA GPU is needed, whose kernels are timed")
+        raise UserError(f"cannot tune on device {device}: tuning times kernels on an NVIDIA GPU")
     return _run({"tune": tune_stage(config)}, config, device, math.inf, console)

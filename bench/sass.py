@@ -1,6 +1,6 @@
-"""Machine code of a Hopper kernel: its instructions with their control bits, and the loops in which it spends its time.
+"""Machine code of a Hopper kernel: its instructions with their control bits, and its innermost loops.
 
-NVIDIA does not document the control bits; Jia et al. (2018, arXiv:1804.06826, section 2.1) found where they stand.
+NVIDIA does not document the control bits; Jia et al. (2018, arXiv:1804.06826, section 2.1) describe their layout.
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..kernels.inspect import tool
 
-# Pipes of a multiprocessor's sub-partition, by the instructions that they take; those named nowhere go to ALU.
+# Pipes of a multiprocessor's sub-partition, and their instructions; all other instructions run on the ALU pipe.
 _PIPES = {
     "fma": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 HFMA2 HADD2 HMUL2",
     "imad": "IMAD",
@@ -31,28 +31,28 @@ class Instruction:
     opcode: str
     pipe: str
     stall: int
-    """Cycles until the warp may issue its next instruction."""
+    """Cycles until the warp can issue its next instruction."""
     write: int
-    """Scoreboard that its result sets, of 6; `NO_SCOREBOARD` where it sets none."""
+    """Scoreboard, of 6, that signals the result; `NO_SCOREBOARD` without one."""
     read: int
-    """Scoreboard that says when its operands have been read."""
+    """Scoreboard that signals that the operands have been read."""
     wait: int
-    """Bits of the scoreboards that it waits for."""
+    """Bit mask of the scoreboards to wait for."""
     columns: int = 0
-    """Of a product of 64 rows and 32 bytes of channels, as one HGMMA computes it; 0 of other instructions."""
+    """Columns of a product of 64 rows and 32 bytes of channels (one HGMMA); 0 for other instructions."""
     from_shared: int = 0
-    """Rows of the product's factors that come from shared memory."""
+    """Rows of the operands that the product reads from shared memory."""
     ends_group: bool = False
-    """Whether it ends a group of products that `warpgroup.wait` counts."""
+    """Whether it ends a group of products, as counted by `warpgroup.wait`."""
 
     @property
     def base(self) -> str:
-        """The instruction's name without its modifiers."""
+        """Name of the instruction without its modifiers."""
         return self.opcode.split(".")[0]
 
     @property
     def outstanding(self) -> int | None:
-        """How many groups of products may be under way after this; None of an instruction that does not wait for them."""
+        """Groups of products that can stay in flight after this wait; None for other instructions."""
         if not self.opcode.startswith("WARPGROUP.DEPBAR"):
             return None
         found = re.search(r"0x([0-9a-f]+)", self.text)
@@ -60,16 +60,16 @@ class Instruction:
 
     @property
     def barrier_threads(self) -> int | None:
-        """How many threads meet at a barrier, 0 for all of the program; None of an instruction that is no barrier."""
+        """Number of threads at a barrier, 0 for all of the program; None for other instructions."""
         if not self.opcode.startswith("BAR.SYNC"):
             return None
-        # The barrier and its threads, either of them perhaps in a register: then they are fewer than all.
+        # Operands: the barrier and optionally its number of threads. A number in a register is fewer than all threads.
         operands = self.text.split(None, 1)[1].split(",")
         return int(operands[1], 16) if len(operands) > 1 and "0x" in operands[1] else len(operands) - 1
 
     @property
     def bytes(self) -> int:
-        """How many bytes of global memory it moves for a thread."""
+        """Bytes of global memory that it moves per thread."""
         if self.base not in ("LDG", "STG", "LDGSTS"):
             return 0
         return next((_WIDTHS[part] for part in self.opcode.split(".") if part in _WIDTHS), 4)
@@ -88,7 +88,7 @@ def _pipe(opcode: str) -> str:
 def _instruction(text: str, control: int) -> Instruction:
     opcode = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
     bits = (control >> 41 & 15, control >> 46 & 7, control >> 49 & 7, control >> 52 & 63)
-    # Whatever their type, products take 32 bytes of channels.
+    # A product reads 32 bytes of channels for every dtype.
     product = re.match(r"[A-Z]GMMA\.(\d+)x(\d+)x\d+", opcode)
     if product is None:
         return Instruction(text, opcode, _pipe(opcode), *bits)
@@ -99,7 +99,7 @@ def _instruction(text: str, control: int) -> Instruction:
 
 
 def disassemble(cubin: bytes) -> list[Item]:
-    """Return a kernel's instructions and labels in order."""
+    """Return the instructions and labels of a kernel in order."""
     items: list[Item] = []
     lines = tool("nvdisasm", cubin, "-c", "-hex").splitlines()
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
@@ -108,7 +108,7 @@ def disassemble(cubin: bytes) -> list[Item]:
         if label:
             items.append(label[1])
         elif found:
-            # Of 128 bits the upper 64, with the control bits, stand on the next line.
+            # The next line has the upper 64 of 128 bits, which contain the control bits.
             control = re.search(r"0x([0-9a-f]{16})", following)
             assert control is not None
             items.append(_instruction(found[1].rstrip("; "), int(control[1], 16)))
@@ -116,11 +116,11 @@ def disassemble(cubin: bytes) -> list[Item]:
 
 
 def loops(items: list[Item]) -> list[list[Instruction]]:
-    """Return the innermost loops, each as the straight path through it, in order of their addresses."""
+    """Return the innermost loops in order of address, each as its instructions in a straight line."""
     labels = {item: i for i, item in enumerate(items) if isinstance(item, str)}
     spans = []
     for i, item in enumerate(items):
-        # A loop's branch back has a condition; those without lead from the slow path of a wait to where it was left.
+        # The back edge of a loop is conditional; unconditional backward branches return from the slow path of a wait.
         if isinstance(item, str) or item.opcode != "BRA" or not item.text.startswith("@"):
             continue
         target = re.search(r"\((\.L\w+)\)", item.text)
@@ -131,5 +131,5 @@ def loops(items: list[Item]) -> list[list[Instruction]]:
 
 
 def multiplies(body: Iterable[Instruction]) -> bool:
-    """Whether products of warp groups are in these instructions."""
+    """Return whether the instructions contain products of warp groups."""
     return any(x.columns for x in body)

@@ -1,4 +1,4 @@
-"""The stages of the bench, in the order in which they run, and the time that each has."""
+"""Stages of the bench in their order, with their time limits."""
 
 import os
 import re
@@ -19,33 +19,35 @@ from .jobs import Job, Row, Rows, TimeOver
 from .kernels import kernel_jobs
 from .machine import machine_rows
 from .memory import memory_jobs
+from .options import TuneConfig
 from .overhead import overhead_jobs
+from .startup import startup_jobs
 from .static_model import model_jobs
 from .tokenizer import LONG, bench_tokenizer
 from .training import training_jobs
-from .tune import TuneConfig, tune_jobs
+from .tune import tune_jobs
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the bench that can be asked for by its name."""
+    """A named part of the bench."""
 
     what: str
-    """What it measures, as it is named where it is left out."""
+    """Description of the measurement."""
     jobs: Callable[[Device], Iterator[Job]]
     gpu_s: float
-    """Seconds that it has in a run of all stages on a GPU; what one leaves goes to the next.
+    """Seconds in a run of all stages on a GPU; unused time goes to the next stage.
 
-    0 where any CPU will do: it has what is left."""
+    0 for a stage that needs no GPU: it gets the remaining time."""
     cpu_s: float | None = None
-    """The same on a machine without one; None where it means nothing there."""
+    """Seconds in a run of all stages without a GPU; None if the stage needs a GPU."""
     on_any_machine: bool = False
-    """Whether its figures say the same wherever they come from, so that no GPU is missing."""
+    """Whether the figures do not depend on the machine."""
     in_all: bool = True
     limit_s: float = 120
-    """Seconds that any of its jobs may take on a GPU, whatever is asked for; what does not end even then is killed."""
+    """Most seconds of one job on a GPU, in every run; a job that then does not end is killed."""
     needs: tuple[str, ...] = ("machine",)
-    """Stages without which its figures say little on a GPU; they run with it."""
+    """Stages that must run too, to interpret the figures on a GPU."""
 
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -53,7 +55,7 @@ NAMED_FAILURES = 20
 
 
 def count_outcomes(lines: Iterable[str]) -> dict[str, int]:
-    """Return how many tests `pytest -v` says passed, failed, and so on."""
+    """Return the number of tests by outcome, from the output of `pytest -v`."""
     found = [re.search(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", line) for line in lines]
     words = [match[1].lower() for match in found if match]
     titles = {"passed": "passed", "failed": "failed", "error": "errors", "skipped": "skipped"}
@@ -61,7 +63,7 @@ def count_outcomes(lines: Iterable[str]) -> dict[str, int]:
 
 
 def failures(lines: Iterable[str]) -> str | None:
-    """Return the first tests that `pytest -v` says failed; None where none did."""
+    """Return the first failed tests in the output of `pytest -v`, or None."""
     found = [re.search(r"(\S+::.*) (?:FAILED|ERROR)\b", line) for line in lines]
     return ", ".join([match[1] for match in found if match][:NAMED_FAILURES]) or None
 
@@ -83,7 +85,7 @@ def _tests() -> Rows:
                 lines.append(line.strip())
             variant = "passed" if process.wait() == 0 else "FAILED"
         except BaseException as reason:
-            # With the compilers and the other processes that tests start.
+            # Kill the process group, with the compilers and other processes that tests start.
             os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(reason, TimeOver):
                 raise
@@ -99,7 +101,7 @@ def _tests() -> Rows:
 
 
 def _inspect(architecture: str) -> Rows:
-    # The compilers run outside of Python's lock.
+    # The compilers run without the GIL.
     pool = ThreadPoolExecutor()
     try:
         for report in pool.map(lambda case: inspect(case, architecture), all_cases(architecture)):
@@ -119,37 +121,38 @@ STAGES: dict[str, Stage] = {
     "machine": Stage(
         "clocks, throttling and other processes", lambda on: iter([Job("GPU", partial(machine_rows, on.device))]), 5
     ),
-    "ceilings": Stage("the ceilings of a copy and of matrix products", lambda on: iter([Job("ceiling", on.ceiling_rows)]), 15),
+    "ceilings": Stage("speed of a copy and of matrix products", lambda on: iter([Job("ceiling", on.ceiling_rows)]), 15),
     "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", _tests)]), 75, limit_s=600),
     "kernels": Stage(
-        "the ops beside PyTorch, torch.compile, Liger-Kernel, cut-cross-entropy and quack",
+        "ops against PyTorch, torch.compile, Liger-Kernel, cut-cross-entropy and quack",
         lambda on: kernel_jobs("own", on.device, on.ceilings),
         90,
         needs=_CEILINGS,
     ),
     "attention": Stage(
-        "attention and decoding beside SDPA's backends, flex_attention and flash-attn",
+        "attention and decoding against SDPA's backends, flex_attention and flash-attn",
         lambda on: kernel_jobs("attention", on.device, on.ceilings),
         90,
         needs=_CEILINGS,
     ),
     "training": Stage("training steps and their MFU", lambda on: training_jobs(on.device), 145, 60, limit_s=480),
     "generation": Stage(
-        "generation beside what bandwidth allows",
+        "generation against the bandwidth limit",
         lambda on: generation_jobs(on.device, on.ceilings if on.device.type == "cuda" else None),
         30,
         30,
         needs=_CEILINGS,
     ),
-    "memory": Stage("peaks of memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
-    "accounting": Stage("FLOPs by formula and as PyTorch counts them", lambda on: accounting_jobs(), 5, 40, True),
-    "inspect": Stage("what the compiler made of every kernel", lambda on: _inspect_jobs(), 0, 150, True, limit_s=480),
+    "memory": Stage("peak memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
+    "accounting": Stage("FLOPs by formula and by PyTorch's counter", lambda on: accounting_jobs(), 5, 40, True),
+    "inspect": Stage("compiled code of every kernel", lambda on: _inspect_jobs(), 0, 130, True, limit_s=480),
     "model": Stage(
-        "what limits each kernel, by a static model", lambda on: model_jobs(), 0, 0, True, in_all=False, limit_s=600, needs=()
+        "limits of each kernel, by a static model", lambda on: model_jobs(), 0, 0, True, in_all=False, limit_s=600, needs=()
     ),
-    "overhead": Stage("what the training loop adds to a step", lambda on: overhead_jobs(on.device), 45, 60, limit_s=240),
+    "overhead": Stage("cost of the training loop per step", lambda on: overhead_jobs(on.device), 45, 60, limit_s=240),
+    "startup": Stage("the time until a command shows its help", lambda on: startup_jobs(), 0, 20, True, needs=()),
     "tokenizer": Stage(
-        "the tokenizer beside its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 0, 240, True, limit_s=540
+        "the tokenizer against its peers", lambda on: iter([Job("tokenizer", bench_tokenizer)]), 0, 240, True, limit_s=540
     ),
     "tokenizer-long": Stage(
         "the tokenizer on 100 MB and on lines without a break",
@@ -164,12 +167,12 @@ STAGES: dict[str, Stage] = {
 
 
 def tune_stage(config: TuneConfig) -> Stage:
-    """Return the tuning of a GPU, which is no part of the bench but runs as its stages do."""
+    """Return the tuning of a GPU, which runs like a stage but is not part of the bench."""
     return Stage("attention's launches", lambda on: tune_jobs(config, on.device), 0, limit_s=1200)
 
 
 def chosen_stages(names: Iterable[str], is_gpu: bool) -> dict[str, Stage]:
-    """Return the stages that are asked for, in their order; on a GPU with those that they need."""
+    """Return the requested stages in order; on a GPU with the stages that they need."""
     asked = {*names}
     if "all" in asked:
         asked |= {name for name, stage in STAGES.items() if stage.in_all}

@@ -1,7 +1,7 @@
-"""What limits each kernel on Hopper, by a static analysis of its machine code: `tilewright bench inspect --model`.
+"""Limits of each kernel on Hopper, from a static analysis of its machine code: `tilewright bench inspect --model`.
 
-Kernels with products of warp groups are told by their main loops (`loop_model`), those that move memory by what they keep in
-flight (`bandwidth_model`). Nothing is run, and no GPU is needed; the assumptions stand in those two modules.
+Kernels with products of warp groups are modeled by their main loops (`loop_model`), memory-bound kernels by their bytes in
+flight (`bandwidth_model`). No kernel runs and no GPU is needed. The two modules document their assumptions.
 """
 
 import heapq
@@ -33,33 +33,33 @@ from .sass import Item, disassemble, loops, multiplies
 ARCHITECTURE = "sm_90"
 PREDICTED = "predicted"
 BYTES_BESIDE_PRODUCTS = {"attention_backward_delta": 4, "attention_backward_dq": 6, "attention_backward_again": 4}
-"""Read and written, for each query and channel, by the kernels that run before and after the fused backward kernel."""
+"""Bytes read and written per query and channel by the kernels before and after the fused backward kernel."""
 PROGRAM_CYCLES = 3000
-"""Assumed of a program beside its loops: until the first tile is there, and until the result is written. At 16,384 tokens
-twice as much takes 2% off a prediction at head dim 128."""
+"""Assumed cycles of a program outside its loops: until the first tile arrives, and until the result is written. At 16,384
+tokens and head dim 128, doubling them lowers a prediction by 2%."""
 
 
 def form_of(case: KernelCase) -> str:
-    """Return whether a kernel is `portable`, in `gluon`, or the `fused` one of these."""
+    """Return the kind of a kernel: `portable`, `gluon` or `fused`."""
     if case.kernel is attention_backward_hopper:
         return "fused"
     return "gluon" if case.kernel.is_gluon() else "portable"
 
 
 def groups_of(case: KernelCase) -> int:
-    """Return how many groups of four warps multiply in a program."""
+    """Return the number of groups of four warps per program that multiply."""
     return dict(case.constants)["GROUPS"] if case.kernel.is_gluon() else case.num_warps // 4
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the compiler made of a kernel, and what the model says of its main loops."""
+    """Compiled code of a kernel, and the model of its main loops."""
 
     report: Report
     items: list[Item]
     num_warps: int
     full: LoopReport | None
-    """A tile without a mask; None of a kernel whose loops hold no products of warp groups."""
+    """Loop over tiles without a mask; None for a kernel whose loops contain no products of warp groups."""
     masked: LoopReport | None
 
 
@@ -69,7 +69,7 @@ def analyse(case: KernelCase) -> Analysis:
     compiled = compile_case(case, ARCHITECTURE)
     items = disassemble(compiled.asm["cubin"])
     report = report_on(case, ARCHITECTURE, compiled)
-    # Of warps that are specialised, all groups have the same loops; the mask makes a loop longer.
+    # Specialized warp groups all have the same loops; the loop with the mask is the longest.
     bodies = sorted((body for body in loops(items) if multiplies(body)), key=len)
     ends = (bodies[0], bodies[-1]) if bodies else ()
     full, masked = [simulate(body, groups_of(case), report.programs_per_sm) for body in ends] or (None, None)
@@ -77,7 +77,7 @@ def analyse(case: KernelCase) -> Analysis:
 
 
 def _loop_rows(case: KernelCase, found: Analysis, full: LoopReport, masked: LoopReport) -> Rows:
-    # All of attention's calls that are modelled are causal and of one length, so that the head dim tells them apart.
+    # All modeled attention calls are causal with equal lengths, so the head dim identifies them.
     head_dim = next(part for part in case.name.split() if re.fullmatch(r"K\d+", part))
     waits = max(full.waits, key=lambda reason: full.waits[reason])
     row = {"case": f"{case.kernel.__name__} {head_dim}", "variant": form_of(case)}
@@ -97,7 +97,7 @@ def _loop_rows(case: KernelCase, found: Analysis, full: LoopReport, masked: Loop
 
 
 def model_rows(case: KernelCase, variant: str) -> Rows:
-    """Yield what the model says of a kernel."""
+    """Yield the model's rows of a kernel."""
     found = analyse(case)
     if found.full is not None and found.masked is not None:
         yield from _loop_rows(case, found, found.full, found.masked)
@@ -120,7 +120,7 @@ def model_rows(case: KernelCase, variant: str) -> Rows:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Write down what other people's code launches on tensors of the device `meta`, in the place of launching it."""
+    """Record the launches of other libraries on `meta` tensors instead of launching them."""
     from triton.runtime.jit import JITFunction
 
     launched: list[Launch] = []
@@ -131,7 +131,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(multi_processor_count=NUM_SMS)),
-        # Values that are asked for, such as the count of targets, only scale or are checked.
+        # Code that reads values, such as the number of targets, only scales by them or checks them.
         mock.patch.object(torch.Tensor, "item", return_value=1),
         mock.patch.object(torch.Tensor, "__bool__", return_value=True),
         mock.patch.object(torch, "equal", return_value=True),
@@ -140,7 +140,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def peer_cases(op: Op, sizes: Sizes, peer: str) -> list[KernelCase]:
-    """Return the kernels of a peer's call and its backward pass; `Unsupported` where there is none."""
+    """Return the kernels of a peer's call and its backward pass; raise `Unsupported` without one."""
     device = torch.device("meta")
     arguments = op.arguments(device, torch.bfloat16, **sizes)
     function = PEERS[op.name][peer](sizes, device)
@@ -163,7 +163,7 @@ def _op_rows(op: Op, sizes: Sizes) -> Rows:
             cases |= dict.fromkeys(peer_cases(op, sizes, "liger"), "liger")
     except Unsupported as reason:
         yield row | {"not_measured": str(reason)}
-    except Exception as error:  # of another version of a peer, which may ask a tensor for its values
+    except Exception as error:  # another version of a peer can fail, for example when it reads a tensor's values
         yield row | {"not_measured": f"{type(error).__name__}: {error}"[:200]}
     with ThreadPoolExecutor() as pool:
         for rows in pool.map(lambda item: list(model_rows(*item)), cases.items()):
@@ -171,15 +171,15 @@ def _op_rows(op: Op, sizes: Sizes) -> Rows:
 
 
 def causal_tiles(num_tokens: int, kept: int, looped: int, of_keys: bool) -> tuple[int, int, int]:
-    """Return the (programs, tiles without a mask, tiles with one) of one head under a causal mask.
+    """Return the numbers (programs, tiles without a mask, masked tiles) of one head under a causal mask.
 
-    A program keeps `kept` queries and loops over keys, or the other way round where it is `of_keys`.
+    A program keeps `kept` queries and loops over keys, or keeps keys and loops over queries if `of_keys`.
     """
     full = masked = 0
     starts = range(0, num_tokens, kept)
     for start in starts:
         end = min(start + kept, num_tokens)
-        # In the order of the loop, tiles before the first row's diagonal are whole, or those behind the last row's.
+        # In loop order, unmasked tiles come before the first row's diagonal, or with `of_keys` after the last row's.
         before = (num_tokens - (-(-(end - 1) // looped) * looped)) // looped if of_keys else start // looped
         met = -(-num_tokens // looped) - start // looped if of_keys else -(-end // looped)
         full, masked = full + before, masked + met - before
@@ -187,18 +187,19 @@ def causal_tiles(num_tokens: int, kept: int, looped: int, of_keys: bool) -> tupl
 
 
 def makespan(cycles: Iterable[float]) -> float:
-    """Return when the last of programs ends that take so many cycles and begin in this order, one on a multiprocessor."""
+    """Return when the last program ends, if programs of these lengths start in this order, one per multiprocessor."""
     free = [0.0] * NUM_SMS
     for each in cycles:
         heapq.heapreplace(free, free[0] + each)
     return max(free)
 
 
-def turns(num_blocks: int, num_rows: int, rows_at_once: int) -> Iterator[int]:
-    """Yield how many blocks of queries each program of the fused backward kernel adds to, in the order in which they begin.
+def block_counts(num_blocks: int, num_rows: int, rows_at_once: int) -> Iterator[int]:
+    """Yield the number of query blocks that each program of the fused backward kernel adds to, in order of launch.
 
-    That is what its turns cost: those of the last keys begin first, which are the shortest. To wait for its turn costs a
-    program nothing, where all are equally fast: it begins after those of later keys, which have fewer blocks before the same.
+    This is the cost of a program. Programs of the last keys start first and are the shortest. If all programs are equally
+    fast, waiting for a turn costs nothing: a program starts after the programs of later keys, which reach the same block
+    sooner.
     """
     for first_row in range(0, num_rows, rows_at_once):
         for block in range(num_blocks):
@@ -215,7 +216,7 @@ def _shape(case: KernelCase) -> tuple[int, int, bool]:
 
 
 def predicted_ms(case: KernelCase, sizes: Sizes) -> float:
-    """Return how long a kernel of causal attention takes by the model, calibrated."""
+    """Return the calibrated prediction of the time of a causal attention kernel."""
     found = analyse(case)
     num_rows, num_tokens, head_dim = sizes["batch"] * sizes["num_heads"], sizes["num_queries"], sizes["head_dim"]
     if found.full is None or found.masked is None:
@@ -228,10 +229,10 @@ def predicted_ms(case: KernelCase, sizes: Sizes) -> float:
     if case.kernel is attention_backward_hopper:
         q = torch.empty(sizes["batch"], sizes["num_heads"], num_tokens, head_dim, dtype=torch.bfloat16, device="meta")
         block_cycles = kept // looped * found.full.cycles
-        blocks = turns(-(-num_tokens // kept), num_rows, rows_at_once(q, 2, num_rows))
+        blocks = block_counts(-(-num_tokens // kept), num_rows, rows_at_once(q, 2, num_rows))
         return makespan(PROGRAM_CYCLES + n * block_cycles for n in blocks) * slower / CLOCK * 1e3
     programs, tiles, masked_tiles = causal_tiles(num_tokens, kept, looped, of_keys)
-    # A report is of one iteration of all programs that share a multiprocessor.
+    # A report covers one iteration of all programs on a multiprocessor.
     per_sm = found.report.programs_per_sm
     cycles = (tiles * found.full.cycles + masked_tiles * found.masked.cycles + programs * PROGRAM_CYCLES) / per_sm
     return cycles * slower * num_rows / NUM_SMS / CLOCK * 1e3
@@ -264,9 +265,9 @@ def _causal_shapes() -> dict[int, Sizes]:
 
 
 def modelled() -> Iterator[tuple[str, Op, Sizes]]:
-    """Yield (name, op, sizes): each op's first shape, and those that launch other kernels, so every kernel.
+    """Yield (name, op, sizes) so that every kernel is covered: each op's first shape, and shapes that launch other kernels.
 
-    These are attention at each head dim, a decoding step, and 8-bit products with a scale for each row.
+    The latter are attention at each head dim, a decoding step, and 8-bit products with a scale per row.
     """
     attention, fp8 = ALL["attention"], ALL["fp8_linear"]
     for op in ALL.values():
@@ -279,7 +280,7 @@ def modelled() -> Iterator[tuple[str, Op, Sizes]]:
 
 
 def model_jobs() -> Iterator[Job]:
-    """Yield the model of all kernels, and what it predicts of causal attention."""
+    """Yield jobs for the model of all kernels, and for the predictions of causal attention."""
     for name, op, sizes in modelled():
         yield Job(f"model of {name}", partial(_op_rows, op, sizes))
     for head_dim, sizes in _causal_shapes().items():

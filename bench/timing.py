@@ -1,4 +1,4 @@
-"""Times of calls that can be compared: variants take turns, and quantiles are reported instead of means."""
+"""Comparable timings: variants run in turn, and quantiles replace means."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Times:
-    """Quantiles of the times of one variant, in milliseconds, and how many there were."""
+    """Quantiles of one variant's times in milliseconds, and the number of samples."""
 
     p20_ms: float
     p50_ms: float
@@ -28,11 +28,11 @@ def quantiles(samples_ms: Sequence[float]) -> Times:
 
 
 def sample(function: Callable[[], object], device: torch.device, calls: int = 1) -> list[float]:
-    """Return the times of some calls in ms: 20 ms of them on a GPU, with a cold L2 cache; `calls` of them on a CPU."""
+    """Return times in ms: about 20 ms of calls on a GPU, with a cold L2 cache; `calls` calls on a CPU."""
     if device.type == "cuda":
         import triton.testing
 
-        # Clears the L2 cache before each call and times it by CUDA events.
+        # do_bench clears the L2 cache before each call and times it with CUDA events.
         return triton.testing.do_bench(function, warmup=5, rep=20, return_mode="all") or []
     samples = []
     for _ in range(calls):
@@ -49,14 +49,14 @@ def time_variants(
     calls: int = 1,
     failed: dict[str, str] | None = None,
 ) -> dict[str, Times]:
-    """Time each variant in each of `rounds` rounds, in turn, so that a drift of the machine's speed touches all alike.
+    """Time the variants in turn in each of `rounds` rounds, so that drift of the machine's speed affects all equally.
 
-    Every variant is called once beforehand, to compile. On a CPU a round is `calls` calls. With `failed`, one that fails is
-    left out from then on, and is told there with the reason.
+    Every variant is called once first, to compile. On a CPU a round has `calls` calls. A variant that fails is dropped and its
+    reason stored in `failed`; without `failed` the error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
 
-    def take(name: str, times: Callable[[], list[float]]) -> None:
+    def collect(name: str, times: Callable[[], list[float]]) -> None:
         try:
             samples[name] += times()
         except Exception as error:
@@ -70,8 +70,8 @@ def time_variants(
         return []
 
     for name in variants:
-        take(name, partial(compile_first, name))
+        collect(name, partial(compile_first, name))
     for _ in range(rounds):
         for name in [*samples]:
-            take(name, partial(sample, variants[name], device, calls))
+            collect(name, partial(sample, variants[name], device, calls))
     return {name: quantiles(values) for name, values in samples.items()}

@@ -1,4 +1,4 @@
-"""The tokenizer against its peers: the same texts and vocabularies, results compared, each job in a process of its own."""
+"""Benchmark the tokenizer against its peers on the same texts and vocabularies; each job runs in its own process."""
 
 import importlib.metadata
 import importlib.util
@@ -21,7 +21,7 @@ from . import tokenizer_peers as peers
 from .timing import quantiles
 from .tokenizer_texts import LINES, write_text
 
-# Each form of ids, and the method of a library that gives it.
+# Each output form, and the method of a library that produces it.
 FORMS = {"list": "to_list", "short": "to_list", "array": "to_array", "batch": "of_batch", "file": "of_file"}
 OURS = "tilewright"
 OURS_TIES = "tilewright, ties as tokenizers"
@@ -29,7 +29,7 @@ OURS_TIES = "tilewright, ties as tokenizers"
 
 @dataclass(frozen=True)
 class Work:
-    """A text, the sizes of the vocabularies trained on it, how often everything is done, and by whom: () for all."""
+    """A text, the vocabulary sizes to train on it, the number of rounds, and the libraries; () for all."""
 
     text: str
     megabytes: float
@@ -39,7 +39,7 @@ class Work:
 
 
 SHORT = (Work("stories", 10, (10_000,)), Work("packages", 10, (10_000,), 1), Work("cjk", 0.1, (1000,), 1))
-# Without those who would take minutes for each of some twenty jobs.
+# Without libraries that take minutes for each of about twenty jobs.
 _FAST = (OURS, OURS_TIES, "gigatoken", "rustbpe", "tiktoken", "fastokens")
 LONG = (
     Work("stories", 100, (10_000,), libraries=_FAST),
@@ -51,9 +51,9 @@ LONG = (
 
 
 def bench_tokenizer(works: Sequence[Work] = SHORT, limit_seconds: float = 120) -> Iterator[dict[str, Any]]:
-    """Yield the time, the peak memory and the exactness of every library's training, encoding and decoding.
+    """Yield time, peak memory and exactness of training, encoding and decoding with every library.
 
-    A library that takes longer than `limit_seconds` for a job is not asked again. Times are medians of rounds in which the
+    A library that exceeds `limit_seconds` in a job skips its remaining rounds. Times are medians of rounds in which the
     libraries take turns; `speedup` is a library's time over ours in the same case.
     """
     present = {}
@@ -71,7 +71,7 @@ def bench_tokenizer(works: Sequence[Work] = SHORT, limit_seconds: float = 120) -
             asked = {name: version for name, version in present.items() if name in work.libraries or not work.libraries}
             for vocab_size in work.vocab_sizes:
                 jobs = {name: ("train", name, str(text), str(vocab_size)) for name in asked if peers.can(name, "train")}
-                # rustbpe breaks ties by a rule of its own, so its merges are never quite these.
+                # rustbpe has its own rule for ties, so its merges always differ slightly.
                 expected = {name: OURS if name == OURS else OURS_TIES for name in jobs}
                 rows = _run(jobs, work.rounds, limit_seconds, expected)
                 yield from _rows(f"train {vocab_size:,} tokens, {what}", rows, size, asked)
@@ -84,7 +84,7 @@ def _encode_and_decode(
 ) -> Iterator[dict[str, Any]]:
     learned_from = text
     if work.text in LINES:
-        # A vocabulary learned from such a line holds most of it in one token.
+        # A vocabulary trained on such a line would hold most of the line in one token.
         learned_from = folder / "learned_from.txt"
         write_text(learned_from, "packages", min(10, work.megabytes))
     own = Tokenizer(*train_bpe(learned_from, work.vocab_sizes[-1], [END_OF_TEXT]), [END_OF_TEXT])
@@ -111,13 +111,13 @@ def _encode_and_decode(
 
 
 def _compilation() -> Iterator[dict[str, Any]]:
-    """Yield how long whole processes take where no machine code is kept, and then where it is: `cpu_s` is their CPU time."""
+    """Yield the times of whole processes, first without and then with cached machine code; `cpu_s` is CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         text, tokenizer = Path(folder) / "text.txt", Path(folder) / "tokenizer.json"
-        # What CS336's test of speed trains on: 130 kB, 500 tokens.
+        # The size of CS336's speed test: 130 kB, 500 tokens.
         write_text(text, "stories", 0.13)
         for case, script in _FIRST_CALLS.items():
-            for variant in ("nothing is kept", "machine code is kept"):
+            for variant in ("cold code cache", "warm code cache"):
                 environment = os.environ | {"NUMBA_CACHE_DIR": str(Path(folder) / case)}
                 command = [sys.executable, "-P", "-c", _FIRST + script, str(text), str(tokenizer)]
                 start, used = time.perf_counter(), _cpu_seconds()
@@ -132,13 +132,13 @@ def _compilation() -> Iterator[dict[str, Any]]:
 
 
 def _cpu_seconds() -> float:
-    """Return the CPU time of all processes that have ended below this one."""
+    """Return the CPU time of all finished child processes."""
     used = os.times()
     return used.children_user + used.children_system
 
 
-# gigatoken brings awkward, which Numba imports whenever it compiles, for a third of a second that is not of our making.
-# What is kept beside the package, or for the user, is none of these processes' business.
+# gigatoken installs awkward, which Numba imports when it compiles; this takes a third of a second unrelated to our code.
+# The scripts ignore the machine code cached next to the package or for the user.
 _FIRST = f"""
 import os, sys, warnings
 from pathlib import Path
@@ -160,7 +160,7 @@ _FIRST_CALLS = {
 def _run(
     jobs: Mapping[str, Sequence[str]], rounds: int, limit_seconds: float, expected: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Return for each job its runs and whether its result is that of the job it is compared with, or why there is none."""
+    """Return, for each job, its runs and whether its result equals the expected job's, or the reason for no result."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     failures: dict[str, str] = {}
     for _ in range(rounds):
@@ -183,7 +183,7 @@ def _run(
 
 
 def _run_once(arguments: Sequence[str], limit_seconds: float) -> dict[str, Any]:
-    # -P: the folder of the script, with modules of names like `tokenizer`, is no place to import from.
+    # -P keeps the script's folder off the import path, because its modules have names like `tokenizer`.
     command = [sys.executable, "-P", str(Path(__file__).with_name("tokenizer_peers.py")), *arguments]
     start = time.perf_counter()
     try:
@@ -192,9 +192,9 @@ def _run_once(arguments: Sequence[str], limit_seconds: float) -> dict[str, Any]:
         return {"not_measured": f"more than {limit_seconds:g} s"}
     seconds = time.perf_counter() - start
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        return {"not_measured": f"failed: {said[-1][:120] if said else done.returncode}"}
-    # Before the last line a library may print what it does.
+        errors = done.stderr.strip().splitlines()
+        return {"not_measured": f"failed: {errors[-1][:120] if errors else done.returncode}"}
+    # A library may print to stdout before the last line.
     return {**json.loads(done.stdout.splitlines()[-1]), "process": seconds}
 
 

@@ -1,11 +1,11 @@
-"""One job of one tokenizer library in a process of its own: `python -P tokenizer_peers.py JOB LIBRARY ARGUMENTS`.
+"""Run one job of one tokenizer library in its own process: `python -P tokenizer_peers.py JOB LIBRARY ARGUMENTS`.
 
-So that memory, caches and threads of one library never touch the figures of another, nor a hang the whole bench. It prints a
-line of JSON. Run as a file, not as a module of the package, which would bring torch into the measured process.
+Separate processes keep memory, caches and threads of the libraries apart, and a hang cannot block the bench. The script prints
+a line of JSON. It runs as a file, because importing it as a module would load torch into the measured process.
 
-    train TEXT VOCAB_SIZE     learn a vocabulary: seconds, and a digest of the merges
-    encode FOLDER TEXT FORM   ids of a text by the tokenizer in the folder: seconds of the first and of a second pass, a digest
-    decode FOLDER IDS         the text of ids in an .npy file: seconds of the first and of a second pass, a digest
+    train TEXT VOCAB_SIZE     train a vocabulary: seconds, and a digest of the merges
+    encode FOLDER TEXT FORM   encode a text with the tokenizer in the folder: seconds of a first and a second pass, a digest
+    decode FOLDER IDS         decode the ids in an .npy file: seconds of a first and a second pass, a digest
 """
 
 import base64
@@ -29,16 +29,16 @@ Merges = list[tuple[bytes, bytes]]
 
 
 class Library:
-    """What a library can do; what it leaves out, it cannot, and is not asked for."""
+    """Interface of a library; methods that a subclass does not override are unsupported and skipped."""
 
     takes_lists = True
     tokenizer: Any
 
     def warm_up(self) -> None:
-        """Load what a short text does not."""
+        """Load code that a short text does not load."""
 
     def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
-        """Learn a vocabulary of this size, one special token included, and return what reads the merges off it."""
+        """Train a vocabulary of this size, with one special token; return a function that returns the merges."""
         raise NotImplementedError
 
     def load(self, folder: Path) -> None:
@@ -54,15 +54,15 @@ class Library:
         raise NotImplementedError
 
     def of_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of documents in one call, by all cores."""
+        """Return the ids of documents in one call, on all cores."""
         raise NotImplementedError
 
     def of_file(self, path: Path) -> list[np.ndarray]:
-        """Return the ids of all documents of a file, by all cores, with special tokens or without."""
+        """Return the ids of all documents of a file, on all cores, with or without special tokens."""
         raise NotImplementedError
 
     def decode(self, ids: Any) -> str | bytes:
-        """Return the text of the ids: an array, or a list where `takes_lists`."""
+        """Return the text of the ids, which are a list if `takes_lists`, else an array."""
         raise NotImplementedError
 
 
@@ -71,13 +71,13 @@ def _documents(path: Path) -> list[str]:
 
 
 class Tilewright(Library):
-    """This library, with its own rule for ties."""
+    """This library with its own rule for ties."""
 
     ties = "cs336"
     takes_lists = False
 
     def warm_up(self) -> None:
-        # What is to be encoded or trained on is too little at first for machine code to be loaded.
+        # The warm-up texts are too short to load machine code.
         import_module("tilewright.tokenizer")
         jit = import_module("tilewright.tokenizer.compiled.jit")
         jit.load(jit.ALL)
@@ -107,7 +107,7 @@ class Tilewright(Library):
 
 
 class TilewrightTiesAsHuggingFace(Tilewright):
-    """This library, with the rule for ties that tokenizers and gigatoken have."""
+    """This library with the rule for ties of tokenizers and gigatoken."""
 
     ties = "huggingface"
 
@@ -145,7 +145,7 @@ class Gigatoken(Library):
 
 
 class Rustbpe(Library):
-    """rustbpe, whose encoder is one of examples and not measured."""
+    """rustbpe; its encoder is not measured, because it is only an example."""
 
     def train(self, path: Path, vocab_size: int) -> Callable[[], Merges]:
         tokenizer = import_module("rustbpe").Tokenizer()
@@ -170,7 +170,7 @@ class HuggingFace(Library):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_level.alphabet(), show_progress=False
         )
-        # By iterator, because from files it takes every line for a text and loses what newlines merge with.
+        # From files, tokenizers would treat every line as a text and miss merges across newlines.
         tokenizer.train_from_iterator(_documents(path), trainer)
 
         def merges() -> Merges:
@@ -200,7 +200,7 @@ class Tiktoken(Library):
     """tiktoken."""
 
     def load(self, folder: Path) -> None:
-        # Not by its own reader, which keeps a copy of every file for later.
+        # tiktoken's own reader caches a copy of every file.
         lines = map(bytes.split, (folder / "ranks.tiktoken").read_bytes().splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         specials = {END_OF_TEXT: special_id(folder)}
@@ -269,7 +269,7 @@ class Splintr(Library):
         return self.tokenizer.decode_bytes(ids)
 
 
-# The name of the distribution, and of the module, that each needs.
+# Class, distribution and module of each library.
 LIBRARIES: dict[str, tuple[type[Library], str, str]] = {
     "tilewright": (Tilewright, "tilewright", "tilewright"),
     "tilewright, ties as tokenizers": (TilewrightTiesAsHuggingFace, "tilewright", "tilewright"),
@@ -280,9 +280,9 @@ LIBRARIES: dict[str, tuple[type[Library], str, str]] = {
     "fastokens": (Fastokens, "fastokens", "fastokens"),
     "splintr": (Splintr, "splintr-rs", "splintr"),
 }
-# What every library does once before it is timed, as some read tables or machine code from the disk then.
+# Every library processes this text once before it is timed, because some load tables or machine code on first use.
 _WARM_UP = "Warming up, warming up: once and for all."
-# Characters of a short text.
+# Characters of a short document.
 _SHORT = 60
 
 
@@ -305,10 +305,10 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def _peak_mb() -> float:
-    """Return the most memory this process has held, in MB."""
+    """Return the peak memory of this process in MB."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not by getrusage, which on Linux counts what the process held before it became this program.
+        # getrusage on Linux also counts memory from before exec.
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6
     import resource
 
@@ -355,7 +355,7 @@ def _encode(library: Library, folder: str, text: str, form: str) -> dict[str, An
     peak = _peak_mb()
     second, _ = _timed(run)
     ids = np.concatenate([np.asarray(part, np.uint32) for part in parts])
-    # Some libraries give special tokens and some leave them out.
+    # Some libraries emit special tokens and some drop them.
     ids = ids[ids != special_id(Path(folder))]
     return {"seconds": first, "second": second, "peak_mb": peak, "tokens": len(ids), "digest": _digest([ids.tobytes()])}
 

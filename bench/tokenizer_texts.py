@@ -1,4 +1,4 @@
-"""The texts that tokenizers are measured on: stories, what Python packages say of themselves, and lines without a break."""
+"""Texts for the tokenizer bench: stories, files of installed Python packages, and lines without a break."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ _SUFFIXES = (".md", ".rst", ".txt", ".py")
 
 
 def package_files() -> Iterator[bytes]:
-    """Yield the documentation and the sources of all installed packages, by path, each content once."""
+    """Yield the documentation and the sources of all installed packages, by path, without duplicates."""
     folders = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
     paths = {path.resolve() for folder in folders for path in folder.rglob("*") if path.suffix in _SUFFIXES}
     seen: set[bytes] = set()
@@ -27,9 +27,9 @@ def package_files() -> Iterator[bytes]:
 
 
 def write_packages(path: Path, megabytes: float) -> int:
-    """Write the packages' files, up to `megabytes` MB, with a special token between them; return the size in bytes.
+    """Write the packages' files, up to `megabytes` MB, separated by a special token; return the size in bytes.
 
-    What is not UTF-8 becomes U+FFFD, as not every library here takes other text.
+    Invalid UTF-8 becomes U+FFFD, because some libraries accept only valid text.
     """
     left = int(megabytes * 1e6)
     separator = END_OF_TEXT.encode()
@@ -43,7 +43,7 @@ def write_packages(path: Path, megabytes: float) -> int:
 
 
 def write_line(path: Path, kind: str, megabytes: float) -> int:
-    """Write one line without a place to break it: kind is dna, aaaa or cjk; return its size in bytes."""
+    """Write one line without word boundaries, of kind dna, aaaa or cjk; return its size in bytes."""
     rng = random.Random(0)
     size = int(megabytes * 1e6)
     if kind == "aaaa":
@@ -51,14 +51,14 @@ def write_line(path: Path, kind: str, megabytes: float) -> int:
     elif kind == "dna":
         text = "".join(rng.choices("acgt", k=size))
     else:
-        # As frequent as Zipf has it, among 3,000 characters.
+        # 3,000 characters with Zipf frequencies.
         characters = [chr(0x4E00 + index) for index in range(3000)]
         text = "".join(rng.choices(characters, [1 / rank for rank in range(1, 3001)], k=size // 3))
     return path.write_bytes(text.encode())
 
 
 def write_text(path: Path, kind: str, megabytes: float) -> int:
-    """Write stories, packages, dna, aaaa or cjk; return the size in bytes."""
+    """Write a text of kind stories, packages, dna, aaaa or cjk; return the size in bytes."""
     if kind == "stories":
         return write_stories(path, megabytes)
     return write_packages(path, megabytes) if kind == "packages" else write_line(path, kind, megabytes)

@@ -1,4 +1,4 @@
-"""Trainers to be measured: on random tokens, with this project's kernels or with PyTorch alone."""
+"""Trainers for the bench, on random tokens, with this project's kernels or with PyTorch alone."""
 
 import dataclasses
 import tempfile
@@ -25,14 +25,14 @@ from ..train.data.token_file import TokenDataset, write_tokens
 from ..train.device import resolve_device
 from ..train.trainer import Trainer
 
-# The model as it is: its vocabulary padded.
+# Matches the model, whose vocabulary is padded.
 OWN_POLICY = Policy(vocabulary="padded")
 TORCH_POLICY = dataclasses.replace(OWN_POLICY, ops="eager", loss="whole")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How the step is computed: by this project's kernels or by PyTorch alone, compiled or not, as one CUDA graph or not."""
+    """How to compute a step: with this project's kernels or PyTorch alone, compiled or not, as a CUDA graph or not."""
 
     kernels: bool
     compiled: bool
@@ -41,13 +41,13 @@ class Variant:
 
     @property
     def policy(self) -> Policy:
-        """How the accounting names it."""
+        """The accounting policy of the variant."""
         policy = OWN_POLICY if self.kernels else TORCH_POLICY
         return policy if self.precision == "auto" else dataclasses.replace(policy, compute=self.precision)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Compute in this way what is called, or compiled, in the block; what was compiled differs by what it finds here."""
+        """Use the variant for calls and compilation in the block; compiled code depends on the state inside the block."""
         if self.kernels:
             yield
             return
@@ -66,20 +66,20 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def _torch_loss(x: Tensor, weight: Tensor, targets: Tensor, num_classes: int, **_: Any) -> Tensor:
-    # As a training script has it: the reference spares memory at the price of a second product.
+    # As in a typical training script: the reference would save memory at the cost of a second product.
     logits = F.linear(x, weight.to(x.dtype))[..., :num_classes]
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
 
 @contextmanager
 def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
-    """Make a trainer on random tokens, without a run's folder."""
+    """Create a trainer on random tokens, without a run folder."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.tokens"
         write_tokens(path, [np.random.default_rng(0).integers(0, config.model.vocab_size, 2**20)], config.model.vocab_size)
         data = TokenDataset(path)
         samples = TrainingData((data,), config.model.context_length, config.seed)
-        # Weights are drawn where they are needed: a CPU takes longer for billions of them than the steps take.
+        # Initialize on the device: a CPU takes longer to draw billions of weights than the steps take.
         with resolve_device(config.device):
             trainer = Trainer(config, samples, data)
         try:
@@ -89,13 +89,13 @@ def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
 
 
 def config_for(name: str, device: torch.device, batch_size: int, **changes: Any) -> TrainConfig:
-    """Return a preset with one micro-batch of `batch_size` sequences a step."""
+    """Return a preset with one micro-batch of `batch_size` sequences per step."""
     return dataclasses.replace(preset(name), batch_size=batch_size, micro_batch_size=None, device=str(device), **changes)
 
 
 @cache
 def counted_flops(model: ModelConfig) -> int:
-    """Return the FLOPs of one sequence, forward and backward, as PyTorch counts them, on tensors that hold nothing."""
+    """Return PyTorch's count of the FLOPs of one sequence, forward and backward, on meta tensors."""
     with torch.device("meta"):
         meta = TransformerLM(model)
         tokens = torch.zeros(1, model.context_length, dtype=torch.long)

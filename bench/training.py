@@ -1,4 +1,4 @@
-"""Whole training steps: their speed beside the accounting's FLOPs and roofline, and where the rest of the peak is lost."""
+"""Training steps: their speed against the accounting's FLOPs and roofline, and a breakdown of the lost time."""
 
 import dataclasses
 import gc
@@ -16,7 +16,7 @@ from ..model import ModelConfig
 from ..model.accounting import forward_flops_by_group, model_flops, operations, roofline, training_memory
 from ..train import preset
 from ..train.graph import EAGER_STEPS
-from ..train.profile import breakdown, profiled_events
+from ..train.profile import breakdown, make_profiler, profiled_events
 from ..train.trainer import Trainer
 from .jobs import Job, Row, Rows, clean_up
 from .timing import quantiles
@@ -25,51 +25,51 @@ from .trainers import OWN_POLICY, VARIANTS, config_for, counted_flops, random_tr
 LAPS = 5
 LAP_SECONDS = 0.2
 PROFILED_STEPS = 2
-# The rest is for the allocator's gaps and cuBLAS's workspaces. A variant that does not fit after all is measured alone.
+# The rest covers allocator gaps and cuBLAS workspaces. A variant that still does not fit is measured alone.
 USABLE_MEMORY = 0.95
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _seconds(trainer: Trainer, steps: int) -> float:
-    """Return the time of some steps, begun and ended on an idle device."""
-    _synchronise(trainer.device)
+    """Return the time of some steps, from an idle device to an idle device."""
+    _synchronize(trainer.device)
     start = time.perf_counter()
     for _ in range(steps):
         trainer.train_step()
-    _synchronise(trainer.device)
+    _synchronize(trainer.device)
     return time.perf_counter() - start
 
 
 def _host_seconds(trainer: Trainer) -> float:
-    """Return how long the host takes to ask an idle device for a step, whose queue is not yet full."""
-    _synchronise(trainer.device)
+    """Return the time in which the host enqueues a step on an idle device, whose queue is empty."""
+    _synchronize(trainer.device)
     start = time.perf_counter()
     trainer.train_step()
     return time.perf_counter() - start
 
 
 def _profile(trainer: Trainer, step_s: float) -> dict[str, float]:
-    """Return which share of a step each group of kernels takes, by a profile of a few; see `train.profile`."""
+    """Return the share of a step that each group of kernels takes, from a profile of some steps; see `train.profile`."""
     activity, is_gpu = torch.profiler.ProfilerActivity, trainer.device.type == "cuda"
-    with torch.profiler.profile(activities=[activity.CUDA if is_gpu else activity.CPU]) as profiler:
+    with make_profiler([activity.CUDA if is_gpu else activity.CPU]) as profiler:
         _seconds(trainer, PROFILED_STEPS)
     if is_gpu and not any(event.device_type == DeviceType.CUDA for event in profiler.events() or ()):
-        raise RuntimeError("the profiler saw no kernel")
-    # On a CPU the profiler slows down what it looks at: shares are then of the steps that it saw.
+        raise RuntimeError("the profiler recorded no kernel")
+    # The profiler slows down a CPU, so shares there are of the profiled steps.
     groups = breakdown(profiled_events(profiler), seconds=PROFILED_STEPS * step_s if is_gpu else None)
     return {name: seconds / sum(groups.values()) for name, seconds in groups.items()}
 
 
 def lost_shares(shares: Mapping[str, float], ideal: Mapping[str, float]) -> dict[str, float]:
-    """Return which share of a step each group takes beyond its FLOPs at the peak; with the MFU they sum up to 1.
+    """Return the share of a step that each group takes beyond its FLOPs at the peak; with the MFU they sum to 1.
 
-    `shares` are those of the groups in the step's time, `ideal` the shares that products and attention would take at the peak.
-    Attention that skips what causality masks may need less: its loss is then negative. Where no kernel is attention's, it was
-    written out in products, and its FLOPs are theirs.
+    `shares` are the groups' shares of the step's time, `ideal` the shares of products and attention at the peak. A loss is
+    negative if attention skips masked scores and needs fewer FLOPs. If no kernel belongs to attention, it ran as products, and
+    its FLOPs count as theirs.
     """
     if not shares.get("attention"):
         ideal = {"matmul": sum(ideal.values())}
@@ -78,21 +78,21 @@ def lost_shares(shares: Mapping[str, float], ideal: Mapping[str, float]) -> dict
 
 @dataclasses.dataclass
 class Entrant:
-    """A variant whose trainer has compiled its step, if it does, and taken some."""
+    """A variant whose trainer has compiled its step, if needed, and run some steps."""
 
     variant: str
     trainer: Trainer
     lap_steps: int
     ready_s: float
-    """Seconds until it had taken its first step."""
+    """Seconds until the end of its first step."""
     peak_gb: float | None
-    """The most that it held at once, without what others hold; None on a CPU."""
+    """Peak memory of this variant in GB; None on a CPU."""
     times_ms: list[float] = dataclasses.field(default_factory=list)
     host_ms: list[float] = dataclasses.field(default_factory=list)
-    """What the host takes to ask a GPU for a step; nothing of a CPU, which is its own host."""
+    """Times in which the host enqueues a step; empty on a CPU."""
 
     def lap(self) -> None:
-        """Take some steps on the clock."""
+        """Time some steps."""
         with VARIANTS[self.variant].running():
             self.times_ms.append(1e3 * _seconds(self.trainer, self.lap_steps) / self.lap_steps)
             if self.trainer.device.type == "cuda":
@@ -105,10 +105,10 @@ def _allocated(device: torch.device) -> int:
 
 @contextmanager
 def entrant(name: str, variant: str, device: torch.device, batch: int) -> Iterator[Entrant]:
-    """Make a variant ready for its laps."""
+    """Prepare a variant for its laps."""
     entered = VARIANTS[variant]
     config = config_for(name, device, batch, compile=entered.compiled, cuda_graphs=entered.graph, precision=entered.precision)
-    # What is left of one that failed would be freed meanwhile.
+    # Free the remains of a failed variant now, not during the measurement.
     gc.collect()
     start, before = time.perf_counter(), _allocated(device)
     with random_trainer(config) as trainer:
@@ -117,7 +117,7 @@ def entrant(name: str, variant: str, device: torch.device, batch: int) -> Iterat
             ready_s = time.perf_counter() - start
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            # The first steps may yet choose algorithms, and those before a graph run without it.
+            # The first steps can still select algorithms, and with a graph they run without it.
             step_s = min(_seconds(trainer, 1) for _ in range(EAGER_STEPS + 1 if entered.graph else 2))
         peak_gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9 if device.type == "cuda" else None
         yield Entrant(variant, trainer, max(1, math.ceil(LAP_SECONDS / step_s)), ready_s, peak_gb)
@@ -128,7 +128,7 @@ def _speed(case: str, entrant: Entrant, measured: str) -> Row:
     batch, model, step_s = config.batch_size, config.model, times.p50_ms * 1e-3
     assert batch != "auto"
     flops, gpu, peak = model_flops(operations(model, batch)), gpu_of(entrant.trainer.device), _peak(entrant.trainer)
-    # The least time is that of this project's form, whoever takes it.
+    # The least time assumes this project's kernels for every variant.
     bound_by = dataclasses.replace(OWN_POLICY, compute=VARIANTS[entrant.variant].policy.compute)
     bound = gpu and roofline(model, gpu, batch, policy=bound_by)
     host_ms = quantiles(entrant.host_ms).p50_ms if entrant.host_ms else None
@@ -160,19 +160,19 @@ def _peak(trainer: Trainer) -> float | None:
     return gpu and gpu.peak_flops(trainer.peak)
 
 
-def _where_the_time_goes(case: str, entrant: Entrant) -> Rows:
+def _time_breakdown(case: str, entrant: Entrant) -> Rows:
     trainer, model, batch = entrant.trainer, entrant.trainer.config.model, entrant.trainer.config.batch_size
     assert batch != "auto"
     step_s = quantiles(entrant.times_ms).p50_ms * 1e-3
     with VARIANTS[entrant.variant].running():
         shares = _profile(trainer, step_s)
     row = {"case": case, "variant": entrant.variant}
-    yield row | {"table": "where the time of a step goes", **shares}
+    yield row | {"table": "time of a step by group", **shares}
     if peak := _peak(trainer):
         mfu = model_flops(operations(model, batch)) / step_s / peak
         attention = 3 * batch * forward_flops_by_group(model)["attention"] / step_s / peak
         losses = lost_shares(shares, {"attention": attention, "matmul": mfu - attention})
-        yield row | {"table": "what the MFU is lost to", "mfu": mfu, **losses}
+        yield row | {"table": "lost MFU by group", "mfu": mfu, **losses}
 
 
 def _free_memory(device: torch.device) -> float:
@@ -180,7 +180,7 @@ def _free_memory(device: torch.device) -> float:
 
 
 def fit_together(model: ModelConfig, batch: int, device: torch.device, variants: Sequence[str]) -> bool:
-    """Return whether the weights and the optimizer's state of all variants have room beside the activations of one."""
+    """Return whether the weights and optimizer states of all variants fit in memory with the activations of one."""
     policies = [VARIANTS[variant].policy for variant in variants]
     held = [training_memory(model, batch, policy=policy) for policy in policies]
     states = [memory.weights + memory.master_weights + memory.optimizer_state for memory in held]
@@ -193,7 +193,7 @@ def _case(name: str, batch: int) -> str:
 
 
 def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[str], too_large: list[str]) -> Rows:
-    """Yield the rows of variants that take turns, lap by lap; of those for which memory did not suffice tell `too_large`."""
+    """Yield the rows of variants that run in turn, lap by lap; append variants that exceed the memory to `too_large`."""
     case = _case(name, batch)
     failed: dict[str, str] = {}
 
@@ -203,7 +203,7 @@ def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[st
             yield
         except torch.cuda.OutOfMemoryError:
             too_large.append(variant)
-        except Exception as error:  # one variant's failure is a result, and not the end of the others
+        except Exception as error:  # the failure of one variant does not end the others
             failed[variant] = f"{type(error).__name__}: {error}"[:300]
 
     with ExitStack() as trainers:
@@ -213,7 +213,7 @@ def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[st
                 each = trainers.enter_context(entrant(name, variant, device, batch))
                 ready.append(each)
                 if len(variants) > 1:
-                    # Should the time be over before the next one is compiled, this is what is known.
+                    # A preliminary result, in case time runs out while the next variant compiles.
                     each.lap()
                     yield _speed(case, each, "alone") | {"preliminary": True}
                     each.times_ms.clear()
@@ -227,27 +227,27 @@ def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[st
             yield _speed(case, each, "in turns" if len(ready) > 1 else "alone")
         for each in ready:
             with failing_alone(each.variant):
-                yield from _where_the_time_goes(case, each)
+                yield from _time_breakdown(case, each)
     for variant, reason in failed.items():
         yield {"case": case, "variant": variant, "not_measured": reason}
 
 
 def _alone(name: str, batch: int, device: torch.device, variant: str) -> Rows:
-    """Yield the rows of one variant, at half the batch as often as memory demands."""
+    """Yield the rows of one variant; halve the batch until it fits in memory."""
     while batch:
         clean_up(device)
         too_large: list[str] = []
         yield from _in_turns(name, batch, device, [variant], too_large)
         if not too_large:
             return
-        yield {"case": _case(name, batch), "variant": variant, "not_measured": "more memory than there is"}
+        yield {"case": _case(name, batch), "variant": variant, "not_measured": "out of memory"}
         batch //= 2
 
 
 def bench_training(name: str, device: torch.device, variants: Sequence[str], batch_size: int | None = None) -> Rows:
-    """Yield the speed of a preset's steps on random tokens, at its micro-batch: of all variants in turns, if memory allows.
+    """Yield the speed of a preset's steps on random tokens, at its micro-batch, for all variants in turn if memory allows.
 
-    Where it does not, or not for one of them, each is measured alone.
+    Otherwise, or for a variant that exceeds the memory, each variant runs alone.
     """
     base = preset(name)
     batch = batch_size or base.micro_batch_size or base.batch_size
@@ -261,10 +261,10 @@ def bench_training(name: str, device: torch.device, variants: Sequence[str], bat
 
 
 def training_jobs(device: torch.device) -> Iterator[Job]:
-    """Yield the measuring of each preset in each form; on a CPU the demo's as it runs there."""
+    """Yield a job for each preset with all variants; on a CPU for the demo's preset only."""
     if device.type != "cuda":
         yield Job("training stories-cpu", partial(bench_training, "stories-cpu", device, ("eager",)))
         return
-    # Compiling gpt2-xl may take all the time that there is: what is known sooner comes first.
+    # gpt2-xl can take all the time to compile, so faster presets come first.
     for name in ("gpt2-small", "gpt2-xl", "tinystories-17m"):
         yield Job(f"training {name}", partial(bench_training, name, device, tuple(VARIANTS)))

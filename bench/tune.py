@@ -1,22 +1,18 @@
-"""Finds the fastest launch configuration of attention's kernels on the GPU at hand, and ships it from then on."""
+"""Find the fastest launch configuration of the attention kernels on the local GPU, and store it as the default."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
-from ..errors import UserError
 from ..kernels import attention
 from ..kernels.attention.configurations import (
-    MAX_HEAD_DIM,
     Generation,
     Kernel,
     LaunchConfig,
@@ -35,6 +31,7 @@ from ..kernels.op import ALL, Sizes
 from .attention_oracle import TOLERANCE, error_of, exact
 from .check import output_gradients
 from .jobs import Job
+from .options import TuneConfig
 from .timing import Times, time_variants
 
 Results = dict[str, Tensor]
@@ -42,42 +39,21 @@ Inspector = Callable[[KernelCase, Generation], str | None]
 Timer = Callable[[Mapping[str, Callable[[], object]], torch.device, int], Mapping[str, Times]]
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """What to tune. The fastest configuration is written to kernels/attention/configurations.json as soon as it is known."""
-
-    op: tyro.conf.Positional[Literal["attention"]]
-    """Whose kernels; bfloat16 and float16 share their configurations, float32 keeps its own."""
-    kernels: tuple[Kernel, ...] = get_args(Kernel)
-    """Which of them."""
-    head_dims: tuple[int, ...] = (64, 128, 256)
-    """Powers of two from 16 to 256; each serves the head dims below it."""
-    device: str = "auto"
-    """cuda or auto."""
-    out: Path | None = None
-    """File of the measured table, JSON lines; by default bench/results/DEVICE/DATE.jsonl."""
-
-    def __post_init__(self) -> None:
-        for head_dim in self.head_dims:
-            if not 16 <= head_dim <= MAX_HEAD_DIM or block_k_of(head_dim) != head_dim:
-                raise UserError(f"head dim {head_dim}: choose powers of two from 16 to {MAX_HEAD_DIM}")
-
-
 def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[LaunchConfig]:
-    """Return what is tried, as (rows that a program keeps, rows it loops over, warps, stages), with and without descriptors."""
+    """Return the configurations to try: tile sizes, warps and stages, with and without tensor descriptors."""
     if kernel == "backward_fused":
-        # The first stands for two kernels, as those ship. Other tiles, and more stages, do not fit the registers.
+        # The first config selects two kernels with their shipped configurations. Other tiles or more stages spill registers.
         config = LaunchConfig(64, 128, block_k, 4, 2, True)
         return [config, replace(config, gluon=True)]
-    # Four warps multiply 64 rows at a time. A tile to loop over has 8 to 32 KiB, or 64 rows of a small head; of queries for dk
-    # and dv, which leave few registers, half as many.
+    # Four warps multiply 64 rows at a time. A looped tile has 8 to 32 KiB, or 64 rows of a small head. For dk and dv, which
+    # leave few registers, the minimum is half as large.
     least = min(64, 2**12 // block_k) // (2 if kernel == "backward_kv" else 1)
     looped = [rows for rows in (16, 32, 64, 128) if least <= rows <= 2**14 // block_k]
     kept, stages = ((64, 4), (64, 8), (128, 8)), (2, 3)
     if kernel == "forward":
         kept, stages = ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4)
     elif kernel == "decode":
-        # How many rows the queries fill is known at launch only.
+        # The number of query rows is known only at launch.
         kept, stages = ((64, 4), (64, 8)), (2, 3, 4)
     descriptors = (False, True) if generation in ("sm_90", "sm_100") and kernel != "decode" else (False,)
     tried = []
@@ -90,7 +66,7 @@ def candidates(kernel: Kernel, generation: Generation, block_k: int) -> list[Lau
 def _in_gluon(kernel: Kernel, generation: Generation, block_k: int) -> Iterator[LaunchConfig]:
     if generation != "sm_90" or kernel == "decode" or block_k < 64:
         return
-    # Three groups of four warps have too few registers for wide heads, and for the two sums of dk and dv.
+    # Three groups of four warps have too few registers for wide heads, and for the two accumulators of dk and dv.
     groups = (2, 3) if block_k == 64 and kernel != "backward_kv" else (2,)
     for count, loops, depth in product(groups, (32, 64, 128), (2, 3)):
         block_m, block_n = (loops, 64 * count) if kernel == "backward_kv" else (64 * count, loops)
@@ -98,10 +74,10 @@ def _in_gluon(kernel: Kernel, generation: Generation, block_k: int) -> Iterator[
 
 
 def flaw_of(case: KernelCase, generation: Generation) -> str | None:
-    """Return why a kernel should not ship for a GPU generation by what its compiler made of it, or None."""
+    """Return a defect of the compiled kernel that rules it out for a GPU generation, or None."""
     try:
         report = inspect(case, generation)
-    except Exception as error:  # of a compiler that gives up on a shape
+    except Exception as error:  # the compiler can fail for a shape
         return f"{type(error).__name__}: {error}"[:200]
     limit = ARCHITECTURES[generation].shared_bytes_per_program
     if report.spilled_bytes > 0:
@@ -110,23 +86,23 @@ def flaw_of(case: KernelCase, generation: Generation) -> str | None:
 
 
 ATTENTION = ALL["attention"]
-# What is timed; its configurations serve float16, too.
+# Timed dtype; its configurations also serve float16.
 DTYPE = torch.bfloat16
-# The kernel of a trace that each configuration is for.
+# Kernel name for each tuned configuration.
 KERNELS: dict[Kernel, str] = {
     "forward": "attention_forward", "backward_q": "attention_backward_q", "backward_kv": "attention_backward_kv",
     "decode": "attention_decode",
 }  # fmt: skip
 
 
-def key_tuned(kernel: Kernel, generation: Generation, head_dim: int) -> str:
-    """Return the key of the configuration that is tuned. Whether the fused backward kernel ships stands in its own."""
+def tuned_key(kernel: Kernel, generation: Generation, head_dim: int) -> str:
+    """Return the key of the tuned configuration; the fused backward kernel has a key of its own."""
     return key_of(generation, kernel, "gluon" if kernel == "backward_fused" else "half", head_dim)
 
 
 @contextmanager
 def use_candidate(key: str, config: LaunchConfig) -> Iterator[None]:
-    """Run a block with another configuration; where it is of one of the two backward kernels, the fused one does not run."""
+    """Run a block with another configuration; a candidate for one of the two backward kernels disables the fused one."""
     generation, kernel, _, block_k = key.split()
     fused_key = key_of(generation, "backward_fused", "gluon", int(block_k))
     with ExitStack() as stack:
@@ -137,7 +113,7 @@ def use_candidate(key: str, config: LaunchConfig) -> Iterator[None]:
 
 
 def sizes_of(kernel: Kernel, head_dim: int) -> Sizes:
-    """Return the shape at which a kernel is timed: causal and long, or a step of decoding for many sequences."""
+    """Return the shape to time a kernel at: causal and long, or a decoding step for many sequences."""
     heads = 2048 // head_dim
     batch, heads, kv_heads, queries, keys = (32, 32, 4, 1, 16_384) if kernel == "decode" else (1, heads, heads, 8192, 8192)
     sizes = {"batch": batch, "num_heads": heads, "num_kv_heads": kv_heads, "num_queries": queries, "num_keys": keys}
@@ -147,7 +123,7 @@ def sizes_of(kernel: Kernel, head_dim: int) -> Sizes:
 def compiled(
     kernel: Kernel, generation: Generation, key: str, config: LaunchConfig, shapes: Iterable[Sizes]
 ) -> list[KernelCase]:
-    """Return a kernel as calls of these shapes would launch it with another configuration; of a fused one, all it needs."""
+    """Return the cases of a kernel at these shapes with another configuration; for the fused kernel, all of its parts."""
     with use_candidate(key, config):
         cases = [case for sizes in shapes for case in launches(ATTENTION, {"dtype": torch.bfloat16, **sizes}, generation)]
     if kernel == "backward_fused":
@@ -171,7 +147,7 @@ def _call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callab
     return lambda: dict(zip(names, torch.autograd.grad(o, (q, k, v), do, retain_graph=True), strict=True))
 
 
-def _under(key: str, config: LaunchConfig, call: Callable[[], Results]) -> Callable[[], Results]:
+def _with_candidate(key: str, config: LaunchConfig, call: Callable[[], Results]) -> Callable[[], Results]:
     def run() -> Results:
         with use_candidate(key, config):
             return call()
@@ -179,14 +155,14 @@ def _under(key: str, config: LaunchConfig, call: Callable[[], Results]) -> Calla
     return run
 
 
-def _error(run: Callable[[], Results], right: Results) -> str | None:
-    """Return what is wrong with the results, or why there are none, or None."""
+def _error(run: Callable[[], Results], expected: Results) -> str | None:
+    """Return an error in the results, a failure of the call, or None."""
     try:
         for name, result in run().items():
-            error = error_of(result, right[name])
+            error = error_of(result, expected[name])
             if not error <= TOLERANCE:  # NaN too
-                return f"wrong: {name} of a token is off by {error:.1%}"
-    except Exception as error:  # more resources than the GPU has, for one
+                return f"wrong: error of a token of {name} is {error:.1%}"
+    except Exception as error:  # for example more resources than the GPU has
         return f"{type(error).__name__}: {error}"[:200]
     return None
 
@@ -194,15 +170,15 @@ def _error(run: Callable[[], Results], right: Results) -> str | None:
 def tune_kernel(
     kernel: Kernel, head_dim: int, device: torch.device, inspector: Inspector = flaw_of, timer: Timer = time_variants
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each configuration, fastest first, and write the fastest that ships without a flaw.
+    """Yield a row for each configuration, fastest first, and write the fastest one without a defect.
 
-    `backward_q` and `backward_kv` are timed together, the other of the two as it ships, and `backward_fused` with what runs
-    before and after it. An interruption changes nothing.
+    `backward_q` and `backward_kv` are timed together, the other one with its shipped configuration. `backward_fused` is timed
+    with the kernels before and after it. An interruption changes nothing.
     """
     generation = generation_at(device)
-    key = key_tuned(kernel, generation, head_dim)
+    key = tuned_key(kernel, generation, head_dim)
     if kernel == "backward_fused" and key not in read_configurations():
-        yield {"case": key, "variant": "fused", "not_measured": "there is no fused backward kernel for this GPU and head dim"}
+        yield {"case": key, "variant": "fused", "not_measured": "no fused backward kernel for this GPU and head dim"}
         return
     shipped = shipped_configuration(key)
     tried = {_name(kernel, config): config for config in (shipped, *candidates(kernel, generation, head_dim))}
@@ -219,15 +195,15 @@ def tune_kernel(
     arguments = ATTENTION.arguments(device, DTYPE, **sizes)
     q, k, v = arguments.positional
     (do,) = output_gradients((q.detach(),))
-    right = exact(arguments, do)
+    expected = exact(arguments, do)
     call = _call(kernel, q, k, v, do)
-    calls = {name: _under(key, config, call) for name, config in tried.items() if flaws[name] is None}
-    flaws |= {name: _error(run, right) for name, run in calls.items()}
+    calls = {name: _with_candidate(key, config, call) for name, config in tried.items() if flaws[name] is None}
+    flaws |= {name: _error(run, expected) for name, run in calls.items()}
     calls = {name: run for name, run in calls.items() if flaws[name] is None}
     times = timer(calls, device, 3)
 
-    def flaw_in_service(name: str) -> str | None:
-        # Of every head dim that the configuration would serve, with every option.
+    def flaw_in_use(name: str) -> str | None:
+        # Check every head dim that the configuration would serve, with every option.
         half = [each for each in ATTENTION.compiled if each["dtype"] == torch.bfloat16 and "softcap" not in each]
         served = [each for each in half if block_k_of(each["head_dim"]) == head_dim]
         return flaw_of_any(compiled(kernel, generation, key, tried[name], served))
@@ -235,7 +211,7 @@ def tune_kernel(
     ranked = sorted(times, key=lambda name: times[name].p50_ms)
     verdicts: dict[str, str] = {}
     for name in ranked:
-        verdicts[name] = flaw_in_service(name) or "chosen"
+        verdicts[name] = flaw_in_use(name) or "chosen"
         if verdicts[name] == "chosen":
             if tried[name] != shipped:
                 write_configurations({**read_configurations(), **with_configuration(key, tried[name])})
@@ -260,6 +236,6 @@ def tune_kernel(
 
 
 def tune_jobs(config: TuneConfig, device: torch.device) -> Iterator[Job]:
-    """Yield the tuning of each kernel and head dim asked for."""
+    """Yield a job for each requested kernel and head dim."""
     for kernel, head_dim in product(config.kernels, config.head_dims):
         yield Job(f"tune {kernel} {head_dim}", partial(tune_kernel, kernel, head_dim, device))

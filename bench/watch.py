@@ -1,4 +1,4 @@
-"""Jobs in a process of their own, a worker, which is killed where a job hangs, and replaced where it dies."""
+"""Run jobs in a worker process, which is killed if a job hangs and replaced if it dies."""
 
 import json
 import os
@@ -17,44 +17,44 @@ from typing import Any, Protocol
 from .jobs import CUT_OFF
 
 Event = dict[str, Any]
-"""What a run tells as it goes, always with its "stage": that a job begins ("begin" and "until", of time.monotonic), a "row" of
-results, that a job has had its turn ("end"), that a stage is "over". A beginning that is "quiet" is that of no job, but of what
-may hang as well; of one that is "last" the stage's time is over before its own limit. "lost", without a stage, is the last word
-of a worker that the GPU is lost to."""
+"""A message of a run, with its "stage": the start of a job ("begin", "until" of time.monotonic), a "row" of results, the end
+of a job ("end"), or the end of a stage ("over"). A "quiet" beginning belongs to no job, but to work that can hang too. If it is
+"last", the stage's time ends before the limit of the job. "lost", without a stage, is the last message of a worker whose GPU
+context is broken."""
 Events = Generator[Event, None, None]
-Had = frozenset[tuple[str, str | None]]
-"""(stage, case) of the jobs that are not to be run again; (stage, None) where that is all of them."""
+DoneJobs = frozenset[tuple[str, str | None]]
+"""(stage, case) of the jobs that are done; (stage, None) if all jobs of the stage are."""
 
-# An alarm cuts off what comes back to Python. What has not done so long after it never will: a wait for a kernel that hangs.
+# The alarm interrupts Python code. A job that is still running this long after it hangs, for example in a kernel.
 GRACE_S = 20.0
-# Until PyTorch is imported and the GPU has answered.
+# Time to import PyTorch and to get a first answer from the GPU.
 START_S = 120.0
-# A worker whose parent has ended may stop what it started before it is killed.
+# A worker whose parent has ended has this long to stop its own processes before it is killed.
 LEAVE_S = 5.0
 POLL_S = 0.5
 FAILED_STARTS = 2
 
 
 class Worker(Protocol):
-    """A process, as `subprocess.Popen` describes it; it leads a session of its own."""
+    """A process with the interface of `subprocess.Popen`; it leads its own session."""
 
     pid: int
     returncode: Any
 
     def poll(self) -> Any:
-        """Return the exit status, None while it runs."""
+        """Return the exit status, None while the process runs."""
         ...
 
     def wait(self, timeout: float | None = None) -> Any:
-        """Wait for its end; `subprocess.TimeoutExpired` where it does not come."""
+        """Wait for the end of the process; raise `subprocess.TimeoutExpired` after `timeout` seconds."""
         ...
 
 
-Start = Callable[[Connection, Sequence[str], Had], Worker]
-"""Starts a worker that sends its events by `report`, of these stages without the jobs that had their turn."""
+Start = Callable[[Connection, Sequence[str], DoneJobs], Worker]
+"""Starts a worker for these stages, without the finished jobs, that sends its events by `report`."""
 
 
-def left_out(stage: str, case: str, reason: str) -> Events:
+def skipped_stage(stage: str, case: str, reason: str) -> Events:
     """Yield the events of a stage that cannot be measured now."""
     yield {"stage": stage, "begin": case}
     yield {"stage": stage, "row": {"case": case, "not_measured": reason}}
@@ -62,7 +62,7 @@ def left_out(stage: str, case: str, reason: str) -> Events:
 
 
 def report(connection: Connection, events: Iterable[Event]) -> None:
-    """Send events to the parent process; where that has ended, end this process and its group."""
+    """Send events to the parent process; when the parent ends, end this process and its group."""
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     with suppress(BrokenPipeError, ConnectionResetError):
         for event in events:
@@ -72,7 +72,7 @@ def report(connection: Connection, events: Iterable[Event]) -> None:
 def _end_with_parent(connection: Connection) -> None:
     with suppress(OSError, EOFError):
         connection.recv_bytes()
-    # As Ctrl+C does, so that a job stops the processes that it started. Only in the main thread it interrupts what waits there.
+    # Interrupt like Ctrl+C, so that a job stops its own processes. Only the main thread can be interrupted while it waits.
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     time.sleep(LEAVE_S)
     os.killpg(0, signal.SIGKILL)
@@ -90,22 +90,22 @@ def _ending(worker: Worker) -> str:
 
 
 def _kill(worker: Worker) -> None:
-    """Kill a worker and what it has left behind: all processes of its session."""
+    """Kill all processes in the session of a worker."""
     for name in os.listdir("/proc"):
         with suppress(ProcessLookupError, PermissionError):
             if name.isdigit() and os.getsid(int(name)) == worker.pid:
                 os.kill(int(name), signal.SIGKILL)
-    # Of a driver in trouble it may never come back; the next worker will tell.
+    # With a failing driver the process may never end; the next worker shows whether the GPU works.
     with suppress(subprocess.TimeoutExpired):
         worker.wait(GRACE_S)
 
 
 def _received(connection: Connection, worker: Worker, until: float) -> Event | None:
-    """Return the next event, None where the worker has died; `TimeoutError` where none comes before `until`."""
+    """Return the next event, or None if the worker has died; raise `TimeoutError` after `until`."""
     while not connection.poll(POLL_S):
         if time.monotonic() > until:
             raise TimeoutError
-        # A process that it left behind may hold the connection.
+        # Another process of the worker can keep the connection open.
         if worker.poll() is not None and not connection.poll(0):
             return None
     try:
@@ -115,7 +115,7 @@ def _received(connection: Connection, worker: Worker, until: float) -> Event | N
 
 
 def _dismiss(connection: Connection, worker: Worker) -> None:
-    """Let a worker that is no longer needed end, and what it may have left behind with it."""
+    """Wait for a worker to end, then kill what remains of its session."""
     connection.close()
     with suppress(subprocess.TimeoutExpired):
         worker.wait(2 * LEAVE_S)
@@ -124,23 +124,23 @@ def _dismiss(connection: Connection, worker: Worker) -> None:
 
 def _connect() -> tuple[Connection, Connection]:
     own, its = Pipe()
-    # Of a worker that dies in the middle of a message the rest never comes.
+    # Time out when a worker dies in the middle of a message.
     with socket.socket(fileno=os.dup(own.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(GRACE_S), int(GRACE_S % 1 * 1e6)))
     return own, its
 
 
-def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Events:
-    """Yield the events of the stages, as workers tell them one after the other; a job that costs its worker has a row for it.
+def watched(start: Start, stages: Sequence[str], done: DoneJobs = frozenset()) -> Events:
+    """Yield the events of the stages from one worker after the other; a job that ends its worker yields a row with the reason.
 
-    That is one that does not end in time, that kills its process, or that breaks the GPU's context. It is not tried again.
-    Where no worker gets as far as to begin anything, the stages that are left are left out.
+    Such a job hangs, kills its process, or breaks the GPU's context, and is not retried. If no worker gets to start a job, the
+    remaining stages are skipped.
     """
-    left, turns, failed_starts = [*stages], {*had}, 0
+    left, done_jobs, failed_starts = [*stages], {*done}, 0
     cut_off: set[str] = set()
     while left:
         own, its = _connect()
-        worker = start(its, left, frozenset(turns))
+        worker = start(its, left, frozenset(done_jobs))
         its.close()
         begun: Event | None = None
         began, until, has_begun, reason = time.monotonic(), time.monotonic() + START_S, False, None
@@ -161,7 +161,7 @@ def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Even
                     begun, has_begun, began = event, True, time.monotonic()
                     until = event.get("until", began + START_S)
                     if not event.get("quiet"):
-                        turns.add((event["stage"], event["begin"]))
+                        done_jobs.add((event["stage"], event["begin"]))
                         yield event
                 else:
                     yield event | {"complete": False} if event.get("complete") and event["stage"] in cut_off else event
@@ -175,12 +175,12 @@ def watched(start: Start, stages: Sequence[str], had: Had = frozenset()) -> Even
         failed_starts = 0 if has_begun else failed_starts + 1
         if failed_starts == FAILED_STARTS:
             for stage in left:
-                yield from left_out(stage, stage, f"no process can use the device any more: the last one {reason}")
+                yield from skipped_stage(stage, stage, f"no process can use the device any more: the last one {reason}")
             return
         if reason is not None and begun is not None:
             stage, case = begun["stage"], begun["begin"]
             if begun.get("quiet"):
-                turns.add((stage, case))
+                done_jobs.add((stage, case))
                 yield {"stage": stage, "begin": case}
             yield {"stage": stage, "row": {"case": case, "not_measured": reason}}
             if reason == CUT_OFF:

@@ -1,4 +1,4 @@
-"""The jobs of the bench's stages one after the other, in this process or in workers that may be lost."""
+"""Run the jobs of the stages one after the other, in this process or in replaceable workers."""
 
 import json
 import math
@@ -15,35 +15,35 @@ import torch
 
 from ..train.device import prepare_allocator
 from .ceilings import Device
-from .jobs import DeviceLost, ask, is_lost, lacks_time, run_job
+from .jobs import DeviceLost, is_lost, lacks_time, probe, run_job
 from .machine import state_row
+from .options import TuneConfig
 from .stages import STAGES, Stage, tune_stage
-from .tune import TuneConfig
-from .watch import Event, Events, Had, left_out, report, watched
+from .watch import DoneJobs, Event, Events, report, skipped_stage, watched
 
-# What a worker runs.
+# Program of a worker.
 PROGRAM = f"import sys; from {__name__} import work; work(int(sys.argv[1]), sys.argv[2])"
-# Preparing a stage measures ceilings; the GPU's state is asked of nvidia-smi, which may take its time.
-AROUND_S = 60.0
+# Limit for work between jobs: preparing a stage measures ceilings, and nvidia-smi can be slow.
+SETUP_S = 60.0
 
 
-def _of_stage(name: str, stage: Stage, on: Device, deadline: float, had: Had, limited: bool) -> Events:
-    """Run the jobs of a stage but for those of `had`; `DeviceLost` where one of them takes the GPU with it."""
+def _run_stage(name: str, stage: Stage, on: Device, deadline: float, done: DoneJobs, limited: bool) -> Events:
+    """Run the jobs of a stage except those in `done`; raise `DeviceLost` if a job breaks the GPU's context."""
     is_gpu = on.device.type == "cuda"
     if stage.cpu_s is None and not is_gpu:
-        yield from left_out(name, stage.what, "no NVIDIA GPU")
+        yield from skipped_stage(name, stage.what, "no NVIDIA GPU")
         return
 
-    def around(what: str) -> Event:
-        return {"stage": name, "begin": what, "until": time.monotonic() + AROUND_S, "quiet": True}
+    def setup(what: str) -> Event:
+        return {"stage": name, "begin": what, "until": time.monotonic() + SETUP_S, "quiet": True}
 
-    all_ended = (name, stage.what) not in had
+    all_ended = (name, stage.what) not in done
     if all_ended:
-        yield around(stage.what)
+        yield setup(stage.what)
         try:
-            jobs = [job for job in stage.jobs(on) if (name, job.case) not in had]
-        except Exception as error:  # no ceilings, for one, where others hold all of the memory
-            yield from left_out(name, stage.what, f"{type(error).__name__}: {error}"[:300])
+            jobs = [job for job in stage.jobs(on) if (name, job.case) not in done]
+        except Exception as error:  # for example no memory left to measure ceilings
+            yield from skipped_stage(name, stage.what, f"{type(error).__name__}: {error}"[:300])
             if is_lost(on.device):
                 raise DeviceLost from error
             return
@@ -62,47 +62,47 @@ def _of_stage(name: str, stage: Stage, on: Device, deadline: float, had: Had, li
                 yield {"stage": name, "end": job.case}
             all_ended &= has_ended
     state = f"after {name}"
-    if is_gpu and name != "machine" and (name, state) not in had:
-        # While it is still warm: what a stage was slowed down by shows in it.
-        yield around(state)
+    if is_gpu and name != "machine" and (name, state) not in done:
+        # Read the state while the GPU is still warm: it shows what slowed the stage down.
+        yield setup(state)
         yield {"stage": "machine", "row": state_row(on.device, state)}
     yield {"stage": name, "over": True, "complete": all_ended}
 
 
 def run_here(
-    stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], had: Had, limited: bool = False
+    stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], done: DoneJobs, limited: bool = False
 ) -> Events:
-    """Run in this process what is left of the stages, each until its end of `ends` (of time.monotonic)."""
+    """Run the remaining jobs of the stages in this process, each stage until its deadline in `ends` (of time.monotonic)."""
     on = Device(device)
     if device.type == "cuda":
         prepare_allocator(device)
-        # Events and the clearing of the L2 cache go by the current device, which is what `cuda` without a number means.
+        # Events and the clearing of the L2 cache use the current device.
         if device.index is not None:
             torch.cuda.set_device(device)
-    ask(device)
+    probe(device)
     try:
         for name, stage in stages.items():
-            yield from _of_stage(name, stage, on, ends[name], had, limited)
+            yield from _run_stage(name, stage, on, ends[name], done, limited)
     except DeviceLost:
         yield {"lost": True}
 
 
 def work(descriptor: int, request: str) -> None:
-    """Be the worker that `_start` starts."""
+    """Run the worker program that `_start` starts."""
     os.set_inheritable(descriptor, False)
-    names, device, ends, had, tuned = json.loads(request)
-    turns = frozenset((stage, case) for stage, case in had)
+    names, device, ends, done, tuned = json.loads(request)
+    done_jobs = frozenset((stage, case) for stage, case in done)
     known = STAGES if tuned is None else {"tune": tune_stage(TuneConfig(**tuned))}
     stages, status = {name: known[name] for name in names}, 1
     try:
-        report(Connection(descriptor), run_here(stages, torch.device(device), ends, turns, limited=True))
+        report(Connection(descriptor), run_here(stages, torch.device(device), ends, done_jobs, limited=True))
         status = 0
     except KeyboardInterrupt:
         pass
     except Exception:
         traceback.print_exc()
     finally:
-        # Without the hooks of libraries, which may wait for a context that is broken.
+        # Skip the exit hooks of libraries, which can wait for a broken context.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -114,17 +114,17 @@ def _start(
     tune: TuneConfig | None,
     connection: Connection,
     left: Sequence[str],
-    had: Had,
+    done: DoneJobs,
 ) -> subprocess.Popen[bytes]:
     tuned = tune and {"op": tune.op, "kernels": tune.kernels, "head_dims": tune.head_dims}
-    request = json.dumps([left, str(device), ends, sorted(had, key=str), tuned])
+    request = json.dumps([left, str(device), ends, sorted(done, key=str), tuned])
     command = [sys.executable, "-P", "-c", PROGRAM, str(connection.fileno()), request]
     sys.stdout.flush()
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(connection.fileno(),), start_new_session=True)
 
 
 def run_in_workers(
-    stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], had: Had, tune: TuneConfig | None = None
+    stages: Mapping[str, Stage], device: torch.device, ends: Mapping[str, float], done: DoneJobs, tune: TuneConfig | None = None
 ) -> Events:
-    """Run the stages, or what tunes, in other processes: a kernel that hangs, or kills its process, costs its job alone."""
-    return watched(partial(_start, device, ends, tune), [*stages], had)
+    """Run the stages, or the tuning, in workers, so that a kernel that hangs or kills its process costs only its own job."""
+    return watched(partial(_start, device, ends, tune), [*stages], done)

@@ -1,7 +1,7 @@
-"""Answer the computational questions of two published CS336 write-ups, and say who is right: `docs/writeups.md`.
+"""Check the computed answers of two published CS336 write-ups against ours: `docs/writeups.md`.
 
-`python -m tilewright.bench.writeups` writes the page. Our values are computed as it runs, and so is whether the write-ups'
-numbers are ours as far as their digits go. Nothing here is measured.
+`python -m tilewright.bench.writeups` writes the page. It computes our values, and whether the write-ups' numbers agree with
+them to as many digits as they have. Nothing here is measured.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..datasheet import GPUS
 from ..errors import UserError
 from ..files import write_text
-from ..kernels.datasheet import GPUS
 from ..model import MODELS, ModelConfig
 from ..model.accounting import (
     HANDOUT,
@@ -30,7 +30,7 @@ from ..model.accounting import (
     training_memory,
     training_plan,
 )
-from ..model.accounting.memory import GB, GIB
+from ..model.memory_size import GB, GIB
 
 PAGE = Path(__file__).parent.parent / "docs" / "writeups.md"
 XL = MODELS["gpt2-xl"]
@@ -39,7 +39,7 @@ BLANK = "blank"
 
 @dataclass(frozen=True)
 class Row:
-    """One question: our answer, what write-ups A and B say, and who is right."""
+    """One question with our answer, the answers of write-ups A and B, and a verdict."""
 
     question: str
     ours: str
@@ -49,9 +49,9 @@ class Row:
 
 
 def judge(ours: float, theirs: str, unit: float = 1.0) -> str:
-    """Return whether `theirs`, a number in `unit`, is `ours` as far as its digits go: right, cut off, or wrong.
+    """Compare `theirs`, a number in `unit`, with `ours` to as many digits as it has: right, truncated, or wrong.
 
-    Where both are whole numbers of ones, right means equal.
+    If both are whole numbers of ones, right means equal.
     """
     digits = theirs.replace(",", "")
     if isinstance(ours, int) and unit == 1:
@@ -60,11 +60,11 @@ def judge(ours: float, theirs: str, unit: float = 1.0) -> str:
     difference = ours - float(digits) * unit
     if abs(difference) <= step / 2:
         return "right"
-    return "right, but cut off, not rounded" if 0 < difference < step else "wrong"
+    return "right, but truncated, not rounded" if 0 < difference < step else "wrong"
 
 
 def _number(question: str, ours: float, shown: str, a: str, b: str, unit: float = 1.0, suffix: str = "", note: str = "") -> Row:
-    """One number; `a` and `b` are theirs in `unit`, or empty where they have none."""
+    """Return the row of one number; `a` and `b` are theirs in `unit`, or empty."""
     verdicts = [f"{name} is {judge(ours, theirs, unit)}" for name, theirs in (("A", a), ("B", b)) if theirs]
     a, b = (f"{theirs}{suffix}" if theirs else "-" for theirs in (a, b))
     return Row(question, shown, a, b, "; ".join([*verdicts, note] if note else verdicts))
@@ -89,10 +89,10 @@ def _unicode() -> list[Row]:
             f"`{chr(0)!r}`, a string of one character, U+0000",
             "`'b'\\x00'`",
             "`'\\x00'`",
-            f"B is right; A's is no Python: the string is `{chr(0)!r}`, its UTF-8 bytes are `{chr(0).encode()!r}`",
+            f"B is right; A's is not valid Python: the string is `{chr(0)!r}`, its UTF-8 bytes are `{chr(0).encode()!r}`",
         ),
         Row(
-            "A text that a decoder of single bytes cannot decode",
+            "A text that cannot be decoded byte by byte",
             f"any character outside ASCII: 牛 is `{'牛'.encode()!r}`, and `{by_byte('牛')}`",
             "牛, which fails at byte 0xe7",
             "你好",
@@ -113,7 +113,7 @@ def _parameters() -> list[Row]:
     small_ff = dataclasses.replace(XL, d_ff=4288)
     embedding, attention, ffn = groups["embedding"], groups["attention"] // 48, groups["feed-forward"] // 48
     return [
-        _number("gpt2-xl, embedding", embedding, f"{embedding:,}", "", "80,441,200", note="its total is that of the right one"),
+        _number("gpt2-xl, embedding", embedding, f"{embedding:,}", "", "80,441,200", note="its total uses the right value"),
         _number("gpt2-xl, attention of a block", attention, f"{attention:,}", "", "10,240,000"),
         _number("gpt2-xl, feed-forward of a block", ffn, f"{ffn:,}", "", "30,720,000"),
         _number("gpt2-xl, all parameters", count, f"{count:,}", "2,127,057,600", "2,127,057,600"),
@@ -125,7 +125,7 @@ def _parameters() -> list[Row]:
             f"{forward_flops(small_ff) / 1e12:.3f} TFLOP forward",
             "-",
             "-",
-            "neither says",
+            "neither answers",
         ),
     ]
 
@@ -148,11 +148,11 @@ def _flops() -> list[Row]:
         _number("W1 and W3 of a block", w13, f"{w13:,}", "41,943,040,000", ""),
         _number("W2 of a block", layer["w2"], f"{layer['w2']:,}", "20,971,520,000", ""),
         _number("feed-forward of a block", ffn, f"{ffn:,}", "62.9", "62.91", billion, "B"),
-        _number("a block", block, f"{block:,}", "90,596,486,400", "", note="its own terms add up to ours"),
+        _number("a block", block, f"{block:,}", "90,596,486,400", "", note="the sum of its own terms equals ours"),
         _number("48 blocks", 48 * block, f"{48 * block:,}", "4,348,631,347,200", "", note=f"{off:,} too few"),
         _number("head", head, f"{head:,}", "164,682,137,600", ""),
         _number("head, in short", head, f"{head / 1e9:.1f}B", "", "164.7", billion, "B"),
-        _number("gpt2-xl, all of it", total, f"{total:,}", "4,513,313,484,800", "", note=f"{off:,} too few"),
+        _number("gpt2-xl, total", total, f"{total:,}", "4,513,313,484,800", "", note=f"{off:,} too few"),
         _number("the same, in short", total, f"{total / 1e12:.4f}T", "4.51", "4.51", tera, "T"),
         _number("blocks, share of all", 4800 * block / total, f"{4800 * block / total:.2f}%", "96.3", "", suffix="%"),
         Row("feed-forward, share of a block", f"{100 * ffn / block:.1f}%", "about 70%", "-",
@@ -160,7 +160,7 @@ def _flops() -> list[Row]:
     ]  # fmt: skip
 
 
-# Total in TFLOP and the shares of projections, attention, feed-forward and head, as each write-up has them; A has those of all
+# Total in TFLOP and the shares of projections, attention, feed-forward and head in each write-up. A has the shares of all
 # blocks together and of the head.
 MODELS_OF_THE_WRITEUPS = {
     "gpt2-small": (("0.32", "77.7", "22.3"), ("0.350", "16.6", "11.1", "49.8", "22.6")),
@@ -224,38 +224,39 @@ def _long_context() -> list[Row]:
 def _adamw() -> list[Row]:
     fixed, each = handout_memory(XL, 0), handout_memory(XL, 1) - handout_memory(XL, 0)
     in_gb, in_gib = ((size - fixed) // each for size in (80 * GB, 80 * GIB))
-    # Beside the targets, 8 bytes a token: the survey's model was given its tokens as its targets.
+    # Without targets (8 bytes a token): the measured model used its tokens as targets.
     peaks = [training_memory(XL, size, policy=HANDOUT).peak - 8 * size * XL.context_length for size in (1, 3)]
     fits = [largest_batch(XL, size, policy=HANDOUT) for size in (80 * GB, 80 * GIB)]
     peak = GPUS["NVIDIA A100-SXM4-80GB"].fp32
     days = training_plan(XL, 400_000 * 1024 * XL.context_length, peak * 1e12, mfu=0.5).days
-    nobody = (BLANK, BLANK, "neither answers")
+    unanswered = (BLANK, BLANK, "neither answers")
     return [
-        Row("parameters, P", "2VD + L(16D^2 + 2D) + D with d_ff = 4D", *nobody),
-        Row("bytes, all float32", "4P parameters, 4P gradients, 8P state", *nobody),
-        Row("bytes of activations, the handout's list", "4B[L(16TD + 2HT^2) + TD + 2TV]", *nobody),
-        Row("gpt2-xl, bytes", f"{each:,} x batch + {fixed:,}", *nobody),
-        Row("largest batch in 80 GB (80e9)", f"{in_gb}", *nobody),
-        Row("largest batch in 80 GiB", f"{in_gib}", *nobody),
+        Row("parameters, P", "2VD + L(16D^2 + 2D) + D with d_ff = 4D", *unanswered),
+        Row("bytes, all float32", "4P parameters, 4P gradients, 8P state", *unanswered),
+        Row("bytes of activations, the handout's list", "4B[L(16TD + 2HT^2) + TD + 2TV]", *unanswered),
+        Row("gpt2-xl, bytes", f"{each:,} x batch + {fixed:,}", *unanswered),
+        Row("largest batch in 80 GB (80e9)", f"{in_gb}", *unanswered),
+        Row("largest batch in 80 GiB", f"{in_gib}", *unanswered),
         Row(
-            "what is really held at the peak, batch 1 and 3",
-            f"{peaks[0]:,} and {peaks[1]:,} bytes (eager ops, attention written out, targets not counted)",
-            *nobody,
+            "actual peak memory, batch 1 and 3",
+            f"{peaks[0]:,} and {peaks[1]:,} bytes (eager ops, naive attention, targets not counted)",
+            *unanswered,
         ),
-        Row("largest batch that really fits, 80 GB and 80 GiB", f"{fits[0]} and {fits[1]}", *nobody),
-        Row("FLOPs of a step", f"14P = {adamw_flops(XL):,}", *nobody),
-        Row(f"400,000 steps of 1,024 at 50% of {peak} TFLOP/s", f"{days:,.1f} days", *nobody),
+        Row("largest batch that actually fits, 80 GB and 80 GiB", f"{fits[0]} and {fits[1]}", *unanswered),
+        Row("FLOPs of a step", f"14P = {adamw_flops(XL):,}", *unanswered),
+        Row(f"400,000 steps of 1,024 at 50% of {peak} TFLOP/s", f"{days:,.1f} days", *unanswered),
     ]
 
 
 def toy_losses(lr: float, seeds: int = 200, steps: int = 10) -> Tensor:
     """Return the loss that the last of `steps` steps prints, for each seed (seeds).
 
-    Weights 5 randn(10, 10), loss mean(w^2), so the gradient is 2w / 100; step t = 0, 1, ... has the rate lr / sqrt(t + 1).
+    The weights are 5 randn(10, 10) and the loss is mean(w^2), so the gradient is 2w / 100. Step t = 0, 1, ... has the learning
+    rate lr / sqrt(t + 1).
     """
     draws = [torch.randn(10, 10, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
     weights = 5 * torch.stack(draws)
-    # The last loss is printed before its update.
+    # The last step prints its loss before the update.
     for t in range(steps - 1):
         weights = weights - lr / math.sqrt(t + 1) * (0.02 * weights)
     return weights.square().mean(dim=(1, 2))
@@ -281,7 +282,7 @@ def _tokenizers() -> list[Row]:
 
     word, largest = " accomplishment", 2**16 - 1
     a_hours, b_hours, b_long = hours(3000), hours(2.459e6), hours(2.028e6)
-    units = "it takes a GB for 1,024 MB"
+    units = "it counts a GB as 1,024 MB"
     return [
         _number("the Pile, 825 GB, at 3,000 bytes/s", a_hours, f"{a_hours:,.1f} hours", "76,388", "", suffix=" hours"),
         _number("the Pile at 2.459 MB/s", b_hours, f"{b_hours:.1f} hours", "", "95.4", suffix=" hours", note=units),
@@ -289,7 +290,7 @@ def _tokenizers() -> list[Row]:
         Row("why uint16", f"2 bytes hold ids to {largest:,}: 10,000, 32,000 or {XL.vocab_size:,} tokens; 1 byte ends at 255",
             "10,000 < 65,535", "10K and 32K < 65,535", "both are right" if max(32_000, XL.vocab_size) <= largest else "wrong"),
         Row("bytes of the longest TinyStories token", f"`{word!r}` {len(word)}, `{word.strip()!r}` {len(word.strip())}",
-            "'accomplishment', 15 bytes", "' accomplishment'", "B is right; A's 15 bytes need the space that it leaves out"),
+            "'accomplishment', 15 bytes", "' accomplishment'", "B is right; A's 15 bytes include a space that it omits"),
     ]  # fmt: skip
 
 
@@ -304,13 +305,13 @@ SECTIONS = {
     "Tokenizers": _tokenizers,
 }
 INTRODUCTION = """\
-# The questions of CS336 assignment 1 that are computations
+# Computed questions of CS336 assignment 1
 
-Written by `python -m tilewright.bench.writeups`: every value of ours is computed by `tilewright.model.accounting` or by the
-Python that the question asks about. Write-up A and write-up B are two published answers; whether a number of theirs is right is
-computed, too, to as many digits as it has. FLOPs are those of matrix products, with untied embeddings, three feed-forward
-matrices of d_ff = 4 d_model, attention in full and a vocabulary of 50,257; `tilewright account gpt2-xl` prints the rest. Times,
-memory and bytes per token that the write-ups measured are no computations and are not here.
+`python -m tilewright.bench.writeups` writes this page. `tilewright.model.accounting`, or the Python expression in the question,
+computes our values. Write-up A and write-up B are two published answers; the page checks their numbers to as many digits as
+they have. FLOPs count matrix products, with untied embeddings, three feed-forward matrices of d_ff = 4 d_model, attention in
+full and a vocabulary of 50,257; `tilewright account gpt2-xl` prints the rest. Measured times, memory and bytes per token are
+not included.
 """
 
 

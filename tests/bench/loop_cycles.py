@@ -1,4 +1,4 @@
-"""Print the cycles of attention's main loops on sm_90, by the static model: `loop_cycles.json` is what this printed last."""
+"""Print the cycles of the attention main loops on sm_90 by the static model; `loop_cycles.json` holds the last output."""
 
 import json
 
@@ -22,7 +22,7 @@ def main() -> None:
                 loops = analyse(case)
                 if loops.full is None or loops.masked is None:
                     continue
-                # Of multiplying, of a tile without a mask, and of one with it.
+                # Cycles of multiplying, of an unmasked tile, and of a masked tile.
                 cycles = [loops.full.tensor, loops.full.cycles, loops.masked.cycles]
                 found[f"{case.kernel.__name__} K{head_dim}"] = [round(x) for x in cycles]
     lines = ",\n".join(f"  {json.dumps(name)}: {found[name]}" for name in sorted(found))

@@ -40,18 +40,18 @@ def case(request):
     return CASES[request.param]
 
 
-def right_of(case):
-    """The arguments of a case, the gradient of its output, and what is exact."""
+def expected_of(case):
+    """Return the arguments of a case, the gradient of its output, and the exact results."""
     arguments = case.arguments(CPU)
     (do,) = output_gradients((arguments.positional[0].detach(),))
     return arguments, do, exact(arguments, do)
 
 
-def test_what_is_exact_does_not_depend_on_how_many_queries_at_a_time(case, monkeypatch):
-    arguments, do, whole = right_of(case)
+def test_exact_results_do_not_depend_on_the_chunk_size(case, monkeypatch):
+    arguments, do, whole = expected_of(case)
     monkeypatch.setattr(attention_oracle, "SCORES", 7 * case.sizes["num_heads"] * case.sizes["num_keys"])
-    for name, right in exact(arguments, do).items():
-        torch.testing.assert_close(right, whole[name], rtol=1e-4, atol=1e-5)
+    for name, expected in exact(arguments, do).items():
+        torch.testing.assert_close(expected, whole[name], rtol=1e-4, atol=1e-5)
     leaves = [t.detach().float().requires_grad_() for t in arguments.positional]
     o = reference.attention(*leaves, **arguments.options)
     torch.testing.assert_close(whole["result 0"], o, rtol=1e-4, atol=1e-5)
@@ -62,8 +62,8 @@ def test_what_is_exact_does_not_depend_on_how_many_queries_at_a_time(case, monke
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "documents"])
-def test_what_flex_attention_closes_over_is_where_its_inputs_are(name, monkeypatch):
-    """As on a GPU: tensors without memory do not mix with those of the CPU, forward, backward or where Dynamo traces them."""
+def test_flex_attention_masks_are_on_the_device_of_its_inputs(name, monkeypatch):
+    """Emulate a GPU: meta tensors cannot mix with CPU tensors in the forward or backward pass, or when Dynamo traces."""
     sizes, meta = CASES[name].sizes, torch.device("meta")
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="aot_eager", **options))
@@ -74,20 +74,20 @@ def test_what_flex_attention_closes_over_is_where_its_inputs_are(name, monkeypat
     assert [gradient.device for gradient in torch.autograd.grad(o.sum(), (q, k, v))] == [meta] * 3
 
 
-def test_the_error_is_that_of_the_worst_token():
-    right = torch.ones(2, 3, 5, 4)
-    assert error_of(right, right) == 0
-    own = right.clone()
+def test_error_is_the_largest_token_error():
+    expected = torch.ones(2, 3, 5, 4)
+    assert error_of(expected, expected) == 0
+    own = expected.clone()
     own[1, 2, 3] *= 1.5
-    assert error_of(own, right) == pytest.approx(0.5)
-    # A token that is small by chance is not held to a share of itself.
-    right[:, :, 4] = 0
-    own = right.clone()
+    assert error_of(own, expected) == pytest.approx(0.5)
+    # A token that is small by chance is not compared with its own norm.
+    expected[:, :, 4] = 0
+    own = expected.clone()
     own[:, :, 4] = 0.01
-    assert error_of(own, right) == pytest.approx(0.01 / 0.8**0.5)
+    assert error_of(own, expected) == pytest.approx(0.01 / 0.8**0.5)
 
 
-def test_every_right_variant_is_timed_in_every_direction(case, monkeypatch):
+def test_correct_variants_are_timed_in_every_direction(case, monkeypatch):
     monkeypatch.setattr(ops, "PEERS", {"attention": {"SDPA math": ATTENTION_PEERS["SDPA math"]}})
     rows = list(bench_case(case, CPU, CEILINGS))
     costs = case.costs()
@@ -102,7 +102,7 @@ def test_every_right_variant_is_timed_in_every_direction(case, monkeypatch):
         assert (row.get("op"), row.get("size")) == ((f"attention K16 {direction}", 40) if plain else (None, None))
 
 
-def test_a_wrong_mask_is_named_instead_of_timed(monkeypatch):
+def test_a_wrong_mask_is_reported_instead_of_timed(monkeypatch):
     def full(sizes, device):
         return lambda q, k, v: reference.attention(q, k, v, causal=False)
 
@@ -111,12 +111,12 @@ def test_a_wrong_mask_is_named_instead_of_timed(monkeypatch):
 
     monkeypatch.setattr(ops, "PEERS", {"attention": {"full": full, "nan": not_a_number}})
     reasons = {row["variant"]: row.get("not_measured", "") for row in bench_case(CASES["causal"], CPU, CEILINGS)}
-    assert reasons["full"].startswith("wrong: result 0 of a token is off by 1")
-    assert reasons["nan"].startswith("wrong: result 0 of a token is off by nan")
+    assert reasons["full"].startswith("wrong: error of a token of result 0 is 1")
+    assert reasons["nan"].startswith("wrong: error of a token of result 0 is nan")
     assert not reasons["tilewright"]
 
 
-def test_the_shape_that_the_course_ranks_comes_first():
+def test_the_leaderboard_shape_comes_first():
     first = next(ops.cases("attention"))
     assert first == shape(1, 16, 16, 16_384, 16_384, 64)
     pairs = 16_384 * 16_385 // 2
@@ -124,7 +124,7 @@ def test_the_shape_that_the_course_ranks_comes_first():
 
 
 def packed_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_size=(-1, -1)):
-    """What flash_attn_varlen_func computes: q (tokens, H, K), each document by itself."""
+    """Compute flash_attn_varlen_func with the reference: q (tokens, H, K), each document by itself."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == max_k == (cu_q[1:] - cu_q[:-1]).max()
     assert causal or window_size[1] == 0
@@ -135,20 +135,20 @@ def packed_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_siz
 
 
 def flash_attention(q, k, v, causal=False, window_size=(-1, -1)):
-    """What flash_attn_func computes: q (B, T, H, K); as its third version did at first, it returns lse too."""
+    """Compute flash_attn_func with the reference: q (B, T, H, K); like early versions of flash-attn 3, it also returns lse."""
     assert causal
     window = None if window_size[0] < 0 else window_size[0] + 1
     return reference.attention(*(t.transpose(1, 2) for t in (q, k, v)), window=window).transpose(1, 2), None
 
 
-def test_adapters_hand_over_layouts_and_masks(case, monkeypatch):
+def test_adapters_convert_layouts_and_masks(case, monkeypatch):
     module = SimpleNamespace(flash_attn_func=flash_attention, flash_attn_varlen_func=packed_attention)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     peers._find.cache_clear()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", packed_attention)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(attention_peers, "FLEX_SHAPE", (2, 2, 40))
-    arguments, _, right = right_of(case)
+    arguments, _, expected = expected_of(case)
     q, k, v = (t.detach() for t in arguments.positional)
     computed = set()
     for name in ("SDPA flash", "SDPA math", "torch varlen", "flex_attention", "flash-attn 2"):
@@ -156,7 +156,7 @@ def test_adapters_hand_over_layouts_and_masks(case, monkeypatch):
             o = ATTENTION_PEERS[name](case.sizes, CPU)(q, k, v)
         except Unsupported:
             continue
-        assert error_of(o.detach(), right["result 0"]) <= TOLERANCE, name
+        assert error_of(o.detach(), expected["result 0"]) <= TOLERANCE, name
         computed.add(name)
     peers._find.cache_clear()
     plain = not case.sizes.keys() & {"window", "document_lengths"}
@@ -165,7 +165,7 @@ def test_adapters_hand_over_layouts_and_masks(case, monkeypatch):
     )
 
 
-def test_what_would_not_fit_is_left_out():
+def test_shapes_that_do_not_fit_are_skipped():
     long = shape(1, 16, 16, 65_536, 65_536, 128).sizes
     with pytest.raises(Unsupported, match="its scores take 275 GB"):
         ATTENTION_PEERS["SDPA math"](long, CPU)

@@ -3,13 +3,13 @@ import torch
 
 from tilewright.bench import ceilings
 from tilewright.bench.ceilings import Ceilings, Device
-from tilewright.kernels.datasheet import find_gpu
+from tilewright.datasheet import find_gpu
 from tilewright.kernels.op import Cost
 
 H200 = find_gpu("h200")
 
 
-def test_shares_are_of_the_measured_ceiling_and_of_the_datasheet():
+def test_shares_of_the_ceiling_and_of_the_datasheet():
     on = Ceilings(copy=4e12, matmul=8e14, gpu=H200)
     assert on.shares(Cost(bytes=4_000_000, flops=0), 2e-6) == {
         "share_of_roofline": pytest.approx(0.5), "share_of_datasheet": pytest.approx(4e6 / 4.8e12 / 2e-6),
@@ -18,7 +18,7 @@ def test_shares_are_of_the_measured_ceiling_and_of_the_datasheet():
     assert Ceilings(4e12, 8e14).shares(Cost(1, 1), 1.0)["share_of_datasheet"] is None
 
 
-def test_what_is_above_a_ceiling_is_marked():
+def test_values_above_a_ceiling_are_marked():
     on = Ceilings(copy=4e12, matmul=8e14, gpu=H200)
     cost = Cost(bytes=4_400_000, flops=0)
     assert on.shares(cost, 1e-6)["suspicious"] == "above the ceiling"
@@ -27,7 +27,7 @@ def test_what_is_above_a_ceiling_is_marked():
 
 
 @pytest.mark.parametrize(("capability", "fp8"), [((9, 0), "above the datasheet: a measuring error"), ((8, 0), None)])
-def test_each_ceiling_stands_beside_the_datasheets(monkeypatch, capability, fp8):
+def test_ceiling_rows_include_the_datasheet(monkeypatch, capability, fp8):
     device = Device(torch.device("cpu"))
     device.gpu = H200
     monkeypatch.setattr(ceilings, "copy_bandwidth", lambda device: 4.32e12)
@@ -43,7 +43,7 @@ def test_each_ceiling_stands_beside_the_datasheets(monkeypatch, capability, fp8)
     assert product["share_of_datasheet"] == pytest.approx(790 / 989.4)
     assert last.get("suspicious") == fp8
     assert ("not_measured" in last) == (fp8 is None)
-    # Measured once, however often they are asked for.
+    # The ceilings are measured once, however often they are used.
     monkeypatch.setattr(ceilings, "copy_bandwidth", lambda device: pytest.fail("measured again"))
     assert device.ceilings.copy == 4.32e12
 

@@ -34,14 +34,14 @@ def test_verdicts_by_interval():
     assert verdict_of(before, row("a", 1.98, 2.0, 2.02)) == "slower"
     assert verdict_of(before, row("a", 0.49, 0.5, 0.51)) == "faster"
     assert verdict_of(before, row("a", 0.99, 1.0, 1.01)) == "same"
-    # Slower by its median, but the intervals touch.
+    # The median is slower, but the intervals touch.
     assert verdict_of(before, row("a", 1.0, 1.2, 1.4)) == "ambiguous"
     assert verdict_of(row("a", 0.5, 1.0, 2.0), row("a", 0.5, 1.0, 2.0)) == "ambiguous"
-    # What the threshold lets through is the same, however sure it is.
+    # A change within the threshold is the same, however precise the times.
     assert verdict_of(before, row("a", 1.02, 1.03, 1.03), threshold=0.1) == "same"
 
 
-def test_one_time_proves_no_change():
+def test_a_single_sample_proves_no_change():
     before = row("a", 1.0, 1.0, 1.0, count=1)
     assert verdict_of(before, row("a", 3.0, 3.0, 3.0, count=1)) == "ambiguous"
     assert verdict_of(before, row("a", 1.0, 1.0, 1.0, count=1)) == "same"
@@ -64,14 +64,14 @@ times = st.floats(1e-3, 1e3)
 def test_swapping_the_runs_swaps_the_verdict(low, high, threshold):
     low, high = sorted((low, high))
     opposite = {"faster": "slower", "slower": "faster"}
-    told = verdict(low, high, threshold)
-    # Rounding apart, where a bound lies on the threshold itself.
-    assert verdict(1 / high, 1 / low, threshold) in (opposite.get(told, told), "same", "ambiguous")
-    assert told != "faster" or high < 1
-    assert told != "slower" or low > 1
+    found = verdict(low, high, threshold)
+    # Rounding can differ for a bound on the threshold itself.
+    assert verdict(1 / high, 1 / low, threshold) in (opposite.get(found, found), "same", "ambiguous")
+    assert found != "faster" or high < 1
+    assert found != "slower" or low > 1
 
 
-def test_the_command_fails_where_something_is_slower(tmp_path, capsys):
+def test_the_command_fails_if_a_case_is_slower(tmp_path, capsys):
     run(row("a", 0.99, 1.0, 1.01), row("gone", 1, 1, 1), tmp_path=tmp_path, name="before")
     run(row("a", 1.98, 2.0, 2.02), row("new", 1, 1, 1), tmp_path=tmp_path, name="after")
     before, after = str(tmp_path / "before"), str(tmp_path / "after")
@@ -87,11 +87,11 @@ def test_the_command_fails_where_something_is_slower(tmp_path, capsys):
     assert main(["bench", "compare", before, after, "--threshold", "0.99"]) == 0
 
 
-def test_other_machines_and_nothing_in_common_are_named(tmp_path, capsys):
+def test_different_machines_and_disjoint_cases_are_reported(tmp_path, capsys):
     run(row("a", 1, 1, 1), tmp_path=tmp_path, name="gpu")
     run(row("a", 1, 1, 1), tmp_path=tmp_path, name="cpu", device="a CPU")
     assert not run_compare(CompareConfig(tmp_path / "gpu", tmp_path / "cpu"), Console(width=200))
-    assert "these are two machines: NVIDIA H200 and a CPU" in capsys.readouterr().out
+    assert "the runs are from different machines: NVIDIA H200 and a CPU" in capsys.readouterr().out
     run(row("b", 1, 1, 1), tmp_path=tmp_path, name="other")
     with pytest.raises(UserError, match="have no timed case in common"):
         run_compare(CompareConfig(tmp_path / "gpu", tmp_path / "other"))

@@ -21,7 +21,7 @@ COST = Cost(bytes=1000, flops=1000)
 
 
 def double(x):
-    """Twice x."""
+    """Return 2 x."""
     return x * 2
 
 
@@ -40,12 +40,12 @@ DOUBLE = Op(
 
 @dataclass(frozen=True)
 class Doubled(Case):
-    """A case whose peers are given."""
+    """A case with given peers."""
 
     others: dict[str, Any] = field(default_factory=dict)
 
     def forms(self, options, device):
-        """Return PyTorch's form and the peers'."""
+        """Return PyTorch's implementation and the peers."""
 
         def missing(reason):
             raise Unsupported(reason)
@@ -73,7 +73,7 @@ def test_every_direction_of_every_variant_is_timed(device):
         assert row["ready_s"] > 0
 
 
-def test_a_wrong_or_failing_variant_is_named_instead_of_timed():
+def test_wrong_and_failing_variants_are_reported_instead_of_timed():
     def failing(x):
         raise RuntimeError("no such shape")
 
@@ -97,22 +97,22 @@ def test_a_wrong_or_failing_variant_is_named_instead_of_timed():
         "wrong gradient": reasons["wrong gradient"],
         "failing": "RuntimeError: no such shape",
     }
-    off = r"is off by \S+ times what rounding explains, where values are up to"
-    assert re.match(f"wrong: result 0 {off}", reasons["wrong"])
-    assert reasons["nan"].startswith("wrong: result 0 is off by nan times")
-    assert re.match(f"wrong: gradient 0 {off}", reasons["wrong gradient"])
+    note = r"is \S+ times the tolerance, for values up to"
+    assert re.match(f"wrong: error of result 0 {note}", reasons["wrong"])
+    assert reasons["nan"].startswith("wrong: error of result 0 is nan times")
+    assert re.match(f"wrong: error of gradient 0 {note}", reasons["wrong gradient"])
     timed = {(row["variant"], row["case"].split()[-1]) for row in rows if "p50_ms" in row}
     assert timed == {("torch", "forward"), ("torch", "backward"), ("torch", "both"), ("wrong gradient", "forward")}
 
 
-def test_a_variant_that_is_less_exact_than_rounding_is_timed_with_a_note():
+def test_inexact_variants_are_timed_with_a_note():
     rows = list(bench_case(case(rounded=lambda x: x * 2 * 1.02), CPU, Ceilings(1e12, 1e12)))
     notes = {row["variant"]: row.get("suspicious") for row in rows if row["case"].endswith("both")}
     assert notes["torch"] is None
-    assert re.match(r"result 0 is off by [\d.]+ times .*; gradient 0 is off by", notes["rounded"])
+    assert re.match(r"error of result 0 is [\d.]+ times .*; error of gradient 0 is", notes["rounded"])
 
 
-def test_a_variant_that_fails_while_it_is_timed_is_named():
+def test_variants_that_fail_during_timing_are_reported():
     calls = []
 
     def tiring(x):
@@ -134,16 +134,16 @@ def test_a_result_above_the_ceiling_is_flagged():
 
 
 @pytest.mark.parametrize("small", [*small_cases("own"), *small_cases("attention")], ids=lambda case: case.name)
-def test_every_op_can_be_measured_beside_pytorch(small, monkeypatch):
+def test_every_op_is_measured_with_pytorch(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     rows = list(bench_case(small, CPU, CEILINGS))
     timed = {row["variant"] for row in rows if "p50_ms" in row}
-    beside = {"SDPA math"} if small.op.group == "attention" else {"torch", "torch.compile"}
-    assert timed >= {"tilewright"} | beside, rows
+    peers = {"SDPA math"} if small.op.group == "attention" else {"torch", "torch.compile"}
+    assert timed >= {"tilewright"} | peers, rows
 
 
 @pytest.mark.parametrize("group", ["own", "attention"])
-def test_a_bench_whose_time_ends_has_seen_every_op(group):
+def test_the_first_cases_cover_every_op(group):
     found = list(cases(group))
     names = [case.op.name for case in found]
     first = len(set(names))
@@ -152,7 +152,7 @@ def test_a_bench_whose_time_ends_has_seen_every_op(group):
     assert [job.case for job in kernel_jobs(group, CPU, CEILINGS)] == [case.name for case in found]
 
 
-def test_a_peer_that_is_not_there_is_named_with_its_remedy(monkeypatch):
+def test_missing_peers_are_reported_with_a_remedy(monkeypatch):
     with pytest.raises(Unsupported, match="not installed: pip install no_such_peer"):
         peers.find("no_such_peer")
     monkeypatch.setitem(sys.modules, "quack", SimpleNamespace())
@@ -166,13 +166,13 @@ def test_a_peer_that_is_not_there_is_named_with_its_remedy(monkeypatch):
 
 
 def rmsnorm(x, weight, residual=None, eps=1e-6, prenorm=False):
-    """What quack's function computes."""
+    """Compute quack's rmsnorm with the reference."""
     if residual is None:
         return reference.rms_norm(x, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
-def test_the_adapters_of_quack(monkeypatch):
+def test_quack_adapters(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     quack = SimpleNamespace(rmsnorm=rmsnorm, cross_entropy=lambda x, target: reference.cross_entropy(x, target))
     monkeypatch.setitem(sys.modules, "quack", quack)
@@ -184,7 +184,7 @@ def test_the_adapters_of_quack(monkeypatch):
     peers._find.cache_clear()
 
 
-def test_a_peer_that_computes_gradients_forward_is_timed_both_ways_only():
+def test_peers_with_early_gradients_are_timed_only_both_ways():
     swiglu = Case(ALL["swiglu"], ALL["swiglu"].examples[0])
     assert [way for way in swiglu.costs() if swiglu.is_timed("liger", way)] == ["both"]
     assert [way for way in swiglu.costs() if swiglu.is_timed("torch", way)] == ["forward", "backward", "both"]

@@ -13,7 +13,7 @@ STATE = "570.86.15, 1980, 1980, 3201, 31, 121.33, 700.00, 4, 143771"
 
 @pytest.fixture
 def smi(monkeypatch):
-    """An nvidia-smi that answers what the test says, by the first field that is asked for."""
+    """Emulate nvidia-smi; answers are looked up by the first requested field."""
     answers = {"driver_version": STATE, "clocks_event_reasons.active": "0x0000000000000001"}
 
     def answer(device, *fields):
@@ -23,7 +23,7 @@ def smi(monkeypatch):
     return answers
 
 
-def test_fields_that_a_gpu_does_not_tell_are_none():
+def test_unreported_fields_are_none():
     assert parse_fields("1980, [N/A], [Insufficient Permissions], N/A, 4\n") == ["1980", None, None, None, "4"]
 
 
@@ -49,7 +49,7 @@ def test_the_state_of_a_gpu(smi):
     assert "suspicious" not in state_row(GPU, "before")
 
 
-def test_heat_is_marked_and_a_power_limit_is_not(smi):
+def test_only_thermal_throttling_is_marked(smi):
     smi["clocks_event_reasons.active"] = "0x0000000000000040"
     assert state_row(GPU, "after kernels")["suspicious"] == "throttled: hardware thermal slowdown"
     smi["clocks_event_reasons.active"] = "0x0000000000000004"
@@ -58,14 +58,14 @@ def test_heat_is_marked_and_a_power_limit_is_not(smi):
 
 
 @pytest.mark.parametrize("answer", [None, "", "1980", "No devices were found"])
-def test_an_answer_that_is_none_is_unknown(monkeypatch, answer):
+def test_invalid_answers_give_no_state(monkeypatch, answer):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
     monkeypatch.setattr(machine, "_output", lambda *command: answer)
     assert gpu_state(GPU) == {}
     assert state_row(GPU, "before")["not_measured"] == "nvidia-smi does not answer"
 
 
-def test_figures_that_are_none_are_unknown(smi):
+def test_invalid_fields_are_none(smi):
     smi["driver_version"] = STATE.replace("31", "ERR!")
     smi["clocks_event_reasons.active"] = "Unknown Error"
     state = gpu_state(GPU)
@@ -73,21 +73,21 @@ def test_figures_that_are_none_are_unknown(smi):
     assert "suspicious" not in state_row(GPU, "before")
 
 
-def test_older_drivers_have_another_name_for_the_reasons(smi):
+def test_older_drivers_use_another_field_name(smi):
     smi["clocks_throttle_reasons.active"] = smi.pop("clocks_event_reasons.active").replace("1", "8")
     assert gpu_state(GPU)["throttled_by"] == "hardware slowdown"
     del smi["clocks_throttle_reasons.active"]
     assert gpu_state(GPU)["throttled_by"] is None
 
 
-def test_without_nvidia_smi_nothing_is_known(smi):
+def test_without_nvidia_smi_the_state_is_empty(smi):
     smi.clear()
     assert gpu_state(GPU) == {}
     assert state_row(GPU, "before") == {"case": "GPU before", "not_measured": "nvidia-smi does not answer"}
 
 
-def test_the_state_is_that_of_a_gpu_at_work(monkeypatch):
-    # On a CPU, which stands for the GPU.
+def test_the_state_is_read_under_load(monkeypatch):
+    # Run on a CPU in place of the GPU.
     seen = []
     monkeypatch.setattr(machine, "LOAD", 8)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("product"))
@@ -95,7 +95,7 @@ def test_the_state_is_that_of_a_gpu_at_work(monkeypatch):
     threads = threading.active_count()
     assert state_row(torch.device("cpu"), "before")["products"] > 0
     assert threading.active_count() == threads
-    # Nor does it matter that there is no memory for that.
+    # A lack of memory for the load is ignored.
     monkeypatch.setattr(machine, "LOAD", -1)
     assert state_row(torch.device("cpu"), "before")["case"] == "GPU before"
 

@@ -15,26 +15,26 @@ def widths(direction, variant, speed):
 
 
 def drawn(figure):
-    """Every line of a figure's panels: (title, how many points, its colour)."""
+    """Return (title, number of points, color) for every line of a figure's panels."""
     return [
         (axes.get_title(), len(line.get_xdata()), to_hex(line.get_color())) for axes in figure.axes for line in axes.get_lines()
     ]
 
 
-def test_a_variant_has_one_colour_in_all_panels_and_stands_under_the_ceiling():
-    # The second panel lacks torch, and none is ordered as the other.
+def test_variants_keep_their_color_in_all_panels():
+    # The second panel lacks torch, and the panels have different orders.
     rows = [*widths("forward", "torch", 1000.0), *widths("forward", "tilewright", 3900.0)]
     rows += [*widths("backward", "quack", 3500.0), *widths("backward", "tilewright", 3800.0)]
     figure = plots.bandwidth({"kernels": rows, "ceilings": CEILINGS})
     assert figure is not None
-    torch, ours, quack, ceiling = (to_hex(colour) for colour in ("C1", "C0", "C2", "black"))
+    torch, ours, quack, ceiling = (to_hex(color) for color in ("C1", "C0", "C2", "black"))
     forward, backward = "rms_norm, forward", "rms_norm, backward"
     assert drawn(figure) == [
         (forward, 3, torch), (forward, 3, ours), (forward, 2, ceiling),
         (backward, 3, quack), (backward, 3, ours), (backward, 2, ceiling),
     ]  # fmt: skip
     assert all(axes.get_ylim() == (0, pytest.approx(1.05 * 4300)) for axes in figure.axes)
-    # Sizes as they are; of neighbours one is named.
+    # All sizes have ticks; close neighbors share one label.
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["768", "4,096"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["tilewright", "torch", "quack", "copy, same run"]
@@ -47,7 +47,7 @@ def test_without_ceilings_the_lines_are_drawn_alone():
     assert plots.bandwidth({}) is None
 
 
-def test_the_roofline_tells_decoding_from_attention():
+def test_the_roofline_separates_decoding_from_attention():
     rows = [
         {"case": f"attention B1 H16 {tokens} K128 forward", "variant": "tilewright", "tflop_per_s": 300.0, "gb_per_s": 2000.0}
         for tokens in ("T1024", "T1 S1024")
@@ -58,7 +58,7 @@ def test_the_roofline_tells_decoding_from_attention():
     assert names == ["measured in the same run", "datasheet", "attention", "decoding"]
 
 
-def test_tokenizers_stand_by_job_fastest_on_top():
+def test_tokenizer_panels_sort_libraries_by_speed():
     def row(job, text, variant, speed):
         return {"case": f"{job}, 10 MB of {text}", "variant": variant, "mb_per_s": speed}
 

@@ -8,7 +8,7 @@ import pytest
 
 from tilewright.bench import ReportConfig, run_report
 from tilewright.bench.figures import columns, heading, text
-from tilewright.bench.report import BEGIN, END, newest, readme_block, refresh_readme, render
+from tilewright.bench.report import BEGIN, END, block, newest, refresh, render
 from tilewright.bench.results import Run, read_runs
 from tilewright.bench.run import slug
 from tilewright.bench.stages import STAGES
@@ -28,7 +28,7 @@ def timed(stage, case, variant, ms, **rest):
 
 
 def gpu_rows():
-    """What a run on a GPU might leave, invented: no such GPU was measured."""
+    """Yield invented rows of a GPU run."""
     yield {"stage": "ceilings", "case": "ceiling", "variant": "copy of 1 GiB", "gb_per_s": 4300.0,
            "datasheet_gb_per_s": 4800.0, "share_of_datasheet": 4300 / 4800}  # fmt: skip
     yield {"stage": "ceilings", "case": "ceiling", "variant": "bfloat16 product 8192^3", "tflop_per_s": 790.0,
@@ -50,7 +50,7 @@ def gpu_rows():
     yield timed("training", "training gpt2-small batch 32x1024", "compile + kernels", 90.0, tokens_per_s=364_000.0, mfu=0.43,
                 peak_gb=61.0)  # fmt: skip
     yield {"stage": "training", "case": "training gpt2-small batch 32x1024", "variant": "compile + kernels",
-           "table": "what the MFU is lost to", "mfu": 0.43, "matmul": 0.2, "idle": 0.37}  # fmt: skip
+           "table": "lost MFU by group", "mfu": 0.43, "matmul": 0.2, "idle": 0.37}  # fmt: skip
     yield timed("generation", "generation gpt2-xl batch 1", "tilewright", 2.0, tokens_per_s=500.0, share_of_datasheet=0.46)
     yield {"stage": "memory", "case": "memory gpt2-xl | checkpointing block", "predicted_gb": 40.0, "measured_gb": 40.8,
            "error": 0.02}  # fmt: skip
@@ -59,7 +59,7 @@ def gpu_rows():
 
 @pytest.fixture
 def results(tmp_path):
-    """A folder of results of a GPU and of a CPU."""
+    """A folder with results of a GPU and of a CPU."""
     cpu = {"stage": "machine", "date": "2026-01-01T00:00:00+00:00", "device": "A CPU"}
     tokenizer = [
         timed("tokenizer", "train 10,000 tokens, 10 MB of stories", "tilewright", 80.0, mb_per_s=125.0),
@@ -73,12 +73,20 @@ def results(tmp_path):
     return tmp_path / "bench" / "results"
 
 
+def report_config(results):
+    """The options of a report into the parent of `results`, which gets a README and an overview with markers."""
+    pages = [results.parent / name for name in ("README.md", "overview.md")]
+    for page in pages:
+        page.write_text(f"{BEGIN}\n{END}\n")
+    return ReportConfig(results, results.parent / "RESULTS.md", *pages)
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in (folder / "RESULTS.md", *sorted((folder / "plots").glob("*")))}
 
 
 def test_the_report_of_a_gpu(results):
-    page = run_report(ReportConfig(results, results.parent / "RESULTS.md", results.parent / "README.md")).read_text()
+    page = run_report(report_config(results)).read_text()
     assert (
         "NVIDIA H200, driver 570.86.15, torch 2.13.0+cu130, triton 3.7.1, Python 3.12.1, commit 0123456789ab, 2026-01-02"
         in page
@@ -87,10 +95,10 @@ def test_the_report_of_a_gpu(results):
     (line,) = [line for line in page.splitlines() if line.startswith("| rms_norm 65536x4096 forward | tilewright |")]
     assert "| 40 | 3,900 | 4 | 90.7% |" in line
     assert "### training" in page
-    assert "What the MFU is lost to:" in page
+    assert "Lost MFU by group:" in page
     assert "memory gpt2-xl \\| checkpointing block" in page
     assert "| attention | flash-attn 3 | not installed |" in page
-    # Nobody timed swiglu, or ran the tests: whatever is missing is named.
+    # Everything without a measurement is listed, such as swiglu and the tests.
     (missing,) = [line for line in page.splitlines() if line.startswith("Here not measured: machine, tests, accounting")]
     assert "plot" not in missing
     pictures = sorted(path.name for path in (results.parent / "plots").iterdir())
@@ -101,12 +109,12 @@ def test_the_report_of_a_gpu(results):
         assert "tilewright" in (results.parent / "plots" / picture).read_text() or "roofline" in picture
 
 
-def test_the_report_is_the_same_to_the_byte(results, monkeypatch):
-    config = ReportConfig(results, results.parent / "RESULTS.md", results.parent / "README.md")
+def test_the_report_is_reproducible_byte_for_byte(results, monkeypatch):
+    config = report_config(results)
     run_report(config)
     first = files(results.parent)
     assert len(first) == 6
-    # Whatever is set up in this process, and whatever lay there before.
+    # Settings of this process and earlier files have no effect.
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9.0)
     (results.parent / "plots" / "old.svg").write_text("old")
     run_report(config)
@@ -114,8 +122,8 @@ def test_the_report_is_the_same_to_the_byte(results, monkeypatch):
     assert matplotlib.rcParams["lines.linewidth"] == 9.0
 
 
-def test_the_committed_report_is_what_the_command_gives(tmp_path):
-    # Links are relative to the page's folder: the copy lies as deep beside a link to the results.
+def test_the_committed_report_is_current(tmp_path):
+    # Links are relative to the folder of the page, so the copy has a link to the results next to it.
     (tmp_path / "results").symlink_to(BENCH / "results")
     runs = read_runs(tmp_path / "results")
     assert (BENCH / "RESULTS.md").read_text() == render(runs, tmp_path), "run: tilewright bench report"
@@ -123,14 +131,15 @@ def test_the_committed_report_is_what_the_command_gives(tmp_path):
         {path.name: path.read_bytes() for path in (folder / "plots").glob("*.svg")} for folder in (BENCH, tmp_path)
     )
     assert committed.keys() == drawn.keys(), "as above"
-    # Versions of matplotlib lay pictures out differently; the committed ones are of the version that is pinned.
+    # Plots differ between versions of matplotlib; the committed ones are from the pinned version.
     if f"matplotlib=={matplotlib.__version__}\n" in (BENCH.parent / "constraints.txt").read_text():
         assert committed == drawn, "as above"
-    readme = (BENCH.parent / "README.md").read_text()
-    assert (readme_block(runs) in readme) == (BEGIN in readme), "as above"
+    for page, full in (("README.md", False), ("docs/bench.md", True)):
+        written = (BENCH.parent / page).read_text()
+        assert (block(runs, full) in written) == (BEGIN in written), "as above"
 
 
-def test_without_a_gpu_everything_that_needs_one_is_not_measured(results):
+def test_without_a_gpu_run_gpu_stages_are_not_measured(results):
     runs = [run for run in read_runs(results) if not run.is_gpu]
     page = render(runs, results.parent)
     for name, stage in STAGES.items():
@@ -138,26 +147,28 @@ def test_without_a_gpu_everything_that_needs_one_is_not_measured(results):
     assert "so these are not measured" in page
     assert "- training: " in page
     assert "- tokenizer: " not in page
-    block = readme_block(runs)
-    assert "| `attention`, head dim 128, causal | not measured |  |" in block
-    assert "| training a tokenizer | 10,000 tokens, 10 MB of stories: 125.0 MB/s; other takes 2.50 times as long | 1 |" in block
-    assert "\n1. A CPU, 2026-01-01\n" in block
+    tokenizer = "| training a tokenizer | 10,000 tokens, 10 MB of stories: 125.0 MB/s; other takes 2.50 times as long | 1 |"
+    for full in (False, True):
+        written = block(runs, full)
+        assert ("| `attention`, head dim 128, causal | not measured |  |" in written) == full
+        assert tokenizer in written
+        assert "\n1. A CPU, 2026-01-01\n" in written
 
 
-def test_a_stage_that_measured_nothing_is_none_of_a_runs_stages(tmp_path):
+def test_stages_without_measurements_are_not_listed(tmp_path):
     rows = ({"stage": "kernels", "case": "a", "not_measured": "no NVIDIA GPU"}, timed("tokenizer", "b", "tilewright", 1.0))
     page = render([Run(tmp_path / "results" / "a.jsonl", {"stage": "machine", "device": "A CPU"}, rows)], tmp_path)
     assert page.splitlines()[-1] == "| [a.jsonl](results/a.jsonl) | A CPU |  |  | tokenizer |"
 
 
 def test_the_readmes_table_on_a_gpu(results):
-    block = readme_block(read_runs(results))
-    assert "| ceilings | copy of 1 GiB 4.30 TB/s (90% of the datasheet), bfloat16 product 8192^3 790 TFLOP/s (80% of" in block
-    assert "rms_norm 65536x4096, forward: 3,900 GB/s, 91% of the roofline; torch.compile takes 1.30 times as long" in block
-    assert "forward: 480 TFLOP/s; SDPA cuDNN takes 1.00 times as long" in block
-    assert "training gpt2-small batch 32x1024: 364,000 tokens/s, MFU 43.0%, 61.0 GB" in block
-    assert "generation gpt2-xl batch 1: 500 tokens/s, 46% of what bandwidth allows" in block
-    assert "| `swiglu` | not measured |  |" in block
+    written = block(read_runs(results), full=True)
+    assert "| ceilings | copy of 1 GiB 4.30 TB/s (90% of the datasheet), bfloat16 product 8192^3 790 TFLOP/s (80% of" in written
+    assert "rms_norm 65536x4096, forward: 3,900 GB/s, 91% of the roofline; torch.compile takes 1.30 times as long" in written
+    assert "forward: 480 TFLOP/s; SDPA cuDNN takes 1.00 times as long" in written
+    assert "training gpt2-small batch 32x1024: 364,000 tokens/s, MFU 43.0%, 61.0 GB" in written
+    assert "generation gpt2-xl batch 1: 500 tokens/s, 46% of the bandwidth limit" in written
+    assert "| `swiglu` | not measured |  |" in written
 
 
 def test_rows_with_missing_fields_are_reported(tmp_path):
@@ -169,15 +180,15 @@ def test_rows_with_missing_fields_are_reported(tmp_path):
     for machine in ({"stage": "machine"}, H200):
         runs = [Run(tmp_path / "results" / "r.jsonl", machine, rows)]
         assert "### of the future" in render(runs, tmp_path)
-        assert readme_block(runs).startswith(BEGIN)
+        assert block(runs, full=True).startswith(BEGIN)
 
 
-def test_the_newest_run_with_figures_counts(tmp_path):
+def test_the_newest_measurement_of_each_case_counts(tmp_path):
     def rows(stage, *cases):
         return [{"stage": stage, "case": case} for case in cases]
 
     for stage, merged in (("kernels", True), ("inspect", False)):
-        left_out = {"stage": stage, "case": "c", "not_measured": "no time left for it"}
+        left_out = {"stage": stage, "case": "c", "not_measured": "no time left"}
         each = (rows(stage, "a", "b", "c"), [*rows(stage, "b"), left_out], [left_out], [])
         runs = [Run(tmp_path, {"date": str(i)}, tuple(part)) for i, part in enumerate(each)]
         older = [(runs[0], rows(stage, "a", "c"))]
@@ -185,32 +196,34 @@ def test_the_newest_run_with_figures_counts(tmp_path):
         assert newest(runs[2:], stage) == []
 
 
-def test_a_preliminary_row_hides_no_earlier_one(tmp_path):
+def test_preliminary_rows_do_not_hide_earlier_ones(tmp_path):
     final, preliminary = ({"stage": "training", "case": "a", **rest} for rest in ({"count": 5}, {"preliminary": True}))
     runs = [Run(tmp_path, {"date": date}, (row,)) for date, row in (("1", final), ("2", preliminary))]
     assert newest(runs, "training") == [(runs[1], [preliminary]), (runs[0], [final])]
 
 
-def test_the_readme_is_refreshed_between_its_markers(results, capsys, monkeypatch):
+def test_the_pages_are_refreshed_between_their_markers(results, capsys, monkeypatch):
     runs = read_runs(results)
-    readme = results.parent / "README.md"
-    assert not refresh_readme(readme, runs)
+    readme, overview = results.parent / "README.md", results.parent / "overview.md"
+    assert not refresh(readme, runs, full=False)
     readme.write_text("# No markers\n")
-    assert not refresh_readme(readme, runs)
+    assert not refresh(readme, runs, full=False)
     assert readme.read_text() == "# No markers\n"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for page in (readme, overview):
+        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     monkeypatch.chdir(results.parent.parent)
-    assert main(["bench", "report", "--readme", "bench/README.md"]) == 0
-    assert "from 2 runs; refreshed the table in bench/README.md" in capsys.readouterr().out
-    assert readme.read_text() == f"before\n{readme_block(runs)}\nafter\n"
+    assert main(["bench", "report", "--readme", "bench/README.md", "--overview", "bench/overview.md"]) == 0
+    assert "from 2 runs; refreshed the tables in bench/README.md, bench/overview.md" in capsys.readouterr().out
+    assert readme.read_text() == f"before\n{block(runs, full=False)}\nafter\n"
+    assert overview.read_text() == f"before\n{block(runs, full=True)}\nafter\n"
     readme.write_text(f"before\n{BEGIN}\nold\n")
-    with pytest.raises(UserError, match="has no block between"):
-        refresh_readme(readme, runs)
+    with pytest.raises(UserError, match="has no block from"):
+        refresh(readme, runs, full=False)
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no results: make some with `tilewright bench`"):
-        run_report(ReportConfig(tmp_path, tmp_path / "RESULTS.md", tmp_path / "README.md"))
+def test_a_folder_without_results_is_rejected(tmp_path):
+    with pytest.raises(UserError, match="holds no results: run `tilewright bench` first"):
+        run_report(ReportConfig(tmp_path, tmp_path / "RESULTS.md", overview=tmp_path / "overview.md"))
 
 
 @pytest.mark.parametrize(

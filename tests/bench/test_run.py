@@ -13,6 +13,7 @@ from torch.cuda._utils import _get_device_index
 from tilewright.bench import BenchConfig, jobs, run, run_bench, stages, worker
 from tilewright.bench.jobs import Job
 from tilewright.bench.machine import describe
+from tilewright.bench.options import StageName
 from tilewright.bench.readme import BEGIN, END, replace_block
 from tilewright.bench.results import open_locked
 from tilewright.bench.stages import STAGES, Stage, chosen_stages, count_outcomes, failures
@@ -23,13 +24,13 @@ CPU = torch.device("cpu")
 
 
 def read(path):
-    """Return the rows of a file, without the marks of jobs."""
+    """Return the rows of a file without job marks."""
     return [row for row in map(json.loads, path.read_text().splitlines()) if "job" not in row]
 
 
 @pytest.fixture
-def replaced(monkeypatch):
-    """The stages, each of which yields what the test says, or nothing."""
+def fake_stage(monkeypatch):
+    """Replace the stages by fakes that yield the rows of the test, or nothing."""
     fakes = {}
 
     def fake(name, *rows, then=None, cpu_s: float | None = 10.0, **rest):
@@ -50,8 +51,8 @@ def bench(tmp_path, *names, out="r.jsonl", **rest):
     return run_bench(BenchConfig(names, device="cpu", out=out, **rest), console), console.file.getvalue()  # pyright: ignore
 
 
-def test_rows_say_what_they_were_measured_on(tmp_path, replaced):
-    replaced("tokenizer", {"case": "a", "mb_per_s": 3.5, "mfu": None})
+def test_results_start_with_the_machine(tmp_path, fake_stage):
+    fake_stage("tokenizer", {"case": "a", "mb_per_s": 3.5, "mfu": None})
     path, shown = bench(tmp_path, "tokenizer")
     machine, row = read(path)
     assert machine["stage"] == "machine"
@@ -63,19 +64,19 @@ def test_rows_say_what_they_were_measured_on(tmp_path, replaced):
         bench(tmp_path, "tokenizer")
 
 
-def test_a_killed_bench_keeps_what_it_measured(tmp_path, replaced):
+def test_a_killed_bench_keeps_its_rows(tmp_path, fake_stage):
     def interrupt():
-        # What another process would find now.
+        # The file as another process would see it now.
         assert [row.get("case") for row in read(tmp_path / "r.jsonl")] == [None, "first"]
         raise KeyboardInterrupt
 
-    replaced("training", {"case": "first"}, then=interrupt)
+    fake_stage("training", {"case": "first"}, then=interrupt)
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path, "training")
     assert read(tmp_path / "r.jsonl")[1]["case"] == "first"
 
 
-def test_what_needs_a_gpu_says_that_it_was_not_measured(tmp_path):
+def test_gpu_stages_are_not_measured_on_a_cpu(tmp_path):
     needing = [name for name, stage in STAGES.items() if stage.cpu_s is None]
     assert set(needing) >= {"machine", "ceilings", "tests", "kernels", "attention", "memory"}
     path, shown = bench(tmp_path, *needing)
@@ -85,7 +86,7 @@ def test_what_needs_a_gpu_says_that_it_was_not_measured(tmp_path):
     assert shown.count("no NVIDIA GPU") == len(needing)
 
 
-def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tmp_path, replaced, monkeypatch):
+def test_only_a_run_of_all_stages_has_deadlines(tmp_path, fake_stage, monkeypatch):
     deadlines = []
 
     def noted(job, device, deadline, limit_s):
@@ -94,8 +95,8 @@ def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tm
         return jobs.run_job(job, device, deadline, limit_s)
 
     monkeypatch.setattr(worker, "run_job", noted)
-    replaced("training", {"case": "first"}, cpu_s=100.0)
-    replaced("tokenizer", {"case": "second"}, cpu_s=50.0)
+    fake_stage("training", {"case": "first"}, cpu_s=100.0)
+    fake_stage("tokenizer", {"case": "second"}, cpu_s=50.0)
     for names in (("training", "tokenizer"), ("all",)):
         start = time.monotonic()
         assert [row["case"] for row in read(bench(tmp_path, *names, out=names[0])[0])[1:]] == ["first", "second"]
@@ -103,7 +104,7 @@ def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tm
     first, second = deadlines[2:]
     assert start + 100 <= first <= time.monotonic() + 100
     assert second - first == pytest.approx(50)
-    # Minutes are shared as the time of all stages is.
+    # `minutes` is shared in the same proportions.
     bench(tmp_path, "training", "tokenizer", out="minutes", minutes=5)
     first, second = deadlines[4:]
     assert second - first == pytest.approx(100)
@@ -111,8 +112,8 @@ def test_a_stage_that_is_named_has_no_time_limit_and_all_stages_together_have(tm
 
 
 @pytest.mark.parametrize("gpu", [torch.device("cuda"), torch.device("cuda", 1)])
-def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
-    """On a GPU that is not there: what is asked of one is answered by the test."""
+def test_a_run_on_a_gpu(tmp_path, fake_stage, monkeypatch, gpu):
+    """Emulate a run on a GPU."""
     states, current = [], []
 
     def state_row(device, when):
@@ -121,21 +122,21 @@ def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
 
     monkeypatch.setattr(run, "resolve_device", lambda name: gpu)
     monkeypatch.setattr(worker, "prepare_allocator", lambda device: None)
-    monkeypatch.setattr(worker, "ask", lambda device: None)
-    # What the worker does, in this process.
+    monkeypatch.setattr(worker, "probe", lambda device: None)
+    # Run the worker's code in this process.
     monkeypatch.setattr(run, "run_in_workers", worker.run_here)
     monkeypatch.setattr(
         run, "describe", lambda device: {"device": "NVIDIA H200", "date": "2026-01-02T03:04:05+00:00", "torch": "2"}
     )
     monkeypatch.setattr(worker, "Device", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(worker, "state_row", state_row)
-    # As PyTorch itself reads its argument: a device without a number is an error.
+    # Parse the argument like PyTorch: a device without a number is an error.
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
     monkeypatch.setattr(jobs, "clean_up", lambda device: None)
     monkeypatch.setattr(jobs, "is_lost", lambda device: False)
     monkeypatch.chdir(tmp_path)
-    replaced("machine", {"case": "GPU before"}, cpu_s=None)
-    replaced("kernels", {"case": "a"}, cpu_s=None)
+    fake_stage("machine", {"case": "GPU before"}, cpu_s=None)
+    fake_stage("kernels", {"case": "a"}, cpu_s=None)
     path = run_bench(BenchConfig(("kernels",)), Console(file=io.StringIO()))
     assert path.as_posix() == "bench/results/nvidia-h200/20260102T030405.jsonl"
     assert [(row["stage"], row.get("case")) for row in read(path)] == [
@@ -145,123 +146,123 @@ def test_a_run_on_a_gpu(tmp_path, replaced, monkeypatch, gpu):
     assert current == ([] if gpu.index is None else [1])
 
 
-def test_what_came_of_each_job_is_said_at_once(tmp_path, replaced):
-    replaced("kernels", {"case": "kernels forward", "variant": "torch", "p50_ms": 2.0},
+def test_each_job_prints_a_summary(tmp_path, fake_stage):
+    fake_stage("kernels", {"case": "kernels forward", "variant": "torch", "p50_ms": 2.0},
              {"case": "kernels forward", "variant": "tilewright", "p50_ms": 1.5},
              {"case": "kernels", "variant": "peer", "not_measured": "not installed"})  # fmt: skip
-    replaced("tests", {"case": "tests", "variant": "passed", "summary": "7 passed"})
-    replaced("training", {"case": "a", "x": 1}, then=lambda: 1 / 0)
+    fake_stage("tests", {"case": "tests", "variant": "passed", "summary": "7 passed"})
+    fake_stage("training", {"case": "a", "x": 1}, then=lambda: 1 / 0)
     shown = bench(tmp_path, "kernels", "tests", "training")[1]
     assert "kernels: kernels: 1.5 ms forward tilewright; 1 not measured (0 s)" in shown
     assert "tests: tests: 7 passed (0 s)" in shown
     assert "training: training: ZeroDivisionError: division by zero (0 s)" in shown
 
 
-def test_a_run_whose_time_was_over_goes_on(tmp_path, replaced):
+def test_a_run_out_of_time_can_be_resumed(tmp_path, fake_stage):
     begun = []
 
     def note(name, seconds=0.0):
         return lambda: (begun.append(name), time.sleep(seconds))
 
-    replaced("accounting", {"case": "a"}, then=note("accounting"), cpu_s=10.0)
-    replaced("training", {"case": "training", "x": 1}, then=note("training", 60), cpu_s=10.0)
-    replaced("tokenizer", {"case": "b"}, then=note("tokenizer"), cpu_s=0.0)
+    fake_stage("accounting", {"case": "a"}, then=note("accounting"), cpu_s=10.0)
+    fake_stage("training", {"case": "training", "x": 1}, then=note("training", 60), cpu_s=10.0)
+    fake_stage("tokenizer", {"case": "b"}, then=note("tokenizer"), cpu_s=0.0)
     path, shown = bench(tmp_path, "all", minutes=0.02)
     assert begun == ["accounting", "training"]
     assert [row.get("not_measured") for row in read(path)[1:]] == [
-        None, None, "cut off: no time left for it", "no time left for it",
+        None, None, "cut off: no time left", "no time left",
     ]  # fmt: skip
-    said = f"no time was left for 2 jobs: `tilewright bench all --minutes 0.02 --resume {path}` goes on"
-    assert said.replace(" ", "") in "".join(shown.split())
-    replaced("training", {"case": "training", "x": 2}, then=note("again"), cpu_s=10.0)
+    hint = f"no time left for 2 jobs: continue with `tilewright bench all --minutes 0.02 --resume {path}`"
+    assert hint.replace(" ", "") in "".join(shown.split())
+    fake_stage("training", {"case": "training", "x": 2}, then=note("again"), cpu_s=10.0)
     assert bench(tmp_path, "all", resume=path)[0] == path
     assert begun == ["accounting", "training", "again", "tokenizer"]
     machine, *rows = read(path)
     assert machine["stage"] == "machine"
     assert [(row["stage"], row["case"]) for row in rows] == [
-        ("accounting", "a"), ("machine", "went on"), ("training", "training"), ("tokenizer", "b"),
+        ("accounting", "a"), ("machine", "resumed"), ("training", "training"), ("tokenizer", "b"),
     ]  # fmt: skip
     assert rows[2]["x"] == 2
     assert rows[1]["commit"] == machine["commit"]
-    # All have had their turn.
+    # All jobs are done.
     bench(tmp_path, "all", resume=path)
     assert len(begun) == 4
 
 
-def test_a_run_that_was_killed_goes_on_with_the_job_it_was_killed_in(tmp_path, replaced):
+def test_a_killed_run_resumes_with_the_interrupted_job(tmp_path, fake_stage):
     def interrupt():
         raise KeyboardInterrupt
 
-    replaced("accounting", {"case": "a"})
-    replaced("training", {"case": "first", "x": 1}, then=interrupt)
+    fake_stage("accounting", {"case": "a"})
+    fake_stage("training", {"case": "first", "x": 1}, then=interrupt)
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path, "all")
     path = tmp_path / "r.jsonl"
     path.write_text(path.read_text() + '{"stage": "trai')
-    replaced("training", {"case": "first", "x": 2})
+    fake_stage("training", {"case": "first", "x": 2})
     bench(tmp_path, "all", resume=path)
     assert [row.get("x") for row in read(path)[1:] if row["stage"] != "machine"] == [None, 2]
 
 
-def test_a_run_goes_on_only_where_it_began(tmp_path, replaced):
-    replaced("accounting", {"case": "a"})
+def test_a_run_resumes_only_on_the_same_machine(tmp_path, fake_stage):
+    fake_stage("accounting", {"case": "a"})
     path = tmp_path / "r.jsonl"
     path.write_text('{"stage": "machine", "device": "NVIDIA H200", "torch": "2"}\n{"stage": "accounting", "job": "x"}\n')
     before = path.read_text()
-    with pytest.raises(UserError, match="cannot go on here: its device is NVIDIA H200"):
+    with pytest.raises(UserError, match="cannot be resumed here: its device is NVIDIA H200"):
         bench(tmp_path, "all", resume=path)
     assert path.read_text() == before
-    with pytest.raises(UserError, match="leave --out away"):
+    with pytest.raises(UserError, match="omit --out"):
         BenchConfig(out=path, resume=path)
     for minutes in (0, math.nan, 1e9):
-        with pytest.raises(UserError, match=r"minutes is .*: it must be above 0, and at most 10,000"):
+        with pytest.raises(UserError, match=r"minutes is .*: expected above 0 and at most 10,000"):
             BenchConfig(minutes=minutes)
 
 
-def test_two_runs_do_not_write_to_one_file(tmp_path, replaced):
-    replaced("accounting", {"case": "a"})
+def test_two_runs_do_not_write_to_one_file(tmp_path, fake_stage):
+    fake_stage("accounting", {"case": "a"})
     path, _ = bench(tmp_path, "accounting")
     before = path.read_text()
-    with open_locked(path), pytest.raises(UserError, match="is that of a run that has not ended yet"):
+    with open_locked(path), pytest.raises(UserError, match="belongs to a run that has not ended yet"):
         bench(tmp_path, "accounting", resume=path)
     assert path.read_text() == before
 
 
-def test_a_file_that_does_not_say_what_had_its_turn_stays_as_it_is(tmp_path, replaced):
-    replaced("accounting", {"case": "a"})
+def test_files_without_job_marks_cannot_be_resumed(tmp_path, fake_stage):
+    fake_stage("accounting", {"case": "a"})
     path, _ = bench(tmp_path, "accounting")
     rows = [line for line in path.read_text().splitlines(keepends=True) if '"job"' not in line]
     path.write_text("".join(rows))
-    with pytest.raises(UserError, match="it does not say which jobs had their turn"):
+    with pytest.raises(UserError, match="does not list finished jobs"):
         bench(tmp_path, "accounting", resume=path)
     assert path.read_text() == "".join(rows)
 
 
-def test_a_message_that_looks_like_markup_is_shown(tmp_path, replaced):
-    replaced("tokenizer", {"case": "a", "not_measured": "OSError: [/usr/lib] [bold]"}, {"case": "[/b]", "variant": "[0/0]"})
+def test_markup_in_messages_is_escaped(tmp_path, fake_stage):
+    fake_stage("tokenizer", {"case": "a", "not_measured": "OSError: [/usr/lib] [bold]"}, {"case": "[/b]", "variant": "[0/0]"})
     _, shown = bench(tmp_path, "tokenizer")
     assert "[/usr/lib] [bold]" in shown
     assert "[0/0]" in shown
 
 
-def test_a_stage_that_cannot_begin_is_named(tmp_path, replaced):
+def test_a_stage_that_fails_to_start_is_reported(tmp_path, fake_stage):
     def fail(on):
         raise RuntimeError("no memory for the ceilings")
 
-    replaced("tokenizer", {"case": "second"})
+    fake_stage("tokenizer", {"case": "second"})
     stages.STAGES["kernels"] = Stage("what kernels measures", fail, 1, 1)
     kernels = read(bench(tmp_path, "all")[0])[-1]
     assert kernels["case"] == "what kernels measures"
     assert kernels["not_measured"] == "RuntimeError: no memory for the ceilings"
 
 
-def test_the_time_of_all_stages():
-    # Ten seconds are left to the start and to what cannot be interrupted; and 10 minutes to a CPU.
+def test_all_stages_fit_in_their_time():
+    # Ten seconds remain for the start and for work that cannot be interrupted. A CPU run takes 10 minutes.
     assert sum(stage.gpu_s for stage in STAGES.values() if stage.in_all) <= 530
     assert sum(stage.cpu_s or 0 for stage in STAGES.values() if stage.in_all) <= 580
 
 
-def test_the_first_stage_has_its_time_after_the_start():
+def test_starting_time_is_not_charged_to_the_first_stage():
     chosen = {name: STAGES[name] for name in ("machine", "ceilings")}
     now = time.monotonic()
     ends = run._ends(chosen, True, 30.0)
@@ -270,24 +271,24 @@ def test_the_first_stage_has_its_time_after_the_start():
 
 
 def test_stages_are_chosen_by_name():
-    assert get_args(run.StageName) == ("all", *STAGES)
+    assert get_args(StageName) == ("all", *STAGES)
     assert "tokenizer-long" not in chosen_stages(["all"], is_gpu=True)
     assert list(chosen_stages(["tokenizer-long", "inspect"], is_gpu=False)) == ["inspect", "tokenizer-long"]
     assert list(chosen_stages(["attention"], is_gpu=True)) == ["machine", "ceilings", "attention"]
     assert list(chosen_stages(["attention"], is_gpu=False)) == ["attention"]
-    with pytest.raises(UserError, match="stage 'kernel' is unknown: choose of all, machine"):
+    with pytest.raises(UserError, match="stage 'kernel' is unknown: expected one of all, machine"):
         BenchConfig(("kernel",))  # pyright: ignore
 
 
-def test_the_command_takes_several_stages(tmp_path, replaced, capsys):
-    replaced("accounting", {"case": "a"})
-    replaced("inspect", *({"case": f"kernel {i}"} for i in range(run.SHOWN_ROWS + 1)))
+def test_the_command_takes_several_stages(tmp_path, fake_stage, capsys):
+    fake_stage("accounting", {"case": "a"})
+    fake_stage("inspect", *({"case": f"kernel {i}"} for i in range(run.SHOWN_ROWS + 1)))
     assert main(["bench", "inspect", "accounting", "--device", "cpu", "--out", str(tmp_path / "r.jsonl")]) == 0
     assert len(read(tmp_path / "r.jsonl")) == run.SHOWN_ROWS + 3
     assert f"inspect: {run.SHOWN_ROWS + 1} rows, in the file only" in capsys.readouterr().out
 
 
-def test_the_tests_outcomes_are_counted():
+def test_test_outcomes_are_counted():
     lines = [
         "platform linux",
         "tests/a.py::test_b PASSED [ 1%]",
@@ -323,7 +324,7 @@ def test_the_machine_is_described():
     assert machine["cpu_threads"] >= 1
 
 
-def test_the_readmes_block_is_replaced_and_nothing_else():
+def test_only_the_readmes_block_is_replaced():
     text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     assert replace_block(text, f"{BEGIN}\nnew\n{END}") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     for broken in ("nothing", f"{END} {BEGIN}", BEGIN):

@@ -1,4 +1,4 @@
-"""The static model: machine code as it is read, loops that are counted by hand, and what a kernel's loop may cost."""
+"""The static model: parsed machine code, loops counted by hand, and the costs of loops."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from tilewright.bench import sass, static_model
 from tilewright.bench.bandwidth_model import BYTES_IN_FLIGHT, bandwidth_of, first_batch
 from tilewright.bench.loop_model import CYCLES, TENSOR_LATENCY, calibrated, simulate, tensor_cycles
-from tilewright.bench.static_model import ARCHITECTURE, causal_tiles, makespan, modelled, turns
+from tilewright.bench.static_model import ARCHITECTURE, block_counts, causal_tiles, makespan, modelled
 from tilewright.cli import main
 from tilewright.kernels.attention.choice import FORMS, use_attention_kernel
 from tilewright.kernels.dispatch import HAS_TRITON
@@ -26,7 +26,7 @@ def instruction(text, stall=1, write=7, read=7, wait=0):
     return sass._instruction(text, stall << 41 | write << 46 | read << 49 | wait << 52)
 
 
-# Two instructions, a label, and a branch back to it, as nvdisasm prints them: the lower half of each encoding, then the upper.
+# Two instructions and a branch back to a label, as nvdisasm prints them: the lower half of each encoding, then the upper.
 LISTING = """\
 .L_x_1:
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
@@ -38,7 +38,7 @@ LISTING = """\
 """
 
 
-def test_control_bits_labels_and_loops_are_read(monkeypatch):
+def test_disassembly_reads_control_bits_labels_and_loops(monkeypatch):
     monkeypatch.setattr(sass, "tool", lambda *_: LISTING)
     items = sass.disassemble(b"")
     assert items[0] == ".L_x_1"
@@ -55,7 +55,7 @@ def test_control_bits_labels_and_loops_are_read(monkeypatch):
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR44], RZ, !UPT", 128, 192, 64, False),
         ("HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR20].tnspB, R88, gsb0", 128, 128, 64, True),
         ("QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR44], RZ, !UPT", 128, 192, 64, False),
-        # So few columns that the factors come too slowly.
+        # With so few columns the operands arrive too slowly.
         ("HGMMA.64x16x16.F32.BF16 R24, gdesc[UR44], R24", 16, 80, 20, False),
     ],
 )
@@ -78,13 +78,13 @@ PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR44], RZ, !UPT, gsb0"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
 
-def test_a_warp_that_waits_for_its_product_lets_the_tensor_core_rest():
+def test_waiting_for_a_product_idles_the_tensor_core():
     alone = simulate([instruction(PRODUCT), instruction(WAIT)], groups=1, programs=1)
     assert alone.tensor == 64
     assert 64 + TENSOR_LATENCY <= alone.cycles <= 64 + TENSOR_LATENCY + 4
     assert alone.limiter == "tensor"
     assert max(alone.waits, key=lambda reason: alone.waits[reason]) == "products"
-    # A second group fills the gap, unless a barrier of the whole program holds both in step.
+    # A second group fills the gap, unless a barrier of the whole program keeps both in step.
     both = simulate([instruction(PRODUCT), instruction(WAIT)], groups=2, programs=1)
     assert 0.98 < both.share < 1.02
     in_step = simulate([instruction(PRODUCT), instruction(WAIT), instruction("BAR.SYNC.DEFER_BLOCKING 0x0")], 2, 1)
@@ -92,7 +92,7 @@ def test_a_warp_that_waits_for_its_product_lets_the_tensor_core_rest():
     assert in_step.waits["barrier"] > 0
 
 
-def test_tensor_cores_that_wait_for_factors_are_busy_below_their_peak():
+def test_waiting_for_operands_keeps_the_tensor_core_busy():
     narrow = instruction("HGMMA.64x16x16.F32.BF16 R24, gdesc[UR44], R24, gsb0")
     report = simulate([narrow] * 64 + [instruction(WAIT)], groups=2, programs=1)
     assert report.limiter == "tensor"
@@ -103,19 +103,19 @@ def test_tensor_cores_that_wait_for_factors_are_busy_below_their_peak():
 @pytest.mark.parametrize(
     ("text", "pipe"), [("MUFU.EX2 R0, R1", "mufu"), ("LOP3.LUT R0, R1, R2", "alu"), ("FFMA R0, R1", "fma")]
 )
-def test_a_pipe_limits_what_keeps_it_busy(text, pipe):
+def test_the_busiest_pipe_is_the_limiter(text, pipe):
     report = simulate([instruction(text)] * 32, groups=1, programs=1)
     assert report.limiter == pipe if CYCLES[pipe] > 1 else report.limiter in (pipe, "issue")
     assert report.cycles == pytest.approx(32 * CYCLES[pipe], rel=0.1)
 
 
-def test_calibration_passes_no_measured_limit():
+def test_calibrated_predictions_stay_below_the_measured_limit():
     assert calibrated(0.6, "portable") == pytest.approx(481, rel=0.01)
     assert calibrated(1.0, "gluon") == calibrated(1.0, "portable") == pytest.approx(653, rel=0.01)
     assert calibrated(1.0, "fused") == pytest.approx(561, rel=0.01)
 
 
-def test_bytes_in_flight_and_what_limits():
+def test_bytes_in_flight_and_limiter():
     load = [instruction(f"LDG.E.128 R{4 * i}, desc[UR4][R2.64]", write=0) for i in range(4)]
     use = instruction("FADD R0, R4, R5", wait=1)
     assert first_batch([*load, use]) == 64
@@ -151,16 +151,16 @@ def test_tiles_of_a_causal_mask_are_counted(num_tokens, kept, looped, of_keys):
     assert causal_tiles(num_tokens, kept, looped, of_keys) == (-(-num_tokens // kept), full, masked)
 
 
-def test_programs_that_begin_in_order(monkeypatch):
+def test_makespan_of_programs_in_order(monkeypatch):
     monkeypatch.setattr(static_model, "NUM_SMS", 2)
-    # The second begins beside the first, the third when the second has ended, the fourth when the first has.
+    # The second starts with the first, the third when the second ends, the fourth when the first ends.
     assert makespan([5, 2, 4, 3]) == 8
-    assert list(turns(3, num_rows=3, rows_at_once=2)) == [1, 1, 2, 2, 3, 3, 1, 2, 3]
+    assert list(block_counts(3, num_rows=3, rows_at_once=2)) == [1, 1, 2, 2, 3, 3, 1, 2, 3]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
 def test_every_kernel_is_modelled(monkeypatch):
-    # What is interpreted here has no types to compile with.
+    # Interpreted kernels have no types to compile with.
     monkeypatch.setattr("tilewright.kernels.inspect.kernel_case", lambda launch, name: launch)
     found = set()
     for form in FORMS:
@@ -171,20 +171,20 @@ def test_every_kernel_is_modelled(monkeypatch):
     assert found == {kernel.__name__ for op in ALL.values() for kernel in op.kernels}
 
 
-def test_the_flag_belongs_to_inspect(capsys):
+def test_the_model_flag_needs_inspect(capsys):
     assert main(["bench", "memory", "--model"]) == 2
-    assert "--model belongs to the stage inspect: the stages are memory" in capsys.readouterr().err
+    assert "--model needs the stage inspect: the stages are memory" in capsys.readouterr().err
 
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot be imported")
-def test_no_loop_of_attention_has_become_worse():
+def test_attention_loops_have_not_become_slower():
     import triton
 
     committed = json.loads(CYCLES_OF_LOOPS.read_text())
     if triton.__version__ != committed["triton"]:
-        pytest.skip(f"the committed figures are those of Triton {committed['triton']}, here is {triton.__version__}")
+        pytest.skip(f"the committed figures are from Triton {committed['triton']}, and this is {triton.__version__}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     shown = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "loop_cycles.py")], capture_output=True, text=True, env=environment
@@ -194,8 +194,8 @@ def test_no_loop_of_attention_has_become_worse():
     slower = {
         name: (cycles, found.get(name))
         for name, cycles in committed["cycles"].items()
-        # A tile of another shape has other cycles of multiplying, the first figure.
+        # Normalize by the cycles of multiplying, the first figure, in case the tile shape has changed.
         if name not in found
         or any(now / found[name][0] > 1.02 * before / cycles[0] for now, before in zip(found[name], cycles, strict=True))
     }
-    assert not slower, f"cycles of multiplying, of a tile without a mask and with one: {slower}, committed and found"
+    assert not slower, f"cycles of multiplying, of an unmasked and of a masked tile: {slower}, committed and found"

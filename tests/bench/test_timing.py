@@ -11,14 +11,14 @@ def test_quantiles_of_known_samples():
     assert quantiles([4.0, 2.0]).p50_ms == pytest.approx(3.0)
 
 
-def test_variants_take_turns():
+def test_variants_run_in_turn():
     calls = []
     times = time_variants({name: lambda name=name: calls.append(name) for name in "ab"}, torch.device("cpu"), rounds=3, calls=2)
     assert "".join(calls) == "ab" + "aabb" * 3  # once to compile, then in turn
     assert times["a"].count == times["b"].count == 6
 
 
-def test_a_variant_that_fails_leaves_the_others_their_turns():
+def test_a_failing_variant_does_not_stop_the_others():
     calls = []
 
     def failing():

@@ -49,10 +49,10 @@ def test_every_library_does_every_job_with_the_same_result(folder, name):
             assert (found["tokens"], found["digest"]) == (expected["tokens"], expected["digest"])
 
 
-def test_the_tokenizer_is_measured_against_its_peers(monkeypatch):
-    names = ("tilewright", "tilewright, ties as tokenizers", "tokenizers", "tiktoken")
+def test_the_tokenizer_is_measured_with_its_peers(monkeypatch):
+    names = ("tilewright", "tilewright, ties as tokenizers", "tokenizers")
     monkeypatch.setattr(peers, "LIBRARIES", {name: peers.LIBRARIES[name] for name in names})
-    scripts = bench._FIRST_CALLS | {"all compiled code": "jit.load(jit.ALL[:1])"}  # all of it takes long
+    scripts = bench._FIRST_CALLS | {"all compiled code": "jit.load(jit.ALL[:1])"}  # loading everything takes long
     monkeypatch.setattr(bench, "_FIRST_CALLS", scripts)
     rows = list(bench.bench_tokenizer([SMALL]))
     first, measured = rows[: 2 * len(scripts)], rows[2 * len(scripts) :]
@@ -65,7 +65,7 @@ def test_the_tokenizer_is_measured_against_its_peers(monkeypatch):
     assert all(row["speedup"] == 1 for row in measured if row["variant"] == "tilewright")
 
 
-def test_what_is_not_installed_is_said(monkeypatch):
+def test_missing_libraries_are_reported(monkeypatch):
     libraries = {"nothing": (peers.Tiktoken, "nothing-at-all", "nothing_at_all")}
     monkeypatch.setattr(peers, "LIBRARIES", libraries)
     assert next(bench.bench_tokenizer([])) == {
@@ -81,7 +81,7 @@ def run_script(monkeypatch, tmp_path, script, limit_seconds=20):
     return bench._run({"a": ("x",), "b": ("y",)}, 2, limit_seconds, {"a": "a", "b": "a"})
 
 
-def test_a_result_that_differs_is_told_from_one_that_does_not(monkeypatch, tmp_path):
+def test_differing_results_are_detected(monkeypatch, tmp_path):
     script = "import json, sys; print('noise'); print(json.dumps({'digest': sys.argv[1], 'seconds': 1, 'peak_mb': 2}))"
     results = run_script(monkeypatch, tmp_path, script)
     assert (results["a"]["same_result"], results["b"]["same_result"]) == (True, False)
@@ -97,13 +97,13 @@ def test_a_result_that_differs_is_told_from_one_that_does_not(monkeypatch, tmp_p
     ("script", "limit_seconds", "message"),
     [("import time; time.sleep(60)", 0.3, "more than 0.3 s"), ("raise ValueError('no')", 250, "failed: ValueError: no")],
 )
-def test_a_library_that_hangs_or_fails_ends_nothing(monkeypatch, tmp_path, script, limit_seconds, message):
+def test_a_hanging_or_failing_library_does_not_stop_the_bench(monkeypatch, tmp_path, script, limit_seconds, message):
     results = run_script(monkeypatch, tmp_path, script, limit_seconds)
     assert results == {"a": {"not_measured": message}, "b": {"not_measured": message}}
     assert [row["not_measured"] for row in bench._rows("case", results, 1, dict.fromkeys("ab", "1"))] == [message] * 2
 
 
-def test_texts_have_the_size_they_are_asked_for(tmp_path, monkeypatch):
+def test_texts_have_the_requested_size(tmp_path, monkeypatch):
     for kind in ("stories", "dna", "aaaa", "cjk"):
         size = texts.write_text(tmp_path / kind, kind, 0.03)
         assert size == (tmp_path / kind).stat().st_size
@@ -117,7 +117,7 @@ def test_texts_have_the_size_they_are_asked_for(tmp_path, monkeypatch):
     assert documents[1].startswith("caf\ufffd ")
 
 
-def test_packages_files_come_in_order_and_once(tmp_path, monkeypatch):
+def test_package_files_are_sorted_and_unique(tmp_path, monkeypatch):
     for name, text in {"b.py": "b", "a/x.md": "x", "a/same.py": "b", "skip.json": "{}", "empty.py": ""}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

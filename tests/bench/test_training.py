@@ -9,7 +9,7 @@ from tilewright.bench.accounting import bench_accounting
 from tilewright.bench.ceilings import Ceilings
 from tilewright.bench.generation import bench_generation, generation_jobs
 from tilewright.bench.memory import CONFIGURATIONS, memory_jobs, peak_row
-from tilewright.bench.results import settled
+from tilewright.bench.results import final_rows
 from tilewright.bench.trainers import OWN_POLICY, TORCH_POLICY, VARIANTS, Variant, config_for, counted_flops, random_trainer
 from tilewright.bench.training import Entrant, bench_training, lost_shares, training_jobs
 from tilewright.kernels import get_backend
@@ -25,7 +25,7 @@ TINY = ModelConfig(vocab_size=300, context_length=16, d_model=16, num_layers=1, 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A preset that takes no time."""
+    """A preset that runs in no time."""
     config = dataclasses.replace(PRESETS["stories-cpu"], model=TINY, batch_size=4)
     monkeypatch.setitem(PRESETS, "tiny", config)
     monkeypatch.setitem(MODELS, "tiny", TINY)
@@ -39,9 +39,9 @@ def test_training_is_measured(tiny):
     assert speed["tokens_per_s"] == pytest.approx(4 * 16 / speed["p50_ms"] * 1e3)
     assert speed["formula_tflop"] * 1e12 == model_flops(operations(TINY, 4))
     assert speed["measured"] == "alone"
-    # Of a CPU no peak is known, so nothing is a share of one.
+    # A CPU's peak is unknown, so these have no value.
     assert [speed[name] for name in ("mfu", "bound_ms", "best_mfu", "peak_gb")] == [None] * 4
-    assert where["table"] == "where the time of a step goes"
+    assert where["table"] == "time of a step by group"
     assert where["matmul"] > 0
     assert where["optimizer"] > 0
     assert sum(where[name] for name in GROUPS) == pytest.approx(1)
@@ -50,7 +50,7 @@ def test_training_is_measured(tiny):
 
 @pytest.fixture
 def laps(tiny, monkeypatch):
-    """Three variants that need no compiler, and the laps as they are taken; a test may have one fail."""
+    """Three variants without compilation, and the recorded laps; a test can make a lap fail."""
     monkeypatch.setattr(training, "VARIANTS", {name: Variant(name == "b", compiled=False) for name in "abc"})
     taken, failures = [], {}
     lap = Entrant.lap
@@ -67,19 +67,19 @@ def laps(tiny, monkeypatch):
     return taken, failures
 
 
-def test_variants_take_turns(laps):
+def test_variants_run_in_turn(laps):
     taken, _ = laps
     rows = list(bench_training("tiny", CPU, "abc"))
     assert "".join(variant for variant, _ in taken) == "abc" + "abc" * training.LAPS
     speeds = [(row["variant"], row["measured"], row["count"], row.get("preliminary")) for row in rows if "p50_ms" in row]
-    # What is known before the next one is compiled, and then what counts.
+    # Preliminary rows come first, one per variant, then the final ones.
     assert speeds[:3] == [(name, "alone", 1, True) for name in "abc"]
     assert speeds[3:] == [(name, "in turns", training.LAPS, None) for name in "abc"]
     assert [row["variant"] for row in rows if row.get("table")] == [*"abc"]
-    assert [row["variant"] for row in settled(rows) if "p50_ms" in row] == [*"abc"]
+    assert [row["variant"] for row in final_rows(rows) if "p50_ms" in row] == [*"abc"]
 
 
-def test_a_variant_that_fails_does_not_take_the_others_with_it(laps):
+def test_a_failing_variant_does_not_stop_the_others(laps):
     taken, failures = laps
     failures["b", 4, 3] = RuntimeError("no such kernel")
     rows = list(bench_training("tiny", CPU, "abc"))
@@ -91,7 +91,7 @@ def test_a_variant_that_fails_does_not_take_the_others_with_it(laps):
     assert taken.count(("b", 4)) == 3
 
 
-def test_a_variant_that_cannot_begin_does_not_take_the_others_with_it(laps, monkeypatch):
+def test_a_variant_that_fails_to_start_does_not_stop_the_others(laps, monkeypatch):
     def fail(*_):
         raise RuntimeError("no compiler")
 
@@ -103,9 +103,9 @@ def test_a_variant_that_cannot_begin_does_not_take_the_others_with_it(laps, monk
     assert [row["variant"] for row in rows if row.get("count") == training.LAPS] == ["a", "c"]
 
 
-def test_a_variant_that_does_not_fit_beside_the_others_is_measured_alone_and_halved(laps):
+def test_a_variant_out_of_memory_runs_alone_at_half_the_batch(laps):
     taken, failures = laps
-    failures["b", 4, 2] = torch.cuda.OutOfMemoryError()  # beside the others
+    failures["b", 4, 2] = torch.cuda.OutOfMemoryError()  # together with the others
     failures["b", 4, 3] = torch.cuda.OutOfMemoryError()  # alone
     rows = list(bench_training("tiny", CPU, "abc"))
     final = [row for row in rows if not row.get("table") and not row.get("preliminary")]
@@ -113,30 +113,30 @@ def test_a_variant_that_does_not_fit_beside_the_others_is_measured_alone_and_hal
     assert [(row["case"], row["variant"], row.get("measured", row.get("not_measured"))) for row in final] == [
         (batch_4, "a", "in turns"),
         (batch_4, "c", "in turns"),
-        (batch_4, "b", "more memory than there is"),
+        (batch_4, "b", "out of memory"),
         (batch_2, "b", "alone"),
     ]
     assert taken.count(("b", 2)) == training.LAPS
 
 
-def test_without_room_for_all_each_is_measured_alone(laps, monkeypatch):
+def test_variants_run_alone_if_they_do_not_fit_together(laps, monkeypatch):
     monkeypatch.setattr(training, "_free_memory", lambda device: 1.0)
     rows = list(bench_training("tiny", CPU, "abc"))
     assert "".join(variant for variant, _ in laps[0]) == "".join(name * training.LAPS for name in "abc")
     assert [row["measured"] for row in rows if "p50_ms" in row] == ["alone"] * 3
 
 
-def test_room_for_all(monkeypatch):
+def test_fit_together(monkeypatch):
     model, batch = MODELS["gpt2-small"], 32
     own, torchs = (training_memory(model, batch, policy=policy) for policy in (OWN_POLICY, TORCH_POLICY))
-    # The weights and moments of all, the activations of one.
+    # The weights and moments of all variants, and the activations of one.
     needed = (len(VARIANTS) - 1) * (own.weights + own.optimizer_state) + torchs.peak
     for share, fits in ((0.99, False), (1.01, True)):
         monkeypatch.setattr(training, "_free_memory", lambda device, share=share: share * needed / training.USABLE_MEMORY)
         assert training.fit_together(model, batch, CPU, tuple(VARIANTS)) == fits
 
 
-def test_the_forms_of_a_step_compute_the_same(tiny):
+def test_step_variants_compute_the_same(tiny):
     losses = []
     for variant in (Variant(kernels=True, compiled=False), Variant(kernels=False, compiled=False)):
         with random_trainer(config_for("tiny", CPU, 4)) as trainer, variant.running():
@@ -145,7 +145,7 @@ def test_the_forms_of_a_step_compute_the_same(tiny):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_weights_are_drawn_as_the_model_draws_them(tiny):
+def test_weights_are_initialized_like_the_model(tiny):
     with random_trainer(config_for("tiny", CPU, 4)) as trainer:
         drawn, own = trainer.model.state_dict(), TransformerLM(TINY).state_dict()
     assert drawn.keys() == own.keys()
@@ -154,7 +154,7 @@ def test_weights_are_drawn_as_the_model_draws_them(tiny):
     assert (drawn["ln_final.weight"] == 1).all()
 
 
-def test_what_is_measured_where():
+def test_jobs_by_device():
     on_gpu = [job.case for job in training_jobs(torch.device("cuda"))]
     assert on_gpu == ["training gpt2-small", "training gpt2-xl", "training tinystories-17m"]
     assert [job.case for job in training_jobs(CPU)] == ["training stories-cpu"]
@@ -163,24 +163,24 @@ def test_what_is_measured_where():
     assert len(list(memory_jobs(CPU))) == len(CONFIGURATIONS) >= 6
 
 
-def test_losses_and_mfu_sum_up_to_the_step():
+def test_lost_shares_and_mfu_sum_to_one():
     shares = {"matmul": 0.5, "attention": 0.2, "elementwise": 0.1, "optimizer": 0.05, "idle": 0.15}
     ideal = {"matmul": 0.3, "attention": 0.12}
     losses = lost_shares(shares, ideal)
     assert losses == pytest.approx({"matmul": 0.2, "attention": 0.08, "elementwise": 0.1, "optimizer": 0.05, "idle": 0.15})
     mfu = sum(ideal.values())
     assert mfu + sum(losses.values()) == pytest.approx(1)
-    # Written out, attention is products: nobody computed it in less than no time.
+    # Naive attention runs as products, so its loss is not negative.
     written_out = lost_shares({"matmul": 0.7, "attention": 0.0, "elementwise": 0.3}, ideal)
     assert written_out == pytest.approx({"matmul": 0.28, "attention": 0, "elementwise": 0.3})
 
 
-def test_flops_are_counted_for_one_sequence():
+def test_flops_of_one_sequence_match_the_counter():
     config = dataclasses.replace(TINY, vocab_size=384)
     assert counted_flops(config) == model_flops(operations(config, 1))
     (row,) = bench_accounting("gpt2-small")
     assert row["formula_flops"] == 3 * 349_630_365_696
-    # 50,257 tokens are held as 50,304.
+    # The 50,257 tokens are padded to 50,304.
     assert row["padding_flops"] == 3 * 2 * 1024 * 768 * 47
     assert row["same_result"]
 
@@ -193,21 +193,21 @@ def test_generation_is_measured(tiny):
         assert "share_of_datasheet" not in row
 
 
-def test_generation_stands_beside_its_bounds():
-    from tilewright.kernels.datasheet import find_gpu
+def test_generation_bounds():
+    from tilewright.datasheet import find_gpu
 
     cost = step_cost(MODELS["gpt2-xl"], 576, 8, "bfloat16", find_gpu("h200"))
     assert cost.tokens_per_second is not None
     shape = (cost.bytes_per_step, 8 * cost.flops_per_token, Ceilings(4.32e12, 790e12), 8)
     bounds = generation._bounds(cost.tokens_per_second, cost.tokens_per_second / 2, *shape)
     assert bounds["share_of_datasheet"] == pytest.approx(0.5)
-    # Bound by bandwidth: the copy reached 90% of the datasheet's.
+    # Bandwidth is the limit: the copy reached 90% of the datasheet.
     assert bounds["share_of_roofline"] == pytest.approx(0.5 / 0.9)
     assert "suspicious" not in bounds
     assert "measuring error" in generation._bounds(1.0, 1.1, *shape)["suspicious"]
 
 
-def test_peaks_beside_their_prediction():
+def test_peak_row_has_the_prediction_error():
     row = peak_row("a", predicted=1000, measured=1020, reserved=2000)
     assert row["error"] == pytest.approx(0.02)
 
@@ -216,7 +216,7 @@ def test_peaks_beside_their_prediction():
 def test_training_and_memory_are_measured_on_a_gpu(tiny):
     device = torch.device("cuda")
     variants = ("eager", "compile + kernels")
-    rows = settled(list(bench_training("tiny", device, variants)))
+    rows = final_rows(list(bench_training("tiny", device, variants)))
     speeds = [row for row in rows if not row.get("table")]
     assert [(row["variant"], row.get("measured")) for row in speeds] == [(variant, "in turns") for variant in variants], rows
     assert all(row["peak_gb"] > 0 for row in speeds)

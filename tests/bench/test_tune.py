@@ -2,14 +2,14 @@ import dataclasses
 import io
 import json
 import shutil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
 from rich.console import Console
 
 from gluon_emulator import emulating
-from tilewright.bench import TuneConfig, run_tune, tune
+from tilewright.bench import TuneConfig, options, run_tune, tune
 from tilewright.bench.timing import Times
 from tilewright.errors import UserError
 from tilewright.kernels import use_backend
@@ -34,7 +34,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
-    """A copy of the shipped file, which the functions write to instead."""
+    """A copy of the shipped file, to which the functions write instead."""
     path = tmp_path / "configurations.json"
     shutil.copyfile(configurations.CONFIGURATIONS, path)
     monkeypatch.setattr(configurations, "CONFIGURATIONS", path)
@@ -44,7 +44,7 @@ def shipped(tmp_path, monkeypatch):
 
 
 class Compiled(NamedTuple):
-    """In place of a kernel that is compiled: what it would be compiled for."""
+    """Replaces a compiled kernel and records its arguments."""
 
     name: str
     config: LaunchConfig
@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda *_: GRID)
-    # The interpreter multiplies float16 rightly, and bfloat16 not.
+    # The interpreter computes float16 products correctly, but not bfloat16.
     monkeypatch.setattr(tune, "DTYPE", torch.float16)
     monkeypatch.setattr(
         tune, "compiled", lambda kernel, generation, key, config, shapes: [Compiled("served", config, each) for each in shapes]
@@ -70,7 +70,7 @@ def small(monkeypatch):
 
 
 def timer(*fastest):
-    """Times by the place of a configuration's name in `fastest`; the others are slow."""
+    """Return a timer whose times follow the order of `fastest`; other configurations are slow."""
 
     def measure(calls, device, rounds):
         for call in calls.values():
@@ -89,13 +89,13 @@ def no_flaw(case, generation):
     return None
 
 
-def test_the_shipped_file_is_what_would_be_written(shipped):
+def test_the_shipped_file_round_trips(shipped):
     before = shipped.read_bytes()
     write_configurations(read_configurations())
     assert shipped.read_bytes() == before
 
 
-def test_another_configuration_holds_for_a_block_only(shipped):
+def test_use_configuration_is_limited_to_its_block(shipped):
     before = read_configurations()[KEY]
     with pytest.raises(RuntimeError, match="inside"), use_configuration(KEY, GRID[0]):
         assert read_configurations()[KEY] == GRID[0]
@@ -105,7 +105,7 @@ def test_another_configuration_holds_for_a_block_only(shipped):
 
 @interpreted
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "decode"])
-def test_the_fastest_is_written_and_no_other_line_changes(kernel, shipped, small):
+def test_only_the_line_of_the_fastest_configuration_changes(kernel, shipped, small):
     before = shipped.read_text().splitlines()
     if kernel == "backward_kv":
         measure = timer(*names(GRID)[1:])
@@ -124,7 +124,7 @@ def test_the_fastest_is_written_and_no_other_line_changes(kernel, shipped, small
 
 @interpreted
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
-def test_the_form_in_gluon_ships_where_it_is_the_fastest(kernel, shipped, small, monkeypatch):
+def test_the_gluon_kernel_ships_if_it_is_the_fastest(kernel, shipped, small, monkeypatch):
     grid = [LaunchConfig(32, 32, 64, 4, 2, True), LaunchConfig(128, 128, 64, 4, 2, True, gluon=True)]
     monkeypatch.setattr(tune, "candidates", lambda *_: grid)
     key = f"sm_90 {kernel} half 64"
@@ -133,7 +133,7 @@ def test_the_form_in_gluon_ships_where_it_is_the_fastest(kernel, shipped, small,
         rows = list(tune.tune_kernel(kernel, 64, torch.device("cpu"), no_flaw, timer(*names(grid)[::-1])))
     assert [row["variant"] for row in rows[:2]] == ["128x128, 4 warps, 2 stages, in Gluon", "32x32, 4 warps, 2 stages TMA"]
     assert rows[0]["verdict"] == "chosen"
-    # Where it cannot serve, the portable kernel is launched as before.
+    # The portable kernel keeps its configuration for calls that Gluon does not support.
     assert read_configurations()[key] == dataclasses.replace(before, gluon=True)
     assert read_configurations()[key.replace("half", "gluon")] == grid[1]
     with emulating("early"):
@@ -143,14 +143,14 @@ def test_the_form_in_gluon_ships_where_it_is_the_fastest(kernel, shipped, small,
 
 
 @interpreted
-def test_what_the_compiler_spoils_is_not_timed_nor_shipped(shipped, small, monkeypatch):
+def test_flawed_configurations_are_neither_timed_nor_shipped(shipped, small, monkeypatch):
     before = shipped.read_bytes()
 
     def inspector(case, generation):
         assert generation == "sm_90"
         if case.config == GRID[0]:
             return "spills 8 bytes"
-        # Fine as it is timed, but not with every option that it would ship with.
+        # Fine with the timed shape, but not with every option that it would serve.
         return "spills 4 bytes" if case.config in GRID[1:] and "dtype" in case.sizes else None
 
     rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), inspector, timer(*names(GRID))))
@@ -163,7 +163,7 @@ def test_what_the_compiler_spoils_is_not_timed_nor_shipped(shipped, small, monke
 
 
 @interpreted
-def test_the_fused_backward_kernel_ships_where_it_is_faster_than_two(shipped, small, monkeypatch):
+def test_the_fused_backward_kernel_ships_if_it_is_faster(shipped, small, monkeypatch):
     monkeypatch.setattr(tune, "candidates", candidates)
     fused = "64x128, 4 warps, 2 stages, in Gluon"
     before = read_configurations()[FUSED_KEY]
@@ -173,7 +173,7 @@ def test_the_fused_backward_kernel_ships_where_it_is_faster_than_two(shipped, sm
     ships = read_configurations()[FUSED_KEY]
     assert ships == dataclasses.replace(before, gluon=True)
     assert '"gluon": true' in next(line for line in shipped.read_text().splitlines() if FUSED_KEY in line)
-    # The two are tuned by themselves.
+    # The two kernels are tuned by themselves.
     key = "sm_90 backward_q half 128"
     with tune.use_candidate(key, read_configurations()[key]):
         assert not read_configurations()[FUSED_KEY].gluon
@@ -185,7 +185,7 @@ def test_the_fused_backward_kernel_ships_where_it_is_faster_than_two(shipped, sm
 
 
 @interpreted
-def test_a_wrong_or_failing_configuration_is_not_timed(shipped, small, monkeypatch):
+def test_wrong_and_failing_configurations_are_not_timed(shipped, small, monkeypatch):
     true_attention = tune.attention
 
     def attention(q, k, v):
@@ -198,13 +198,13 @@ def test_a_wrong_or_failing_configuration_is_not_timed(shipped, small, monkeypat
     monkeypatch.setattr(tune, "attention", attention)
     rows = list(tune.tune_kernel("forward", 16, torch.device("cpu"), no_flaw, timer(*names(GRID))))
     assert {row["variant"]: row["not_measured"] for row in rows if "not_measured" in row} == {
-        names(GRID)[0]: "RuntimeError: out of resources", names(GRID)[1]: "wrong: result 0 of a token is off by nan%",
+        names(GRID)[0]: "RuntimeError: out of resources", names(GRID)[1]: "wrong: error of a token of result 0 is nan%",
     }  # fmt: skip
     assert read_configurations()[KEY] == GRID[2]
 
 
 @interpreted
-def test_an_interruption_leaves_the_file(shipped, small):
+def test_an_interruption_keeps_the_file(shipped, small):
     before = shipped.read_bytes()
 
     def interrupted(calls, device, rounds):
@@ -217,32 +217,32 @@ def test_an_interruption_leaves_the_file(shipped, small):
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "decode"])
-def test_what_is_tried(kernel):
+def test_candidates(kernel):
     for block_k in (16, 64, 128, 256):
         tried = tune.candidates(kernel, "sm_90", block_k)
         assert 12 <= len(tried) == len(set(tried)) <= 84
         assert {config.block_k for config in tried} == {block_k}
-        # Descriptors where the GPU has them, and where the kernel takes them.
+        # Descriptors need support by the GPU and the kernel.
         assert {config.tma for config in tried} == ({False} if kernel == "decode" else {False, True})
         assert not any(config.tma for config in tune.candidates(kernel, "sm_86", block_k))
         assert any(config.gluon for config in tried) == (kernel != "decode" and block_k >= 64)
         assert not any(config.gluon for config in tune.candidates(kernel, "sm_100", block_k))
 
 
-def test_tuning_needs_a_gpu_and_head_dims_that_have_configurations():
-    with pytest.raises(UserError, match="device cpu cannot be tuned for: an NVIDIA GPU is needed"):
+def test_tuning_needs_a_gpu_and_valid_head_dims():
+    with pytest.raises(UserError, match="cannot tune on device cpu"):
         run_tune(TuneConfig("attention", device="cpu"), Console(file=io.StringIO()))
     for head_dim in (8, 80, 512):
-        with pytest.raises(UserError, match=f"head dim {head_dim}: choose powers of two from 16 to 256"):
+        with pytest.raises(UserError, match=f"head_dims has {head_dim}: expected powers of two from 16 to 256"):
             TuneConfig("attention", head_dims=(64, head_dim))
 
 
-def test_each_kernel_and_head_dim_is_a_job_of_its_own():
+def test_each_kernel_and_head_dim_is_a_job():
     config = TuneConfig("attention", kernels=("forward", "decode"), head_dims=(64, 128))
     cases = [job.case for job in tune.tune_jobs(config, torch.device("cpu"))]
     assert cases == ["tune forward 64", "tune forward 128", "tune decode 64", "tune decode 128"]
     (row,) = tune.tune_kernel("backward_fused", 64, torch.device("cpu"))
-    assert row["not_measured"] == "there is no fused backward kernel for this GPU and head dim"
+    assert row["not_measured"] == "no fused backward kernel for this GPU and head dim"
 
 
 @pytest.mark.gpu
@@ -252,3 +252,7 @@ def test_a_kernel_is_tuned_on_a_gpu(shipped, monkeypatch):
     rows = list(tune.tune_kernel("forward", 64, torch.device("cuda")))
     assert [row["verdict"] for row in rows].count("chosen") == 1
     assert all(row["p50_ms"] > 0 for row in rows if "not_measured" not in row)
+
+
+def test_the_options_name_every_kernel():
+    assert get_args(options.AttentionKernel) == get_args(configurations.Kernel)

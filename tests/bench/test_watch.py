@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 
 
 class Forked:
-    """A worker that is forked from this process, so that it knows what the test has replaced."""
+    """A worker forked from this process, so that it inherits the patches of the test."""
 
     def __init__(self, target, *others):
         self.returncode = None
         self.pid = os.fork()
         if not self.pid:
             status = 1
-            # The test's own time limit is not the worker's.
+            # Clear the alarm of the test's own time limit.
             signal.setitimer(signal.ITIMER_REAL, 0)
             with suppress(BaseException):
                 os.setsid()
@@ -54,7 +54,7 @@ class Forked:
 
 
 def hang():
-    """Wait where no signal but SIGKILL comes through, as for a kernel that never ends."""
+    """Wait with all signals blocked except SIGKILL, like a kernel that never ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {*signal.Signals} - {signal.SIGKILL, signal.SIGSTOP})
     while True:
         time.sleep(60)
@@ -80,9 +80,9 @@ FAULTS = {
 
 
 @pytest.fixture
-def turns(tmp_path, monkeypatch):
-    """Workers in which stages of jobs run that may be named as `FAULTS`; return in which process each job had its turn."""
-    path = tmp_path / "turns"
+def fake_stages(tmp_path, monkeypatch):
+    """Return a function that replaces the stages by jobs named after `FAULTS`; it returns one that lists (job, process)."""
+    path = tmp_path / "ran"
     path.touch()
 
     def job(name):
@@ -105,9 +105,9 @@ def turns(tmp_path, monkeypatch):
             monkeypatch.setattr(module, "STAGES", fakes)
         return lambda: [line.split(":") for line in path.read_text().splitlines()]
 
-    def start(device, ends, tune, connection, left, had):
+    def start(device, ends, tune, connection, left, done):
         some = {name: worker.STAGES[name] for name in left}
-        return Forked(lambda: watch.report(connection, worker.run_here(some, device, ends, had, limited=True)))
+        return Forked(lambda: watch.report(connection, worker.run_here(some, device, ends, done, limited=True)))
 
     monkeypatch.setattr(worker, "_start", start)
     monkeypatch.setattr(run, "run_here", worker.run_in_workers)
@@ -121,19 +121,19 @@ def bench(tmp_path, capsys, **rest):
     return path, [row for row in map(json.loads, path.read_text().splitlines()) if "job" not in row], capsys.readouterr().out
 
 
-def test_a_job_that_costs_its_worker_costs_itself_alone(tmp_path, turns, capsys):
+def test_a_job_that_kills_its_worker_loses_only_itself(tmp_path, fake_stages, capsys):
     names = ["a", "hangs", "b", "segfaults", "is killed", "exits", "raises", "sleeps", "c"]
-    had = turns(kernels=names, attention=["d"])
+    ran = fake_stages(kernels=names, attention=["d"])
     path, rows, shown = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
-    assert [name for name, _ in had()] == [*names, "d"]
-    # A new process after each that was lost, and only then.
-    of = dict(had())
+    assert [name for name, _ in ran()] == [*names, "d"]
+    # Each lost worker is replaced by a new process, and no other.
+    of = dict(ran())
     workers = [{of[name] for name in group} for group in (
         ["a", "hangs"], ["b", "segfaults"], ["is killed"], ["exits"], ["raises", "sleeps", "c", "d"],
     )]  # fmt: skip
     assert [len(group) for group in workers] == [1] * 5
     assert len(set.union(*workers)) == 5
-    # What was measured before stays.
+    # Earlier measurements are kept.
     assert [row["case"] for row in rows if "p50_ms" in row] == [*names, "d"]
     reasons = {row["case"]: row["not_measured"] for row in rows if "not_measured" in row}
     assert re.fullmatch(r"hung: killed after \d+ s", reasons.pop("hangs"))
@@ -145,47 +145,47 @@ def test_a_job_that_costs_its_worker_costs_itself_alone(tmp_path, turns, capsys)
         "sleeps": "cut off: takes more than 1 s",
     }
     assert "kernels: segfaults: 1 ms; died with signal 11 (Segmentation fault)" in shown
-    # None of them is tried again.
+    # No job is tried again.
     bench(tmp_path, capsys, resume=path)
-    assert len(had()) == len(names) + 1
+    assert len(ran()) == len(names) + 1
 
 
-def test_a_job_that_hangs_as_the_time_is_over_has_its_turn_when_the_run_goes_on(tmp_path, turns, capsys):
-    had = turns(kernels=["a", "hangs"])
+def test_a_job_that_hangs_at_the_deadline_runs_again_on_resume(tmp_path, fake_stages, capsys):
+    ran = fake_stages(kernels=["a", "hangs"])
     path, rows, shown = bench(tmp_path, capsys, out=tmp_path / "r.jsonl", minutes=0.01)
-    assert rows[-1]["not_measured"] == "cut off: no time left for it"
-    assert f"`tilewright bench all --minutes 0.01 --resume {path}` goes on" in shown
+    assert rows[-1]["not_measured"] == "cut off: no time left"
+    assert f"continue with `tilewright bench all --minutes 0.01 --resume {path}`" in shown
     _, rows, _ = bench(tmp_path, capsys, resume=path)
     assert "hung" in rows[-1]["not_measured"]
     bench(tmp_path, capsys, resume=path)
-    assert [name for name, _ in had()] == ["a", "hangs", "hangs"]
+    assert [name for name, _ in ran()] == ["a", "hangs", "hangs"]
 
 
-def test_what_a_lost_worker_has_started_ends_with_it(tmp_path, turns, monkeypatch, capsys):
+def test_processes_of_a_lost_worker_are_killed(tmp_path, fake_stages, monkeypatch, capsys):
     def leave_one_behind():
-        # In a group of its own, as the tests' processes are.
+        # In its own group, like the processes of the GPU tests.
         child = subprocess.Popen(["sleep", "600"], process_group=0)
         (tmp_path / "child").write_text(str(child.pid))
         os._exit(3)
 
-    turns(kernels=["leaves"], attention=["b"])
+    fake_stages(kernels=["leaves"], attention=["b"])
     monkeypatch.setitem(FAULTS, "leaves", leave_one_behind)
     _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
     assert [row["case"] for row in rows if "p50_ms" in row] == ["leaves", "b"]
-    # It may wait for its new parent to take note of its end.
+    # The process may still be a zombie.
     status = Path("/proc", (tmp_path / "child").read_text(), "stat")
     assert not status.exists() or " Z " in status.read_text()
 
 
-def test_a_message_whose_rest_never_comes_is_not_waited_for(monkeypatch):
+def test_an_incomplete_message_times_out(monkeypatch):
     monkeypatch.setattr(watch, "GRACE_S", 0.2)
     own, its = watch._connect()
     os.write(its.fileno(), b"\0\0\1\0{")
     assert watch._received(own, None, time.monotonic() + 60) is None  # pyright: ignore
 
 
-def test_a_worker_whose_gpu_is_lost_to_what_prepares_a_stage_is_replaced(tmp_path, turns, monkeypatch, capsys):
-    turns(kernels=["a"], attention=["b"])
+def test_a_worker_that_loses_its_gpu_in_setup_is_replaced(tmp_path, fake_stages, monkeypatch, capsys):
+    fake_stages(kernels=["a"], attention=["b"])
     worker.STAGES["kernels"] = Stage("what kernels measures", lambda on: fail(), 10, 10)  # pyright: ignore
     started, start = [], worker._start
     monkeypatch.setattr(worker, "_start", lambda *arguments: started.append(1) or start(*arguments))
@@ -197,54 +197,54 @@ def test_a_worker_whose_gpu_is_lost_to_what_prepares_a_stage_is_replaced(tmp_pat
     assert len(started) == 2
 
 
-def test_a_worker_whose_gpu_is_lost_is_replaced(tmp_path, turns, monkeypatch, capsys):
-    had = turns(kernels=["a", "broken", "b", "broken too"], attention=["c"])
-    monkeypatch.setattr("tilewright.bench.jobs.is_lost", lambda device: had()[-1][0].startswith("broken"))
+def test_a_worker_that_loses_its_gpu_is_replaced(tmp_path, fake_stages, monkeypatch, capsys):
+    ran = fake_stages(kernels=["a", "broken", "b", "broken too"], attention=["c"])
+    monkeypatch.setattr("tilewright.bench.jobs.is_lost", lambda device: ran()[-1][0].startswith("broken"))
     _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
     lost = [row["case"] for row in rows if "broke the GPU's context" in row.get("not_measured", "")]
     assert lost == ["broken", "broken too"]
     assert [(row["stage"], row["case"]) for row in rows if "p50_ms" in row] == [
         ("kernels", "a"), ("kernels", "broken"), ("kernels", "b"), ("kernels", "broken too"), ("attention", "c"),
     ]  # fmt: skip
-    assert len({process for _, process in had()}) == 3
+    assert len({process for _, process in ran()}) == 3
 
 
-def test_a_stage_that_hangs_before_its_first_job_is_left_out(tmp_path, turns, monkeypatch, capsys):
-    had = turns(kernels=["a"], attention=["b"])
+def test_a_stage_that_hangs_in_setup_is_skipped(tmp_path, fake_stages, monkeypatch, capsys):
+    ran = fake_stages(kernels=["a"], attention=["b"])
     worker.STAGES["kernels"] = Stage("what kernels measures", lambda on: hang(), 10, 10)  # pyright: ignore
-    monkeypatch.setattr(worker, "AROUND_S", 0.1)
+    monkeypatch.setattr(worker, "SETUP_S", 0.1)
     _, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
-    assert [name for name, _ in had()] == ["b"]
+    assert [name for name, _ in ran()] == ["b"]
     assert [(row["case"], "hung" in row.get("not_measured", "")) for row in rows[1:]] == [
         ("what kernels measures", True), ("b", False),
     ]  # fmt: skip
 
 
-def test_a_gpu_that_is_gone_ends_the_run(tmp_path, turns, monkeypatch, capsys):
-    had = turns(kernels=["a", "b"], attention=["c"])
-    # From the second worker on.
-    monkeypatch.setattr(worker, "ask", lambda device: fail() if had() else None)
+def test_a_lost_gpu_ends_the_run(tmp_path, fake_stages, monkeypatch, capsys):
+    ran = fake_stages(kernels=["a", "b"], attention=["c"])
+    # The second worker and later ones fail.
+    monkeypatch.setattr(worker, "probe", lambda device: fail() if ran() else None)
     monkeypatch.setitem(FAULTS, "a", partial(die, signal.SIGKILL))
     path, rows, _ = bench(tmp_path, capsys, out=tmp_path / "r.jsonl")
     gone = "no process can use the device any more: the last one died with exit status 1"
     assert [(row["case"], row["not_measured"]) for row in rows if "not_measured" in row] == [
         ("a", "died with signal 9 (Killed)"), ("kernels", gone), ("attention", gone),
     ]  # fmt: skip
-    # Once it is back the others have their turn.
-    monkeypatch.setattr(worker, "ask", lambda device: None)
+    # Once the GPU is back, the remaining jobs run.
+    monkeypatch.setattr(worker, "probe", lambda device: None)
     bench(tmp_path, capsys, resume=path)
-    assert [name for name, _ in had()] == ["a", "b", "c"]
+    assert [name for name, _ in ran()] == ["a", "b", "c"]
 
 
-def test_a_run_that_ends_takes_its_worker_along(turns, monkeypatch):
-    had = turns(kernels=["a", "hangs"])
+def test_closing_a_run_kills_its_worker(fake_stages, monkeypatch):
+    ran = fake_stages(kernels=["a", "hangs"])
     monkeypatch.setattr(watch, "GRACE_S", 60.0)
     monkeypatch.setattr(watch, "LEAVE_S", 0.1)
     events = worker.run_in_workers(worker.STAGES, CPU, {"kernels": time.monotonic() + 60}, frozenset())
     seen = [next(event for event in events if event.get("begin") == "hangs"), next(events)]
     assert "row" in seen[1]
     events.close()
-    ((_, pid), _) = had()
+    ((_, pid), _) = ran()
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
 
@@ -266,8 +266,8 @@ def test_a_worker_ends_with_its_parent(monkeypatch, what):
 
 
 @pytest.mark.slow
-def test_the_worker_is_a_process_of_its_own(tmp_path, monkeypatch, capfd):
-    # From a folder whose modules are no part of it.
+def test_the_worker_is_a_separate_process(tmp_path, monkeypatch, capfd):
+    # Run in a folder whose modules would shadow the worker's imports.
     (tmp_path / "torch.py").write_text("raise ImportError")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "run_here", worker.run_in_workers)

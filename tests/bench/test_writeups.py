@@ -3,7 +3,7 @@ import pytest
 from tilewright.bench.writeups import PAGE, judge, main, render, toy_losses
 
 
-def test_the_committed_page_is_what_the_command_gives(tmp_path):
+def test_the_committed_page_is_current(tmp_path):
     assert PAGE.read_text() == render(), "run: python -m tilewright.bench.writeups"
     main(tmp_path / "new" / "page.md")
     assert (tmp_path / "new" / "page.md").read_text() == PAGE.read_text()
@@ -17,24 +17,24 @@ def test_the_committed_page_is_what_the_command_gives(tmp_path):
         (4_513_336_524_800, "4.51", 1e12, "right"),
         (349_630_365_696, "0.32", 1e12, "wrong"),
         (349_630_365_696, "0.35", 1e12, "right"),
-        (8_508_230_400, "8", 1e9, "right, but cut off, not rounded"),
+        (8_508_230_400, "8", 1e9, "right, but truncated, not rounded"),
         (8_508_230_400, "9", 1e9, "right"),
-        (96.351, "96.3", 1, "right, but cut off, not rounded"),
+        (96.351, "96.3", 1, "right, but truncated, not rounded"),
         (96.351, "96.4", 1, "right"),
         (5.84, "5.2", 1, "wrong"),
         (33.13, "33.2", 1, "wrong"),
     ],
 )
-def test_a_number_is_judged_by_its_own_digits(ours, theirs, unit, verdict):
+def test_numbers_are_compared_to_their_own_digits(ours, theirs, unit, verdict):
     assert judge(ours, theirs, unit) == verdict
 
 
-def test_the_page_says_where_the_writeups_err():
+def test_verdicts_on_the_writeups():
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in render().splitlines() if line.startswith("| ")}
     for question, verdict in (
         ("gpt2-small, one forward pass", "A is wrong; B is right"),
         ("gpt2-large, one forward pass", "A is wrong; B is right"),
-        ("gpt2-xl, all of it", "A is wrong; 23,040,000 too few"),
+        ("gpt2-xl, total", "A is wrong; 23,040,000 too few"),
         ("times the FLOPs at 1,024", "A is wrong"),
         ("gpt2-xl, all parameters", "A is right; B is right"),
         ("lr 100: the 10th loss, from about 25", "A is wrong; B is right"),
