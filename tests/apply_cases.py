@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, in pairs: as they are, and with this package's kernels."""
+"""Tiny random models of transformers, in pairs: unchanged, and with this package's kernels."""
 
 import copy
 from typing import Any
@@ -60,7 +60,7 @@ def make_batch(mask: str = "none") -> dict[str, torch.Tensor]:
         real[0, padded] = 0
     labels = ids.masked_fill(real == 0, -100)
     if mask == "left":
-        # What a token of padding predicts is no number of the model's: each attention of transformers has another.
+        # The prediction of a padding token is undefined: it differs between the attention implementations of transformers.
         labels[0, 4] = -100
     batch = {"input_ids": ids, "labels": labels}
     if padded is not None:

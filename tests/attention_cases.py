@@ -1,4 +1,4 @@
-"""What attention's tests share: cases, their check against the oracle, and tiles so small that a few tokens meet several."""
+"""Shared helpers of the attention tests: cases, comparison with the oracle, and small tiles for short sequences."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from tilewright.kernels import reference, use_backend
 from tilewright.kernels.attention import attention, configurations, decode, launches
 from tilewright.kernels.attention.configurations import GLUON_KINDS, Generation, Kernel, Kind, LaunchConfig, key_of
 
-# Without shrinking, which would interpret kernels for minutes before it shows a failure.
+# No shrinking: it would run interpreted kernels for minutes before it reports a failure.
 some = partial(settings, derandomize=True, deadline=None, phases=[Phase.generate])
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The memory that logical (B, H, T, K) heads are found in: as kernels like it; as a projection writes it; inside a packed
-# projection of queries, keys and values; and in ways that no TMA descriptor, or no kernel at all, can take.
+# Memory layouts of (B, H, T, K) heads: contiguous; as a projection writes them; inside a packed QKV projection; and layouts
+# that a TMA descriptor, or any kernel, does not support.
 MEMORY: dict[str, Callable[[int, int, int, int], Tensor]] = {
     "heads first": lambda b, h, t, k: torch.randn(b, h, t, k),
     "tokens first": lambda b, h, t, k: torch.randn(b, t, h, k).transpose(1, 2),
@@ -41,7 +41,7 @@ MEMORY: dict[str, Callable[[int, int, int, int], Tensor]] = {
 def tiles(
     block_m: int, block_n: int, *, tma: bool = True, splits: int | None = None, rows_at_once: int | None = None
 ) -> Iterator[None]:
-    """Run every kernel in tiles of block_m queries and block_n keys, decode in so many splits, order so many rows together."""
+    """Use tiles of block_m queries and block_n keys in every kernel; optionally fix the decoding splits and `rows_at_once`."""
 
     of_all = {
         key_of(generation, kernel, kind, block_k): LaunchConfig(
@@ -62,12 +62,12 @@ def tiles(
 
 @contextmanager
 def without_decoding() -> Iterator[None]:
-    """Send few queries through the kernel of many."""
+    """Run the forward kernel instead of the decoding kernel for few queries."""
     with mock.patch("tilewright.kernels.attention.op.fits_decode", return_value=False):
         yield
 
 
-# Calls that every form of the kernels takes in half precision: (query, key-value heads), (queries, keys), head dim, options.
+# Calls that all kernels support in half precision: (query, key-value heads), (queries, keys), head dim, options.
 CALLS: list[tuple[tuple[int, int], tuple[int, int], int, dict[str, Any]]] = [
     ((2, 1), (300, 300), 64, {}),
     ((2, 1), (300, 300), 128, {}),
@@ -90,7 +90,7 @@ CALLS: list[tuple[tuple[int, int], tuple[int, int], int, dict[str, Any]]] = [
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of a call, gradients of its results, and its options."""
+    """The inputs of a call, the gradients of its results, and its options."""
 
     q: Tensor
     k: Tensor
@@ -101,13 +101,13 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, function: Callable[..., Any], *, wide: bool = False) -> dict[str, Tensor]:
-        """Return o, lse and the gradients, by name; in float64 if `wide`."""
+        """Return o, lse and the gradients by name; computed in float64 if `wide`."""
         inputs = {name: getattr(self, name) for name in ("q", "k", "v", "sinks") if getattr(self, name) is not None}
         inputs = {name: (t.double() if wide else t).detach().requires_grad_() for name, t in inputs.items()}
         o, lse = function(**inputs, **self.options, return_lse=True)
         outputs, gradients = [o], [self.do.to(o.dtype)]
         if self.dlse is not None:
-            # The gradient of a lse of -inf is not a number that anybody asks for.
+            # An lse of -inf has no useful gradient.
             outputs.append(lse.masked_fill(lse == -torch.inf, 0.0))
             gradients.append(self.dlse.to(lse.dtype))
         found = torch.autograd.grad(outputs, list(inputs.values()), gradients)
@@ -128,7 +128,7 @@ def draw_case(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """Return a random case of (query, key-value) heads and (queries, keys); `memory` is that of q, k, v and do."""
+    """Return a random case. `heads` is (query, key-value), `lengths` is (queries, keys), `memory` names q, k, v and do."""
     torch.manual_seed(seed)
     of_queries, of_keys = ((batch, heads[i], lengths[i]) for i in range(2))
     widths = (head_dim, head_dim, value_dim or head_dim, value_dim or head_dim)
@@ -140,22 +140,22 @@ def draw_case(
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # On the device and in the dtype, with the strides and the offset of x, which `to` does not keep.
+    # Like `to`, but preserves the strides and the storage offset.
     storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(DEVICE, dtype)
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def rounding_of_terms(case: Case) -> dict[str, float]:
-    """Return how far rounding P and delta may move the gradients, which sum P do or P (dP - delta): terms that may cancel.
+    """Bound the error of the gradients from rounding P and delta: they are sums of P do or P (dP - delta), which may cancel.
 
-    The kernels have P from lse, so its relative error is the absolute one of lse; in half precision both round P, and delta
-    comes from o as rounded, as in every FlashAttention. The reference keeps P, and has the exact delta.
+    The kernels recompute P from lse, so the relative error of P is the absolute error of lse. In half precision the kernels
+    round P, and compute delta from the rounded o, as every FlashAttention does. The reference stores P and has the exact delta.
     """
     groups = case.q.shape[1] // case.k.shape[1]
     q, do = case.q.double(), case.do.double()
     k, v = (t.double().repeat_interleave(groups, dim=1) for t in (case.k, case.v))
     sinks = None if case.sinks is None else case.sinks.double()
-    # With the unit vectors for values, the output is the probabilities.
+    # With unit vectors as values, the output is the matrix of probabilities.
     units = torch.eye(k.shape[2], dtype=torch.float64, device=k.device).expand(*k.shape[:3], -1)
     p, lse = reference.attention(q, k, units, sinks=sinks, **case.options, return_lse=True)
     size_of_lse = lse.abs().masked_fill(lse == -torch.inf, 0.0)
@@ -173,7 +173,7 @@ def rounding_of_terms(case: Case) -> dict[str, float]:
 
 
 def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor], slack: dict[str, float]) -> None:
-    """Hold the results of a case's runs to the oracle's rule."""
+    """Check the results of a case with the oracle's tolerance."""
     blind = exact["lse"] == -torch.inf
     assert torch.equal(actual["lse"] == -torch.inf, blind)
     assert not actual["o"][blind].any()
@@ -186,7 +186,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[
 
 
 def check(case: Case) -> dict[str, Tensor]:
-    """Compare the kernels with the reference, and return their results."""
+    """Compare the kernels with the reference; return the kernels' results."""
     with use_backend("triton"), poisoned_memory():
         actual = case.run(attention)
     check_results(case, actual)
@@ -194,7 +194,7 @@ def check(case: Case) -> dict[str, Tensor]:
 
 
 def check_results(case: Case, actual: dict[str, Tensor]) -> None:
-    """Compare what kernels gave for a case with the reference."""
+    """Compare kernel results of a case with the reference."""
     compare(actual, case.run(reference.attention), case.run(reference.attention, wide=True), rounding_of_terms(case))
 
 
@@ -206,7 +206,7 @@ def check_isolation(
     documents: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Put one bad number into an input, and see that it reaches the results of those who see it and of nobody else."""
+    """Put one non-finite value into an input and check that it reaches exactly the rows that see it."""
     num_tokens, place, first = (200, 140, 90) if documents else (140, 100, 0)
     options = {"cu_seqlens": torch.tensor([0, first, num_tokens])} if documents else {}
     case = draw_case((2, 1), (num_tokens, num_tokens), head_dim, dlse=False, dtype=dtype, **options)

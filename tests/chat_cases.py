@@ -1,4 +1,4 @@
-"""Chats of a few words, with a tokenizer and a template for them."""
+"""Short random chats, with a tokenizer and a chat template for them."""
 
 import json
 import random
@@ -14,7 +14,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "small", "r
 
 
 def make_chats(count, seed=0, most_words=12):
-    """Return conversations of one to three questions, each with its answer."""
+    """Return conversations of one to three questions and answers."""
     rng = random.Random(seed)
 
     def message(role):

@@ -1,4 +1,4 @@
-"""A tiny model that talks: random weights, bytes as tokens, and a chat template in ChatML."""
+"""A tiny chat model: random weights, a byte-level tokenizer, and a ChatML template."""
 
 import torch
 
@@ -14,13 +14,13 @@ TEMPLATE = (
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Return a tokenizer of ASCII's letters, all other bytes, two merges and the special tokens: 261 tokens."""
+    """Return a tokenizer of all 256 bytes, two merges and the special tokens: 261 tokens."""
     vocab = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
     return Tokenizer(vocab, [(b"t", b"h"), (b"th", b"e")], SPECIAL_TOKENS)
 
 
 def tiny_model(context_length: int = 256) -> TextModel:
-    """Return the model with random weights; chosen so that greedy texts are of several tokens."""
+    """Return the model with random weights, seeded so that greedy texts have several tokens."""
     torch.manual_seed(3)
     tokenizer = tiny_tokenizer()
     model = TransformerLM(ModelConfig(tokenizer.vocab_size, context_length, d_model=32, num_layers=2, num_heads=2, d_ff=64))

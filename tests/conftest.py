@@ -1,4 +1,4 @@
-"""Set-up for the whole suite: without a GPU, kernels run in Triton's interpreter on CPU tensors."""
+"""Setup of the test suite. Without a GPU, kernels run in Triton's interpreter on CPU tensors."""
 
 import gc
 import importlib.util
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# `python -m pytest` adds the root, whose folders would hide the packages of others that have their names, such as kernels.
+# `python -m pytest` adds the repository root, whose folders, such as kernels, would shadow other packages of the same name.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1]]
 
 HAS_GPU = torch.cuda.is_available()
@@ -18,16 +18,15 @@ if not HAS_GPU:
     # Read when a kernel is defined, so it must be set before tilewright.kernels is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton") is not None:
-        from interpreter import patch_index, patch_once_a_launch
+        from interpreter import patch_interpreter
 
-        patch_once_a_launch()
-        patch_index()
+        patch_interpreter()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two processes that each keep every core spinning slow each other down manifold.
+    # Several processes with one thread per core each slow each other down.
     torch.set_num_threads(1)
 
-# The same examples on every machine, however slow it is.
+# Deterministic examples, without deadlines on slow machines.
 settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 
@@ -48,7 +47,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def compile_afresh():
-    """Forget what a test compiled: PyTorch refuses the ninth variant of a function, whichever tests made the others."""
+    """Reset torch.compile after each test: PyTorch allows eight variants of a function, counted over all tests."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -56,7 +55,7 @@ def compile_afresh():
 
 @pytest.fixture(autouse=True)
 def all_memory(request):
-    """Free what a failed test on the GPU held: pytest keeps its exception, whose frames refer to their tensors."""
+    """Free the GPU memory of a failed test: pytest keeps its exception, whose frames reference tensors."""
     if HAS_GPU and "gpu" in request.node.keywords:
         sys.last_value = sys.last_traceback = sys.last_exc = None
         gc.collect()

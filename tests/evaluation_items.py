@@ -1,4 +1,4 @@
-"""A few items of each task in its public format, made up here."""
+"""A few invented items of each evaluation task, in its public format."""
 
 _CHOICES = {"text": ["a red bird", "the cat on a mat", "one old tree é", "a"], "label": ["A", "B", "C", "D"]}
 _NUMBERED = {"text": ["bird", "a small cat", "tree"], "label": ["1", "2", "3"]}

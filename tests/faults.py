@@ -1,6 +1,6 @@
-"""Runs in processes of their own, which faults may befall.
+"""Runs in separate processes, with injected faults.
 
-They are forked from a server that has imported everything (`warm.py`) and has no threads, so that each costs milliseconds.
+The processes are forked from a single-threaded server that has imported everything (`warm.py`), so each starts in milliseconds.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ from tilewright.train.trainer import Trainer, TrainingLoss
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["warm"])
 
-# The rest of a row is time.
+# Fields of a row of metrics that are deterministic; the other fields are times.
 EXACT = ("step", "loss", "grad_norm", "lr", "valid_loss", "skipped_steps")
 
 
@@ -51,33 +51,33 @@ def rows(run):
 
 
 def outcome(run):
-    """Return all that has to be bit-equal between two runs: the metrics, and the hashes of the last checkpoint's files."""
+    """Return everything that must be bit-equal between two runs: the metrics, and the file hashes of the last checkpoint."""
     return rows(run), json.loads((list_checkpoints(run)[-1] / "manifest.json").read_text())["files"]
 
 
 def run_in_child(target: Callable, *arguments) -> tuple[int, str]:
-    """Return the exit status, below zero for a signal, and what was printed."""
+    """Run `target` in a process; return its exit status (negative for a signal) and its output."""
     (ended,) = run_in_children(target, [arguments])
     return ended
 
 
 def run_in_children(target: Callable, arguments: Iterable[tuple]) -> list[tuple[int, str]]:
-    """Return what `run_in_child` does of processes that run at the same time, one for each tuple of arguments."""
-    # A server of Python 3.11 knows the path of its environment only (gh-126631).
+    """Run one concurrent process per tuple of arguments; return the results of `run_in_child` for each."""
+    # In Python 3.11 the server takes sys.path only from the environment (gh-126631).
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         multiprocessing.forkserver.ensure_running()
     children = []
     try:
         for of_child in arguments:
-            # A pipe, because a file has a length, which a limit may concern.
+            # A pipe, because a limit on the file size would also apply to an output file.
             reader, writer = _SERVER.Pipe(duplex=False)
             children.append((_SERVER.Process(target=_enter, args=(writer, target, of_child)), reader))
             children[-1][0].start()
             writer.close()
         return [_ended(*child) for child in children]
     finally:
-        # Where the test's time is over, too.
+        # Also after a timeout of the test.
         for process, _ in children:
             if process.is_alive():
                 process.kill()
@@ -96,22 +96,22 @@ def _enter(writer: Connection, target: Callable, arguments: tuple) -> None:
     os.dup2(writer.fileno(), 2)
     writer.close()
     torch.set_num_threads(1)
-    # What the server imported is never looked at again.
+    # Exclude the server's imports from garbage collection.
     gc.freeze()
     target(*arguments)
 
 
 def program(path: Path, environment: Mapping[str, str], *arguments: str) -> None:
-    """Run a Python file as if it were started anew."""
+    """Run a Python file as a main program."""
     os.environ.update(environment)
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
 
 class FileOperations:
-    """Counts what this process does to files below a folder, and kills it.
+    """Count the file operations of this process below a folder, and kill the process at one of them.
 
-    That is `delay` seconds after it begins operation `kill_at`, however slow it is: at the latest `MOST_LATER` operations on.
+    The kill comes `delay` seconds after the start of operation `kill_at`, and at most `MOST_LATER` operations later.
     """
 
     MOST_LATER = 20
@@ -119,7 +119,7 @@ class FileOperations:
     _NAMES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
     def __init__(self, folder: Path, kill_at: int | None = None, delay: float = 0.0) -> None:
-        # Whose `next` no other thread comes between: a checkpoint is written by one of its own.
+        # `next` of a count is atomic; checkpoints are written in another thread.
         self._numbers = itertools.count()
         self._folder, self._delay = str(folder), delay
         self._kill_at = math.inf if kill_at is None else kill_at
@@ -135,7 +135,7 @@ class FileOperations:
             _kill()
 
     def count(self) -> int:
-        """Return how many there were, at the end."""
+        """Return the number of operations; call once, at the end."""
         return next(self._numbers)
 
     def _concerns(self, event: str, arguments: tuple) -> bool:
@@ -144,7 +144,7 @@ class FileOperations:
             return False
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return False
-        # Trees are removed relative to a descriptor of their folder.
+        # shutil.rmtree uses paths relative to a folder descriptor.
         return os.fsdecode(path).startswith(self._folder) or not os.path.isabs(path)
 
 
@@ -152,23 +152,28 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_until_killed(config, kill_at=None, delay=0.0, extend=None):
-    """Train, or go on; print how many operations on files it took."""
-    # What the curve looks like costs most of the time, and is not the matter.
+def skip_drawing():
+    """Save plots without drawing them, which would take most of the time."""
     Figure.savefig = lambda self, file, **_: file.write(b"a curve")
+
+
+def train_until_killed(config, kill_at=None, delay=0.0, extend=None):
+    """Train or resume; print the number of file operations."""
+    skip_drawing()
     operations = FileOperations(config.out, kill_at, delay)
     train(config, resume="auto", extend=extend)
     print(f"operations {operations.count()}")
 
 
 def command(config, *options):
-    """Run `tilewright train` with a preset that is `config`."""
+    """Run `tilewright train` with `config` as a preset."""
+    skip_drawing()
     PRESETS["tiny"] = config
     sys.exit(main(["train", "tiny", *options]))
 
 
 def before(owner, name, action, when=lambda *arguments: True):
-    """Let `action` come first wherever `owner.name` is called with arguments of which `when` is true."""
+    """Call `action` before each call of `owner.name` for whose arguments `when` is true."""
     function = getattr(owner, name)
 
     def wrapped(*arguments, **options):
@@ -179,7 +184,7 @@ def before(owner, name, action, when=lambda *arguments: True):
     setattr(owner, name, wrapped)
 
 
-# Where a signal may find a run.
+# Phases of a run in which a signal arrives.
 PHASES = {
     "beginning": lambda action: before(opening, "begin_run", action),
     "between steps": lambda action: before(GarbageCollection, "after_step", action, lambda self: self.trainer.step == 6),
@@ -193,7 +198,7 @@ PHASES = {
 
 
 def command_with_signals(config, phase, numbers):
-    """Run the command; the signals come one after the other, once, where `phase` says."""
+    """Run the command; send the signals one after the other, once, in the given phase."""
     left, received = list(numbers), threading.Event()
     receive = StopRequest._receive
 
@@ -207,7 +212,7 @@ def command_with_signals(config, phase, numbers):
         while left:
             received.clear()
             os.kill(os.getpid(), left.pop(0))
-            # From another thread: two that are pending are as one.
+            # Wait for the handler, because pending signals of the same number merge into one.
             received.wait()
 
     StopRequest._receive = note
@@ -215,7 +220,7 @@ def command_with_signals(config, phase, numbers):
     command(config, "--resume", "auto")
 
 
-# When a disk gets full, and how long files may still become.
+# When the disk fills up, and the file size limit from then on.
 FULL = {
     "the folder is made": lambda limit: limit(0),
     "the first checkpoint is saved": lambda limit: limit(100_000),
@@ -227,16 +232,16 @@ FULL = {
 
 
 def command_on_a_full_disk(config, when, *options):
-    """Run the command; from the moment `when` on, no file may grow beyond a limit, which fails as a full disk does."""
+    """Run the command; from `when` on, writes beyond a file size limit fail as on a full disk."""
     FULL[when](lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
     command(config, *options)
 
 
 def command_without_privileges(config, *options):
-    """Run the command as a user whom the modes of files bind, which they do not bind root."""
+    """Run the command without root's capability to bypass file permissions."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        # struct __user_cap_header_struct of version 3, and two of __user_cap_data_struct: no capability at all.
+        # struct __user_cap_header_struct of version 3, and two of __user_cap_data_struct: no capabilities.
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         if libc.capset(header, none):
             raise OSError(ctypes.get_errno(), "capset")
@@ -244,7 +249,7 @@ def command_without_privileges(config, *options):
 
 
 def command_in_a_folder_that_gets_read_only(config):
-    """Run the command; before the checkpoint of step 8 their folder becomes read-only."""
+    """Run the command; the folder of checkpoints becomes read-only before the checkpoint of step 8."""
 
     def about_to_save(self):
         self.writer.wait()
@@ -254,7 +259,7 @@ def command_in_a_folder_that_gets_read_only(config):
     command_without_privileges(config)
 
 
-# Waits, once it has a kernel to compile, until it is told to go on.
+# A compiler that waits for a file before it compiles a kernel.
 COMPILER = """#!/bin/sh
 case "$*" in *.main.cpp*)
     touch "$0.began"
@@ -265,12 +270,12 @@ exec {} "$@"
 
 
 def command_while_it_compiles(config, number, whole_group, folder):
-    """Run the command, compiled; the signal comes while its first compiler is at work, to that one too or not."""
+    """Run the command with torch.compile; send the signal while the first compiler runs, optionally to that process too."""
     from torch._inductor import config as inductor
 
     os.setsid()
     folder.mkdir(exist_ok=True)
-    # By the name of the real one, whose headers may be compiled already.
+    # The same name as the real compiler, so that Inductor reuses precompiled headers.
     compiler, began, goes_on = (folder / name for name in ("g++", "g++.began", "g++.goes-on"))
     compiler.write_text(COMPILER.format(shutil.which("g++")))
     compiler.chmod(0o755)

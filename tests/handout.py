@@ -1,6 +1,6 @@
-"""The CS336 model as its handout has one write it, and its ablations: eager ops, attention written out.
+"""The CS336 model as the handout defines it, and its ablations: eager ops, explicit attention.
 
-The accounting's subject, and what this project's model must equal.
+The accounting tests measure this model, and the project's model must match it.
 """
 
 import math
@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Every expert on every token, by a weight of 0 where it was not chosen."""
+    """Mixture of experts that runs every expert on every token, with weight 0 for the experts that are not chosen."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class HandoutLM(nn.Module):
 
 
 def handout_weights(model: TransformerLM) -> dict[str, Tensor]:
-    """The state dict that gives a `HandoutLM` the weights of this project's model, without what pads its vocabulary."""
+    """Return the state dict of a `HandoutLM` with the weights of this project's model, without vocabulary padding."""
     config, ours = model.config, model.state_dict()
     weights = {"embedding.weight": ours["token_embeddings.weight"][: config.vocab_size]}
     weights["head.weight"] = model.head_weight.detach()
@@ -179,7 +179,7 @@ def handout_weights(model: TransformerLM) -> dict[str, Tensor]:
         path, kind = name.rsplit(".", 1)
         _, layer, part = path.split(".", 2)
         theirs, sizes = parts.get(part) or ((names.get(part, part),), (tensor.shape[-2 if tensor.dim() == 3 else 0],))
-        # Of experts there is a matrix each.
+        # The handout model stores one matrix per expert.
         matrices = {f"feed.experts.{i}": matrix for i, matrix in enumerate(tensor)} if tensor.dim() == 3 else {"feed": tensor}
         for prefix, matrix in matrices.items():
             for their, piece in zip(theirs, matrix.split(sizes), strict=True):

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on localhost: the routes of its interface that are needed to find a dataset's files and to read them."""
+"""A Hugging Face hub on localhost: the routes that list a dataset's files and serve their content."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from web_server import Site, serving
 
 
 def parquet_bytes(texts: Sequence[str | None], row_group_size: int = 10, **columns: Sequence[Any]) -> bytes:
-    """Return a Parquet file of the texts, beside other columns."""
+    """Return a Parquet file with the column `text` and other columns."""
     import pyarrow
     from pyarrow import parquet
 
@@ -31,7 +31,7 @@ def parquet_bytes(texts: Sequence[str | None], row_group_size: int = 10, **colum
 
 @dataclass
 class Repository:
-    """Files by commit; the branches say which commit they are at."""
+    """Files by commit, and the commit of each branch."""
 
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]
@@ -40,7 +40,7 @@ class Repository:
 
 
 class Hub(Site):
-    """Datasets by OWNER/NAME. `failures` are statuses that the next requests for content get, in place of it."""
+    """Datasets by OWNER/NAME. `failures` lists the status codes of the next content requests, which get no content."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Hub(Site):
         self.failures: list[int] = []
 
     def add(self, name: str, files: dict[str, bytes], card: dict[str, Any] | None = None, **branches: dict[str, bytes]) -> None:
-        """Add a dataset with the files of its main branch, and those of the branch that the hub converts to."""
+        """Add a dataset with the files of its main branch and of its conversion branches (refs/convert/NAME)."""
         commits = {"c0": files, **{f"c-{branch}": content for branch, content in branches.items()}}
         known = {"main": "c0", **{f"refs/convert/{branch}": f"c-{branch}" for branch in branches}}
         self.repositories[name] = Repository(commits, known, card or {})
@@ -98,7 +98,7 @@ class Hub(Site):
 
 @contextmanager
 def serving_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Serve a hub to `huggingface_hub`, which does not wait before it asks again."""
+    """Serve a hub to `huggingface_hub`, without delays between its retries."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 

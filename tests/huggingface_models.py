@@ -1,4 +1,4 @@
-"""Tiny random models of Hugging Face's families, made by transformers: norms and biases are drawn too, so that they matter."""
+"""Tiny random models of Hugging Face's families, built by transformers. Norms and biases are random, so that errors show."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0}
 LOCAL = {"rope_type": "default", "rope_theta": 1e3}
 GEMMA: dict[str, Any] = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 20}
 
-# Windows are shorter than the texts, heads of other widths than hidden_size / num_attention_heads.
+# Windows are shorter than the texts. Some head dims differ from hidden_size / num_attention_heads.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 4}),
     "llama 3.1": ("llama", {"rope_parameters": LLAMA3}),
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(case: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """Return a model of transformers, in evaluation mode."""
+    """Return a transformers model in evaluation mode."""
     import transformers
 
     family, of_case = CASES[case]
@@ -54,7 +54,7 @@ def make(case: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     }  # fmt: skip
     config = transformers.AutoConfig.for_model(family, **common | of_case | fields)
     torch.manual_seed(2)
-    # Of their kinds of attention the one that has softcaps.
+    # Only eager attention supports softcaps.
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
     randomise(model)
     return model
@@ -62,21 +62,21 @@ def make(case: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Draw every vector anew: ones and zeros would hide a norm or a bias in the wrong place."""
+    """Randomize every vector: ones and zeros would hide a misplaced norm or bias."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.uniform_(-0.5, 1.5)
 
 
 def reload(folder: Any) -> Any:
-    """Return the model that transformers reads in a folder."""
+    """Return the model that transformers loads from a folder."""
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def as_stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors by their names in files, where each matrix of each expert has its own."""
+    """Return the tensors under their names in checkpoint files, with one tensor per matrix and expert."""
     stored = {}
     for name, tensor in tensors.items():
         block, experts, last = name.rpartition(".experts.")
@@ -93,7 +93,7 @@ def as_stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def of_mixtral(name: str) -> str:
-    """Return a name as Mixtral's files have it."""
+    """Return the name of a tensor in Mixtral's checkpoint files."""
     for ours, theirs in {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
         name = name.replace(ours, theirs)
     return name

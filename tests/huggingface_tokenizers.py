@@ -1,4 +1,4 @@
-"""Small tokenizers in the manner of today's models, made by the library `tokenizers`."""
+"""Small tokenizers in the style of current models, built with the library `tokenizers`."""
 
 import json
 
@@ -49,7 +49,7 @@ def make(style, path, vocab_size=400):
         specials += [f"<0x{byte:02X}>" for byte in range(256)]
     size = len(specials) + len(alphabet) + vocab_size - 256
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
-    # Learned from words, as that of SentencePiece's models: no token goes over a newline.
+    # Trained on words, as in SentencePiece models, so that no token contains a newline.
     words = [f"{'' if style == 'qwen' else '▁'}{word}" for text in TEXTS for word in text.split()] * 3
     learner = Tokenizer(tokenizer.model)
     learner.pre_tokenizer = tokenizer.pre_tokenizer if style == "qwen" else None

@@ -1,16 +1,16 @@
-"""What trainers are held to, and what they are tried on."""
+"""A naive BPE trainer as the reference, and random inputs for trainers."""
 
 import itertools
 from collections import Counter
 
 from tilewright.tokenizer.formats import from_printable, to_printable
 
-# Few letters make ties and long runs; the others have bytes that sort differently in GPT-2's alphabet.
+# Small alphabets produce ties and long runs; the others contain bytes that sort differently in GPT-2's alphabet.
 ALPHABETS = (b"a", b"ab", b"abc", b"\x00\x01", b"etaoin \xc3\xa9\xad", bytes(range(256)))
 
 
 def naive_merges(counts, num_merges, ties="cs336", min_frequency=1, max_token_length=None, known=()):
-    """Count all pairs again for each merge."""
+    """Return the merges, recounting all pairs for each merge."""
     ids = {from_printable(character): id for id, character in enumerate(sorted(to_printable(bytes(range(256)))))}
     words = [([bytes([byte]) for byte in word], count) for word, count in counts.items()]
     merges = []

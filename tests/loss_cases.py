@@ -1,4 +1,4 @@
-"""What the tests of cross-entropy share: drawn logits with an ignored row, and a loss with its gradient."""
+"""Shared helpers of the cross-entropy tests: random logits with an ignored row, and a loss with its gradient."""
 
 import torch
 

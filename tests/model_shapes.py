@@ -1,4 +1,4 @@
-"""Shapes of small models for property tests, with every field of `ModelConfig` that what a step costs depends on."""
+"""Shapes of small models for property tests, covering every field of `ModelConfig` that affects the cost of a step."""
 
 from typing import Any, get_args
 
@@ -12,16 +12,16 @@ GEMMA: dict[str, Any] = {
     "ffn": "geglu_tanh", "window": 5, "window_pattern": "LG", "local_rope_theta": 100.0, "attention_scale": 0.3,
     "attention_softcap": 2.0, "logit_softcap": 3.0,
 }  # fmt: skip
-"""What Gemma 2 and 3 add to a shape, with a window and a head dim that no small shape has for another reason."""
+"""Options of Gemma 2 and 3, with a window and a head dim that no other small shape uses."""
 QWEN: dict[str, Any] = {"qkv_bias": True, "rotary_dim": 4, "tie_embeddings": True}
-"""What Qwen 2, and partial rotary, add."""
+"""Options of Qwen 2, and partial RoPE."""
 
 
 @st.composite
 def any_shape(draw: st.DrawFn) -> ModelConfig:
     kv_heads, groups, half_dim = (draw(st.integers(1, 3)) for _ in range(3))
     heads, head_dim = kv_heads * groups, 2 * half_dim
-    # None: the head dim follows from d_model.
+    # None: derive the head dim from d_model.
     d_model = draw(st.none() | st.integers(1, 20))
     some: dict[str, Any] = {"head_dim": None if d_model is None else head_dim}
     num_layers, norm_type = draw(st.integers(1, 3)), draw(st.sampled_from(get_args(NormType)))

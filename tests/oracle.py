@@ -1,4 +1,4 @@
-"""What "right" means for a kernel: at most twice the error of the same-dtype reference, plus one rounding."""
+"""The tolerance for kernels: at most twice the error of the reference in the same dtype, plus one rounding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def assert_accurate(actual: Tensor, reference: Tensor, exact: Tensor, what: str = "result", slack: float = 0.0) -> None:
-    """`exact` is the float64 oracle; `reference` the PyTorch form in the dtype of `actual`.
+    """Compare `actual` with `exact`, the float64 oracle, and with `reference`, PyTorch's result in the same dtype.
 
-    `slack` is the rounding of terms that cancel, where the result says too little about their size.
+    `slack` allows for the rounding of terms that cancel, whose size the result does not show.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == reference.dtype, f"{what}: {actual.dtype}, expected {reference.dtype}"
@@ -24,7 +24,7 @@ def assert_accurate(actual: Tensor, reference: Tensor, exact: Tensor, what: str 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor begins as NaN, so that an element which a kernel forgets is seen."""
+    """Fill uninitialized tensors with NaN, so that an element that a kernel does not write is detected."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
@@ -34,11 +34,11 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def assert_replays(step: Callable[[], Sequence[Tensor]]) -> None:
-    """Capture `step` in a CUDA graph, where it may not synchronise; a replay must give the bits of a call."""
+    """Capture `step`, which must not synchronize, in a CUDA graph; a replay must equal an eager call bit by bit."""
     expected = step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # Not before: to begin a graph PyTorch 2.13 synchronises itself.
+        # Set only after the capture began, because PyTorch 2.13 synchronizes when it begins a capture.
         torch.cuda.set_sync_debug_mode("error")
         try:
             captured = step()

@@ -1,6 +1,6 @@
-"""What the server of `faults.py` has ready for those that it forks: imported, and loaded where that is done at first use.
+"""Preloaded by the fork server of `faults.py`: imports, and code that loads on first use.
 
-It starts no thread, and takes no lock that a killed process could keep from others, such as that of tqdm's bars.
+It starts no threads and takes no locks that a killed child could hold, such as tqdm's lock.
 """
 
 import matplotlib.backends.backend_agg
@@ -8,10 +8,11 @@ import torch
 
 import faults
 import tilewright.train.command
+import tilewright.train.run
 from tilewright.tokenizer import Tokenizer
 
 __all__ = ["faults", "matplotlib", "tilewright"]
 
 torch.set_num_threads(1)
-# The compiled code of the tokenizer.
+# Load the compiled code of the tokenizer.
 Tokenizer({number: bytes([number]) for number in range(256)}, []).expect(1 << 40)

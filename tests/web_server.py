@@ -1,4 +1,4 @@
-"""A web server on localhost with a few files, which answers ranges, breaks connections and counts what it was asked for."""
+"""A web server on localhost that serves a few files, supports ranges, breaks connections and records requests."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Site:
-    """Files by their paths. `cuts` is how many of the next answers break off, each after `cut_after` bytes of its body."""
+    """Files by path. The next `cuts` responses end after `cut_after` bytes of the body."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -22,14 +22,14 @@ class Site:
         self._lock = threading.Lock()
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Return the status, the headers and the whole body for the path of a request."""
+        """Return the status, the headers and the complete body for a path."""
         body = self.files.get(path.partition("?")[0])
         if body is None:
             return 404, {}, b"not here"
         return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'}, body
 
     def is_cut(self, path: str, size: int) -> bool:
-        """Whether the answer for this path breaks off; one that is no longer than `cut_after` is not counted."""
+        """Whether to cut off the response. A response of at most `cut_after` bytes is never cut and does not count."""
         with self._lock:
             if self.cuts and size > self.cut_after:
                 self.cuts -= 1
@@ -39,7 +39,7 @@ class Site:
 
 @contextmanager
 def serving(site: Site) -> Iterator[Site]:
-    """Serve `site` at its `url` while the block runs."""
+    """Serve `site` at its `url` within a `with` block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(site))
     site.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -75,7 +75,7 @@ def _handler_of(site: Site) -> type[BaseHTTPRequestHandler]:
                     status, body = 206, body[start:end]
                     headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{size}"
             self.send_response(status)
-            # One request a connection, so that no connection outlives the server.
+            # One request per connection, so that no connection outlives the server.
             for name, value in {**headers, "Content-Length": str(len(body)), "Connection": "close"}.items():
                 self.send_header(name, value)
             self.end_headers()

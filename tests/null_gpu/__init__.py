@@ -1,1 +1,1 @@
-"""A GPU that computes nothing: a CUDA runtime and driver that let the CUDA build of PyTorch believe in an H200."""
+"""A GPU that computes nothing: a fake CUDA runtime and driver that present an H200 to the CUDA build of PyTorch."""

@@ -1,4 +1,4 @@
-"""All that the null GPU shows: `python -m null_gpu`, in tests/, runs its own tests, the GPU-marked ones and the rehearsal."""
+"""Run all checks on the null GPU: its own tests, the tests marked `gpu` and the rehearsal (`python -m null_gpu`, in tests/)."""
 
 import os
 import subprocess
@@ -11,9 +11,9 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Run the parts that the command line names, or all; return 1 where something failed."""
+    """Run the parts that the command line names, or all; return 1 if one of them failed."""
     environment = Path(sys.prefix)
-    # Caches of its own: what is compiled for a GPU that computes nothing is not taken for tuned.
+    # Separate caches, so that autotuning results on the null GPU are never used on a real one.
     variables = {
         "NULL_GPU": "1",
         "TRITON_LIBCUDA_PATH": str(library_folder()),
@@ -29,7 +29,7 @@ def main() -> int:
     }
     names = sys.argv[1:] or [*parts]
     if unknown := {*names} - {*parts}:
-        sys.exit(f"{', '.join(sorted(unknown))}: choose of {', '.join(parts)}")
+        sys.exit(f"unknown part {', '.join(sorted(unknown))}: expected {', '.join(parts)}")
     return max([subprocess.run(parts[name], cwd=TESTS).returncode != 0 for name in names])
 
 

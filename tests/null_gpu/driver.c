@@ -11,7 +11,7 @@
 #define DONE(code) return (CUresult)remember(code)
 #define MAX_ARGUMENTS 256
 
-/* Devices and contexts: a context is its device's number and 1. */
+/* Devices and contexts: a context is the device index plus 1. */
 
 CUresult cuInit(unsigned flags) { return num_devices() ? OK : NO_DEVICE; }
 CUresult cuDriverGetVersion(int *version) {
@@ -71,11 +71,11 @@ CUresult cuGetProcAddress_v2(const char *name, void **function, int version, cuu
     return *function ? OK : CUDA_ERROR_NOT_FOUND;
 }
 
-/* Modules and functions. The layout of a kernel's arguments stands in its machine code (ELF), section .nv.info.NAME. */
+/* Modules and functions. The section .nv.info.NAME of the machine code (ELF) holds the layout of a kernel's arguments. */
 
 typedef struct {
     char *name;
-    int num_arguments; /* -1: not known */
+    int num_arguments; /* -1: unknown */
     unsigned short sizes[MAX_ARGUMENTS];
     int max_shared;
 } Function;
@@ -125,7 +125,7 @@ CUresult cuModuleUnload(CUmodule module) {
     return OK;
 }
 
-/* An attribute is (format, number, size or value of 16 bits); format 4 has `size` bytes behind it. Number 0x17 describes an
+/* An attribute is (format, number, 16-bit size or value); in format 4, `size` bytes follow. Number 0x17 describes an
    argument: index (4 bytes), ordinal (2), offset (2), and a word whose upper 14 bits are its size. */
 static void read_arguments(const Module *module, Function *function) {
     const Elf64_Ehdr *header = (const Elf64_Ehdr *)module->code;
@@ -230,7 +230,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **a
                           c->sharedMemBytes, c->hStream, arguments, extra);
 }
 
-/* What the guide says of tensor maps, which a driver checks too (CUDA driver API, cuTensorMapEncodeTiled). */
+/* The requirements on tensor maps, which a driver checks too (CUDA driver API, cuTensorMapEncodeTiled). */
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *dims,
                                 const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *element_strides,
                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
@@ -264,7 +264,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
     int device = 0;
     Kind kind = kind_of((void *)address, &device, NULL, NULL);
     if (kind == UNKNOWN)
-        return INVALID_VALUE; /* the answer for memory of the host: no fault of the caller */
+        return INVALID_VALUE; /* the result for host memory, which is not an error of the caller */
     if (attribute == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
         *(int *)value = device;
     else if (attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE)

@@ -1,4 +1,4 @@
-"""What the null GPU was asked for: its trace, and counts of the trace's events."""
+"""The trace of the calls to the null GPU, and counts of its events."""
 
 import ctypes
 from collections import Counter
@@ -7,22 +7,22 @@ from pathlib import Path
 
 
 def trace_to(path: Path | None) -> None:
-    """Have the null GPU of this process, which has imported torch, write its events to `path`; None ends that."""
+    """Write the events of this process's null GPU to `path`; None stops the trace. Import torch first."""
     ctypes.CDLL("libcuda.so.1").null_gpu_trace(None if path is None else str(path).encode())
 
 
 def events(path: Path) -> list[tuple[str, ...]]:
-    """Return the events of a trace, each as its kind and what is told of it; none where nothing was asked for."""
+    """Return the events of a trace, each as a tuple of its kind and its details; empty without a trace file."""
     if not path.exists():
         return []
     return [tuple(line.split("\t")) for line in path.read_text(errors="replace").splitlines() if line]
 
 
 def _names(event: tuple[str, ...]) -> Iterable[tuple[str, int]]:
-    """Yield what an event counts as, and how often."""
+    """Yield (name, increment) for each count that an event contributes to."""
     kind, *rest = event
     if kind == "launch":
-        # A library does not say on which stream it computes.
+        # The stream of a library call is unknown.
         stream, device = rest[-2:]
         yield "launches", 1
         yield f"launches: {stream}", 1
@@ -49,9 +49,9 @@ def _names(event: tuple[str, ...]) -> Iterable[tuple[str, int]]:
 
 
 def count(of: Iterable[tuple[str, ...]]) -> dict[str, int]:
-    """Return how often each kind of event comes; "synchronisations" are all events that the host waits at.
+    """Return the number of events of each kind. "synchronisations" counts all events at which the host waits.
 
-    Among them are copies whose side of the host is not pinned, which wait as well.
+    These include copies from or to pageable host memory.
     """
     counts: Counter[str] = Counter()
     for event in of:

@@ -1,7 +1,7 @@
-"""Build the null GPU and put it where PyTorch looks for NVIDIA's libraries: `python install.py` in the environment's Python.
+"""Build the null GPU and install it where PyTorch loads NVIDIA's libraries: `python install.py` with the environment's Python.
 
-PyTorch's CUDA build must be there without the packages `nvidia-*` (`pip install --no-deps torch`). It then imports, and finds
-as many GPUs as the variable NULL_GPU says, none without it: so it also serves as a CPU build of a PyTorch that has none.
+The environment needs PyTorch's CUDA build without the `nvidia-*` packages (`pip install --no-deps torch`). PyTorch then finds
+as many GPUs as the variable NULL_GPU gives, by default none. Without NULL_GPU it behaves like a CPU build.
 """
 
 import os
@@ -15,20 +15,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("memory.c", "report.c", "work.c", "runtime.c", "driver.c", "libraries.c")
-# The headers of the CUDA version that PyTorch was built for; the libraries of the packages are not installed.
+# The headers of PyTorch's CUDA version. Only the headers of these packages are used.
 HEADERS = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88")
-# One file has the functions of all libraries. By this name Triton finds it.
+# One file contains the functions of all libraries. Triton loads it under this name.
 LIBRARY = "libcuda.so.1"
-# The names by which it is opened at run time: the linker's, and that of the library that PyTorch asks about NVLink.
+# Names under which it is opened at run time: the linker's name, and the library for NVLink queries.
 FURTHER_NAMES = {"libcuda.so", "libnvidia-ml.so.1"}
 FOREIGN = re.compile(r"lib(cu|nv|nccl)\w*\.so\.\d+")
 SYMBOL = re.compile(r"(cu|nv|nccl|__cuda)\w+")
-# What computes in a library counts as a launch.
+# Library functions that count as launches.
 COMPUTES = re.compile(r"cublas\w*(Gemm|gemm|Matmul$|gemv|dot)\w*|cudnnBackendExecute|nccl(All|Reduce|Broadcast|Send|Recv)\w*")
 
 
 def library_folder() -> Path:
-    """Return where PyTorch's own libraries are."""
+    """Return the folder of PyTorch's libraries."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("torch is not installed here")
@@ -40,19 +40,19 @@ def _lines(*command: str | Path) -> list[str]:
 
 
 def needed_libraries(libraries: Iterable[Path]) -> set[str]:
-    """Return the names of NVIDIA's libraries that these ones load."""
+    """Return the names of the NVIDIA libraries that `libraries` depend on."""
     shown = [line for path in libraries for line in _lines("readelf", "--dynamic", path) if "(NEEDED)" in line]
     return {match[0] for line in shown if (match := FOREIGN.search(line))}
 
 
 def symbols(libraries: Iterable[Path], which: str) -> set[str]:
-    """Return the functions that are `--undefined-only` or `--defined-only` in libraries and may be NVIDIA's."""
+    """Return the functions with NVIDIA-like names that are `--undefined-only` or `--defined-only` in the libraries."""
     shown = [line.split()[-1].split("@")[0] for path in libraries for line in _lines("nm", "--dynamic", which, path)]
     return {name for name in shown if SYMBOL.fullmatch(name)}
 
 
 def driver_functions(libraries: Iterable[Path]) -> set[str]:
-    """Return the driver's and NVML's functions that are found by their names at run time, by PyTorch and Triton."""
+    """Return the driver and NVML functions that PyTorch and Triton look up by name at run time."""
     texts = [path.read_bytes() for path in libraries if path.name == "libc10_cuda.so"]
     triton = find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -61,7 +61,7 @@ def driver_functions(libraries: Iterable[Path]) -> set[str]:
 
 
 def stubs(names: Iterable[str]) -> str:
-    """Return C functions of these names that do nothing."""
+    """Return the source of C functions with these names that do nothing."""
     lines = ['#include "null.h"']
     for name in sorted(names):
         body = f'return library_call("{name}");' if COMPUTES.fullmatch(name) else "return 0;"
@@ -81,26 +81,26 @@ def compile_library(target: Path, stubbed: Iterable[str], headers: Path) -> None
 
 
 def install() -> Path:
-    """Build the library for the PyTorch of this environment, and return it."""
+    """Build and install the library for this environment's PyTorch; return its path."""
     folder = library_folder()
     own = sorted(path for path in folder.glob("*.so") if not path.is_symlink())
     needed = needed_libraries(own)
     if not needed:
-        sys.exit(f"{folder} holds a CPU build of PyTorch, for which there is no GPU to stand in for")
+        sys.exit(f"{folder} holds a CPU build of PyTorch: expected a CUDA build")
     real = [path for name in needed for path in (folder.parent.parent / "nvidia").glob(f"**/{name}")]
     if real:
-        sys.exit(f"{real[0]} is NVIDIA's own: install torch with --no-deps into an environment of its own")
+        sys.exit(f"{real[0]} is NVIDIA's library: install torch with --no-deps into a separate environment")
     with tempfile.TemporaryDirectory() as headers:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", headers, *HEADERS]
         subprocess.run(pip, check=True)
         include = next(Path(headers).glob("nvidia/*/include"))
-        # Built twice: the first shows which functions the sources have.
+        # Built twice: the first build shows which functions the sources define.
         first = Path(headers) / LIBRARY
         compile_library(first, (), include)
         wanted = symbols(own, "--undefined-only") | driver_functions(own)
         missing = wanted - symbols(own, "--defined-only") - symbols([first], "--defined-only")
         library = folder / LIBRARY
-        # A process that has loaded the old library keeps it, and one that starts meanwhile finds a whole one.
+        # Replace atomically: running processes keep the old library, and new ones never load an incomplete file.
         built = folder / f"{LIBRARY}.{os.getpid()}"
         compile_library(built, missing, include)
         built.replace(library)

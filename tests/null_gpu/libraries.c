@@ -1,4 +1,4 @@
-/* What PyTorch reads from cuBLAS, cuDNN and NVRTC before it goes on; all their other functions do nothing and say 0. */
+/* Functions of cuBLAS, cuDNN, NVRTC and NCCL whose results PyTorch reads; all other functions do nothing and return 0. */
 #include <stddef.h>
 #include <stdlib.h>
 
@@ -30,7 +30,7 @@ int cublasLtMatmulAlgoGetHeuristic(void *of, void *matmul, void *a, void *b, voi
 
 size_t cudnnGetVersion(void) { return 91900; }
 int cudnnCreate(void **made) { return handle(made); }
-/* A plan is made of what cuDNN answers: here it supports none (CUDNN_STATUS_NOT_SUPPORTED). */
+/* This cuDNN supports no plan (CUDNN_STATUS_NOT_SUPPORTED). */
 int cudnnBackendCreateDescriptor(int type, void **made) {
     *made = NULL;
     return 3000;

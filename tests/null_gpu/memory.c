@@ -1,4 +1,4 @@
-/* Memory: every byte of a device is in a range of addresses of its own, mapped for nobody, and never handed out twice. */
+/* Memory: each device has its own range of unmapped addresses, and no address is allocated twice. */
 #define _GNU_SOURCE
 #include "null.h"
 #include <pthread.h>
@@ -65,7 +65,7 @@ static uintptr_t take_addresses(size_t bytes) {
         next_free[device] = range[device] = ((uintptr_t)reserved + (2 << 20) - 1) & ~((2ull << 20) - 1);
     }
     uintptr_t address = next_free[device];
-    /* A gap behind each, so that what runs past an end meets nothing. */
+    /* Leave a gap after each allocation to detect out-of-bounds accesses. */
     next_free[device] += (bytes + (4 << 20) - 1) & ~((2ull << 20) - 1);
     return next_free[device] < range[device] + RANGE_BYTES - (2 << 20) ? address : 0;
 }
@@ -110,7 +110,7 @@ void pin(void *address, size_t bytes) {
     pthread_mutex_unlock(&lock);
 }
 
-/* Virtual memory management: addresses first, memory behind pieces of them later. */
+/* Virtual memory management: reserve addresses first, map memory to parts of them later. */
 void *reserve(size_t bytes) {
     pthread_mutex_lock(&lock);
     uintptr_t address = take_addresses(bytes);
@@ -158,7 +158,7 @@ Kind kind_of(const void *address, int *device, void **base, size_t *bytes) {
 
 size_t used_bytes(int device) { return used[device]; }
 
-/* Whether all bytes are in memory of the device or in none of it; pieces that are mapped one by one may follow each other. */
+/* Check that all bytes are in device memory or none is; a range may span several adjacent mappings. */
 static int check_range(const void *address, size_t bytes, bool *is_device, bool *is_pinned, const char *what) {
     *is_device = range_of((uintptr_t)address) >= 0;
     *is_pinned = kind_of(address, NULL, NULL, NULL) == PINNED;
@@ -215,7 +215,7 @@ int fill(void *to, size_t bytes, Stream *stream) {
     return OK;
 }
 
-/* Check 8 bytes of a kernel's arguments, which are a pointer where they look like one. */
+/* Check 8 bytes of a kernel's arguments if they look like a pointer. */
 int check_pointer(uint64_t value, int device, const char *what) {
     int owner = range_of(value);
     if (owner >= 0) {
@@ -225,7 +225,7 @@ int check_pointer(uint64_t value, int device, const char *what) {
             return fault(ILLEGAL_ADDRESS, "%s points to memory of device %d, and the stream is of device %d", what, owner, device);
         return OK;
     }
-    /* No integer that a kernel takes is that large; a float64 is larger. */
+    /* Integer arguments are smaller than this range, and the bits of a float64 are larger. */
     bool looks_like_host = value >= 1ull << 40 && value < 1ull << 47;
     if (looks_like_host && kind_of((void *)value, NULL, NULL, NULL) != PINNED)
         return fault(ILLEGAL_ADDRESS, "%s points to %p, memory of the host", what, (void *)value);

@@ -1,4 +1,4 @@
-"""Programs with a mistake that a GPU would punish: `python -m null_gpu.mistakes NAME`. The null GPU tells of it on stderr."""
+"""Programs with an error that the null GPU must report on stderr: `python -m null_gpu.mistakes NAME`."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _write(address, BLOCK: tl.constexpr):
-    # An address as a number: Triton itself refuses a tensor of the host.
+    # The address is passed as an integer, because Triton rejects host tensors.
     elements = tl.arange(0, BLOCK)
     tl.store(address.to(tl.pointer_type(tl.float32)) + elements, elements.to(tl.float32))
 
@@ -20,7 +20,7 @@ def _write_to(address: int):
 
 
 def no_mistake() -> None:
-    """Write to memory of the GPU, in a graph as well."""
+    """Write to GPU memory, also in a CUDA graph."""
     x = torch.zeros(128, device="cuda")
     _write_to(x.data_ptr())
     graph = torch.cuda.CUDAGraph()
@@ -36,13 +36,13 @@ def no_mistake() -> None:
 
 
 def memory_of_the_host() -> None:
-    """Have a kernel write to memory of the host."""
+    """Write to host memory in a kernel."""
     x = torch.zeros(128)
     _write_to(x.data_ptr())
 
 
 def freed_memory() -> None:
-    """Have a kernel write to memory that was given back."""
+    """Write to freed memory in a kernel."""
     x = torch.zeros(1 << 26, device="cuda")
     address = x.data_ptr()
     del x
@@ -51,7 +51,7 @@ def freed_memory() -> None:
 
 
 def memory_of_another_device() -> None:
-    """Have a kernel of the first device write to memory of the second."""
+    """Write to memory of the second device in a kernel on the first."""
     x = torch.zeros(128, device="cuda:1")
     _write_to(x.data_ptr())
 
@@ -65,13 +65,13 @@ def stream_of_another_device() -> None:
 
 
 def synchronising_in_a_capture() -> None:
-    """Wait for the GPU while a graph is captured."""
+    """Synchronize during a graph capture."""
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.cuda.synchronize()
 
 
 def stream_that_stays_in_a_capture() -> None:
-    """Have a second stream join a capture, and end it without waiting for what that stream does."""
+    """Join a second stream to a capture, and end the capture without waiting for that stream."""
     x, side = torch.zeros(128, device="cuda"), torch.cuda.Stream()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         side.wait_stream(torch.cuda.current_stream())
@@ -80,7 +80,7 @@ def stream_that_stays_in_a_capture() -> None:
 
 
 def too_much_shared_memory() -> None:
-    """Launch a kernel with more shared memory than a program may have."""
+    """Launch a kernel with more shared memory than the limit of a program."""
     x = torch.zeros(128, device="cuda")
     compiled = _write_to(x.data_ptr())
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(ctypes.c_void_p(x.data_ptr())))
@@ -88,7 +88,7 @@ def too_much_shared_memory() -> None:
 
 
 def _launch(compiled, shared: int, arguments, stream: int | None) -> None:
-    # Past Triton, which refuses what it knows to be wrong.
+    # Bypass Triton, which checks its launches.
     driver = ctypes.CDLL("libcuda.so.1")
     sizes = (1, 1, 1, 128, 1, 1)
     code = driver.cuLaunchKernel(

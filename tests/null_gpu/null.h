@@ -1,7 +1,7 @@
-/* The state that all parts of the null GPU share: devices, memory, streams, captures, and what is told of them.
+/* The shared state of the null GPU: devices, memory, streams, captures and error reports.
 
-   Device memory is address space that nobody can touch: a host that reads or writes it crashes, as beside a real GPU. What is
-   copied from it is zeros, whatever was copied there. Kernels and libraries compute nothing. */
+   Device memory is inaccessible address space: a host that reads or writes it crashes, as with a real GPU. Copies from it give
+   zeros, regardless of earlier copies to it. Kernels and libraries compute nothing. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
@@ -20,7 +20,7 @@ enum { CUDA_13 = 13000, OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE 
 typedef struct Capture {
     bool is_invalid, is_open;
     int nodes;
-    int num_branches; /* streams that have joined and that no stream of the capture has waited for since */
+    int num_branches; /* streams that joined the capture and were not waited for since */
     unsigned long long id;
 } Capture;
 
@@ -36,7 +36,7 @@ typedef struct Event {
     uint32_t magic;
     double recorded_ms;
     Capture *capture;
-    Stream *stream; /* which recorded it */
+    Stream *stream; /* the stream that recorded it */
 } Event;
 
 typedef struct Graph {

@@ -1,7 +1,7 @@
-"""A plugin for pytest, `-p null_gpu.plugin`: runs the tests for a GPU on the null GPU, as far as their comparison of values.
+"""A pytest plugin, `-p null_gpu.plugin`, that runs GPU tests on the null GPU without comparing values.
 
-The null GPU computes nothing, so only shapes, dtypes, devices and memory layouts are compared. Where a test asks for values by
-itself, there it ends (`OF_VALUES`). A test fails if the null GPU tells of a fault while it or its fixtures run.
+The null GPU computes nothing, so the plugin compares only shapes, dtypes, devices and memory layouts. A test that checks values
+itself ends at that line (`OF_VALUES`). A test fails if the null GPU reports a fault while the test or its fixtures run.
 """
 
 import ctypes
@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-# Where a test asks for values or times itself, there it may end: the test, and a piece of that line.
+# Tests that check values or times themselves, and a part of the line at which they may end.
 OF_VALUES = {
-    "test_writer.py::test_copies_from_a_gpu_are_of_the_step_they_were_taken_at": '["w"].eq(step)',
+    "test_writer.py::test_snapshots_of_gpu_tensors_hold_the_values_at_the_save": '["w"].eq(step)',
     "test_attention_gpu.py::test_float32_is_exact_unless_tf32_is_asked_for": "assert error < ",
     "test_contract.py::test_more_elements_than_32_bits_count": "count_nonzero() > ",
     "test_cross_entropy.py::test_more_elements_than_31_bits_can_count": "losses[0].item() == ",
-    "test_distributed.py::test_shards_of_one_process_have_the_gradients_of_the_whole": "<= tolerance * expected.norm()",
+    "test_distributed.py::test_gradients_of_shards_equal_the_whole_model": "<= tolerance * expected.norm()",
     "test_doctor.py::test_it_runs_a_kernel_on_the_gpu": "assert shown.returncode == 0",
     "test_ceilings.py::test_ceilings_are_measured_on_a_gpu": "share_of_datasheet",
     "test_kernels.py::test_a_case_is_measured_on_a_gpu": "share_of_roofline",
@@ -29,9 +29,9 @@ OF_VALUES = {
     "test_profile.py::test_a_profile_of_a_gpu_holds_kernels_only": 'groups["matmul"] > 0',
     "test_loop.py::test_a_gpu_run_learns_as_the_cpu_does": "result.valid_loss == ",
 }
-# Those that cannot run at all.
+# Tests that cannot run, and the reason.
 NOT_RUN = {
-    "test_prefetch.py::test_taking_a_batch_does_not_wait_for_the_gpu": "the null GPU is never at work",
+    "test_prefetch.py::test_next_does_not_synchronize_with_the_gpu": "the null GPU is never at work",
     "test_attention.py::test_a_shape_is_measured_on_a_gpu": "PyTorch crashes where cuDNN refuses attention twice, as here",
 }
 COMPARED = pytest.StashKey[bool]()
@@ -71,7 +71,7 @@ def _allclose(a: Tensor, b: Tensor, *_: Any, **__: Any) -> bool:
 def _assert_accurate(actual: Tensor, reference: Tensor, exact: Tensor, what: str = "result", slack: float = 0.0) -> None:
     _compare(actual, reference, what=what)
     _compare(actual, exact, dtype=False, what=what)
-    # A result may keep the layout of its input where the reference's does not, but has neither gaps nor repeated elements.
+    # A result may have another layout than the reference, but no gaps and no repeated elements.
     dense = torch.ops.aten.is_non_overlapping_and_dense(actual)
     assert dense or actual.stride() == reference.stride(), f"{what}: strides {actual.stride()}, expected {reference.stride()}"
 
@@ -84,7 +84,7 @@ def _compare_cases(
 
 
 def _all(x: Tensor, *arguments: Any, **rest: Any) -> Tensor | bool:
-    # `assert x.all()` in a test asks for values; what the project asks is answered as ever.
+    # `assert x.all()` in a test checks values. Calls from the project keep their result.
     if x.is_cuda and not arguments and not rest and "test_" in sys._getframe(1).f_code.co_filename.rsplit("/", 1)[-1]:
         _compare(None, None)
         return True
@@ -95,8 +95,8 @@ _own_all = Tensor.all
 
 
 def pytest_configure() -> None:
-    """Replace the comparisons before a module of tests takes them by name."""
-    # Where cuDNN makes no plan, as here, PyTorch dereferences a null pointer at the second call.
+    """Replace the comparisons before test modules import them by name."""
+    # If cuDNN makes no plan, as here, PyTorch dereferences a null pointer at the second call.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.testing.assert_close, torch.equal, torch.allclose = _assert_close, _equal, _allclose
     Tensor.all = _all
@@ -104,7 +104,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection() -> None:
-    """Replace the comparisons of the tests' own modules, whose import needs conftest.py."""
+    """Replace the comparisons of the tests' helper modules, which need conftest.py to be imported first."""
     import oracle
 
     oracle.assert_accurate = _assert_accurate
@@ -125,7 +125,7 @@ def _name(item: pytest.Item) -> str:
 
 
 def _asks_for_values(item: pytest.Item, error: BaseException) -> bool:
-    """Return whether the line of the test at which it failed is the one that asks for values."""
+    """Return whether the test failed at its line that checks values."""
     lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(item.path)]
     return _name(item) in OF_VALUES and OF_VALUES[_name(item)] in lines[-1]
 
@@ -138,35 +138,35 @@ def _no_faults() -> Iterator[None]:
         yield
     finally:
         if (faults := count() - before) > 0:
-            pytest.fail(f"{faults} faults on the null GPU, told on stderr", pytrace=False)
+            pytest.fail(f"{faults} faults on the null GPU, printed on stderr", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Iterator[None]:
-    """Fail a test whose fixtures begin with a fault."""
+    """Fail a test if the setup of its fixtures causes a fault."""
     with _no_faults():
         yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """Fail a test whose fixtures end with a fault."""
+    """Fail a test if the teardown of its fixtures causes a fault."""
     with _no_faults():
         yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test during which there was a fault, let one end at its values, and leave the default stream to the next."""
+    """Fail a test that causes a fault, xfail one that ends at its check of values, and restore the default stream."""
     _running.append(item)
     try:
         with _no_faults():
             yield
-    # A row that lacks a figure for want of values gives a KeyError.
+    # A row without a measured figure gives a KeyError.
     except (AssertionError, KeyError) as error:
         if not _asks_for_values(item, error):
             raise
-        pytest.xfail("asks for values")
+        pytest.xfail("checks values")
     finally:
         _running.clear()
         if torch.cuda.is_initialized() and torch.cuda.current_stream() != torch.cuda.default_stream():
@@ -175,7 +175,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Note in the report whether values were compared, and let the tensors of a test go that ended at its values."""
+    """Record whether the test compared results, and free the tensors of a test that ended at its check of values."""
     report = yield
     if call.excinfo is not None and hasattr(report, "wasxfail"):
         traceback.clear_frames(call.excinfo.tb)
@@ -185,12 +185,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests came to their comparison of values."""
+    """Print how many tests compared results."""
     reports = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
     compared = sum(dict(report.user_properties).get("compared", False) for report in reports)
     of_values = len(terminalreporter.stats.get("xfailed", []))
     terminalreporter.section("null GPU")
     terminalreporter.line(
-        f"{len(reports)} tests ran: {compared} compared shapes and dtypes in place of values, "
-        f"{of_values} ended where they ask for values themselves, the others ask for none"
+        f"{len(reports)} tests ran: {compared} compared shapes and dtypes instead of values, "
+        f"{of_values} ended at their own check of values, the others check no values"
     )

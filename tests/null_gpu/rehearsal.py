@@ -1,7 +1,7 @@
-"""The commands that need a GPU, run to their end on the null GPU: `python -m null_gpu.rehearsal [PART ...]`, tests/ in path.
+"""Run the commands that need a GPU on the null GPU: `python -m null_gpu.rehearsal [PART ...]`, with tests/ in PYTHONPATH.
 
-Nothing is computed, so nothing is said of values. What is checked is all that surrounds them: that every command ends, that no
-launch, pointer, copy or capture is one that a GPU refuses, and that the bench outlives kernels that hang or break the context.
+The null GPU computes nothing, so values are not checked. The rehearsal checks that every command ends, that every launch,
+pointer, copy and capture is valid, and that the bench survives kernels that hang or break the context.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 from .events import count, events
 
-# A model of no size at all, on the embedded corpus.
+# A tiny model on the embedded corpus.
 MODEL = shlex.split(
     "--model.vocab-size 512 --model.context-length 32 --model.d-model 32 --model.num-layers 2 --model.num-heads 2"
     " --model.d-ff 64"
@@ -30,25 +30,25 @@ STEPS = shlex.split(
 )
 TILEWRIGHT = ("-m", "tilewright")
 SMALL_BENCH = ("-m", f"{__package__}.small_bench", "bench")
-# The counts of a part that are shown, and how wide.
+# The displayed counts of a part, and their column widths.
 COLUMNS = {"launches": 9, "graphs": 7, "synchronisations": 16, "faults": 7}
 BENCH_STAGES = ("machine", "ceilings", "kernels", "attention", "training", "generation", "memory", "overhead")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command, which must end well within its time."""
+    """One command, which must succeed within its time limit."""
 
     command: Sequence[str]
     """Arguments of Python."""
     needs: str | None = None
-    """The part that has to run before."""
+    """The part that must run first."""
     limit_s: float = 300
     stop_after: str | None = None
-    """What is printed before the command gets a SIGTERM, where it is to end by one."""
+    """Send a SIGTERM after this output; None: let the command end by itself."""
     variables: dict[str, str] = field(default_factory=dict)
     flaw: Callable[[Path], str | None] = lambda folder: None
-    """Returns what is wrong with what the command left in the folder, or None."""
+    """Check the folder after the command; return an error description or None."""
 
 
 def _command(arguments: str, **rest: Any) -> Part:
@@ -66,7 +66,7 @@ def _lacks(*names: str) -> Callable[[Path], str | None]:
 
 
 def _not_finished(run: str, steps: int) -> Callable[[Path], str | None]:
-    """Return what finds out whether a run has each line of its metrics once, up to the last step."""
+    """Return a check that the metrics of a run hold each step once, up to the last."""
 
     def flaw(folder: Path) -> str | None:
         seen = [row["step"] for row in _rows(folder / run / "metrics.jsonl")]
@@ -79,15 +79,15 @@ def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# What a bench may leave unmeasured here: nvidia-smi knows nothing of this GPU, peers may be missing, or have not every shape.
+# Accepted reasons for unmeasured rows: nvidia-smi does not see this GPU, and peers may be missing or lack a shape.
 EXPECTED = (
-    "nvidia-smi does not answer", "not installed", "left out", "takes no mask", "the same as SDPA flash", "more than once",
-    "its mask has T x S entries",
+    "nvidia-smi does not answer", "not installed", "skipped", "does not support masks", "the same as SDPA flash",
+    "several times", "its mask has T x S entries",
 )  # fmt: skip
 
 
 def _unmeasured(name: str) -> Callable[[Path], str | None]:
-    """Return what finds the rows of our own that were not measured, and stages without any row."""
+    """Return a check for unmeasured rows of this project's kernels, and for stages without rows."""
 
     def flaw(folder: Path) -> str | None:
         rows = _rows(folder / f"{name}.jsonl")
@@ -101,7 +101,7 @@ def _unmeasured(name: str) -> Callable[[Path], str | None]:
 
 
 def _survives(name: str, reason: str) -> Callable[[Path], str | None]:
-    """Return what finds out whether a bench lost one job for this reason, with rows of other jobs before and after it."""
+    """Return a check that a bench lost exactly one job for this reason: rows before and after it are measured."""
 
     def flaw(folder: Path) -> str | None:
         rows = [row for row in _rows(folder / f"{name}.jsonl") if row["stage"] == "kernels" and "case" in row]
@@ -120,11 +120,11 @@ def _bench(name: str, *arguments: str, flaw: Callable[[Path], str | None], **res
     return Part((*SMALL_BENCH, *arguments, "--out", f"{name}.jsonl"), flaw=flaw, limit_s=rest.pop("limit_s", 900), **rest)
 
 
-# Only one op, neither the first nor the last that is measured, has kernels of this name.
+# Only one op has a kernel of this name, and it is neither the first nor the last measured.
 LOST = {"hangs": ("NULL_GPU_HANGS_AT", "hung: killed after"), "breaks": ("NULL_GPU_BREAKS_AT", "broke the GPU's context")}
 LOST_KERNEL = "rope_forward"
 
-# So long that a signal comes before the last step.
+# Long enough for a signal to arrive before the last step.
 LONGER = "--steps 60 --eval-every 30 --checkpoint-every 30"
 
 PARTS: dict[str, Part] = {
@@ -134,7 +134,7 @@ PARTS: dict[str, Part] = {
     "compiled": _train("compiled"),
     "accumulate": _train("accumulate", "--micro-batch-size 2"),
     "cuda-graphs": _train("cuda-graphs", "--cuda-graphs"),
-    # All that fits in the memory of a GPU is a large batch of so small a model.
+    # Only two steps, because the largest batch that fits is huge for such a small model.
     "auto": _train(
         "auto", "--batch-size auto --activation-checkpointing auto --steps 2 --optimizer.warmup-steps 0 --compile False"
     ),
@@ -165,7 +165,7 @@ PARTS: dict[str, Part] = {
 
 
 def _stop(child: subprocess.Popen[bytes], log: Path, part: Part) -> None:
-    """Send a SIGTERM as soon as the log says what the part waits for."""
+    """Send a SIGTERM as soon as the log contains `part.stop_after`."""
     until = time.monotonic() + part.limit_s
     while child.poll() is None and time.monotonic() < until and (part.stop_after or "") not in log.read_text(errors="replace"):
         time.sleep(0.01)
@@ -173,12 +173,12 @@ def _stop(child: subprocess.Popen[bytes], log: Path, part: Part) -> None:
 
 
 def _run(name: str, part: Part, folder: Path) -> tuple[str | None, dict[str, int], float]:
-    """Run a part; return what is wrong with it, the counts of its events, and its seconds."""
+    """Run a part; return its error description or None, its event counts, and its duration in seconds."""
     trace, start = folder / f"{name}.trace", time.monotonic()
     tests = str(Path(__file__).resolve().parents[1])
     variables = {**os.environ, "NULL_GPU_TRACE": str(trace), "PYTHONPATH": tests, **part.variables}
     with (folder / f"{name}.log").open("w") as log:
-        # A group of its own: what it started ends with it.
+        # A separate process group, so that its children can be killed with it.
         child = subprocess.Popen(
             [sys.executable, "-P", *part.command], cwd=folder, env=variables, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -215,7 +215,7 @@ def _end_of(path: Path, lines: int = 15) -> str:
 
 
 def rehearse(names: Sequence[str], folder: Path) -> list[str]:
-    """Run parts and those that they need in a folder, with a line for each; return those with a flaw."""
+    """Run parts and their prerequisites in a folder and print a line for each; return the parts that failed."""
     flawed = []
     shown = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
     print(f"{'part':20} {'seconds':>8} {shown}", flush=True)
@@ -230,16 +230,16 @@ def rehearse(names: Sequence[str], folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Rehearse the parts that the command line names, or all."""
+    """Run the parts that the command line names, or all."""
     names = sys.argv[1:] or [*PARTS]
     unknown = [name for name in names if name not in PARTS]
     if unknown:
-        sys.exit(f"{', '.join(unknown)}: choose of {', '.join(PARTS)}")
+        sys.exit(f"unknown part {', '.join(unknown)}: expected {', '.join(PARTS)}")
     if not os.environ.get("NULL_GPU"):
-        sys.exit("set NULL_GPU=1, where the null GPU is installed (tests/null_gpu/install.py)")
+        sys.exit("NULL_GPU is not set: install the null GPU (tests/null_gpu/install.py) and set NULL_GPU=1")
     with tempfile.TemporaryDirectory() as folder:
         flawed = rehearse(names, Path(folder))
-    print(f"{len(flawed)} parts with a flaw{': ' if flawed else ''}{', '.join(flawed)}")
+    print(f"{len(flawed)} parts failed{': ' if flawed else ''}{', '.join(flawed)}")
     return 1 if flawed else 0
 
 

@@ -1,4 +1,4 @@
-/* What the null GPU tells: a trace of all that it was asked for, faults on stderr, and the last error of a thread. */
+/* Reports of the null GPU: a trace of all calls, faults on stderr, and the last error of a thread. */
 #define _GNU_SOURCE
 #include "null.h"
 #include <pthread.h>
@@ -13,18 +13,18 @@ static __thread int error;
 static __thread char message[512];
 static __thread int code_of_message;
 
-/* Write a line for each event to `path` from now on; NULL ends it. */
+/* Append a line to `path` for each event from now on; NULL stops the trace. */
 void null_gpu_trace(const char *path) {
     pthread_mutex_lock(&lock);
     if (file)
         fclose(file);
     file = path ? fopen(path, "a") : NULL;
     if (file)
-        setlinebuf(file); /* a process that is killed has told all; several may share a file */
+        setlinebuf(file); /* so that a killed process loses no event, and several processes can share a file */
     pthread_mutex_unlock(&lock);
 }
 
-/* Return how many faults there were in this process. */
+/* Return the number of faults in this process. */
 int null_gpu_faults(void) { return faults; }
 
 void trace(const char *format, ...) {
@@ -41,7 +41,7 @@ void trace(const char *format, ...) {
     va_end(arguments);
 }
 
-/* Say what is wrong with a call, where the caller's error message shows it too, and return the code. */
+/* Report a fault on stderr and in the error message of the caller; return the code. */
 int fault(int code, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);

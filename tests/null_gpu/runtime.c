@@ -268,7 +268,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
         DONE(CAPTURED_EVENT);
     DONE(synchronise("cudaEventSynchronize", NULL));
 }
-/* A GPU that computes nothing takes as long as the host does between the two. */
+/* The elapsed time is the host time between the two events. */
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
     Event *from = event_of(begin), *to = event_of(end);
     if (!from || !to || !from->recorded_ms || !to->recorded_ms)
@@ -353,7 +353,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
     return OK;
 }
 
-/* Kernels of PyTorch's own, known by the address of a function of the host */
+/* PyTorch's own kernels, identified by the address of a host function */
 
 #define MAX_KERNELS 65536
 static struct { const void *function; const char *name; } kernels[MAX_KERNELS];

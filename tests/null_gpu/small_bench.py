@@ -1,7 +1,7 @@
-"""The command line as a rehearsal runs it: `python -m null_gpu.small_bench ARGUMENTS`, values unchecked and some sizes small.
+"""The command line with smaller benchmarks and without checks of values: `python -m null_gpu.small_bench ARGUMENTS`.
 
-A GPU that computes nothing gives zeros, which no check of values accepts: only shapes and dtypes are checked. The bench's
-workers are processes of their own, which get the same changes.
+The null GPU returns zeros, which would fail every check of values, so only shapes and dtypes are checked. The worker processes
+of the bench get the same patches.
 """
 
 import sys
@@ -18,7 +18,7 @@ from tilewright.train.trainer import Trainer
 
 
 class _Shape:
-    """In place of `check.Right`: a result must have this shape and dtype."""
+    """Replacement for `check.Expected` that checks only the shape and the dtype."""
 
     def __init__(self, exact: Tensor, reference: Tensor) -> None:
         self.shape, self.dtype = exact.shape, reference.dtype
@@ -36,18 +36,18 @@ def _no_error(own: Tensor, right: Tensor) -> float:
 
 def _exact(arguments: Arguments, do: Tensor) -> dict[str, Tensor]:
     q, k, v = arguments.positional
-    # The reference loops over pieces of long sequences: minutes of a host for values that nobody looks at.
+    # The reference would take minutes on long sequences, for values that are not checked.
     names = ("result 0", "gradient 0", "gradient 1", "gradient 2") if q.requires_grad else ("result 0",)
     return {name: like.new_zeros(like.shape) for name, like in zip(names, (q, q, k, v), strict=False)}
 
 
 def _shares(trainer: Trainer, step_s: float) -> dict[str, float]:
-    """Return shares that no profiler measured: there is no CUPTI."""
+    """Return made-up shares, because the null GPU has no CUPTI for the profiler."""
     return {"matmul": 0.5, "attention": 0.25, "idle": 0.25}
 
 
 def _cases(group: str) -> Iterator[ops.Case]:
-    """Yield one shape of each kind, at full size: memory costs nothing here."""
+    """Yield one shape of each kind, at full size."""
     kinds = set()
     for case in ops.cases(group):
         sizes = case.sizes
@@ -64,13 +64,13 @@ def _cases(group: str) -> Iterator[ops.Case]:
 
 
 def change() -> None:
-    """Leave out the checks of values, and what takes a host minutes, in this process and in its workers."""
-    # Where cuDNN makes no plan, as here, PyTorch dereferences a null pointer at the second call.
+    """Remove the checks of values and the slow host work, in this process and in its workers."""
+    # If cuDNN makes no plan, as here, PyTorch dereferences a null pointer at the second call.
     torch.backends.cuda.enable_cudnn_sdp(False)
     attention = {name: peer for name, peer in op_peers.PEERS["attention"].items() if name != "SDPA cuDNN"}
     peers = {**op_peers.PEERS, "attention": attention}
     for owner, name, instead in (
-        (check, "Right", _Shape),
+        (check, "Expected", _Shape),
         (attention_oracle, "exact", _exact),
         (attention_oracle, "error_of", _no_error),
         (ops, "PEERS", peers),
@@ -78,7 +78,7 @@ def change() -> None:
         (training, "_profile", _shares),
         (tune, "exact", _exact),
         (tune, "error_of", _no_error),
-        (tune, "write_configurations", lambda _: None),  # the ones that ship stay
+        (tune, "write_configurations", lambda _: None),  # keep the shipped configurations
         (worker, "PROGRAM", f"from {__spec__.name} import change; change(); {worker.PROGRAM}"),
     ):
         patch.object(owner, name, instead).start()

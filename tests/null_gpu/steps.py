@@ -1,7 +1,7 @@
-"""What a training step asks of the GPU, counted on the null GPU: `python -m null_gpu.steps`, tests/ in the path, writes it.
+"""Count the GPU calls of a training step on the null GPU: `python -m null_gpu.steps`, with tests/ in PYTHONPATH.
 
-Of each variant of a run, a turn of the loop lasts from one call of `Trainer.train_step` to the next, so that it holds what the
-loop does between them. The first turns compile and make what stays; those that write a line of metrics wait for the device.
+An iteration lasts from one call of `Trainer.train_step` to the next, so it includes the work of the loop between steps. The
+first iterations compile and allocate and are not counted. Iterations that log metrics synchronize with the device.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ LIMIT_S = 300
 
 
 def versions() -> dict[str, str]:
-    """Return what the counts depend on beside this project."""
+    """Return the versions of the packages that affect the counts."""
     import torch
     import triton
 
@@ -59,7 +59,7 @@ def _config(variant: str, folder: Path) -> Any:
     if names := options.pop("names", None):
         data = dataclasses.replace(files, train=(files.train[0], files.valid), names=names)
     optimizer = OptimizerConfig(name=options.pop("name", "adamw"), warmup_steps=3)
-    # Wide enough that every kernel is launched as in a real run; validations and checkpoints come after the last step.
+    # Wide enough to launch every kernel as in a real run. Validation and checkpoints come after the last step.
     model = ModelConfig(vocab_size=300, context_length=64, d_model=64, num_layers=2, num_heads=2, d_ff=128)
     return TrainConfig(
         out=folder / "run", model=model, data=data, steps=NUM_STEPS, batch_size=4, optimizer=optimizer, device="cuda",
@@ -68,9 +68,9 @@ def _config(variant: str, folder: Path) -> Any:
 
 
 def measure(variant: str) -> dict[str, Any]:
-    """Train in this process; return the counts of a turn that writes no metrics and of one that does, and the host's time.
+    """Train in this process; return the counts of an iteration without and with logging, and the host time.
 
-    Of several turns each must have the same counts; where they do not, "differ" tells of all of them.
+    All iterations should have the same counts; otherwise "differ" holds all distinct counts.
     """
     from tilewright.train import train
     from tilewright.train.trainer import Trainer
@@ -103,9 +103,9 @@ def measure(variant: str) -> dict[str, Any]:
 
 
 def measured(variant: str) -> dict[str, Any]:
-    """Return what `measure` gives in a process of its own, which has compiled and captured nothing before."""
+    """Return the result of `measure` in a new process, without compiled or captured state."""
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Whatever a test's process has set for Triton's interpreter, on this GPU kernels are compiled.
+    # Compile kernels even if this process runs Triton's interpreter.
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-P", "-m", f"{__package__}.steps", variant],
@@ -125,7 +125,7 @@ def main() -> None:
         print(json.dumps(measure(sys.argv[1])))
         return
     if not os.environ.get("NULL_GPU"):
-        sys.exit("set NULL_GPU=1, where the null GPU is installed (tests/null_gpu/install.py)")
+        sys.exit("NULL_GPU is not set: install the null GPU (tests/null_gpu/install.py) and set NULL_GPU=1")
     counts = {}
     for variant in VARIANTS:
         counts[variant] = measured(variant)

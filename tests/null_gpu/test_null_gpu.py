@@ -1,4 +1,4 @@
-"""What the null GPU finds wrong: a mistake of each kind, in a process of its own."""
+"""The null GPU reports an error of each kind; each runs in a separate process."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def run(name: str, num_gpus: int = 1) -> subprocess.CompletedProcess[str]:
         ("too_much_shared_memory", "300000 bytes of shared memory"),
     ],
 )
-def test_a_mistake_is_told_and_gives_an_error(name, told):
+def test_an_error_is_reported_and_raised(name, told):
     done = run(name, 2 if "another_device" in name else 1)
     faults = [line for line in done.stderr.splitlines() if line.startswith("[null GPU] fault: ")]
     assert faults, done.stderr
@@ -37,7 +37,7 @@ def test_a_mistake_is_told_and_gives_an_error(name, told):
     assert done.returncode == 1
 
 
-def test_what_is_right_is_no_fault():
+def test_a_correct_program_reports_no_fault():
     done = run("no_mistake")
     assert done.returncode == 0, done.stderr
     assert "fault" not in done.stderr

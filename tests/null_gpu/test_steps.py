@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU: the host never waits in it, and nothing is allocated or compiled once all is warm."""
+"""GPU calls of a training step: after warmup it does not synchronize, allocate or load modules."""
 
 import json
 import os
@@ -8,17 +8,17 @@ import pytest
 from null_gpu.steps import FILE, VARIANTS, measured, versions
 
 pytestmark = pytest.mark.skipif(
-    not os.environ.get("NULL_GPU"), reason="needs the null GPU: tests/null_gpu/install.py puts it there, NULL_GPU=1 turns it on"
+    not os.environ.get("NULL_GPU"), reason="needs the null GPU: run tests/null_gpu/install.py and set NULL_GPU=1"
 )
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
-    """The name of a variant, and its counts."""
+    """The name of a variant and its counts."""
     return request.param, measured(request.param)
 
 
-def test_every_step_asks_for_the_same(variant):
+def test_every_step_has_the_same_counts(variant):
     assert "differ" not in variant[1]
 
 
@@ -33,7 +33,7 @@ def test_no_step_has(variant, what):
     assert all(counts.get(what, 0) == 0 for counts in (variant[1]["step"], variant[1]["step that logs"]))
 
 
-def test_the_counts_are_those_on_record(variant):
+def test_counts_equal_the_recorded_ones(variant):
     name, counts = variant
     recorded = json.loads(FILE.read_text())
     here = versions()
@@ -41,5 +41,5 @@ def test_the_counts_are_those_on_record(variant):
         pytest.skip(f"counted with {recorded['torch']} and Triton {recorded['triton']}, here are {here}")
     for step in ("step", "step that logs"):
         assert counts[step] == recorded["variants"][name][step], (
-            "`python -m null_gpu.steps` writes them anew, tests/ on the path"
+            "update the file with `python -m null_gpu.steps`, with tests/ in PYTHONPATH"
         )

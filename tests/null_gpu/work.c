@@ -1,4 +1,4 @@
-/* Devices, streams, captures, and launches: what is asked for in them is checked and told, and never done. */
+/* Devices, streams, captures and launches: calls are checked and traced, but not executed. */
 #define _GNU_SOURCE
 #include "null.h"
 #include <pthread.h>
@@ -42,7 +42,7 @@ int device_attribute(int attribute) {
     for (size_t i = 0; i < sizeof of_an_h200 / sizeof *of_an_h200; i++)
         if (of_an_h200[i].attribute == attribute)
             return of_an_h200[i].value;
-    return 1; /* it can do all else */
+    return 1; /* all other features are supported */
 }
 
 static void forget_closed(Capture **capture) {
@@ -76,11 +76,11 @@ Event *event_of(void *handle) {
     return NULL;
 }
 
-/* What has run into a fault on a device is lost to its process. */
+/* After a fault in a kernel, all later calls of the process fail. */
 int sticky_error(void) { return is_broken ? remember(ILLEGAL_ADDRESS) : OK; }
 
 static __thread bool thread_is_relaxed;
-static Capture *global_capture; /* the one, if any, during which no thread may make an unsafe call */
+static Capture *global_capture; /* the global-mode capture, during which no thread may make an unsafe call, or NULL */
 
 bool relax_thread(bool relaxed) {
     bool before = thread_is_relaxed;
@@ -120,7 +120,7 @@ void begin_capture(Stream *stream, bool is_global) {
 }
 
 void end_capture(Stream *stream) {
-    stream->capture->is_open = false; /* what was drawn into it finds out by this; it stays for them */
+    stream->capture->is_open = false; /* not freed: joined streams and events still read this flag */
     if (global_capture == stream->capture)
         global_capture = NULL;
     stream->capture = NULL;
