@@ -87,7 +87,8 @@ def make_profiler(activities: Iterable[torch.profiler.ProfilerActivity]) -> torc
     KINETO_LOG_LEVEL when a process starts its first profile.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    return torch.profiler.profile(activities=activities)
+    # There is one cycle. Without acc_events PyTorch 2.11 warns that it keeps only the events of the last one.
+    return torch.profiler.profile(activities=activities, acc_events=True)
 
 
 def profiled_events(profiler: torch.profiler.profile) -> list[Event]:
