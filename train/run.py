@@ -79,11 +79,11 @@ def train(
     SIGUSR1 stop the run after the current step, with a checkpoint. Under torchrun, all processes train one run.
 
     Args:
-        config: The run. resume: A checkpoint of the run, or "auto": the newest valid checkpoint, or a new run if the folder
-        contains none. With the
-            same device and versions, a resumed run is bit-identical to an uninterrupted one. `config.steps` may be larger than
-            before if the schedule allows it.
-        extend: Which other options may change when the run resumes (see `extension.Extend`).
+        config: The run.
+        resume: A checkpoint of the run, or "auto": the newest valid checkpoint, or a new run if the folder contains none. With
+            the same device and versions, a resumed run is bit-identical to an uninterrupted one. `config.steps` may be larger
+            than before if the schedule allows it.
+        extend: Which other options may change when the run resumes (see `config.Extend`).
         accept_valid: Allow other validation data when the run resumes.
         profile: Record a few steps with the profiler (see `callbacks.profiler`).
     """
