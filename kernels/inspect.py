@@ -84,7 +84,7 @@ class Report:
 
 
 _OTHER_TYPES = {
-    torch.bool: "i1", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
+    torch.bool: "u1", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 
@@ -205,6 +205,25 @@ def report_on(case: KernelCase, architecture_name: str, compiled: Any) -> Report
     )
 
 
+def _attributes(case: KernelCase) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Return the attributes of the arguments exactly as a launch has them, so that a launch finds the code in Triton's cache.
+
+    Specialized arguments that are not multiples of 16 have an empty list. So do constants: in Triton 3.6 only strings, later
+    all.
+    """
+    import triton
+
+    all_constants = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+    types, constants = dict(case.types), dict(case.constants)
+    attributes = {}
+    for i, parameter in enumerate(case.kernel.params):
+        name, type_ = parameter.name, types.get(parameter.name, "")
+        specialized = not parameter.do_not_specialize and type_.startswith(("*", "i"))
+        if specialized or (name in constants and (all_constants or isinstance(constants[name], str))):
+            attributes[i,] = [["tt.divisibility", 16]] if name in case.aligned else []
+    return attributes
+
+
 def compile_case(case: KernelCase, architecture_name: str) -> Any:
     """Compile a case for one of `ARCHITECTURES`; return Triton's compiled kernel, with `metadata` and `asm`."""
     if not HAS_TRITON or interpreting():
@@ -220,7 +239,7 @@ def compile_case(case: KernelCase, architecture_name: str) -> Any:
         fn=case.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in case.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
+        attrs=_attributes(case),
     )
     options = {option: getattr(case, option) for option in OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture_name].capability, 32), options=options)

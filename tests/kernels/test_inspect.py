@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from tilewright.kernels import inspect as inspection
 from tilewright.kernels.attention import launches
+from tilewright.kernels.attention.choice import FORMS, use_attention_kernel
 from tilewright.kernels.attention.fused import FUSED_KERNELS
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.inspect import ARCHITECTURES, _load_bytes, programs_per_sm
@@ -85,6 +88,37 @@ def assert_fits(reports, architecture):
         kernel, *_, dtype = report["name"].split()
         if kernel in PORTABLE | IN_GLUON and dtype == "bf16":
             assert report["matrix_instruction"] in MATRIX_INSTRUCTIONS[architecture], report
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", ALL.values(), ids=lambda op: op.name)
+def test_launches_find_the_inspected_kernels_in_the_cache(op, form, tmp_path, monkeypatch):
+    """`bench tune` compiles its candidates in parallel this way, before it launches them one by one."""
+    import triton
+
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if architecture not in ARCHITECTURES or (form != "portable" and op.name != "attention"):
+        pytest.skip(f"not one of the kernels of {architecture}")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"dtype": torch.bfloat16, **op.compiled[0]}
+    compiled = []
+    with use_attention_kernel(form):
+        cases = list(inspection.launches(op, sizes, architecture))
+        for case in cases:
+            case.kernel.device_caches.clear()
+            inspection.inspect(case, architecture)
+        # Listeners hear of each compilation, and of each kernel that was in the cache.
+        monkeypatch.setattr(
+            triton.knobs.compilation, "listener", lambda src, cache_hit, **_: compiled.append((src.name, cache_hit))
+        )
+        arguments = op.arguments(torch.device("cuda"), sizes.pop("dtype"), **sizes)
+        outputs = op.function(*arguments.positional, **arguments.options)
+        outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None and y.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+    assert {name for name, _ in compiled} == {case.kernel.__name__ for case in cases}
+    assert all(hit for _, hit in compiled), compiled
 
 
 def test_programs_per_sm_by_hand():
