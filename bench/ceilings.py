@@ -1,9 +1,10 @@
 """Speed limits of the hardware: a copy and matrix products measured in the same run, and the datasheet."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,20 @@ from .timing import time_variants
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits of the GPU: bandwidth of a copy in bytes/s, speed of a bfloat16 product in FLOP/s."""
+    """Measured limits of the GPU: bandwidth of a copy in bytes/s, speed of a product in FLOP/s, by default in bfloat16."""
 
     copy: float
     matmul: float
     gpu: GPU | None = None
     """Datasheet of the GPU; None if the table lacks it."""
+    fp8: float | None = None
+    """Speed of a product in fp8; None if it was not measured."""
+    dtype: Literal["bf16", "fp8"] = "bf16"
+    """Dtype of the products."""
+
+    def of(self, dtype: Literal["bf16", "fp8"]) -> "Ceilings":
+        """Return the limits for products in `dtype`; fp8 that was not measured is twice as fast as bfloat16."""
+        return self if dtype == self.dtype else replace(self, matmul=self.fp8 or 2 * self.matmul, dtype=dtype)
 
     def shares(self, cost: Cost, seconds: float) -> dict[str, Any]:
         """Return the shares of the measured and of the datasheet's roofline that `seconds` reaches, with a note above 1.
@@ -30,7 +39,7 @@ class Ceilings:
         measured too low.
         """
         measured = cost.seconds(self.copy, self.matmul) / seconds
-        peak = self.gpu and self.gpu.peak_flops("bf16")
+        peak = self.gpu and self.gpu.peak_flops(self.dtype)
         printed = None if self.gpu is None or peak is None else cost.seconds(self.gpu.bandwidth * 1e12, peak) / seconds
         shares: dict[str, Any] = {"share_of_roofline": measured, "share_of_datasheet": printed}
         if measured > 1:
@@ -82,8 +91,16 @@ class Device:
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        """Ceilings of a copy and of a bfloat16 product."""
-        return Ceilings(copy_bandwidth(self.device), matmul_speed(self.device), self.gpu)
+        """Ceilings of a copy and of products."""
+        fp8 = None
+        with suppress(RuntimeError, ValueError):
+            fp8 = fp8_matmul_speed(self.device) if self.has_fp8 else None
+        return Ceilings(copy_bandwidth(self.device), matmul_speed(self.device), self.gpu, fp8)
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether the device multiplies fp8."""
+        return torch.cuda.get_device_capability(self.device) >= (8, 9)
 
     def ceiling_rows(self) -> Iterator[dict[str, Any]]:
         """Yield each measured ceiling with its datasheet value."""
@@ -93,7 +110,7 @@ class Device:
         matmul = _row("tflop_per_s", 1e12, self.ceilings.matmul, peaks["bf16"])
         yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", **matmul}
         fp8 = {"case": "ceiling", "variant": "fp8 product 8192^3"}
-        if torch.cuda.get_device_capability(self.device) < (8, 9):
+        if not self.has_fp8:
             yield fp8 | {"not_measured": "this GPU has no fp8"}
             return
         try:

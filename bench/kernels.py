@@ -3,20 +3,25 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.attention.choice import FORMS, use_attention_kernel
+from ..kernels.inspect import ARCHITECTURES, KernelCase, compile_case, launches
 from ..kernels.op import Arguments, Cost
 from .ceilings import Ceilings
 from .check import Checker, WrongError, check, copies
 from .jobs import Job, Row, Rows
 from .memory import peak_on_gpu
 from .ops import Case, Variant, cases
-from .peers import Unsupported
+from .peers import OWN, Unsupported
 from .timing import time_variants
 
 # No kernel launch takes a CPU this long.
@@ -158,6 +163,7 @@ def timed_rows(
 
 def bench_case(case: Case, device: torch.device, ceilings: Ceilings) -> Rows:
     """Yield the times of one op's variants in each direction; a failing variant yields a row with the reason."""
+    ceilings = ceilings.of(case.op.products)
     arguments = case.arguments(device)
     expected = case.expected(arguments)
     progress = _Progress()
@@ -180,7 +186,32 @@ def bench_case(case: Case, device: torch.device, ceilings: Ceilings) -> Rows:
             yield row | {"ready_s": progress.ready_s[row["variant"]]}
 
 
+def compile_kernels(group: str, architecture: str) -> Rows:
+    """Compile our kernels for all cases in parallel and yield their number; launches then find them in Triton's cache.
+
+    A launch compiles for seconds, one kernel after the other. A kernel that does not compile fails in its own case.
+    """
+    start, found = time.perf_counter(), set()
+    for case, form in product(cases(group), FORMS if group == "attention" else ("portable",)):
+        with use_attention_kernel(form):
+            launched = launches(case.op, {**case.sizes, "dtype": torch.bfloat16}, architecture)
+            found |= {replace(each, name="") for each in launched}
+
+    def compile_one(case: KernelCase) -> None:
+        with suppress(Exception):
+            compile_case(case, architecture)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, found))
+    row = {"table": "compilation in parallel, before the first case", "case": f"compile {group}", "variant": OWN}
+    yield row | {"compilations": len(found), "ready_s": time.perf_counter() - start}
+
+
 def kernel_jobs(group: str, device: torch.device, ceilings: Ceilings) -> Iterator[Job]:
-    """Yield a job for every op of a group at every shape."""
+    """Yield a job for every op of a group at every shape; on a GPU of an inspected architecture, one that compiles first."""
+    if device.type == "cuda":
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if architecture in ARCHITECTURES:
+            yield Job(f"compile {group}", partial(compile_kernels, group, architecture))
     for case in cases(group):
         yield Job(case.name, partial(bench_case, case, device, ceilings))

@@ -21,22 +21,24 @@ class Unsupported(Exception):
 
 
 @cache
-def _find(module: str, name: str | None) -> Any:
+def _find(module: str, name: str | None) -> tuple[Any, str | None]:
+    """Return (found, None), or (None, reason)."""
     package = module.split(".")[0]
     try:
         found = importlib.import_module(module)
-        return found if name is None else getattr(found, name)
+        return (found if name is None else getattr(found, name)), None
     except ModuleNotFoundError as error:
         if error.name == package:
-            return Unsupported(f"not installed: {REMEDIES.get(package, f'pip install {package}')}")
-        return Unsupported(f"{type(error).__name__}: {error}"[:200])
+            return None, f"not installed: {REMEDIES.get(package, f'pip install {package}')}"
+        return None, f"{type(error).__name__}: {error}"[:200]
     except Exception as error:  # a peer built for another PyTorch, or without a GPU, can fail in any way
-        return Unsupported(f"{type(error).__name__}: {error}"[:200])
+        return None, f"{type(error).__name__}: {error}"[:200]
 
 
 def find(module: str, name: str | None = None) -> Any:
     """Return a module of a peer, or its attribute `name`; raise `Unsupported` if it cannot be imported."""
-    found = _find(module, name)
-    if isinstance(found, Unsupported):
-        raise found
+    found, reason = _find(module, name)
+    if reason is not None:
+        # A new exception each time: the traceback of a kept one would keep the tensors of its frames.
+        raise Unsupported(reason)
     return found

@@ -178,6 +178,7 @@ record(
         ),
         over="d_in",
         bound_by="flops",
+        products="fp8",
         capability=89,
     )
 )

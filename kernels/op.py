@@ -92,6 +92,8 @@ class Op:
     """Group of its kernels in a profile."""
     bound_by: Literal["bytes", "flops"] = "bytes"
     """Bound of the roofline at the measured shapes."""
+    products: Literal["bf16", "fp8"] = "bf16"
+    """Dtype of its matrix products in a bench, which bounds their speed."""
     capability: int = 80
     """Minimum compute capability of its kernels."""
     huge: Sizes = field(default_factory=dict)

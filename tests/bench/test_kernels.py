@@ -1,5 +1,8 @@
+import gc
 import re
 import sys
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.bench import ops, peers
+from tilewright.bench import kernels, ops, peers
 from tilewright.bench.ceilings import Ceilings
 from tilewright.bench.kernels import bench_case, kernel_jobs
 from tilewright.bench.ops import Case, cases, small_cases
 from tilewright.bench.peers import Unsupported
 from tilewright.kernels import reference
+from tilewright.kernels.inspect import KernelCase
 from tilewright.kernels.op import ALL, Arguments, Cost, Costs, Op, draw
 
 CPU = torch.device("cpu")
@@ -152,6 +156,37 @@ def test_the_first_cases_cover_every_op(group):
     assert [job.case for job in kernel_jobs(group, CPU, CEILINGS)] == [case.name for case in found]
 
 
+def test_kernels_are_compiled_before_the_first_case(monkeypatch):
+    for capability, first in (((9, 0), "compile own"), ((8, 9), next(cases("own")).name)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert next(kernel_jobs("own", torch.device("cuda"), CEILINGS)).case == first
+
+    def compile_case(case, architecture):
+        compiled.append((case, architecture))
+        if len(compiled) == 1:
+            raise RuntimeError("a kernel that does not compile")
+
+    def launches(op, sizes, architecture):
+        return [KernelCase(op.label(sizes), ("attention", sizes["head_dim"]), (), (), ())]
+
+    compiled = []
+    monkeypatch.setattr(kernels, "compile_case", compile_case)
+    monkeypatch.setattr(kernels, "launches", launches)
+    # Each kernel once, not for each of its shapes and forms.
+    (row,) = kernels.compile_kernels("attention", "sm_90")
+    assert row["compilations"] == 3
+    assert {(case.kernel, architecture) for case, architecture in compiled} == {
+        (("attention", head_dim), "sm_90") for head_dim in (64, 128, 256)
+    }
+
+
+def test_products_in_fp8_are_compared_with_products_in_fp8():
+    one = Case(ALL["fp8_linear"], ALL["fp8_linear"].examples[0])
+    rows = list(bench_case(one, CPU, Ceilings(copy=1e30, matmul=1e9, fp8=3e9)))
+    row = next(row for row in rows if row["variant"] == "tilewright")
+    assert row["share_of_matmul"] == pytest.approx(row["tflop_per_s"] * 1e12 / 3e9)
+
+
 def test_missing_peers_are_reported_with_a_remedy(monkeypatch):
     with pytest.raises(Unsupported, match="not installed: pip install no_such_peer"):
         peers.find("no_such_peer")
@@ -163,6 +198,22 @@ def test_missing_peers_are_reported_with_a_remedy(monkeypatch):
     peers._find.cache_clear()
     assert peers.find("quack", "rmsnorm") is abs
     peers._find.cache_clear()
+
+
+def test_a_missing_peer_keeps_nothing_of_its_caller():
+    """Its exception has a traceback, whose frames hold the tensors of a case."""
+
+    def fail():
+        held = torch.zeros(1)
+        references.append(weakref.ref(held))
+        peers.find("no_such_peer")
+
+    references = []
+    for _ in range(2):
+        with suppress(Unsupported):
+            fail()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 def rmsnorm(x, weight, residual=None, eps=1e-6, prenorm=False):
@@ -194,7 +245,10 @@ def test_peers_with_early_gradients_are_timed_only_both_ways():
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", [op for op in ALL.values() if op.group == "own"], ids=lambda op: op.name)
 def test_a_case_is_measured_on_a_gpu(op):
-    rows = list(bench_case(ops.Case(op, op.shapes[-1]), torch.device("cuda"), Ceilings(4.8e12, 1e15)))
+    # The float64 results of the largest shape take 70 GB, and other processes run tests on this GPU.
+    smallest = min(op.shapes, key=lambda sizes: sum(cost.bytes for cost in op.cost(2, **sizes) if cost is not None))
+    rows = list(bench_case(ops.Case(op, smallest), torch.device("cuda"), Ceilings(4.8e12, 1e15)))
     ours = [row for row in rows if row["variant"] in ("tilewright", "torch", "torch.compile")]
     assert {row["variant"] for row in ours} == {"tilewright", "torch", "torch.compile"}
-    assert all(0 < row["share_of_roofline"] <= 1 for row in ours)
+    # The L2 cache can hold a part of what a forward pass wrote.
+    assert all(0 < row["share_of_roofline"] <= 1.1 for row in ours), ours
