@@ -196,6 +196,7 @@ def test_peak_memory_is_linear_in_the_length():
     assert large <= 2 * 32_768 * (5 * 64 * 2 + 2 * 4) + 2**22
 
 
+@pytest.mark.huge
 @pytest.mark.parametrize("memory", ["heads first", "tokens first"])
 def test_offsets_exceed_32_bits(memory):
     # All heads but the last are 0. More than 2^31 elements precede the last head.

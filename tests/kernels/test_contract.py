@@ -27,7 +27,7 @@ every_op = pytest.mark.parametrize("op", OPS)
 def random_like(results: Sequence[Tensor]) -> list[Tensor]:
     """Return random tensors like `results`, the same in each call."""
     generator = torch.Generator(results[0].device).manual_seed(1)
-    return [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in results]
+    return [torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype) for y in results]
 
 
 class Call:
@@ -331,6 +331,7 @@ def test_cuda_graph_without_synchronization(op, sizes, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ALL.values() if op.huge])
 def test_more_elements_than_32_bits_count(op):
     device = torch.device("cuda")

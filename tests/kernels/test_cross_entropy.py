@@ -316,6 +316,7 @@ def test_autocast_gives_float32_like_pytorch():
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("inplace", [False, True])
 def test_more_elements_than_31_bits_can_count(inplace):
     num_rows, vocabulary = 2**13 + 3, 2**18 + 5

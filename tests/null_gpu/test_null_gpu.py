@@ -41,3 +41,13 @@ def test_a_correct_program_reports_no_fault():
     done = run("no_mistake")
     assert done.returncode == 0, done.stderr
     assert "fault" not in done.stderr
+
+
+def test_a_test_that_breaks_the_context_fails_alone():
+    command = [sys.executable, "-m", "pytest", "-p", "null_gpu.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-n", "1", "-q"]
+    files = ["kernels/test_rope.py", "kernels/test_geglu.py", "-k", "test_autocast_keeps_dtypes or 1-dtype2-False-tanh"]
+    variables = {**os.environ, "NULL_GPU": "1", "NULL_GPU_BREAKS_AT": "rope_forward"}
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run([*command, *files], cwd=tests, env=variables, capture_output=True, text=True, timeout=240)
+    assert "crashed while running 'tests/kernels/test_rope.py::test_autocast_keeps_dtypes'" in done.stdout, done.stdout
+    assert "1 passed" in done.stdout
