@@ -84,6 +84,15 @@ def _memory(rows: Sequence[Row]) -> str:
     return f"{min(errors):+.1%} to {max(errors):+.1%} from the prediction, {len(errors)} configurations" if errors else ""
 
 
+def _run(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row.get("tokens_per_s") and row.get("valid_loss") and row.get("mfu")]
+    return "<br>".join(
+        f"{row.get('case')}: {row.get('tokens') or 0:,} tokens in {row.get('whole_run_s') or 0:,.0f} s, "
+        f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}, validation loss {row['valid_loss']:.3f}"
+        for row in found
+    )
+
+
 def _overhead(rows: Sequence[Row]) -> str:
     found = [row for row in rows if row.get("overhead_p50") is not None]
     return "<br>".join(f"{row.get('case')}: {row['overhead_p50']:z.1%} on top of the model and the optimizer" for row in found)
@@ -124,6 +133,7 @@ def _lines() -> Iterator[Line]:
     yield ("training", "training", True, _training)
     yield ("generation", "generation", True, _generation)
     yield ("peak memory", "memory", True, _memory)
+    yield ("a training run", "run", True, _run)
     yield ("the training loop", "overhead", False, _overhead)
     yield ("training a tokenizer", "tokenizer", False, _tokenizer("train "))
     yield ("encoding, one thread", "tokenizer", False, _tokenizer("encode to lists, one thread"))

@@ -10,8 +10,8 @@ from ..errors import UserError
 from ..files import require_file
 
 StageName = Literal[
-    "all", "machine", "ceilings", "tests", "kernels", "attention", "training", "generation", "memory", "accounting", "inspect",
-    "model", "overhead", "startup", "tokenizer", "tokenizer-long",
+    "all", "machine", "ceilings", "tests", "kernels", "attention", "training", "generation", "memory", "run", "accounting",
+    "inspect", "model", "overhead", "startup", "tokenizer", "tokenizer-long",
 ]  # fmt: skip
 AttentionKernel = Literal["forward", "backward_q", "backward_kv", "backward_fused", "decode"]
 """Copy of `kernels.attention.configurations.Kernel`, whose module imports torch."""
@@ -28,8 +28,8 @@ class BenchConfig:
     Times come with peers and bounds. machine: clocks, throttling, other processes; ceilings: a copy and products; tests: the
     GPU-marked tests; memory: predicted and measured peaks; accounting: FLOPs by formula and by counter; inspect: compiled code
     of every kernel, without a GPU; model: limits of each kernel from its machine code, like inspect --model; overhead: cost of
-    the training loop per step; startup: help, argument errors and imports in fresh processes; tokenizer-long takes an hour
-    and is not part of all."""
+    the training loop per step; startup: help, argument errors and imports in fresh processes; run, a real training run of
+    minutes, and tokenizer-long, which takes an hour, are not part of all."""
     model: bool = False
     """With inspect: show the limits of each kernel on Hopper by a static model of its machine code, instead of registers."""
     device: str = "auto"

@@ -160,6 +160,21 @@ def memory(stages: Stages) -> "Figure | None":
     return _panels(stages.get("kernels", ()), ops, "peak_gb", None, **labels)
 
 
+def run(stages: Stages) -> "Figure | None":
+    """Plot the loss curves of the training run."""
+    points = [row for row in stages.get("run", ()) if row.get("table") == "loss curve" and row.get("tokens")]
+    if not points:
+        return None
+    figure, (axes,) = _figure()
+    for name, label in (("loss", "training, last step"), ("valid_loss", "validation")):
+        drawn = [(row["tokens"], row[name]) for row in points if row.get(name) is not None]
+        axes.plot(*zip(*drawn, strict=True), marker=".", label=label)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=str(points[0].get("case")))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
 def tokenizer(stages: Stages) -> "Figure | None":
     """Plot the throughput of every library in every job, fastest first, on the two ordinary texts."""
     speeds: dict[str, dict[str, dict[str, float]]] = {}
@@ -193,6 +208,7 @@ PLOTS: dict[str, Callable[[Stages], "Figure | None"]] = {
     "attention": attention,
     "bandwidth": bandwidth,
     "memory": memory,
+    "run": run,
 }
 """Plots of a GPU run."""
 ANYWHERE: dict[str, Callable[[Stages], "Figure | None"]] = {"tokenizer": tokenizer}

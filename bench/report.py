@@ -7,25 +7,18 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_text
-from .attention_peers import variant_of
 from .figures import columns, heading, tables, text
 from .headlines import headlines
-from .jobs import Row
+from .jobs import Row, lacks_time
 from .options import ReportConfig
 from .plots import PLOTS, draw_plots
+from .predictions import ASSUMED, NOT_MEASURED, attention_predictions, bandwidth_predictions, fitted_factors
 from .readme import replace_block
-from .results import Run, read_runs
+from .results import Run, newest, read_runs
 from .run import slug
 from .stages import STAGES
-from .static_model import PREDICTED
 
-ASSUMED = """\
-Predicted by the static model of the kernels' machine code (see docs/method.md), for an H100 with 132 multiprocessors at
-1.83 GHz. The model assumes that loads arrive in time. One factor per kernel accounts for power and clocks."""
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NOT_MEASURED = "not measured"
-# Stages whose rows are meaningful only together.
-SINGLE_RUN_STAGES = ("machine", "ceilings", "tests", "accounting", "inspect", "model")
 INTRODUCTION = """\
 # Bench results
 
@@ -73,46 +66,20 @@ def _stage_lines(name: str, found: Sequence[tuple[Run, list[Row]]], folder: Path
         for title, part in tables(_inspected(rows) if name == "inspect" else rows).items():
             yield from ([f"{title[:1].upper()}{title[1:]}:", ""] if title else [])
             yield from (*table(part), "")
-    left_out = [row for row in found[0][0].stage(name) if "not_measured" in row]
+    # A case that the newest run skipped can stand above with its older measurement.
+    measured = [f"{row.get('case')} " for _, rows in found for row in rows]
+    left_out = [
+        row
+        for row in found[0][0].stage(name)
+        if "not_measured" in row and not (lacks_time(row) and any(case.startswith(f"{row['case']} ") for case in measured))
+    ]
     if left_out:
         yield from (f"<details><summary>{NOT_MEASURED}: {len(left_out)}</summary>", "")
         yield from (*table(left_out, ["case", "variant", "not_measured"]), "", "</details>", "")
 
 
-def predictions(runs: Sequence[Run]) -> list[Row]:
-    """Return the newest predictions of the static model, each with the newest GPU measurement, if any."""
-    predicted = [row for _, rows in newest(runs, "model") for row in rows if row.get("table") == PREDICTED]
-    measured: dict[tuple[Any, Any], tuple[Run, Row]] = {}
-    for run, rows in reversed(newest([run for run in runs if run.is_gpu], "attention")):
-        measured |= {(row.get("case"), row.get("variant")): (run, row) for row in rows}
-    found = []
-    for row in predicted:
-        run, one = measured.get((row.get("case"), variant_of(str(row.get("variant")))), (None, {}))
-        measurement = {"measured_ms": one.get("p50_ms"), "measured_tflop_per_s": one.get("tflop_per_s")}
-        found.append({**row, **measurement, "device": run.device if run else NOT_MEASURED})
-    return found
-
-
 def _link(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def newest(runs: Sequence[Run], stage: str) -> list[tuple[Run, list[Row]]]:
-    """Return the measurements of a stage from `runs` (oldest first), newest first; each case from its newest run.
-
-    A case that a newer run skipped keeps its older measurement.
-    """
-    found: list[tuple[Run, list[Row]]] = []
-    seen: set[Any] = set()
-    for run in reversed(runs):
-        measured = [row for row in run.stage(stage) if "not_measured" not in row]
-        new = [row for row in measured if row.get("case") not in seen]
-        if new:
-            found.append((run, new))
-        if found and stage in SINGLE_RUN_STAGES:
-            break
-        seen |= {row.get("case") for row in measured if not row.get("preliminary")}
-    return found
 
 
 def _device_lines(device: str, runs: Sequence[Run], folder: Path) -> Iterator[str]:
@@ -146,8 +113,17 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     )
     for device in devices:
         lines += _device_lines(device, [run for run in runs if run.device == device], folder)
-    if predicted := predictions(runs):
+    if predicted := attention_predictions(runs):
         lines += ["## Predicted and measured", "", ASSUMED, "", *table(predicted), ""]
+        if fitted := fitted_factors(predicted):
+            lines += [
+                "Factors of the model (`CALIBRATION` in bench/loop_model.py), and those that fit:",
+                "",
+                *table(fitted),
+                "",
+            ]
+    if bandwidths := bandwidth_predictions(runs):
+        lines += ["Shares of the memory bandwidth; the measured ones are relative to a copy:", "", *table(bandwidths), ""]
     lines += ["## All runs", "", "| file | device | date | commit | stages |", "|---|---|---|---|---|"]
     for run in runs:
         stages = ", ".join(dict.fromkeys(str(row.get("stage")) for row in run.rows if "not_measured" not in row))
@@ -171,7 +147,7 @@ def block(runs: Sequence[Run], full: bool) -> str:
         for line in lines
     ]
     notes = [f"{i}. {source}" for i, source in enumerate(sources, 1)]
-    predicted = predictions(runs) if full else []
+    predicted = attention_predictions(runs) if full else []
     below = ["", "## Predicted", "", ASSUMED, "", *table(predicted)] if predicted else []
     return "\n".join([BEGIN, "| what | measured | on |", "|---|---|---|", *rows, "", *notes, *below, END])
 

@@ -12,6 +12,8 @@ from ..files import require_file, write_text
 from .jobs import Row
 from .watch import DoneJobs
 
+# Stages whose rows are meaningful only together.
+SINGLE_RUN_STAGES = ("machine", "ceilings", "tests", "accounting", "inspect", "model")
 # Above this load, other work distorts a CPU's times.
 BUSY = 0.7
 
@@ -148,3 +150,21 @@ def read_runs(folder: Path) -> list[Run]:
     """Return all runs in a folder of device folders, oldest first, in an order independent of the file system."""
     runs = [read_run(path) for path in sorted(folder.glob("*/*.jsonl"))]
     return sorted(runs, key=lambda run: (run.date, run.path.as_posix()))
+
+
+def newest(runs: Sequence[Run], stage: str) -> list[tuple[Run, list[Row]]]:
+    """Return the measurements of a stage from `runs` (oldest first), newest first; each case from its newest run.
+
+    A case that a newer run skipped keeps its older measurement.
+    """
+    found: list[tuple[Run, list[Row]]] = []
+    seen: set[Any] = set()
+    for run in reversed(runs):
+        measured = [row for row in run.stage(stage) if "not_measured" not in row]
+        new = [row for row in measured if row.get("case") not in seen]
+        if new:
+            found.append((run, new))
+        if found and stage in SINGLE_RUN_STAGES:
+            break
+        seen |= {row.get("case") for row in measured if not row.get("preliminary")}
+    return found

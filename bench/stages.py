@@ -1,26 +1,23 @@
 """Stages of the bench in their order, with their time limits."""
 
 import os
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 from ..kernels.inspect import ARCHITECTURES, all_cases, inspect
 from .accounting import accounting_jobs
 from .ceilings import Device
 from .generation import generation_jobs
-from .jobs import Job, Row, Rows, TimeOver
+from .gpu_tests import run_gpu_tests
+from .jobs import Job, Rows
 from .kernels import kernel_jobs
 from .machine import machine_rows
 from .memory import memory_jobs
 from .options import TuneConfig
 from .overhead import overhead_jobs
+from .real_run import PRESET, SECONDS, run_jobs
 from .startup import startup_jobs
 from .static_model import model_jobs
 from .tokenizer import LONG, bench_tokenizer
@@ -50,56 +47,6 @@ class Stage:
     """Stages that must run too, to interpret the figures on a GPU."""
 
 
-TESTS = Path(__file__).parent.parent / "tests"
-NAMED_FAILURES = 20
-
-
-def count_outcomes(lines: Iterable[str]) -> dict[str, int]:
-    """Return the number of tests by outcome, from the output of `pytest -v`."""
-    found = [re.search(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", line) for line in lines]
-    words = [match[1].lower() for match in found if match]
-    titles = {"passed": "passed", "failed": "failed", "error": "errors", "skipped": "skipped"}
-    return {title: words.count(word) for word, title in titles.items()}
-
-
-def failures(lines: Iterable[str]) -> str | None:
-    """Return the first failed tests in the output of `pytest -v`, or None."""
-    found = [re.search(r"(\S+::.*) (?:FAILED|ERROR)\b", line) for line in lines]
-    return ", ".join([match[1] for match in found if match][:NAMED_FAILURES]) or None
-
-
-def _tests() -> Rows:
-    row: Row = {"case": "GPU-marked tests"}
-    if not TESTS.is_dir():
-        yield row | {"not_measured": "installed without tests"}
-        return
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", str(TESTS)]
-    lines: list[str] = []
-    cut_off = None
-    with subprocess.Popen(
-        command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                lines.append(line.strip())
-            variant = "passed" if process.wait() == 0 else "FAILED"
-        except BaseException as reason:
-            # Kill the process group, with the compilers and other processes that tests start.
-            os.killpg(process.pid, signal.SIGKILL)
-            if not isinstance(reason, TimeOver):
-                raise
-            variant, cut_off = "cut off: no time left", reason
-    yield row | {
-        "variant": variant,
-        **count_outcomes(lines),
-        "failures": failures(lines),
-        "summary": lines[-1][:200] if lines else "",
-    }
-    if cut_off is not None:
-        raise cut_off
-
-
 def _inspect(architecture: str) -> Rows:
     # The compilers run without the GIL.
     pool = ThreadPoolExecutor()
@@ -122,7 +69,7 @@ STAGES: dict[str, Stage] = {
         "clocks, throttling and other processes", lambda on: iter([Job("GPU", partial(machine_rows, on.device))]), 5
     ),
     "ceilings": Stage("speed of a copy and of matrix products", lambda on: iter([Job("ceiling", on.ceiling_rows)]), 15),
-    "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", _tests)]), 75, limit_s=600),
+    "tests": Stage("the GPU-marked tests", lambda on: iter([Job("GPU-marked tests", run_gpu_tests)]), 75, limit_s=600),
     "kernels": Stage(
         "ops against PyTorch, torch.compile, Liger-Kernel, cut-cross-entropy and quack",
         lambda on: kernel_jobs("own", on.device, on.ceilings),
@@ -144,6 +91,13 @@ STAGES: dict[str, Stage] = {
         needs=_CEILINGS,
     ),
     "memory": Stage("peak memory, predicted and measured", lambda on: memory_jobs(on.device), 30),
+    "run": Stage(
+        f"{PRESET} trained on generated stories, for {SECONDS:.0f} s at most",
+        lambda on: run_jobs(on.device),
+        0,
+        in_all=False,
+        limit_s=SECONDS + 90,
+    ),
     "accounting": Stage("FLOPs by formula and by PyTorch's counter", lambda on: accounting_jobs(), 5, 40, True),
     "inspect": Stage("compiled code of every kernel", lambda on: _inspect_jobs(), 0, 130, True, limit_s=480),
     "model": Stage(
@@ -168,7 +122,9 @@ STAGES: dict[str, Stage] = {
 
 def tune_stage(config: TuneConfig) -> Stage:
     """Return the tuning of a GPU, which runs like a stage but is not part of the bench."""
-    return Stage("attention's launches", lambda on: tune_jobs(config, on.device), 0, limit_s=1200)
+    # A job compiles in parallel most of the time. A candidate that hangs costs all of this.
+    limit_s = max(150.0, 1200.0 / min(8, os.cpu_count() or 1))
+    return Stage("attention's launches", lambda on: tune_jobs(config, on.device), 0, limit_s=limit_s)
 
 
 def chosen_stages(names: Iterable[str], is_gpu: bool) -> dict[str, Stage]:

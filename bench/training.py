@@ -14,13 +14,12 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from ..kernels.device import gpu_of
 from ..model import ModelConfig
 from ..model.accounting import forward_flops_by_group, model_flops, operations, roofline, training_memory
-from ..train import preset
 from ..train.graph import EAGER_STEPS
 from ..train.profile import breakdown, make_profiler, profiled_events
 from ..train.trainer import Trainer
 from .jobs import Job, Row, Rows, clean_up
 from .timing import quantiles
-from .trainers import OWN_POLICY, VARIANTS, config_for, counted_flops, random_trainer
+from .trainers import LLAMA_BLOCKS, OWN_POLICY, VARIANTS, base_config, config_for, counted_flops, random_trainer
 
 LAPS = 5
 LAP_SECONDS = 0.2
@@ -189,7 +188,7 @@ def fit_together(model: ModelConfig, batch: int, device: torch.device, variants:
 
 
 def _case(name: str, batch: int) -> str:
-    return f"training {name} batch {batch}x{preset(name).model.context_length}"
+    return f"training {name} batch {batch}x{base_config(name).model.context_length}"
 
 
 def _in_turns(name: str, batch: int, device: torch.device, variants: Sequence[str], too_large: list[str]) -> Rows:
@@ -245,11 +244,11 @@ def _alone(name: str, batch: int, device: torch.device, variant: str) -> Rows:
 
 
 def bench_training(name: str, device: torch.device, variants: Sequence[str], batch_size: int | None = None) -> Rows:
-    """Yield the speed of a preset's steps on random tokens, at its micro-batch, for all variants in turn if memory allows.
+    """Yield the speed of a run's steps on random tokens, at its micro-batch, for all variants in turn if memory allows.
 
     Otherwise, or for a variant that exceeds the memory, each variant runs alone.
     """
-    base = preset(name)
+    base = base_config(name)
     batch = batch_size or base.micro_batch_size or base.batch_size
     assert batch != "auto"
     left = [*variants]
@@ -261,10 +260,10 @@ def bench_training(name: str, device: torch.device, variants: Sequence[str], bat
 
 
 def training_jobs(device: torch.device) -> Iterator[Job]:
-    """Yield a job for each preset with all variants; on a CPU for the demo's preset only."""
+    """Yield a job for each model with all variants; on a CPU for the demo's preset only."""
     if device.type != "cuda":
         yield Job("training stories-cpu", partial(bench_training, "stories-cpu", device, ("eager",)))
         return
-    # gpt2-xl can take all the time to compile, so faster presets come first.
-    for name in ("gpt2-small", "gpt2-xl", "tinystories-17m"):
+    # gpt2-xl can take all the time to compile, so it comes last.
+    for name in ("gpt2-small", LLAMA_BLOCKS, "tinystories-17m", "gpt2-medium", "gpt2-xl"):
         yield Job(f"training {name}", partial(bench_training, name, device, tuple(VARIANTS)))

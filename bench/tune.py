@@ -236,6 +236,6 @@ def tune_kernel(
 
 
 def tune_jobs(config: TuneConfig, device: torch.device) -> Iterator[Job]:
-    """Yield a job for each requested kernel and head dim."""
-    for kernel, head_dim in product(config.kernels, config.head_dims):
+    """Yield a job for each requested head dim and kernel, all kernels of the first head dim first."""
+    for head_dim, kernel in product(config.head_dims, config.kernels):
         yield Job(f"tune {kernel} {head_dim}", partial(tune_kernel, kernel, head_dim, device))

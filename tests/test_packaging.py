@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     assert {"tilewright/py.typed", "tilewright/train/data/stories.txt", "tilewright/train/__init__.pyi"} <= set(names)
     for package in ("kernels", "model", "tokenizer", "train", "bench"):
         assert f"tilewright/{package}/__init__.py" in names
-    assert not [name for name in names if "test" in name.lower()]
+    assert not [name for name in names if "/tests/" in name or name.split("/")[-1].startswith(("test_", "conftest"))]
     assert {name.split("/")[0] for name in names} == {"tilewright", next(n.split("/")[0] for n in names if "dist-info" in n)}
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tilewright.bench import ReportConfig, run_report
 from tilewright.bench.figures import columns, heading, text
-from tilewright.bench.report import BEGIN, END, block, newest, refresh, render
-from tilewright.bench.results import Run, read_runs
+from tilewright.bench.report import BEGIN, END, block, refresh, render
+from tilewright.bench.results import Run, newest, read_runs
 from tilewright.bench.run import slug
 from tilewright.bench.stages import STAGES
 from tilewright.cli import main
@@ -54,6 +54,10 @@ def gpu_rows():
     yield timed("generation", "generation gpt2-xl batch 1", "tilewright", 2.0, tokens_per_s=500.0, share_of_datasheet=0.46)
     yield {"stage": "memory", "case": "memory gpt2-xl | checkpointing block", "predicted_gb": 40.0, "measured_gb": 40.8,
            "error": 0.02}  # fmt: skip
+    row = {"stage": "run", "case": "run tinystories-17m", "variant": "--cuda-graphs", "tokens": 327_680_000}
+    yield row | {"step": 10_000, "whole_run_s": 120.0, "tokens_per_s": 3e6, "mfu": 0.3, "loss": 1.0, "valid_loss": 0.95}
+    for step, loss in ((250, 3.0), (10_000, 1.0)):
+        yield row | {"table": "loss curve", "step": step, "tokens": 32_768 * step, "loss": loss, "valid_loss": loss - 0.05}
     yield {"stage": "attention", "case": "attention", "variant": "flash-attn 3", "not_measured": "not installed"}
 
 
@@ -102,18 +106,18 @@ def test_the_report_of_a_gpu(results):
     (missing,) = [line for line in page.splitlines() if line.startswith("Here not measured: machine, tests, accounting")]
     assert "plot" not in missing
     pictures = sorted(path.name for path in (results.parent / "plots").iterdir())
-    of_gpu = [f"nvidia-h200-{name}.svg" for name in ("attention", "bandwidth", "memory", "roofline")]
+    of_gpu = [f"nvidia-h200-{name}.svg" for name in ("attention", "bandwidth", "memory", "roofline", "run")]
     assert pictures == ["a-cpu-tokenizer.svg", *of_gpu]
     for picture in pictures:
         assert f"](plots/{picture})" in page
-        assert "tilewright" in (results.parent / "plots" / picture).read_text() or "roofline" in picture
+        assert "tilewright" in (results.parent / "plots" / picture).read_text() or picture.endswith(("roofline.svg", "run.svg"))
 
 
 def test_the_report_is_reproducible_byte_for_byte(results, monkeypatch):
     config = report_config(results)
     run_report(config)
     first = files(results.parent)
-    assert len(first) == 6
+    assert len(first) == 7
     # Settings of this process and earlier files have no effect.
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9.0)
     (results.parent / "plots" / "old.svg").write_text("old")
@@ -168,6 +172,9 @@ def test_the_readmes_table_on_a_gpu(results):
     assert "forward: 480 TFLOP/s; SDPA cuDNN takes 1.00 times as long" in written
     assert "training gpt2-small batch 32x1024: 364,000 tokens/s, MFU 43.0%, 61.0 GB" in written
     assert "generation gpt2-xl batch 1: 500 tokens/s, 46% of the bandwidth limit" in written
+    assert (
+        "| a training run | run tinystories-17m: 327,680,000 tokens in 120 s, 3,000,000 tokens/s, MFU 30.0%, valid" in written
+    )
     assert "| `swiglu` | not measured |  |" in written
 
 
@@ -253,3 +260,16 @@ def test_headings_and_columns():
 def test_folders_are_named_after_devices():
     assert slug("NVIDIA H200") == "nvidia-h200"
     assert re.fullmatch(r"[a-z0-9-]+", slug("Intel(R) Xeon(R) Processor"))
+
+
+def test_a_case_that_a_later_run_skipped_is_measured(tmp_path):
+    def run(date, *rows):
+        machine = {"stage": "machine", "device": "NVIDIA H200", "date": date}
+        return Run(Path("results") / f"{date}.jsonl", machine, tuple({"stage": "attention", **row} for row in rows))
+
+    timed = {"case": "attention K64 forward", "variant": "tilewright", "p50_ms": 1.0}
+    skipped = [{"case": f"attention K{width}", "not_measured": "no time left"} for width in (64, 128)]
+    page = render([run("1", timed), run("2", timed | {"case": "attention K32 forward"}, *skipped)], tmp_path)
+    assert "<summary>not measured: 1</summary>" in page
+    assert "| attention K64 forward | tilewright | 1 |" in page
+    assert "| attention K128 |  | no time left |" in page

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import time
 from types import SimpleNamespace
 from typing import get_args
@@ -13,10 +14,10 @@ from torch.cuda._utils import _get_device_index
 from tilewright.bench import BenchConfig, jobs, run, run_bench, stages, worker
 from tilewright.bench.jobs import Job
 from tilewright.bench.machine import describe
-from tilewright.bench.options import StageName
+from tilewright.bench.options import StageName, TuneConfig
 from tilewright.bench.readme import BEGIN, END, replace_block
 from tilewright.bench.results import open_locked
-from tilewright.bench.stages import STAGES, Stage, chosen_stages, count_outcomes, failures
+from tilewright.bench.stages import STAGES, Stage, chosen_stages
 from tilewright.cli import main
 from tilewright.errors import UserError
 
@@ -288,36 +289,6 @@ def test_the_command_takes_several_stages(tmp_path, fake_stage, capsys):
     assert f"inspect: {run.SHOWN_ROWS + 1} rows, in the file only" in capsys.readouterr().out
 
 
-def test_test_outcomes_are_counted():
-    lines = [
-        "platform linux",
-        "tests/a.py::test_b PASSED [ 1%]",
-        "tests/a.py::test_c[x y] PASSED",
-        "tests/a.py::test_d FAILED",
-        "tests/a.py::test_e ERROR",
-        "",
-        "1 failed",
-    ]
-    assert count_outcomes(lines) == {"passed": 2, "failed": 1, "errors": 1, "skipped": 0}
-    assert failures(lines) == "tests/a.py::test_d, tests/a.py::test_e"
-    assert failures(lines[:3]) is None
-
-
-@pytest.mark.parametrize(("body", "outcome"), [("assert True", "passed"), ("assert False", "FAILED")])
-def test_the_gpu_marked_tests_are_run(tmp_path, monkeypatch, body, outcome):
-    (tmp_path / "test_one.py").write_text(
-        f"import pytest\n@pytest.mark.gpu\ndef test_one():\n    {body}\ndef test_two():\n    pass\n"
-    )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    monkeypatch.setattr(stages, "TESTS", tmp_path)
-    (row,) = stages._tests()
-    assert row["variant"] == outcome
-    assert row["passed"] + row["failed"] == 1
-    assert "1 deselected" in row["summary"]
-    monkeypatch.setattr(stages, "TESTS", tmp_path / "none")
-    assert [row["not_measured"] for row in stages._tests()] == ["installed without tests"]
-
-
 def test_the_machine_is_described():
     machine = describe(CPU)
     assert machine["driver"] is None
@@ -330,3 +301,9 @@ def test_only_the_readmes_block_is_replaced():
     for broken in ("nothing", f"{END} {BEGIN}", BEGIN):
         with pytest.raises(UserError, match="has no block"):
             replace_block(broken, "")
+
+
+def test_a_candidate_that_hangs_costs_minutes_and_not_the_tuning(monkeypatch):
+    for cores, seconds in ((1, 1200), (2, 600), (16, 150), (64, 150)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert stages.tune_stage(TuneConfig("attention")).limit_s == seconds

@@ -10,7 +10,16 @@ from tilewright.bench.ceilings import Ceilings
 from tilewright.bench.generation import bench_generation, generation_jobs
 from tilewright.bench.memory import CONFIGURATIONS, memory_jobs, peak_row
 from tilewright.bench.results import final_rows
-from tilewright.bench.trainers import OWN_POLICY, TORCH_POLICY, VARIANTS, Variant, config_for, counted_flops, random_trainer
+from tilewright.bench.trainers import (
+    LLAMA_BLOCKS,
+    OWN_POLICY,
+    TORCH_POLICY,
+    VARIANTS,
+    Variant,
+    config_for,
+    counted_flops,
+    random_trainer,
+)
 from tilewright.bench.training import Entrant, bench_training, lost_shares, training_jobs
 from tilewright.kernels import get_backend
 from tilewright.model import MODELS, ModelConfig, TransformerLM
@@ -156,7 +165,7 @@ def test_weights_are_initialized_like_the_model(tiny):
 
 def test_jobs_by_device():
     on_gpu = [job.case for job in training_jobs(torch.device("cuda"))]
-    assert on_gpu == ["training gpt2-small", "training gpt2-xl", "training tinystories-17m"]
+    assert on_gpu == [f"training {name}" for name in ("gpt2-small", LLAMA_BLOCKS, "tinystories-17m", "gpt2-medium", "gpt2-xl")]
     assert [job.case for job in training_jobs(CPU)] == ["training stories-cpu"]
     assert len(list(generation_jobs(torch.device("cuda"), None))) == 6
     assert len(list(generation_jobs(CPU, None))) == 2

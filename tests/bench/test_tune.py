@@ -240,7 +240,7 @@ def test_tuning_needs_a_gpu_and_valid_head_dims():
 def test_each_kernel_and_head_dim_is_a_job():
     config = TuneConfig("attention", kernels=("forward", "decode"), head_dims=(64, 128))
     cases = [job.case for job in tune.tune_jobs(config, torch.device("cpu"))]
-    assert cases == ["tune forward 64", "tune forward 128", "tune decode 64", "tune decode 128"]
+    assert cases == ["tune forward 64", "tune decode 64", "tune forward 128", "tune decode 128"]
     (row,) = tune.tune_kernel("backward_fused", 64, torch.device("cpu"))
     assert row["not_measured"] == "no fused backward kernel for this GPU and head dim"
 
