@@ -6,7 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define RANGE_BYTES (24ull << 40)
+#define RANGE_BYTES (50ull << 40) /* of 128 TiB that a process can address; PyTorch reserves 170 GB each time that it empties its cache */
 #define MAX_BLOCKS (1 << 18)
 
 typedef struct {

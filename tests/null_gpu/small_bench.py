@@ -11,10 +11,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tilewright.bench import attention_oracle, check, kernels, op_peers, ops, training, tune, worker
+from tilewright.bench import attention_oracle, check, kernels, op_peers, ops, real_run, training, tune, worker
 from tilewright.cli import main
 from tilewright.kernels.op import Arguments
+from tilewright.model.sampler import Sampler
 from tilewright.train.trainer import Trainer
+
+RUN = ("--steps", "8", "--optimizer.warmup-steps", "2", "--log-every", "4", "--eval-every", "4", "--eval-sequences", "8")
+"""A real run's options, after its own: a few steps."""
 
 
 class _Shape:
@@ -76,6 +80,10 @@ def change() -> None:
         (ops, "PEERS", peers),
         (kernels, "cases", _cases),
         (training, "_profile", _shares),
+        (Sampler, "require_finite", lambda self: None),  # no value is finite here
+        (real_run, "MEGABYTES", 2.0),
+        (real_run, "VALID_MEGABYTES", 0.2),
+        (real_run, "OPTIONS", (*real_run.OPTIONS, *RUN)),
         (tune, "exact", _exact),
         (tune, "error_of", _no_error),
         (tune, "write_configurations", lambda _: None),  # keep the shipped configurations
