@@ -1,7 +1,6 @@
 """Speed limits of the hardware: a copy and matrix products measured in the same run, and the datasheet."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -90,17 +89,19 @@ class Device:
         self.gpu = gpu_of(device)
 
     @cached_property
+    def fp8(self) -> tuple[float | None, str | None]:
+        """Speed of an fp8 product, or None and the reason."""
+        if torch.cuda.get_device_capability(self.device) < (8, 9):
+            return None, "this GPU has no fp8"
+        try:
+            return fp8_matmul_speed(self.device), None
+        except (RuntimeError, ValueError) as error:
+            return None, f"{type(error).__name__}: {error}"[:200]
+
+    @cached_property
     def ceilings(self) -> Ceilings:
         """Ceilings of a copy and of products."""
-        fp8 = None
-        with suppress(RuntimeError, ValueError):
-            fp8 = fp8_matmul_speed(self.device) if self.has_fp8 else None
-        return Ceilings(copy_bandwidth(self.device), matmul_speed(self.device), self.gpu, fp8)
-
-    @property
-    def has_fp8(self) -> bool:
-        """Whether the device multiplies fp8."""
-        return torch.cuda.get_device_capability(self.device) >= (8, 9)
+        return Ceilings(copy_bandwidth(self.device), matmul_speed(self.device), self.gpu, self.fp8[0])
 
     def ceiling_rows(self) -> Iterator[dict[str, Any]]:
         """Yield each measured ceiling with its datasheet value."""
@@ -109,14 +110,9 @@ class Device:
         peaks = {dtype: self.gpu and self.gpu.peak_flops(dtype) for dtype in ("bf16", "fp8")}
         matmul = _row("tflop_per_s", 1e12, self.ceilings.matmul, peaks["bf16"])
         yield {"case": "ceiling", "variant": "bfloat16 product 8192^3", **matmul}
+        speed, reason = self.fp8
         fp8 = {"case": "ceiling", "variant": "fp8 product 8192^3"}
-        if not self.has_fp8:
-            yield fp8 | {"not_measured": "this GPU has no fp8"}
-            return
-        try:
-            yield fp8 | _row("tflop_per_s", 1e12, fp8_matmul_speed(self.device), peaks["fp8"])
-        except (RuntimeError, ValueError) as error:
-            yield fp8 | {"not_measured": f"{type(error).__name__}: {error}"[:200]}
+        yield fp8 | ({"not_measured": reason} if speed is None else _row("tflop_per_s", 1e12, speed, peaks["fp8"]))
 
 
 def _row(name: str, unit: float, measured: float, datasheet: float | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@
 #   run       tinystories-17m to the 327.68 M tokens of CS336
 #   report    bench/RESULTS.md and the tables of README.md and docs/bench.md, with the model's predictions; needs no GPU
 #
-# The parts that need the GPU take about 26 minutes, 30 at most. Where a command may take ten minutes only, these pairs fit:
+# The parts that need the GPU take about 26 minutes, 28 at most. Where a command may take ten minutes only, these pairs fit:
 # tests kernels, tune run, training memory. Exit status 124 of a part means that its time was over.
 #
 # Every row is on disk as soon as it is measured, in bench/results/DEVICE/; logs are in build/gpu_session/. A part that fails
@@ -28,14 +28,14 @@ tests() { limited 255 bench tests --minutes 4; }
 kernels() { limited 320 bench kernels attention --minutes 5; }
 tune() {
     local status=0
-    limited 285 bench tune attention --head-dims 128 64 --kernels forward backward_q backward_kv backward_fused || status=$?
+    limited 280 bench tune attention --head-dims 128 64 --kernels forward backward_q backward_kv backward_fused || status=$?
     git --no-pager diff --stat -- kernels/attention/configurations.json
-    limited 75 bench attention --minutes 1 || status=$?
+    limited 70 bench attention --minutes 1 || status=$?
     return "$status"
 }
 training() { limited 380 bench training generation overhead --minutes 6; }
 memory() { limited 140 bench memory --minutes 2; }
-run() { limited 300 bench run; }
+run() { limited 245 bench run; }
 report() { "${tilewright[@]}" bench inspect --model && "${tilewright[@]}" bench report; }
 
 mkdir -p "$logs"

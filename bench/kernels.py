@@ -5,16 +5,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.attention.choice import FORMS, use_attention_kernel
-from ..kernels.inspect import ARCHITECTURES, KernelCase, compile_case, launches
+from ..kernels.inspect import ARCHITECTURES, KernelCase, compile_case, distinct_cases
 from ..kernels.op import Arguments, Cost
 from .ceilings import Ceilings
 from .check import Checker, WrongError, check, copies
@@ -191,11 +189,9 @@ def compile_kernels(group: str, architecture: str) -> Rows:
 
     A launch compiles for seconds, one kernel after the other. A kernel that does not compile fails in its own case.
     """
-    start, found = time.perf_counter(), set()
-    for case, form in product(cases(group), FORMS if group == "attention" else ("portable",)):
-        with use_attention_kernel(form):
-            launched = launches(case.op, {**case.sizes, "dtype": torch.bfloat16}, architecture)
-            found |= {replace(each, name="") for each in launched}
+    start = time.perf_counter()
+    calls = ((case.op, {**case.sizes, "dtype": torch.bfloat16}) for case in cases(group))
+    found = list(distinct_cases(calls, architecture))
 
     def compile_one(case: KernelCase) -> None:
         with suppress(Exception):

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from ..model import TransformerLM
-from ..tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from ..train import TrainConfig, preset, train
-from ..train.data.corpus import write_stories
-from ..train.presets import corpus_files
 from ..train.trainer import Trainer, TrainingLoss
 from .jobs import Job, Rows
 from .timing import quantiles
+from .trainers import write_corpus
 
 PRESET = {"cpu": "stories-cpu", "cuda": "tinystories-17m"}
 STEPS = 120
@@ -27,12 +25,8 @@ WARMUP_STEPS = 10
 
 def _config(folder: Path, device: torch.device) -> TrainConfig:
     """Return a run of a preset on the embedded corpus; write its text and tokenizer to `folder`."""
-    files = corpus_files(folder)
-    write_stories(files.train[0], 1.0, seed=0)
-    write_stories(files.valid, 0.1, seed=1)
     base = preset(PRESET[device.type])
-    tokenizer = Tokenizer(*train_bpe(files.train[0], min(base.model.vocab_size, 2048), [END_OF_TEXT]), [END_OF_TEXT])
-    tokenizer.save(files.tokenizer)
+    files = write_corpus(folder, 1.0, 0.1, min(base.model.vocab_size, 2048))
     # Exclude validations and checkpoints: both happen only at the last step, which is not timed.
     return dataclasses.replace(
         base, data=files, out=folder / "run", device=str(device), steps=STEPS, eval_every=STEPS, checkpoint_every=STEPS,

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from ..tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from ..train import preset
-from ..train.data.corpus import write_stories
 from ..train.metrics import read_metrics
-from ..train.presets import corpus_files
 from .jobs import Job, Row, Rows
+from .trainers import write_corpus
 
 # CS336 assignment 1, section 7: 327.68 M tokens.
 PRESET = "tinystories-17m"
@@ -44,11 +42,7 @@ OPTIONS: tuple[str, ...] = ("--cuda-graphs", "--eval-every", "250")
 
 def _command(folder: Path) -> list[str]:
     """Write the texts and the tokenizer of a run to `folder`, and return the command that trains."""
-    files = corpus_files(folder)
-    write_stories(files.train[0], MEGABYTES, seed=0)
-    write_stories(files.valid, VALID_MEGABYTES, seed=1)
-    vocabulary = train_bpe(files.train[0], preset(PRESET).model.vocab_size, [END_OF_TEXT])
-    Tokenizer(*vocabulary, [END_OF_TEXT]).save(files.tokenizer)
+    files = write_corpus(folder, MEGABYTES, VALID_MEGABYTES, preset(PRESET).model.vocab_size)
     data = ("--data.train", files.train[0], "--data.valid", files.valid, "--data.tokenizer", files.tokenizer)
     return [sys.executable, "-P", "-c", PROGRAM, "train", PRESET, *map(str, data), "--out", str(folder / "run"), *OPTIONS]
 

@@ -96,7 +96,7 @@ STAGES: dict[str, Stage] = {
         lambda on: run_jobs(on.device),
         0,
         in_all=False,
-        limit_s=SECONDS + 90,
+        limit_s=SECONDS + 80,
     ),
     "accounting": Stage("FLOPs by formula and by PyTorch's counter", lambda on: accounting_jobs(), 5, 40, True),
     "inspect": Stage("compiled code of every kernel", lambda on: _inspect_jobs(), 0, 130, True, limit_s=480),

@@ -18,11 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..kernels import use_backend
 from ..model import ModelConfig, TransformerLM, transformer
 from ..model.accounting import Policy
+from ..tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from ..train import TrainConfig, preset
-from ..train.config import Precision
+from ..train.config import DataConfig, Precision
+from ..train.data.corpus import write_stories
 from ..train.data.sampling import TrainingData
 from ..train.data.token_file import TokenDataset, write_tokens
 from ..train.device import resolve_device
+from ..train.presets import corpus_files
 from ..train.trainer import Trainer
 
 # Matches the model, whose vocabulary is padded.
@@ -100,6 +103,15 @@ def random_trainer(config: TrainConfig) -> Iterator[Trainer]:
             yield trainer
         finally:
             trainer.close()
+
+
+def write_corpus(folder: Path, megabytes: float, valid_megabytes: float, vocab_size: int) -> DataConfig:
+    """Write generated stories and a tokenizer trained on them to `folder`; return the files."""
+    files = corpus_files(folder)
+    write_stories(files.train[0], megabytes, seed=0)
+    write_stories(files.valid, valid_megabytes, seed=1)
+    Tokenizer(*train_bpe(files.train[0], vocab_size, [END_OF_TEXT]), [END_OF_TEXT]).save(files.tokenizer)
+    return files
 
 
 def config_for(name: str, device: torch.device, batch_size: int | Literal["auto"], **changes: Any) -> TrainConfig:

@@ -135,23 +135,26 @@ def launches(op: Op, sizes: Sizes, architecture: str) -> Iterator[KernelCase]:
         yield kernel_case(launch, f"{launch.kernel.__name__} {name}")
 
 
-def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[KernelCase]:
-    """Yield each distinct kernel case of the `compiled` calls of ops on one of `ARCHITECTURES`.
+def distinct_cases(calls: Iterable[tuple[Op, Sizes]], architecture: str) -> Iterator[KernelCase]:
+    """Yield each distinct kernel that calls (op, sizes with dtype) launch on one of `ARCHITECTURES`.
 
-    Attention yields both forms of its kernels, because a GPU may choose either.
+    Attention yields all forms of its kernels, because a GPU may choose any.
     """
     seen = set()
-    for op in ALL.values() if ops is None else ops:
-        if ARCHITECTURES[architecture].capability < op.capability:
-            continue
-        for sizes, form in product(op.compiled, FORMS):
-            with use_attention_kernel(form):
-                cases = list(launches(op, sizes, architecture))
-            for case in cases:
-                compiled = replace(case, name="")
-                if compiled not in seen:
-                    seen.add(compiled)
-                    yield case
+    for (op, sizes), form in product(calls, FORMS):
+        with use_attention_kernel(form):
+            cases = list(launches(op, sizes, architecture))
+        for case in cases:
+            compiled = replace(case, name="")
+            if compiled not in seen:
+                seen.add(compiled)
+                yield case
+
+
+def all_cases(architecture: str, ops: Iterable[Op] | None = None) -> Iterator[KernelCase]:
+    """Yield each distinct kernel case of the `compiled` calls of ops on one of `ARCHITECTURES`."""
+    supported = (op for op in (ALL.values() if ops is None else ops) if ARCHITECTURES[architecture].capability >= op.capability)
+    yield from distinct_cases(((op, sizes) for op in supported for sizes in op.compiled), architecture)
 
 
 def _load_bytes(ptx: str) -> int:

@@ -51,14 +51,23 @@ def test_exact_results_do_not_depend_on_the_chunk_size(case, monkeypatch):
     arguments, do, whole = expected_of(case)
     monkeypatch.setattr(attention_oracle, "SCORES", 7 * case.sizes["num_heads"] * case.sizes["num_keys"])
     for name, expected in exact(arguments, do).items():
-        torch.testing.assert_close(expected, whole[name], rtol=1e-4, atol=1e-5)
-    leaves = [t.detach().float().requires_grad_() for t in arguments.positional]
+        torch.testing.assert_close(expected, whole[name], rtol=1e-9, atol=1e-11)
+    leaves = [t.detach().double().requires_grad_() for t in arguments.positional]
     o = reference.attention(*leaves, **arguments.options)
-    torch.testing.assert_close(whole["result 0"], o, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole["result 0"], o, rtol=1e-9, atol=1e-11)
     if "backward" in case.costs():
-        for i, gradient in enumerate(torch.autograd.grad(o, leaves, do.float())):
-            torch.testing.assert_close(whole[f"gradient {i}"], gradient, rtol=1e-4, atol=1e-5)
+        for i, gradient in enumerate(torch.autograd.grad(o, leaves, do.double())):
+            torch.testing.assert_close(whole[f"gradient {i}"], gradient, rtol=1e-9, atol=1e-11)
     assert (len(whole) == 4) == ("backward" in case.costs()) == (case.sizes["num_queries"] > 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [("cpu", None, torch.float64), ("cuda", (9, 0), torch.float64), ("cuda", (8, 9), torch.float32)],
+)
+def test_exact_results_are_float64_where_it_is_fast(device, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention_oracle.precision(torch.device(device)) == dtype
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "documents"])

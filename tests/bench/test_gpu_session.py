@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,17 @@ def test_every_command_of_the_session_is_valid(tmp_path, monkeypatch):
     stages = [stage for config in configs for stage in getattr(config, "stages", ())]
     gpu_stages = {"tests", "kernels", "attention", "training", "generation", "overhead", "memory", "run"}
     assert {*stages} == {*gpu_stages, "inspect"}
+
+
+def test_the_parts_keep_the_limits_that_the_script_names():
+    text = SCRIPT.read_text()
+    functions = re.findall(r"^(\w+)\(\) \{(.*?)\}$", text, re.DOTALL | re.MULTILINE)
+    limits = {name: sum(map(int, re.findall(r"limited (\d+) ", body))) for name, body in functions if name != "limited"}
+    assert "28 at most" in text
+    assert sum(limits.values()) / 60 < 28.5
+    for pair in ("tests kernels", "tune run", "training memory"):
+        assert pair in text
+        assert 0 < sum(limits[part] for part in pair.split()) < 600
 
 
 def test_a_part_that_fails_does_not_end_the_others(tmp_path):

@@ -15,7 +15,7 @@ from tilewright.bench.ceilings import Ceilings
 from tilewright.bench.kernels import bench_case, kernel_jobs
 from tilewright.bench.ops import Case, cases, small_cases
 from tilewright.bench.peers import Unsupported
-from tilewright.kernels import reference
+from tilewright.kernels import inspect, reference
 from tilewright.kernels.inspect import KernelCase
 from tilewright.kernels.op import ALL, Arguments, Cost, Costs, Op, draw
 
@@ -171,7 +171,7 @@ def test_kernels_are_compiled_before_the_first_case(monkeypatch):
 
     compiled = []
     monkeypatch.setattr(kernels, "compile_case", compile_case)
-    monkeypatch.setattr(kernels, "launches", launches)
+    monkeypatch.setattr(inspect, "launches", launches)
     # Each kernel once, not for each of its shapes and forms.
     (row,) = kernels.compile_kernels("attention", "sm_90")
     assert row["compilations"] == 3

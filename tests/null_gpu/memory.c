@@ -6,7 +6,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define RANGE_BYTES (50ull << 40) /* of 128 TiB that a process can address; PyTorch reserves 170 GB each time that it empties its cache */
+/* PyTorch reserves 170 GB anew after each time that it empties its cache; a process can address 128 TiB. */
+#define RANGE_BYTES (50ull << 40)
 #define MAX_BLOCKS (1 << 18)
 
 typedef struct {
